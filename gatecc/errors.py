@@ -1,0 +1,132 @@
+"""Every failure that gatecc can report: one class per failure, a stable code, and a remedy in the message.
+
+A message is one sentence about what went wrong, then up to four labelled lines: where, what was found, what was
+expected, what to do. The docstring of a class is its manual page (``docs/errors/GCCnnn.md`` is generated from it).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class GateccError(Exception):
+    """Base of all errors raised by gatecc.
+
+    ``code`` is stable: scripts may test it. ``what`` is the sentence; ``where`` names a module FQN and, where known,
+    a source line; ``found``, ``expected`` and ``do`` are filled whenever they are known.
+    """
+
+    code: ClassVar[str] = "GCC000"
+
+    def __init__(self, what: str, *, where: str = "", found: str = "", expected: str = "", do: str = "") -> None:
+        self.what = what
+        self.where = where
+        self.found = found
+        self.expected = expected
+        self.do = do
+        super().__init__(self.render())
+
+    def render(self) -> str:
+        """The message as it is shown: first line ``CODE where: what``, then the labelled lines."""
+        head = f"{self.code}  {self.where}: {self.what}" if self.where else f"{self.code}  {self.what}"
+        rows = (("found", self.found), ("expected", self.expected), ("do", self.do))
+        return "\n".join([head, *(f"  {label:<9}{text}" for label, text in rows if text)])
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exceptions are rebuilt from args alone; ours carry keyword fields as well (they cross process borders in DDP).
+        return (_rebuild, (type(self), self.what, self.where, self.found, self.expected, self.do))
+
+
+def _rebuild(kind: type[GateccError], what: str, where: str, found: str, expected: str, do: str) -> GateccError:
+    return kind(what, where=where, found=found, expected=expected, do=do)
+
+
+class ExampleInputsError(GateccError):
+    """The model did not run on the example inputs.
+
+    ``example_inputs`` is a tuple (positional arguments), a dict (keyword arguments) or ``(tuple, dict)`` (both).
+
+    Fails: ``gatecc.inspect(model, torch.zeros(2, 16))`` (a bare tensor), or inputs that make ``model(...)`` raise.
+    Mended: ``gatecc.inspect(model, (torch.zeros(2, 16),))``.
+    """
+
+    code = "GCC001"
+
+
+class UnknownRecipeError(GateccError):
+    """No recipe has this name.
+
+    Fails: ``gatecc.transform(model, "gated-atention", inputs)``.
+    Mended: ``gatecc.transform(model, "gated-attention", inputs)``; ``gatecc.recipes()`` lists the names.
+    """
+
+    code = "GCC002"
+
+
+class EmptySelectionError(GateccError):
+    """A rewrite selected no site, so the model would come back unchanged.
+
+    Fails: ``Gate(Attention["encoder.*"].heads, ...)`` on a model whose layers are called ``model.layers``.
+    Mended: ``Gate(Attention["model.layers.*"].heads, ...)``; ``gatecc.inspect`` lists the sites and the refusals.
+    """
+
+    code = "GCC003"
+
+
+class CaptureError(GateccError):
+    """``torch.export`` could not capture a module, on any rung of the ladder.
+
+    The message ends in the cause that torch gives for the lowest rung. Data-dependent control flow (``if x.sum() > 0``)
+    is the usual reason. Mend it with ``torch.where``/``torch.cond``, or select sites in other submodules.
+    """
+
+    code = "GCC004"
+
+
+class UnsupportedModelError(GateccError):
+    """The model is of a kind that gatecc cannot rewrite: scripted, on the meta device, quantised weights.
+
+    Fails: ``gatecc.transform(torch.jit.script(model), ...)``.
+    Mended: pass the Python module that the script was made from; load real weights before the transform.
+    """
+
+    code = "GCC005"
+
+
+class CallNotCapturedError(GateccError):
+    """A transformed module was called in a way that can neither be captured nor served by the Python path.
+
+    The Python path applies gates at the attention call and at the outputs of submodules. A rewrite of any other value
+    cannot be said there, and gatecc never runs the unrewritten model in its place.
+
+    Fails: calling a model whose residual stream is gated with a KV cache object.
+    Mended: pass ``use_cache=False``; for generation with constant memory use ``gatecc.decoder``.
+    """
+
+    code = "GCC006"
+
+
+class ContractError(GateccError):
+    """A rewrite broke the contract that it declares; the model is left unchanged.
+
+    The message names the rewrite (found by replaying them one at a time), the site and the source line, and prints the
+    graph around it.
+    """
+
+    code = "GCC007"
+
+
+class GraphError(GateccError):
+    """A rewrite left an ill-formed graph: use before definition, wrong shape, a lost parameter, a changed output.
+
+    The message names the rewrite, the site and the source line, and prints the graph around the guilty node. A rewrite
+    of your own that reads a value computed later than its site is the usual reason.
+    """
+
+    code = "GCC008"
+
+
+class ArgumentError(GateccError, ValueError):
+    """An option has a value outside what it accepts. The message lists what is accepted."""
+
+    code = "GCC009"

@@ -1,0 +1,1 @@
+"""What a captured graph means: programs, sites, masks, gates, contracts, and the checks on them."""

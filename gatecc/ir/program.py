@@ -1,0 +1,110 @@
+"""Program: the graph of one captured module, with everything that a rewrite needs to know about where it came from.
+
+The graph is a flat function of tensors. Its placeholders are the tensor leaves of ``(args, kwargs)`` in pytree order, its
+output is the flat tuple of output leaves. Parameters and buffers are ``get_attr`` nodes whose target is relative to
+``module``; the program holds no copy of them. Constants that tracing created live in ``constants``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils._pytree import TreeSpec
+
+META = "gatecc"  # the only key of node.meta that gatecc writes: plain attributes of a node die in deepcopy
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a node comes from: the module that ran it, the how-manyth call of that module, and the source line."""
+
+    owner: str  # FQN of the innermost module in the whole model
+    call: int = 0
+    line: str = ""  # "modeling_llama.py:257", empty if unknown
+    inserted_by: str = ""  # the name of the rewrite that made the node, empty for the model's own nodes
+
+
+@dataclass
+class Program:
+    """One captured module. ``fqn`` is its place in the model ("" for the model itself)."""
+
+    module: nn.Module
+    graph_module: fx.GraphModule
+    fqn: str
+    example: list[torch.Tensor]  # one per placeholder
+    out_spec: TreeSpec
+    guards: list[str] = field(default_factory=list[str])  # python expressions over L["leaves"], see capture.guards
+    constants: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graph_module.graph
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        return [n for n in self.graph.nodes if n.op == "placeholder"]
+
+    @property
+    def outputs(self) -> tuple[Any, ...]:
+        """The flat output leaves: nodes, or Python constants such as None."""
+        return tuple(self.graph.output_node().args[0])  # type: ignore[arg-type]
+
+    def parameter(self, node: fx.Node) -> torch.Tensor | None:
+        """The live parameter or buffer behind a get_attr node; None for constants and other nodes."""
+        if node.op != "get_attr" or str(node.target) in self.constants:
+            return None
+        return attribute(self.module, str(node.target))
+
+    def full_name(self, relative: str) -> str:
+        """FQN in the model of a name relative to the captured module."""
+        return ".".join(part for part in (self.fqn, relative) if part)
+
+    def relative_name(self, full: str) -> str:
+        """The inverse of full_name."""
+        return full[len(self.fqn) :].lstrip(".") if self.fqn else full
+
+    def inside(self, fqn: str) -> bool:
+        """Whether a module of the model lies inside the captured module."""
+        return not self.fqn or fqn == self.fqn or fqn.startswith(self.fqn + ".")
+
+    def calls(self) -> Iterator[fx.Node]:
+        """The call_function nodes in execution order."""
+        return (n for n in self.graph.nodes if n.op == "call_function")
+
+
+def origin(node: fx.Node) -> Origin:
+    """The origin that capture recorded on a node; nodes that a rewrite inserted inherit that of their site."""
+    return node.meta.get(META, Origin(""))
+
+
+def attribute(root: nn.Module, path: str) -> Any:
+    """Follow a dotted path from a module."""
+    value: Any = root
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def shape(node: fx.Node) -> tuple[int | torch.SymInt, ...]:
+    """The recorded (fake, maybe symbolic) shape of a tensor node; raises KeyError if the node holds no tensor."""
+    return tuple(node.meta["val"].shape)
+
+
+def fake(node: fx.Node) -> torch.Tensor | None:
+    """The recorded fake tensor of a node, None if the node does not hold one tensor."""
+    value = node.meta.get("val")
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def window(node: fx.Node, radius: int = 4) -> str:
+    """The graph around a node as text, the node marked: what errors print."""
+    nodes = list(node.graph.nodes)
+    at = nodes.index(node)
+    rows: list[str] = []
+    for n in nodes[max(0, at - radius) : at + radius + 1]:
+        rows.append(("> " if n is node else "  ") + (n.format_node() or f"{n.name} = {n.op}"))
+    return "\n".join(rows)

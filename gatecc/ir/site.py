@@ -1,0 +1,196 @@
+"""Sites: the typed places of a graph that a rewrite can name, and refusals: places that look like one but are not.
+
+A matcher answers with a site or with a refusal, never with silence. A site holds its values (graph nodes with named axes),
+its weights (with orientation) and its place in the model. Axes are one letter each, in order:
+
+    b batch   n query token   m key token   h head   d head dimension   c channel   y x spatial   g batch*head merged
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from torch import fx
+
+from gatecc.ir.mask import Mask
+
+if TYPE_CHECKING:
+    from gatecc.ir.select import Selector
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """A tensor of a site: the node that holds it and what its axes mean, e.g. ``Value(node, "bhnd")``."""
+
+    node: fx.Node
+    axes: str
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight matrix of a site. ``orientation`` says which axis is the output: Linear is "out_in", Conv1D "in_out".
+
+    ``rows`` is the range of output features that belong to this role when several roles share one matrix (fused qkv).
+    """
+
+    fqn: str
+    orientation: Literal["out_in", "in_out", "conv"]
+    bias: str | None = None
+    rows: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Site:
+    """A place in a graph. ``key`` is unique within a model: owner, ordinal, and the call if the owner runs repeatedly."""
+
+    kind: ClassVar[str] = "site"
+    stages: ClassVar[tuple[str, ...]] = ()  # the value names that this kind can expose
+    main_stage: ClassVar[str] = "out"  # what a rewrite means when it names no stage
+
+    owner: str
+    ordinal: int = 0
+    call: int = 0
+    line: str = ""
+    values: Mapping[str, Value]
+    weights: Mapping[str, Weight] = field(default_factory=dict[str, Weight])
+
+    @property
+    def key(self) -> str:
+        """For example ``model.layers.0.self_attn#0`` (``@1`` appended for the second call of a shared module)."""
+        return f"{self.owner}#{self.ordinal}" + (f"@{self.call}" if self.call else "")
+
+    def __class_getitem__(cls, where: Any) -> Selector:
+        """``Attention["model.layers.*"]``, ``Attention[2:]``, ``Attention[...]``, ``Attention[predicate]``."""
+        from gatecc.ir.select import Selector
+
+        return Selector(kind=cls.kind, where=where, stage=cls.main_stage)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Attention(Site):
+    """Softmax attention, one fused node or spelled out.
+
+    Values (those that exist): hidden (b, n, c) what the query projection reads; hidden_kv likewise for keys; q, k, v
+    after the head split and any rotary embedding (b, h, n, d); scores before softmax and weights after it (b, h, n, m),
+    only when spelled out; heads = weights @ v (b, h, n, d); out = after the output projection (b, n, c).
+    Weights: q, k, v, o.
+    """
+
+    kind = "attention"
+    stages = ("hidden", "hidden_kv", "q", "k", "v", "scores", "weights", "heads", "out")
+    main_stage = "heads"
+
+    spelling: Literal["sdpa", "softmax", "manual"]
+    core: fx.Node  # the fused node, or the matmul that yields heads
+    heads: int  # query heads, 0 if a merged axis hides the number
+    kv_heads: int  # heads of k and v before any expansion
+    scale: float | None  # what the scores are multiplied by; None if it is not a constant
+    mask: Mask
+    mask_node: fx.Node | None = None
+    dropout: float = 0.0
+    rotary: bool = False
+    cross: bool = False  # keys come from another sequence than queries
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MLP(Site):
+    """A feed-forward network. Values: in (b, n, c), hidden = input of the down projection, out (b, n, c).
+
+    Weights: up, down, and gate for gated forms; gate_up when both share one matrix; conv FFNs have "conv" orientation.
+    """
+
+    kind = "mlp"
+    stages = ("in", "hidden", "out")
+    form: Literal["plain", "gated", "experts"]
+    activation: str = ""  # name of the aten operator, e.g. "silu"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Linear(Site):
+    """One matrix product with a weight. Values: in, out. Weights: weight."""
+
+    kind = "linear"
+    stages = ("in", "out")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Conv(Site):
+    """One convolution. Values: in, out (b, c, y, x) or (b, c, n). Weights: weight."""
+
+    kind = "conv"
+    stages = ("in", "out")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Activation(Site):
+    """One nonlinearity. Values: in, out."""
+
+    kind = "activation"
+    stages = ("in", "out")
+    function: str = ""  # name of the aten operator, e.g. "gelu"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Residual(Site):
+    """One residual join ``skip + branch``. Values: skip, branch, out. The owner is the module that adds."""
+
+    kind = "residual"
+    stages = ("skip", "branch", "out")
+    main_stage = "branch"
+    add: fx.Node
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Merge(Site):
+    """A join of two or more computed values that is no residual: add or cat. Values: in0, in1, ..., out."""
+
+    kind = "merge"
+    stages = ("out",)
+    form: Literal["add", "cat"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Embedding(Site):
+    """A table look-up or patch embedding that starts the stream. Values: in, out. Weights: weight."""
+
+    kind = "embedding"
+    stages = ("in", "out")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Head(Site):
+    """The projection that yields an output of the model. Values: in, out. Weights: weight."""
+
+    kind = "head"
+    stages = ("in", "out")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Block(Site):
+    """A repeated unit that maps the stream to itself. Values: in, out (same shape)."""
+
+    kind = "block"
+    stages = ("in", "out")
+
+
+KINDS: dict[str, type[Site]] = {
+    cls.kind: cls for cls in (Attention, MLP, Linear, Conv, Activation, Residual, Merge, Embedding, Head, Block)
+}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A place that looks like a site but was not taken, and why.
+
+    ``line`` is the source line; ``reason`` one sentence about what was found; ``remedy`` what the user can do.
+    Codes: GCC1xx, one per cause, listed in ``gatecc.ir.refusals``.
+    """
+
+    code: str
+    kind: str
+    owner: str
+    line: str
+    reason: str
+    remedy: str
