@@ -1,0 +1,43 @@
+"""What every test stands on: one thread, fixed seeds, no network, no examples that differ between runs."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch and transformers are imported: both read these once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import random
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Derandomised: a failure in CI is the same failure everywhere. No deadline: the first example pays for the tracing.
+settings.register_profile(
+    "gatecc",
+    derandomize=True,
+    deadline=None,
+    max_examples=25,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("gatecc")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def same_start() -> Iterator[None]:
+    """Every test starts from the same seeds, dtype and grad mode, whatever ran before it in the same process."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
