@@ -1,1 +1,3 @@
-"""A model becomes a Program: torch.export first, the owner submodules where that fails, and a Dynamo graph."""
+"""From a live model to Programs: torch.export on the model or its submodules, and what a capture baked in."""
+
+from gatecc.capture.export import capture as capture

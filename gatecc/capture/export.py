@@ -1,0 +1,185 @@
+"""capture: one module, called once, becomes a Program (non-strict torch.export, grad mode as it is, sizes dynamic)."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram
+
+from gatecc.capture import signature
+from gatecc.capture.adapters import adapted
+from gatecc.capture.guards import size_guards
+from gatecc.errors import CaptureError
+from gatecc.ir.program import META, Origin, Program, attribute
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_CALL_SUFFIX = re.compile(r"@\d+")
+
+
+class _Flat(nn.Module):
+    """The module as a function of its tensor leaves alone: constants and None are closed over, nesting is undone.
+
+    This spares gatecc the nesting rules of dynamic_shapes for *args and **kwargs.
+    """
+
+    def __init__(self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.m = module
+        self.training = module.training
+        self._call = (call,)  # in a tuple, lest a module be registered twice
+        self._template = (args, kwargs)
+
+    def forward(self, *leaves: torch.Tensor) -> Any:
+        args, kwargs = signature.rebuild(self._template, iter(leaves))
+        return self._call[0](*args, **kwargs)
+
+
+def capture(
+    module: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    fqn: str = "",
+    forward: Callable[..., Any] | None = None,
+    dynamic: Literal["auto", "none"] = "auto",
+) -> Program:
+    """Capture ``module(*args, **kwargs)`` as a Program.
+
+    ``fqn`` is the module's place in the model and prefixes every owner. ``forward`` stands in for ``module.__call__``
+    (an unbound forward with the module bound to it). With ``dynamic="auto"`` every dimension of size 2 or more is
+    dynamic unless the model specialises it; the guards say which. Train or eval, and the grad mode, are as they are now.
+
+    Raises CaptureError with torch's reason; the module is left as it was.
+    """
+    kwargs = dict(kwargs or {})
+    try:
+        _, leaves = signature.flatten(args, kwargs)
+    except signature.OpaqueArgumentError as e:
+        raise CaptureError("the call cannot become a graph", where=fqn, found=str(e)) from e
+    flat = _Flat(module, forward or module, args, kwargs)
+    with adapted(module), _quiet():
+        exported = _export(flat, leaves, fqn, dynamic)
+    return _program(exported, module, leaves, fqn, _names(module, forward, args, kwargs, len(leaves)))
+
+
+def _export(flat: _Flat, leaves: list[torch.Tensor], fqn: str, dynamic: Literal["auto", "none"]) -> ExportedProgram:
+    shapes = [{i: Dim.AUTO for i, size in enumerate(x.shape) if size > 1} if dynamic == "auto" else None for x in leaves]
+    try:
+        return torch.export.export(flat, tuple(leaves), dynamic_shapes=(tuple(shapes),), strict=False)
+    except Exception as e:
+        raise CaptureError(
+            "torch.export could not capture this module",
+            where=fqn or type(flat.m).__name__,
+            found=_reason(e),
+            do="select sites in submodules that do not hold this code, or write it with torch.where / torch.cond",
+        ) from e
+
+
+def _reason(error: BaseException) -> str:
+    """The first telling line of torch's message and the user's source line, if one is named."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = f"{type(error).__name__}: {lines[0] if lines else ''}"
+    frames = [f for f in _FRAME.findall(str(error)) if "/torch/" not in f[0]]
+    return f"{text[:300]} ({_short(*frames[-1])})" if frames else text[:300]
+
+
+def _names(
+    module: nn.Module, forward: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any], count: int
+) -> list[str]:
+    try:
+        parameters = [p for p in inspect.signature(forward or module.forward).parameters if p != "self"]
+    except (TypeError, ValueError):
+        parameters = []
+    names = [re.sub(r"\W", "_", name) for name in signature.leaf_names(args, kwargs, parameters)]
+    assert len(names) == count
+    return names
+
+
+def _program(exported: ExportedProgram, module: nn.Module, leaves: list[torch.Tensor], fqn: str, names: list[str]) -> Program:
+    graph_module = exported.module(check_guards=False)
+    assert isinstance(graph_module, fx.GraphModule)
+    graph = graph_module.graph
+    graph.set_codegen(fx.graph.CodeGen())
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    guards = size_guards(exported, placeholders)
+    constants: dict[str, torch.Tensor] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            _retarget(node, graph_module, module, constants)
+    for node, name in zip(placeholders, names, strict=True):
+        node._rename(name)  # noqa: SLF001  (fx offers no public rename)
+        node.target = node.name
+    _record_origins(graph, fqn)
+    out_spec = exported.call_spec.out_spec
+    assert out_spec is not None
+    return Program(module, graph_module, fqn, list(leaves), out_spec, guards, constants)
+
+
+def _retarget(node: fx.Node, graph_module: fx.GraphModule, module: nn.Module, constants: dict[str, torch.Tensor]) -> None:
+    """Point a get_attr at the live module; what the module does not hold is a constant of the program."""
+    target = str(node.target)
+    value = attribute(graph_module, target)
+    if not isinstance(value, torch.Tensor):
+        return  # the body of a higher-order operator stays in the graph module
+    relative = target.removeprefix("m.")
+    if target.startswith("m.") and _live(module, relative) is not None:
+        node.target = relative
+        return
+    constants[target] = value
+
+
+def _live(module: nn.Module, path: str) -> torch.Tensor | None:
+    try:
+        value = attribute(module, path)
+    except AttributeError:
+        return None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def _record_origins(graph: fx.Graph, fqn: str) -> None:
+    """Write owner, call and source line of every node into its meta, from what export recorded."""
+    calls: dict[str, list[str]] = {}
+    for node in graph.nodes:
+        stack = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
+        raw = "/".join(stack)
+        relative = _CALL_SUFFIX.sub("", stack[-1]) if stack else ""
+        inside = relative == "m" or relative.startswith("m.")  # nodes of export's own runtime asserts are not
+        owner = ".".join(p for p in (fqn, relative[2:] if inside else "") if p)
+        seen = calls.setdefault(owner, [])
+        if raw not in seen:
+            seen.append(raw)
+        node.meta[META] = Origin(owner, seen.index(raw), _line(node.meta.get("stack_trace")))
+
+
+def _line(trace: str | None) -> str:
+    frames = _FRAME.findall(trace or "")
+    own = [f for f in frames if "/torch/" not in f[0]] or frames
+    return _short(*own[-1]) if own else ""
+
+
+def _short(path: str, line: str) -> str:
+    return f"{path.rsplit('/', 1)[-1]}:{line}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.export prints notices about specialised dimensions; gatecc says what matters in its own report."""
+    loggers = [logging.getLogger(name) for name in ("torch._export", "torch.export", "torch.fx", "torch._dynamo")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,111 @@
+"""Signature of a call: everything about its arguments that a captured graph bakes in, and the tensors that it does not.
+
+torch.export does not guard None against a tensor, nor the value of a Python constant against another: the key made here
+does. Two calls with equal keys may differ in the sizes of tensor dimensions only, and of those never between 0, 1 and more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch.utils import _pytree as pytree
+
+Key = tuple[Any, ...]
+CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.memory_format, torch.layout)
+
+
+class OpaqueArgumentError(Exception):
+    """An argument is of a type that a graph can neither take nor bake in (a KV cache object, a file, ...)."""
+
+
+def flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Key, list[torch.Tensor]]:
+    """The key of a call and its tensor leaves in order. Raises OpaqueArgumentError. Written so that Dynamo can trace it."""
+    leaves: list[torch.Tensor] = []
+    positional = tuple([_walk(x, leaves) for x in args])
+    keyword = tuple([(name, _walk(x, leaves)) for name, x in kwargs.items()])
+    return (positional, keyword), leaves
+
+
+def _walk(x: Any, leaves: list[torch.Tensor]) -> Any:
+    if isinstance(x, torch.Tensor):
+        leaves.append(x)
+        return ("tensor", x.dtype, x.device, _small_sizes(x))
+    if x is None:
+        return None
+    if isinstance(x, CONSTANTS):
+        return (type(x).__name__, x)  # the type too, since 1 == 1.0 == True
+    if type(x) is tuple or type(x) is list:
+        return (type(x).__name__, *[_walk(v, leaves) for v in x])
+    if type(x) is dict:
+        return ("dict", *[(k, _walk(v, leaves)) for k, v in x.items()])
+    node = _registered(x)
+    children, context = node.flatten_fn(x)
+    return ("node", type(x), repr(context), *[_walk(v, leaves) for v in children])
+
+
+def _small_sizes(x: torch.Tensor) -> tuple[int, ...]:
+    """Rank and small sizes: -1 stands for any size of 2 or more. A symbolic size is 2 or more by construction."""
+    return tuple([s if isinstance(s, int) and s < 2 else -1 for s in x.shape])
+
+
+def _registered(x: Any) -> pytree.NodeDef:
+    """The pytree definition of a container type. Caches are never taken: their update would be lost in a graph."""
+    node = pytree.SUPPORTED_NODES.get(type(x))
+    if node is None or is_cache(x):
+        raise OpaqueArgumentError(f"an argument of type {type(x).__module__}.{type(x).__qualname__}")
+    return node
+
+
+def is_cache(x: Any) -> bool:
+    """Whether x is a KV cache of transformers (recognised by name, so that transformers need not be installed)."""
+    return any(c.__name__ == "Cache" and c.__module__.startswith("transformers.") for c in type(x).__mro__)
+
+
+def rebuild(template: Any, leaves: Iterator[torch.Tensor]) -> Any:
+    """The same structure with its tensors replaced, in the order of flatten."""
+    if isinstance(template, torch.Tensor):
+        return next(leaves)
+    if template is None or isinstance(template, CONSTANTS):
+        return template
+    if type(template) is tuple or type(template) is list:
+        return type(cast("list[Any]", template))(rebuild(v, leaves) for v in template)
+    if type(template) is dict:
+        return {k: rebuild(v, leaves) for k, v in template.items()}
+    node = _registered(template)
+    children, context = node.flatten_fn(template)
+    return node.unflatten_fn([rebuild(v, leaves) for v in children], context)
+
+
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> Any:
+    """Apply a function to every tensor of a structure that flatten accepts."""
+    leaves: list[torch.Tensor] = []
+    _walk(tree, leaves)
+    return rebuild(tree, iter([function(x) for x in leaves]))
+
+
+def leaf_names(args: tuple[Any, ...], kwargs: Mapping[str, Any], parameters: list[str]) -> list[str]:
+    """A readable name per tensor leaf, e.g. ``hidden_states`` or ``position_embeddings_0``."""
+    names: list[str] = []
+    for i, x in enumerate(args):
+        _name(x, parameters[i] if i < len(parameters) else f"arg{i}", names)
+    for k, x in kwargs.items():
+        _name(x, k, names)
+    return names
+
+
+def _name(x: Any, prefix: str, names: list[str]) -> None:
+    if isinstance(x, torch.Tensor):
+        names.append(prefix)
+        return
+    if x is None or isinstance(x, CONSTANTS):
+        return
+    children: list[Any]
+    if type(x) is dict:
+        for k, v in x.items():
+            _name(v, f"{prefix}_{k}", names)
+        return
+    children = list(cast("list[Any]", x)) if type(x) in (tuple, list) else list(_registered(x).flatten_fn(x)[0])
+    for i, v in enumerate(children):
+        _name(v, f"{prefix}_{i}", names)
