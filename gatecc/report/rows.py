@@ -1,0 +1,187 @@
+"""The rows of a report. All of them are frozen plain data, so that a report outlives the model it speaks of."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any, Literal
+
+from torch import fx
+
+from gatecc.ir.program import Program, fake, origin
+from gatecc.ir.site import MLP, Activation, Attention, Merge, Site
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """A site that was found. ``mask`` is empty for kinds that have none, ``stages`` are the values that it exposes."""
+
+    kind: str
+    owner: str
+    key: str
+    mask: str = ""
+    line: str = ""
+    call: int = 0
+    stages: tuple[str, ...] = ()
+    detail: str = ""
+
+    @staticmethod
+    def of(site: Site) -> SiteRow:
+        """The row of a site."""
+        return SiteRow(
+            kind=site.kind,
+            owner=site.owner,
+            key=site.key,
+            mask=str(site.mask) if isinstance(site, Attention) else "",
+            line=site.line,
+            call=site.call,
+            stages=tuple(stage for stage in site.values),
+            detail=_detail(site),
+        )
+
+
+@dataclass(frozen=True)
+class RungRow:
+    """How a module was captured, and why the rung above did not hold (empty for the highest)."""
+
+    fqn: str
+    rung: Literal["whole", "submodule", "python"]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class RewriteRow:
+    """One rewrite at one site. ``error`` is the largest difference of the outputs that was measured, None if not."""
+
+    rewrite: str
+    recipe: str
+    site: str  # the key of the site
+    scope: str
+    contract: str
+    error: float | None = None
+    new_parameters: Mapping[str, int] = field(default_factory=dict[str, int])  # FQN -> number of elements
+    ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class PassRow:
+    """The time of one pass, and the number of nodes that it met and left."""
+
+    name: str
+    ms: float
+    nodes_before: int = 0
+    nodes_after: int = 0
+
+
+@dataclass(frozen=True)
+class NodeRow:
+    """One graph node. ``inserted_by`` names the rewrite that made it, empty for the model's own nodes."""
+
+    name: str
+    op: str
+    target: str
+    owner: str = ""
+    inputs: tuple[str, ...] = ()
+    shape: str = ""
+    dtype: str = ""
+    inserted_by: str = ""
+    line: str = ""
+
+
+@dataclass(frozen=True)
+class GraphDump:
+    """A graph as text, in execution order."""
+
+    nodes: tuple[NodeRow, ...] = ()
+
+    @staticmethod
+    def of(program: Program) -> GraphDump:
+        """The dump of a program as it is now; later rewrites of the program do not change it."""
+        return GraphDump(tuple(_node(node) for node in program.graph.nodes))
+
+
+@dataclass(frozen=True)
+class GraphPair:
+    """A captured graph before and after the rewrites; ``scopes`` are the modules whose graphs have this structure."""
+
+    scopes: tuple[str, ...]
+    before: GraphDump
+    after: GraphDump | None = None
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sizes of the whole model before and after, and the verdict of the numerical check. None: not measured."""
+
+    parameters_before: int | None = None
+    parameters_after: int | None = None
+    flops_before: int | None = None
+    flops_after: int | None = None
+    bytes_before: int | None = None
+    bytes_after: int | None = None
+    max_error: float | None = None
+    contract: str = ""
+    contract_held: bool | None = None
+
+
+def environment() -> dict[str, str]:
+    """Versions that a figure depends on. No host names and no paths: reports are passed around."""
+    rows = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+    for package in ("gatecc", "torch", "transformers", "onnx", "onnxruntime"):
+        rows |= _version(package)
+    return rows
+
+
+def _version(package: str) -> dict[str, str]:
+    try:
+        return {package: metadata.version(package)}
+    except metadata.PackageNotFoundError:
+        return {}
+
+
+def _detail(site: Site) -> str:
+    """What is worth saying about a site in one line."""
+    if isinstance(site, Attention):
+        return ", ".join(_attention(site))
+    if isinstance(site, MLP):
+        return f"{site.form} {site.activation}".strip()
+    if isinstance(site, Activation):
+        return site.function
+    return site.form if isinstance(site, Merge) else ""
+
+
+def _attention(site: Attention) -> list[str]:
+    words = [site.spelling]
+    if site.heads:
+        grouped = site.kv_heads not in (0, site.heads)
+        words.append(f"{site.heads} heads" + (f" on {site.kv_heads}" if grouped else ""))
+    words += ["rotary"] * site.rotary + ["cross"] * site.cross
+    return words + [f"dropout {site.dropout:g}"] * bool(site.dropout)
+
+
+def _node(node: fx.Node) -> NodeRow:
+    place, value = origin(node), fake(node)
+    return NodeRow(
+        name=node.name,
+        op=node.op,
+        target=target_name(node.target),
+        owner=place.owner,
+        inputs=tuple(source.name for source in node.all_input_nodes),
+        shape="" if value is None else "x".join(str(size) for size in value.shape),
+        dtype="" if value is None else str(value.dtype).removeprefix("torch."),
+        inserted_by=place.inserted_by,
+        line=place.line,
+    )
+
+
+def target_name(target: str | Callable[..., Any]) -> str:
+    """``aten.linear.default``, ``operator.getitem``, ``layer.weight``."""
+    if isinstance(target, str):
+        return target
+    text = str(target)
+    if not text.startswith("<"):
+        return text
+    module = (getattr(target, "__module__", "") or "").lstrip("_")
+    return f"{module}.{getattr(target, '__name__', type(target).__name__)}".lstrip(".")

@@ -1,0 +1,124 @@
+"""The report as rich tables. Repeated layers share a row; the HTML and JSON forms list every site."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Group as Stack
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from gatecc.report.grouping import group
+from gatecc.report.units import change, error_text, si, worst
+
+if TYPE_CHECKING:
+    from gatecc.report.report import Report
+
+
+def render(report: Report) -> RenderableType:
+    """Everything that a terminal should show, empty parts left out."""
+    return Stack(*_parts(report))
+
+
+def _parts(report: Report) -> Iterator[RenderableType]:
+    yield _headline(report)
+    for part in (_sites, _refusals, _rewrites, _totals, _rungs, _passes):
+        table = part(report)
+        if table.row_count:
+            yield Text()
+            yield table
+    for note in report.notes:
+        yield Text(f"note  {note}", style="yellow")
+
+
+def _headline(report: Report) -> Text:
+    words = Text(report.model or "model", style="bold")
+    if report.recipe:
+        words.append(f" after {report.recipe}", style="bold cyan")
+    kinds = Counter(site.kind for site in report.sites)
+    found = ", ".join(f"{number} {kind}" for kind, number in kinds.items()) or "none"
+    return words.append(f"\n{len(report.sites)} sites: {found}; {len(report.refusals)} refused", style="not bold")
+
+
+def _table(title: str, *columns: str, numbers: Iterable[str] = ()) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        right = column in numbers
+        table.add_column(column, justify="right" if right else "left", no_wrap=right, overflow="fold")
+    return table
+
+
+def _sites(report: Report) -> Table:
+    table = _table("Sites", "kind", "owner", "n", "mask", "detail", "line", numbers=("n",))
+    for like in group(report.sites, lambda s: s.owner, lambda s: (s.kind, s.mask, s.detail)):
+        site = like.rows[0]
+        cells = (site.kind, like.place or "(model)", str(len(like.rows)), site.mask, site.detail, site.line)
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def _refusals(report: Report) -> Table:
+    table = _table("Refused", "code", "owner", "n", "found", "do", numbers=("n",))
+    for like in group(report.refusals, lambda r: r.owner, lambda r: (r.code, r.kind, r.reason, r.remedy)):
+        refusal = like.rows[0]
+        place = Text(like.place or "(model)").append(f"\n{refusal.kind} {refusal.line}".rstrip(), style="dim")
+        cells = (str(len(like.rows)), refusal.reason, refusal.remedy)
+        table.add_row(Text(refusal.code, style="yellow"), place, *map(Text, cells))
+    return table
+
+
+def _rewrites(report: Report) -> Table:
+    table = _table(
+        "Rewrites", "rewrite", "site", "n", "contract", "error", "new", "ms", numbers=("n", "error", "new", "ms")
+    )
+    for like in group(report.rewrites, lambda r: r.site, lambda r: (r.rewrite, r.contract)):
+        rows = like.rows
+        cells = (
+            rows[0].rewrite,
+            like.place,
+            str(len(rows)),
+            rows[0].contract,
+            error_text(worst(row.error for row in rows)),
+            si(sum(sum(row.new_parameters.values()) for row in rows)),
+            f"{sum(row.ms for row in rows):.1f}",
+        )
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def _totals(report: Report) -> Table:
+    table = _table("Totals", "", "before", "after", "change", numbers=("before", "after", "change"))
+    totals = report.totals
+    for label, unit, before, after in (
+        ("parameters", "", totals.parameters_before, totals.parameters_after),
+        ("operations", "FLOP", totals.flops_before, totals.flops_after),
+        ("bytes moved", "B", totals.bytes_before, totals.bytes_after),
+    ):
+        if before is not None or after is not None:
+            table.add_row(label, si(before, unit), si(after, unit), change(before, after))
+    if totals.contract:
+        verdict = {True: Text("held", "green"), False: Text("broken", "bold red"), None: Text("not checked", "dim")}
+        table.add_row("contract", Text(totals.contract), verdict[totals.contract_held], error_text(totals.max_error))
+    return table
+
+
+def _rungs(report: Report) -> Table:
+    table = _table("Capture", "module", "rung", "n", "why not higher", numbers=("n",))
+    for like in group(report.rungs, lambda r: r.fqn, lambda r: (r.rung, r.reason)):
+        cells = (like.place or "(model)", like.rows[0].rung, str(len(like.rows)), like.rows[0].reason)
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def _passes(report: Report) -> Table:
+    table = _table("Passes", "pass", "ms", "nodes", "", numbers=("ms", "nodes"))
+    longest = max((row.ms for row in report.passes), default=0.0) or 1.0
+    for row in report.passes:
+        nodes = f"{row.nodes_before} → {row.nodes_after}" if row.nodes_before or row.nodes_after else ""
+        bar = "█" * max(1, round(20 * row.ms / longest))
+        table.add_row(Text(row.name), f"{row.ms:.1f}", nodes, Text(bar, style="cyan"))
+    return table
