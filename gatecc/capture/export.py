@@ -21,6 +21,7 @@ from gatecc.errors import CaptureError
 from gatecc.ir.program import META, Origin, Program, attribute
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_RUNTIME = "_empty_nn_module_stack"  # the owner that export gives to the nodes of its own runtime asserts
 _CALL_SUFFIX = re.compile(r"@\d+")
 
 
@@ -151,12 +152,13 @@ def _record_origins(graph: fx.Graph, fqn: str) -> None:
         stack = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
         raw = "/".join(stack)
         relative = _CALL_SUFFIX.sub("", stack[-1]) if stack else ""
-        inside = relative == "m" or relative.startswith("m.")  # nodes of export's own runtime asserts are not
+        inside = relative == "m" or relative.startswith("m.")
         owner = ".".join(p for p in (fqn, relative[2:] if inside else "") if p)
         seen = calls.setdefault(owner, [])
-        if raw not in seen:
+        if node.op == "call_function" and raw and raw not in seen and _RUNTIME not in raw:
             seen.append(raw)
-        node.meta[META] = Origin(owner, seen.index(raw), _line(node.meta.get("stack_trace")))
+        call = seen.index(raw) if raw in seen else 0
+        node.meta[META] = Origin(owner, call, _line(node.meta.get("stack_trace")))
 
 
 def _line(trace: str | None) -> str:
