@@ -3,21 +3,22 @@
 A matcher answers with a site or with a refusal, never with silence. A site holds its values (graph nodes with named axes),
 its weights (with orientation) and its place in the model. Axes are one letter each, in order:
 
-    b batch   n query token   m key token   h head   d head dimension   c channel   y x spatial   g batch*head merged
+    b batch   n query token   m key token   h head   d head dimension   c channel   t y x time or depth, height, width
+    g batch*head merged   (b is the leading axis in general: flattened tokens and windows are b too)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import fx
 
 from gatecc.ir.mask import Mask
 
 if TYPE_CHECKING:
-    from gatecc.ir.select import Selector
+    from gatecc.ir.select import Selector, Where
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +42,20 @@ class Weight:
     rows: tuple[int, int] | None = None
 
 
+class _Kind(type):
+    """``Attention["model.layers.*"]``, ``Attention[2:]``, ``Attention[...]``, ``Attention[predicate]``.
+
+    On the metaclass, because type checkers read ``__class_getitem__`` as type arguments.
+    """
+
+    def __getitem__(cls, where: Where) -> Selector:
+        from gatecc.ir.select import Selector
+
+        return Selector(vars(cls)["kind"], where)
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Site:
+class Site(metaclass=_Kind):
     """A place in a graph. ``key`` is unique within a model: owner, ordinal, and the call if the owner runs repeatedly."""
 
     kind: ClassVar[str] = "site"
@@ -60,12 +73,6 @@ class Site:
     def key(self) -> str:
         """For example ``model.layers.0.self_attn#0`` (``@1`` appended for the second call of a shared module)."""
         return f"{self.owner}#{self.ordinal}" + (f"@{self.call}" if self.call else "")
-
-    def __class_getitem__(cls, where: Any) -> Selector:
-        """``Attention["model.layers.*"]``, ``Attention[2:]``, ``Attention[...]``, ``Attention[predicate]``."""
-        from gatecc.ir.select import Selector
-
-        return Selector(kind=cls.kind, where=where, stage=cls.main_stage)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
