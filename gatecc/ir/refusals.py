@@ -1,0 +1,136 @@
+"""The causes of refusals: why a place that looks like a site is not taken. One entry a cause, with a stable code.
+
+GCC100-129 attention, GCC130-199 the other kinds. The entry is the manual page (``docs/refusals.md`` is generated from it);
+the refusal adds what was found at the place. A code is never given to another cause.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from gatecc.ir.program import origin
+from gatecc.ir.site import Refusal
+
+
+@dataclass(frozen=True)
+class Cause:
+    """``title`` names the cause, ``meaning`` says what the matcher could not do and why, ``remedy`` what a user can do."""
+
+    code: str
+    title: str
+    meaning: str
+    remedy: str
+
+
+_ATTENTION: tuple[Cause, ...] = ()
+
+_OTHERS: tuple[Cause, ...] = (
+    Cause(
+        "GCC130",
+        "the weight is computed",
+        "A product with a matrix that is not a parameter itself but computed from parameters (weight normalisation, "
+        "standardised convolutions, a table look-up): there is no single parameter to read or edit.",
+        "remove the parametrisation first (torch.nn.utils.parametrize.remove_parametrizations), or gate the output of "
+        "the module that holds it",
+    ),
+    Cause(
+        "GCC131",
+        "a stack of weights",
+        "A product with a parameter of three or more axes, usually one matrix per expert or per head; Linear means one matrix.",
+        "select the MLP or Attention site that holds it",
+    ),
+    Cause(
+        "GCC132",
+        "the weight stands on the left",
+        "A product `W @ x`, which mixes the second last axis of x (often tokens), not its features.",
+        "transpose the input in the model: x.mT @ W.T",
+    ),
+    Cause(
+        "GCC140",
+        "more than two layers",
+        "A chain of three or more projections with activations between: a head or a decoder, not up, activation, down.",
+        "select its Linear or Activation sites",
+    ),
+    Cause(
+        "GCC141",
+        "input and output differ",
+        "Two projections with an activation between whose output has another width or size than the input (a classifier, "
+        "a stem, a downsampling block): it does not map the stream to itself.",
+        "select its Linear, Conv or Activation sites",
+    ),
+    Cause(
+        "GCC142",
+        "not on a token stream",
+        "An MLP on one pooled vector per sample or per channel (squeeze-and-excite, conditioning), not on tokens or pixels.",
+        "select its Linear, Conv or Activation sites",
+    ),
+    Cause(
+        "GCC143",
+        "depends on no input",
+        "An MLP of constants, such as the position MLP of Swin v2: it makes a table, not a stream.",
+        "none is needed: a gate on it would not depend on the input either",
+    ),
+    Cause(
+        "GCC144",
+        "experts not understood",
+        "Stacked expert weights without one input and one output value of the module that holds them.",
+        "select another site, or write the experts as one module with one output",
+    ),
+    Cause(
+        "GCC150",
+        "adds something that depends on no input",
+        "An add or a concatenation of the stream with a position table or learned tokens: there is nothing to choose between.",
+        "select the Embedding site, or the stream after it",
+    ),
+    Cause(
+        "GCC151",
+        "part of attention scores",
+        "A sum of scores before a softmax, such as content plus relative-position terms.",
+        "select the scores of the Attention site",
+    ),
+    Cause(
+        "GCC152",
+        "adds something without weights",
+        "An add or a concatenation with a value that is computed from the inputs alone, without any weight: masks, positions.",
+        "select the stream after it",
+    ),
+    Cause(
+        "GCC160",
+        "a table of positions",
+        "A look-up with indices that depend on no input: a position table or constant token types.",
+        "select the token Embedding",
+    ),
+    Cause(
+        "GCC161",
+        "the model has no head",
+        "No output of the model is a projection: they end in a normalisation, a residual stream or a token mixer.",
+        "select Block or Residual sites, or pass the model with its head",
+    ),
+    Cause(
+        "GCC170",
+        "the block changes the shape",
+        "A repeated unit whose output has another shape than its input, such as a stage that downsamples.",
+        "select its inner Blocks or its Residual sites",
+    ),
+    Cause(
+        "GCC171",
+        "the block has no single input and output",
+        "A repeated unit that reads or yields several values of the stream's shape, so that in and out are ambiguous.",
+        "select its inner Blocks or its Residual sites",
+    ),
+)
+
+CAUSES: dict[str, Cause] = {cause.code: cause for cause in _ATTENTION + _OTHERS}
+
+
+def refuse(code: str, kind: str, node: fx.Node, found: str = "", *, owner: str | None = None) -> Refusal:
+    """The refusal of a place of ``kind`` at ``node``; ``found`` says what is special about this one.
+
+    ``owner`` defaults to that of the node. Raises KeyError for a code that is not in the table.
+    """
+    cause = CAUSES[code]
+    at = origin(node)
+    reason = f"{cause.title}: {found}" if found else cause.title
+    return Refusal(code, kind, at.owner if owner is None else owner, at.line, reason, cause.remedy)
