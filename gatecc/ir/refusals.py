@@ -1,7 +1,7 @@
 """The causes of refusals: why a place that looks like a site is not taken. One entry a cause, with a stable code.
 
-GCC100-129 attention, GCC130-199 the other kinds. The entry is the manual page (``docs/refusals.md`` is generated from it);
-the refusal adds what was found at the place. A code is never given to another cause.
+GCC100-129 attention, GCC130-199 the other kinds. The entry is the manual page (docs/refusals.md is generated from it); the
+refusal adds what was found at the place. A code is never given to another cause.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gatecc.ir.site import Refusal
 
 @dataclass(frozen=True)
 class Cause:
-    """``title`` names the cause, ``meaning`` says what the matcher could not do and why, ``remedy`` what a user can do."""
+    """``title`` names the cause, ``meaning`` says what the matcher could not do and why, ``remedy`` what one can do."""
 
     code: str
     title: str
@@ -24,7 +24,48 @@ class Cause:
     remedy: str
 
 
-_ATTENTION: tuple[Cause, ...] = ()
+_ATTENTION: tuple[Cause, ...] = (
+    Cause(
+        "GCC101",
+        "the weights are changed between the softmax and the values",
+        "CaiT's talking heads put a Linear over the heads there, DeepViT a convolution, differential attention subtracts "
+        "two softmaxes. What meets the values is no softmax any more, and nothing that assumes one can be done with it.",
+        "rewrite the owner's projections or its output (Linear sites)",
+    ),
+    Cause(
+        "GCC102",
+        "no product of queries and keys",
+        "The softmax weighs values, but its input is no product of two computed tensors: learned-query pooling, additive "
+        "attention, linear attention (softmax over features) and dense routing look so.",
+        "none is needed for a router or a pooling; else compute both queries and keys with a layer",
+    ),
+    Cause(
+        "GCC103",
+        "the softmax weighs no values",
+        "A softmax over a product of queries and keys that is multiplied with no values: a pointer network, a "
+        "contrastive loss, an attention map that is returned.",
+        "none is needed if the weights are the output; else multiply them with the values in the same module",
+    ),
+    Cause(
+        "GCC104",
+        "the softmax runs over another axis than the sum over values",
+        "Slot attention normalises over the queries and sums over the keys, so that no query's weights sum to one.",
+        "rewrite the owner's projections or its output (Linear sites)",
+    ),
+    Cause(
+        "GCC105",
+        "attention inside an opaque operator",
+        "An operator such as flex_attention hides the scores, the mask or the values from the graph.",
+        "choose another attention implementation (attn_implementation=\"sdpa\" or \"eager\")",
+    ),
+    Cause(
+        "GCC106",
+        "the axes of a product are unclear",
+        "The product of queries and keys, or of weights and values, has a form whose axes gatecc cannot name, such as an "
+        "einsum of three operands.",
+        "write the product with matmul, bmm or an einsum of two operands",
+    ),
+)
 
 _OTHERS: tuple[Cause, ...] = (
     Cause(
@@ -38,7 +79,7 @@ _OTHERS: tuple[Cause, ...] = (
     Cause(
         "GCC131",
         "a stack of weights",
-        "A product with a parameter of three or more axes, usually one matrix per expert or per head; Linear means one matrix.",
+        "A product with a parameter of three or more axes, usually one matrix per expert or head; Linear means one matrix.",
         "select the MLP or Attention site that holds it",
     ),
     Cause(
@@ -56,14 +97,14 @@ _OTHERS: tuple[Cause, ...] = (
     Cause(
         "GCC141",
         "input and output differ",
-        "Two projections with an activation between whose output has another width or size than the input (a classifier, "
-        "a stem, a downsampling block): it does not map the stream to itself.",
+        "Two projections with an activation between whose output has another width or size than the input (a "
+        "classifier, a stem, a downsampling block): it does not map the stream to itself.",
         "select its Linear, Conv or Activation sites",
     ),
     Cause(
         "GCC142",
         "not on a token stream",
-        "An MLP on one pooled vector per sample or per channel (squeeze-and-excite, conditioning), not on tokens or pixels.",
+        "An MLP on one pooled vector per sample (squeeze-and-excite, conditioning), not on tokens or pixels.",
         "select its Linear, Conv or Activation sites",
     ),
     Cause(
@@ -81,7 +122,7 @@ _OTHERS: tuple[Cause, ...] = (
     Cause(
         "GCC150",
         "adds something that depends on no input",
-        "An add or a concatenation of the stream with a position table or learned tokens: there is nothing to choose between.",
+        "An add or concatenation of the stream with a position table or learned tokens: nothing to choose between.",
         "select the Embedding site, or the stream after it",
     ),
     Cause(
@@ -93,7 +134,7 @@ _OTHERS: tuple[Cause, ...] = (
     Cause(
         "GCC152",
         "adds something without weights",
-        "An add or a concatenation with a value that is computed from the inputs alone, without any weight: masks, positions.",
+        "An add or concatenation with a value computed from the inputs without any weight: masks, positions.",
         "select the stream after it",
     ),
     Cause(
