@@ -68,7 +68,7 @@ def capture(
     flat = _Flat(module, forward or module, args, kwargs)
     with adapted(module), _quiet():
         exported = _export(flat, leaves, fqn, dynamic)
-    return _program(exported, module, leaves, fqn, _names(module, forward, args, kwargs, len(leaves)))
+    return _program(exported, module, leaves, fqn, _paths(module, args, kwargs))
 
 
 def _export(flat: _Flat, leaves: list[torch.Tensor], fqn: str, dynamic: Literal["auto", "none"]) -> ExportedProgram:
@@ -92,19 +92,15 @@ def _reason(error: BaseException) -> str:
     return f"{text[:300]} ({_short(*frames[-1])})" if frames else text[:300]
 
 
-def _names(
-    module: nn.Module, forward: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any], count: int
-) -> list[str]:
+def _paths(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Any, ...]]:
     try:
-        parameters = [p for p in inspect.signature(forward or module.forward).parameters if p != "self"]
+        parameters = list(inspect.signature(module.forward).parameters)
     except (TypeError, ValueError):
         parameters = []
-    names = [re.sub(r"\W", "_", name) for name in signature.leaf_names(args, kwargs, parameters)]
-    assert len(names) == count
-    return names
+    return signature.leaf_paths(args, kwargs, parameters)
 
 
-def _program(exported: ExportedProgram, module: nn.Module, leaves: list[torch.Tensor], fqn: str, names: list[str]) -> Program:
+def _program(exported: ExportedProgram, module: nn.Module, leaves: list[torch.Tensor], fqn: str, paths: list[tuple[Any, ...]]) -> Program:
     graph_module = exported.module(check_guards=False)
     assert isinstance(graph_module, fx.GraphModule)
     graph = graph_module.graph
@@ -115,13 +111,13 @@ def _program(exported: ExportedProgram, module: nn.Module, leaves: list[torch.Te
     for node in graph.nodes:
         if node.op == "get_attr":
             _retarget(node, graph_module, module, constants)
-    for node, name in zip(placeholders, names, strict=True):
-        node._rename(name)  # noqa: SLF001  (fx offers no public rename)
+    for node, path in zip(placeholders, paths, strict=True):
+        node._rename(re.sub(r"\W", "_", "_".join(str(p) for p in path)))  # noqa: SLF001  (fx offers no public rename)
         node.target = node.name
     _record_origins(graph, fqn)
     out_spec = exported.call_spec.out_spec
     assert out_spec is not None
-    return Program(module, graph_module, fqn, list(leaves), out_spec, guards, constants)
+    return Program(module, graph_module, fqn, list(leaves), out_spec, paths, guards, constants)
 
 
 def _retarget(node: fx.Node, graph_module: fx.GraphModule, module: nn.Module, constants: dict[str, torch.Tensor]) -> None:

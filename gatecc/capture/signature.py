@@ -85,27 +85,27 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> 
     return rebuild(tree, iter([function(x) for x in leaves]))
 
 
-def leaf_names(args: tuple[Any, ...], kwargs: Mapping[str, Any], parameters: list[str]) -> list[str]:
-    """A readable name per tensor leaf, e.g. ``hidden_states`` or ``position_embeddings_0``."""
-    names: list[str] = []
+def leaf_paths(args: tuple[Any, ...], kwargs: Mapping[str, Any], parameters: list[str]) -> list[tuple[Any, ...]]:
+    """Where each tensor leaf stands in a call: parameter name first, e.g. ``("position_embeddings", 0)``."""
+    paths: list[tuple[Any, ...]] = []
     for i, x in enumerate(args):
-        _name(x, parameters[i] if i < len(parameters) else f"arg{i}", names)
+        _paths(x, (parameters[i] if i < len(parameters) else f"arg{i}",), paths)
     for k, x in kwargs.items():
-        _name(x, k, names)
-    return names
+        _paths(x, (k,), paths)
+    return paths
 
 
-def _name(x: Any, prefix: str, names: list[str]) -> None:
+def _paths(x: Any, path: tuple[Any, ...], paths: list[tuple[Any, ...]]) -> None:
     if isinstance(x, torch.Tensor):
-        names.append(prefix)
+        paths.append(path)
         return
     if x is None or isinstance(x, CONSTANTS):
         return
-    children: list[Any]
     if type(x) is dict:
-        for k, v in x.items():
-            _name(v, f"{prefix}_{k}", names)
-        return
-    children = list(cast("list[Any]", x)) if type(x) in (tuple, list) else list(_registered(x).flatten_fn(x)[0])
-    for i, v in enumerate(children):
-        _name(v, f"{prefix}_{i}", names)
+        children = list(x.items())
+    elif type(x) is tuple or type(x) is list:
+        children = list(enumerate(x))
+    else:
+        children = list(enumerate(_registered(x).flatten_fn(x)[0]))
+    for k, v in children:
+        _paths(v, (*path, k), paths)

@@ -37,6 +37,7 @@ class Program:
     fqn: str
     example: list[torch.Tensor]  # one per placeholder
     out_spec: TreeSpec
+    paths: list[tuple[Any, ...]] = field(default_factory=list[tuple[Any, ...]])  # of each placeholder: parameter name, then steps
     guards: list[str] = field(default_factory=list[str])  # python expressions over L["leaves"], see capture.guards
     constants: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
 

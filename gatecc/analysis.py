@@ -1,0 +1,230 @@
+"""Analysis: the capture ladder and the sites that it yields; `inspect` is its public face."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from gatecc.capture import capture
+from gatecc.capture.record import RecordedCall, record_calls
+from gatecc.errors import CaptureError, ExampleInputsError, UnsupportedModelError
+from gatecc.ir.cost import cost
+from gatecc.ir.match import find_sites
+from gatecc.ir.program import Program
+from gatecc.ir.site import Refusal, Site
+from gatecc.passes.canonicalize import canonicalize
+from gatecc.report import GraphDump, GraphPair, PassRow, Report, RungRow, SiteRow, Totals
+
+Inputs = Any  # a tuple, a dict, or (tuple, dict)
+T = TypeVar("T")
+
+
+@dataclass
+class Analysis:
+    """Everything that is known of a model before a rewrite: captured programs, sites, refusals, and how they were had."""
+
+    programs: list[Program] = field(default_factory=list[Program])
+    sites: list[Site] = field(default_factory=list[Site])
+    refusals: list[Refusal] = field(default_factory=list[Refusal])
+    rungs: list[RungRow] = field(default_factory=list[RungRow])
+    passes: list[PassRow] = field(default_factory=list[PassRow])
+
+    def program_of(self, site: Site) -> Program:
+        """The program that holds a site."""
+        node = next(iter(site.values.values())).node
+        return next(p for p in self.programs if p.graph is node.graph)
+
+
+def inspect(model: nn.Module, example_inputs: Inputs) -> Report:
+    """Find every site of a model, and say of every place that looks like one why it is none. The model is not changed.
+
+    ``example_inputs``: a tuple is positional, a dict is keyword arguments, ``(tuple, dict)`` is both.
+    Raises ExampleInputsError, UnsupportedModelError, CaptureError (if not even a submodule can be captured).
+    """
+    args, kwargs = split_inputs(example_inputs)
+    check_model(model)
+    with evaluation(model):
+        analysis = analyse(model, args, kwargs)
+    return report_of(model, analysis)
+
+
+def report_of(model: nn.Module, analysis: Analysis) -> Report:
+    """The report of an analysis alone."""
+    costs = [cost(p) for p in analysis.programs]
+    flops = sum(c.flops for c in costs)
+    traffic = sum(c.bytes for c in costs)
+    return Report(
+        model=type(model).__name__,
+        sites=[SiteRow.of(s) for s in analysis.sites],
+        refusals=analysis.refusals,
+        rungs=analysis.rungs,
+        passes=analysis.passes,
+        graphs=[GraphPair((p.fqn,), GraphDump.of(p)) for p in analysis.programs],
+        totals=Totals(parameters_before=parameter_count(model), flops_before=flops, bytes_before=traffic),
+    )
+
+
+def parameter_count(model: nn.Module) -> int:
+    """The number of parameter elements, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def split_inputs(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``example_inputs`` as (args, kwargs). Raises ExampleInputsError for any other form."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple):
+        if len(example_inputs) == 2 and isinstance(example_inputs[0], tuple) and isinstance(example_inputs[1], Mapping):
+            return example_inputs[0], dict(example_inputs[1])
+        return example_inputs, {}
+    raise ExampleInputsError(
+        "example_inputs has an unknown form",
+        found=type(example_inputs).__name__,
+        expected="a tuple (positional), a dict (keyword arguments) or (tuple, dict)",
+        do="put a single tensor in a tuple: (x,)",
+    )
+
+
+def check_model(model: object) -> None:
+    """Raise UnsupportedModelError for what gatecc cannot rewrite: scripted modules, meta tensors, packed weights."""
+    if isinstance(model, torch.jit.ScriptModule | torch.jit.ScriptFunction):
+        raise UnsupportedModelError(
+            "a scripted module has no Python forward",
+            found=type(model).__name__,
+            do="pass the nn.Module that the script was made from",
+        )
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError("not a model", found=type(model).__name__, expected="a torch.nn.Module")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        _check_tensor(name, tensor)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedModelError("a submodule is scripted", where=name, do="use the Python module in its place")
+        if ".quantized" in type(module).__module__:
+            raise _quantised(name, f"{type(module).__module__}.{type(module).__name__}")
+
+
+def _check_tensor(name: str, tensor: torch.Tensor) -> None:
+    if tensor.is_meta:
+        raise UnsupportedModelError(
+            "the model is on the meta device: it has no weights to verify a rewrite with",
+            where=name,
+            found="device meta",
+            do="load the weights first (model.to_empty(device=...), then load_state_dict)",
+        )
+    if tensor.is_quantized or not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or not tensor.requires_grad):
+        raise _quantised(name, str(tensor.dtype))
+
+
+def _quantised(name: str, found: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        "the model holds quantised weights",
+        where=name,
+        found=found,
+        expected="float32, float64, bfloat16 or float16 weights",
+        do="transform the model first and quantise the result",
+    )
+
+
+def evaluation(model: nn.Module) -> _Evaluation:
+    """A context in which the model is in eval mode; afterwards every submodule has its own mode back."""
+    return _Evaluation(model)
+
+
+class _Evaluation:
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.training = {id(m): m.training for m in self.model.modules()}
+        self.default = self.model.training
+        for m in self.model.modules():
+            m.training = False
+
+    def __exit__(self, *error: object) -> None:
+        for m in self.model.modules():
+            m.training = self.training.get(id(m), self.default)  # modules made meanwhile follow the model
+
+
+def analyse(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Analysis:
+    """Climb down the ladder: the whole model if torch.export takes it, else the largest submodules that it takes."""
+    analysis = Analysis()
+    clock = time.process_time()
+    try:
+        program = capture(model, args, kwargs)
+    except CaptureError as whole:
+        _check_runs(model, args, kwargs)
+        analysis.rungs.append(RungRow("", "python", whole.found))
+        _descend(model, args, kwargs, whole, analysis)
+        analysis.passes.append(PassRow("capture", (time.process_time() - clock) * 1e3))
+        return analysis
+    analysis.passes.append(PassRow("capture", (time.process_time() - clock) * 1e3, 0, len(program.graph.nodes)))
+    analysis.rungs.append(RungRow("", "whole"))
+    add_program(analysis, program)
+    return analysis
+
+
+def add_program(analysis: Analysis, program: Program) -> None:
+    """Canonicalize a captured program and add its sites."""
+    nodes = len(program.graph.nodes)
+    _timed(analysis, "canonicalize", nodes, lambda: canonicalize(program), program)
+    found = _timed(analysis, "match", len(program.graph.nodes), lambda: find_sites(program), program)
+    analysis.programs.append(program)
+    analysis.sites.extend(found.sites)
+    analysis.refusals.extend(found.refusals)
+
+
+def _timed(analysis: Analysis, name: str, before: int, work: Callable[[], T], program: Program) -> T:
+    clock = time.process_time()
+    result = work()
+    analysis.passes.append(PassRow(name, (time.process_time() - clock) * 1e3, before, len(program.graph.nodes)))
+    return result
+
+
+def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as e:
+        raise ExampleInputsError(
+            "the model does not run on the example inputs",
+            where=type(model).__name__,
+            found=f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}",
+            expected="inputs with which model(*args, **kwargs) runs",
+            do="call the model with them once by hand; a tuple is positional, a dict is keyword arguments",
+        ) from e
+
+
+def _descend(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], whole: CaptureError, analysis: Analysis
+) -> None:
+    calls, _ = record_calls(model, [name for name, _ in model.named_modules() if name], args, kwargs)
+    todo = [name for name, _ in model.named_children()]
+    while todo:
+        name = todo.pop(0)
+        module = model.get_submodule(name)
+        children = [f"{name}.{child}" for child, _ in module.named_children()]
+        if not calls[name]:  # a container that is never called itself
+            todo[:0] = children
+            continue
+        failure = _submodule(module, name, calls[name][0], whole, analysis)
+        if failure is not None:
+            analysis.rungs.append(RungRow(name, "python", failure))
+            todo[:0] = children
+    if not analysis.programs:
+        raise whole
+
+
+def _submodule(module: nn.Module, name: str, call: RecordedCall, above: CaptureError, analysis: Analysis) -> str | None:
+    try:
+        program = capture(module, call.args, call.kwargs, fqn=name)
+    except CaptureError as e:
+        return e.found
+    analysis.rungs.append(RungRow(name, "submodule", above.found))
+    add_program(analysis, program)
+    return None

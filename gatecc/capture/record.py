@@ -1,0 +1,58 @@
+"""Record: run a model once and keep the real calls of chosen submodules, with what they returned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from gatecc.capture.adapters import adapted
+from gatecc.capture.signature import OpaqueArgumentError, map_tensors
+
+
+@dataclass(frozen=True, eq=False)
+class RecordedCall:
+    """One call of a submodule. Tensors are copies, taken before the module could change them in place."""
+
+    fqn: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def record_calls(
+    model: nn.Module, fqns: Collection[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[dict[str, list[RecordedCall]], Any]:
+    """Run ``model(*args, **kwargs)`` without gradients and return the calls of ``fqns``, and the model's output.
+
+    Calls that hold something other than tensors and constants are kept as they are, uncopied.
+    """
+    calls: dict[str, list[RecordedCall]] = {fqn: [] for fqn in fqns}
+    handles = [
+        module.register_forward_pre_hook(_hook(calls[fqn], fqn), with_kwargs=True)
+        for fqn, module in model.named_modules()
+        if fqn in calls
+    ]
+    try:
+        with torch.no_grad(), adapted(model):
+            output = model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls, output
+
+
+def _hook(calls: list[RecordedCall], fqn: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(RecordedCall(fqn, *_copied(args, kwargs)))
+
+    return hook
+
+
+def _copied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    try:
+        return map_tensors(lambda x: x.detach().clone(), (args, kwargs))
+    except OpaqueArgumentError:
+        return args, kwargs

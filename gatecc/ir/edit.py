@@ -1,0 +1,214 @@
+"""Editor: the hands of a rewrite. It inserts traced calls, replaces values, and makes the modules that hold new parameters.
+
+Everything that an editor does is recorded as well (`Step`), because the same edit must be possible on a running Python
+call where no graph can be had (see gatecc.scope_python), and on every layer that shares the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import fx, nn
+from torch._guards import detect_fake_mode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from gatecc.errors import GraphError
+from gatecc.ir.program import META, Origin, Program, attribute, fake, origin, window
+from gatecc.ir.site import Site
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # their forward iterates over children: a new child would run
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """``result = function(*arguments)``; ``path`` names the module (relative to the program's) if function is one."""
+
+    function: Callable[..., torch.Tensor] | None
+    path: str | None
+    arguments: tuple[Any, ...]
+    result: fx.Node
+
+
+@dataclass(frozen=True, eq=False)
+class Replace:
+    """Every later reader of ``old`` reads ``new``."""
+
+    old: fx.Node
+    new: fx.Node
+
+
+@dataclass(frozen=True, eq=False)
+class NewModule:
+    """A module that an edit needs at ``path`` (relative to the program's module), and how to make one."""
+
+    path: str
+    build: Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
+class ScaleWeight:
+    """Multiply an existing parameter by a power of two (so that dividing restores it bitwise)."""
+
+    path: str
+    factor: float
+
+
+Step = Call | Replace
+WeightStep = NewModule | ScaleWeight
+
+
+@dataclass(eq=False)
+class Editor:
+    """Edits one program at one site in the name of one rewrite."""
+
+    program: Program
+    site: Site
+    rewrite: str
+    steps: list[Step] = field(default_factory=list[Step])
+    weights: list[WeightStep] = field(default_factory=list[WeightStep])
+    inserted: set[fx.Node] = field(default_factory=set[fx.Node])
+
+    def module(self, name: str, build: Callable[[], nn.Module]) -> str:
+        """The path of a new submodule called ``name`` on the site's owner; made by ``build`` unless it exists already.
+
+        It is registered on the owner, or on the nearest ancestor whose forward does not iterate over its children.
+        """
+        owner = self.program.relative_name(self.site.owner)
+        while owner and isinstance(self.program.module.get_submodule(owner), CONTAINERS):
+            name, owner = f"{owner.rpartition('.')[2]}_{name}", owner.rpartition(".")[0]
+        path = f"{owner}.{name}" if owner else name
+        self.weights.append(NewModule(path, build))
+        holder = self.program.module.get_submodule(owner)
+        if name not in dict(holder.named_children()):
+            holder.add_module(name, build())
+        return path
+
+    def scale_weight(self, fqn: str, factor: float) -> None:
+        """Ask the engine to multiply a parameter by a power of two, once per layer, when the edit is installed."""
+        self.weights.append(ScaleWeight(self.program.relative_name(fqn), factor))
+
+    def call(self, function: Callable[..., torch.Tensor] | str, *arguments: Any, name: str = "") -> fx.Node:
+        """Insert ``function(*arguments)``, traced to ATen operators, as early as its arguments allow.
+
+        ``function`` is a Python function of tensors, or the path of a module (from `module`). Arguments that are nodes
+        are tensors of the graph; others are constants. Returns the node of the (single tensor) result.
+        """
+        nodes = [a for a in arguments if isinstance(a, fx.Node)]
+        path = function if isinstance(function, str) else None
+        module = cast("nn.Module", attribute(self.program.module, path)) if path else None
+        traced = _trace(module or cast("Callable[..., torch.Tensor]", function), arguments)
+        anchor = max(nodes, default=self.site_node) if nodes else self._first_call()
+        result = self._inline(traced, path or "", nodes, anchor, name)
+        self.steps.append(Call(None if path else cast("Callable[..., torch.Tensor]", function), path, arguments, result))
+        return result
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Let every reader of ``old`` read ``new``, except the nodes that this editor inserted to compute it."""
+        readers = [user for user in old.users if user not in self.inserted]
+        early = min((user for user in readers if user < new), default=None)
+        if early is not None:
+            self._hoist(new, early)
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in self.inserted)
+        self.steps.append(Replace(old, new))
+
+    @property
+    def site_node(self) -> fx.Node:
+        return next(iter(self.site.values.values())).node
+
+    def _first_call(self) -> fx.Node:
+        """The last placeholder or get_attr before the first computation: constants go behind it."""
+        last = next(iter(self.program.graph.nodes))
+        for node in self.program.graph.nodes:
+            if node.op not in ("placeholder", "get_attr"):
+                break
+            last = node
+        return last
+
+    def _inline(self, traced: fx.Graph, path: str, nodes: list[fx.Node], anchor: fx.Node, name: str) -> fx.Node:
+        parameters = iter(_tensor_names(attribute(self.program.module, path)) if path else ())
+        values = iter(nodes)
+        copied: dict[fx.Node, fx.Node] = {}
+        for node in traced.nodes:
+            if node.op == "output":
+                return copied[cast("fx.Node", node.args[0])]
+            with self.program.graph.inserting_after(anchor):
+                if node.op == "placeholder":
+                    parameter = next(parameters, None)
+                    if parameter is None:
+                        copied[node] = next(values)
+                        continue
+                    copy = self.program.graph.get_attr(f"{path}.{parameter}")
+                else:
+                    copy = self.program.graph.node_copy(node, copied.__getitem__)
+            self._mark(copy, node, name)
+            copied[node] = anchor = copy
+        raise AssertionError("a traced graph ends in an output")
+
+    def _mark(self, copy: fx.Node, source: fx.Node, name: str) -> None:
+        place = origin(self.site_node)
+        copy.meta = {k: v for k, v in source.meta.items() if k in ("val", "tensor_meta")}
+        copy.meta[META] = Origin(self.site.owner, place.call, self.site.line, inserted_by=self.rewrite)
+        if "nn_module_stack" in self.site_node.meta:
+            copy.meta["nn_module_stack"] = self.site_node.meta["nn_module_stack"]
+        if name:
+            copy._rename(name)  # noqa: SLF001
+        self.inserted.add(copy)
+
+    def _hoist(self, new: fx.Node, early: fx.Node) -> None:
+        """Move what ``new`` needs to before ``early``, the first reader of the value that it replaces."""
+        needed: set[fx.Node] = set()
+        todo = [new]
+        while todo:
+            node = todo.pop()
+            if node < early or node in needed:
+                continue
+            if node is early or early in node.all_input_nodes or _mutates(node):
+                raise GraphError(
+                    f"the rewrite {self.rewrite} reads a value that depends on the one it replaces",
+                    where=f"{self.site.owner} {self.site.line}".strip(),
+                    found=f"{node.name} is computed from {early.name}\n{window(node)}",
+                    do="gate a later value of the site, or read an earlier source",
+                )
+            needed.add(node)
+            todo.extend(node.all_input_nodes)
+        for node in sorted(needed):
+            early.prepend(node)
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _tensor_names(module: nn.Module) -> list[str]:
+    return [name for name, _ in _tensors(module)]
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def _trace(function: Callable[..., torch.Tensor], arguments: Sequence[Any]) -> fx.Graph:
+    """The ATen graph of a call on fake tensors. Placeholders: a module's parameters and buffers, then the node arguments."""
+    values = [fake(a) for a in arguments if isinstance(a, fx.Node)]
+    tensors = _tensors(function) if isinstance(function, nn.Module) else []
+    mode = detect_fake_mode([v for v in values if v is not None])
+    if mode is None:
+        raise GraphError("an edit reads a node that holds no tensor", found=str([str(a) for a in arguments]))
+
+    def flat(*flat_values: torch.Tensor) -> torch.Tensor:
+        own = dict(zip((name for name, _ in tensors), flat_values, strict=False))
+        rest = iter(flat_values[len(tensors) :])
+        actual = [next(rest) if isinstance(a, fx.Node) else a for a in arguments]
+        if isinstance(function, nn.Module):
+            return cast("torch.Tensor", torch.func.functional_call(function, own, tuple(actual)))
+        return function(*actual)
+
+    with mode:
+        inputs = [mode.from_tensor(t, static_shapes=True) for _, t in tensors] + values
+        traced = make_fx(flat, pre_dispatch=True)(*inputs)
+    traced.graph.eliminate_dead_code()
+    return traced.graph

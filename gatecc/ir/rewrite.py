@@ -1,0 +1,105 @@
+"""Rewrite and Recipe: what is done to a site, and a paper as a list of rewrites.
+
+A rewrite is a frozen dataclass. Its fields are its options in Python, in JSON and on the command line alike; selection,
+naming of parameters, verification and reporting belong to the engine.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, cast, get_type_hints
+
+from torch import fx
+
+from gatecc.errors import ArgumentError
+from gatecc.ir.contract import Contract
+from gatecc.ir.edit import Editor
+from gatecc.ir.select import Selector
+from gatecc.ir.site import Site
+
+REWRITES: dict[str, type[Rewrite]] = {}
+
+
+@dataclass(frozen=True)
+class Rewrite(ABC):
+    """One edit, done at every site that ``site`` selects.
+
+    A subclass is registered under its ``name`` and documented from its docstring. Write ``contract`` and ``rewrite``;
+    override ``footprint`` only if the edit reads nodes that are no values of the site.
+    """
+
+    name: ClassVar[str]
+
+    site: Selector
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "name" in vars(cls):
+            REWRITES[cls.name] = cls
+
+    @abstractmethod
+    def contract(self) -> Contract:
+        """What the rewrite promises about the model's function."""
+
+    @abstractmethod
+    def rewrite(self, site: Site, edit: Editor) -> None:
+        """Edit the graph at one site."""
+
+    def footprint(self, site: Site) -> Iterable[fx.Node]:
+        """The nodes that must lie in one graph for the edit: the scope is the smallest module that runs all of them."""
+        value = site.values.get(self.site.stage)
+        return [] if value is None else [value.node]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data with the rewrite's name under "rewrite"; the inverse of `rewrite_from_json`."""
+        return {"rewrite": self.name, **{f.name: _plain(getattr(self, f.name)) for f in fields(self)}}
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.site}"
+
+
+def rewrite_from_json(data: dict[str, Any]) -> Rewrite:
+    """Rebuild a rewrite from plain data. Raises ArgumentError for an unknown rewrite or option."""
+    rest = dict(data)
+    name = rest.pop("rewrite", None)
+    cls = REWRITES.get(str(name))
+    if cls is None:
+        raise ArgumentError("unknown rewrite", found=repr(name), expected=", ".join(sorted(REWRITES)))
+    hints = get_type_hints(cls)
+    known = {f.name for f in fields(cls)}
+    if unknown := sorted(set(rest) - known):
+        raise ArgumentError(f"unknown option of {name}", found=", ".join(unknown), expected=", ".join(sorted(known)))
+    return cls(**{key: _typed(hints[key], value) for key, value in rest.items()})
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "to_json"):
+        return value.to_json()
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in cast("tuple[Any, ...]", value)]
+    return value
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    if hasattr(hint, "from_json"):
+        return hint.from_json(value)
+    return tuple(cast("list[Any]", value)) if isinstance(value, list) else value
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named list of rewrites with its source. ``options`` are the arguments that it was built from."""
+
+    name: str
+    citation: str
+    rewrites: tuple[Rewrite, ...]
+    summary: str = ""
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Builder = Callable[..., tuple[Rewrite, ...]]

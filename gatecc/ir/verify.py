@@ -1,0 +1,145 @@
+"""Structural verification: a graph stays well formed through every rewrite.
+
+Checked after each site: no use before definition and no foreign node (graph lint), every inserted or re-wired node gets
+from its inputs the shape and dtype that is recorded for it, every named tensor exists, no parameter that was read is
+lost, and the outputs keep their number, shapes and dtypes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import detect_fake_mode
+
+from gatecc.errors import GraphError
+from gatecc.ir.program import Program, attribute, fake, window
+
+
+@dataclass(frozen=True)
+class Before:
+    """What of a program a rewrite must keep."""
+
+    outputs: tuple[tuple[str, str] | None, ...]
+    parameters: frozenset[str]
+    arguments: dict[fx.Node, tuple[fx.Node, ...]]
+
+    @classmethod
+    def of(cls, program: Program) -> Before:
+        return cls(
+            tuple(_kind(o) for o in program.outputs),
+            frozenset(str(n.target) for n in program.graph.nodes if n.op == "get_attr" and n.users),
+            {n: tuple(n.all_input_nodes) for n in program.graph.nodes},
+        )
+
+
+def verify(program: Program, before: Before, rewrite: str, inserted: set[fx.Node]) -> None:
+    """Raise GraphError, naming the rewrite and printing the graph around the guilty node, if the program is ill-formed."""
+    _order(program, rewrite)
+    _names(program, rewrite)
+    _shapes(program, before, rewrite, inserted)
+    _kept(program, before, rewrite)
+
+
+def _fail(rewrite: str, what: str, node: fx.Node, found: str, do: str = "") -> GraphError:
+    return GraphError(what, where=rewrite, found=f"{found}\n{window(node)}", do=do)
+
+
+def _order(program: Program, rewrite: str) -> None:
+    defined: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        for used in node.all_input_nodes:
+            if used not in defined:
+                raise _fail(
+                    rewrite,
+                    "a value is used before it is defined",
+                    node,
+                    f"{node.name} reads {used.name}, which is computed later or not at all",
+                    "insert new nodes behind everything that they read (edit.call does)",
+                )
+        defined.add(node)
+    try:
+        program.graph.lint()
+    except RuntimeError as e:
+        raise _fail(rewrite, "the graph is not well formed", program.graph.output_node(), str(e)) from e
+
+
+def _names(program: Program, rewrite: str) -> None:
+    for node in program.graph.nodes:
+        if node.op != "get_attr" or str(node.target) in program.constants:
+            continue
+        for root in (program.module, program.graph_module):
+            try:
+                attribute(root, str(node.target))
+                break
+            except AttributeError:
+                continue
+        else:
+            raise _fail(
+                rewrite,
+                "a parameter does not exist",
+                node,
+                f"{node.target} is named by the graph, the module has no such tensor",
+                "make new modules with edit.module",
+            )
+
+
+def _shapes(program: Program, before: Before, rewrite: str, inserted: set[fx.Node]) -> None:
+    """Run every new or re-wired node on the fake values of its inputs; what it gives must be what is recorded."""
+    for node in program.graph.nodes:
+        if node.op != "call_function" or isinstance(node.target, torch._ops.HigherOrderOperator):  # noqa: SLF001
+            continue
+        if node not in inserted and before.arguments.get(node) == tuple(node.all_input_nodes):
+            continue
+        recorded = fake(node)
+        if recorded is None:
+            continue
+        _shape(node, recorded, rewrite)
+
+
+def _shape(node: fx.Node, recorded: torch.Tensor, rewrite: str) -> None:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+    mode = detect_fake_mode([recorded])
+    try:
+        with mode or torch.no_grad():
+            got: Any = node.target(*args, **kwargs)  # type: ignore[operator]
+    except Exception as e:
+        raise _fail(rewrite, "an operator does not accept its inputs", node, f"{type(e).__name__}: {e}") from e
+    if not isinstance(got, torch.Tensor) or _differs(got, recorded):
+        raise _fail(rewrite, "a value has another shape or dtype than before", node, f"{_kind_of(got)}, recorded {_kind_of(recorded)}")
+
+
+def _differs(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.dtype != b.dtype or a.dim() != b.dim():
+        return True
+    # Symbolic sizes are compared as expressions: asking whether they are equal would add a guard.
+    return any(str(x) != str(y) for x, y in zip(a.shape, b.shape, strict=True))
+
+
+def _kept(program: Program, before: Before, rewrite: str) -> None:
+    output = program.graph.output_node()
+    now = tuple(_kind(o) for o in program.outputs)
+    if now != before.outputs:
+        raise _fail(rewrite, "the outputs changed", output, f"{now}, before {before.outputs}")
+    names = {str(n.target) for n in program.graph.nodes if n.op == "get_attr" and n.users}
+    if lost := sorted(before.parameters - names):
+        raise _fail(
+            rewrite,
+            "the graph lost a parameter",
+            output,
+            f"{', '.join(lost)} no longer takes part in the output",
+            "keep the old value in the new expression, or declare the loss in the rewrite",
+        )
+
+
+def _kind(output: Any) -> tuple[str, str] | None:
+    if not isinstance(output, fx.Node):
+        return None
+    value = fake(output)
+    return None if value is None else (str(tuple(value.shape)), str(value.dtype))
+
+
+def _kind_of(value: Any) -> str:
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else repr(value)

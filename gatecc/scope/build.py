@@ -1,0 +1,148 @@
+"""build: from one call of a scope to an entry of its family: capture, canonicalize, find the sites again, rewrite, verify."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from gatecc.capture import capture
+from gatecc.capture.reads import reads_of, recorded_reads
+from gatecc.errors import CaptureError, GateccError, GraphError
+from gatecc.ir.edit import Editor, NewModule, ScaleWeight, WeightStep
+from gatecc.ir.match import find_sites
+from gatecc.ir.program import Program, attribute, window
+from gatecc.ir.rewrite import Rewrite
+from gatecc.ir.site import Attention, Site
+from gatecc.ir.verify import Before, verify
+from gatecc.passes.canonicalize import canonicalize
+from gatecc.scope.family import Entry
+from gatecc.scope.python_path import PythonPath, python_path
+from gatecc.scope.scope import Scope, base_forward
+from gatecc.scope.variant import Variant
+
+
+@dataclass
+class Built:
+    """What one build made: the entry, the program before variants were cut from it, the steps, and times in seconds."""
+
+    entry: Entry
+    program: Program
+    editors: list[Editor]
+    python: PythonPath
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+
+    @property
+    def weights(self) -> list[WeightStep]:
+        """The changes of weights that the rewrites ask for, in order."""
+        return [step for editor in self.editors for step in editor.weights]
+
+
+Observer = Callable[[str, Program], None]
+
+
+def build(module: nn.Module, state: Scope, args: tuple[Any, ...], kwargs: dict[str, Any], observe: Observer | None = None) -> Built:
+    """Capture one call of a scope and do its rewrites. Raises CaptureError; GraphError names rewrite, site and line.
+
+    ``observe(stage, program)`` is called with "before" on the canonical graph and "after" on the rewritten one.
+    """
+    clock = _Clock()
+    with recorded_reads(module) as seen:
+        program = capture(module, args, kwargs, fqn=state.fqn, forward=base_forward(module))
+    clock.lap("capture")
+    canonicalize(program)
+    clock.lap("canonicalize")
+    reads = reads_of(seen)
+    plain = Variant(program, reads)
+    clock.lap("print")
+    if observe:
+        observe("before", program)
+    sites = find_sites(program).sites
+    clock.lap("match")
+    editors = rewrite_program(program, state, sites)
+    clock.lap("rewrite")
+    path = python_path(program, editors, [s for s in sites if isinstance(s, Attention)], _argument_paths(program))
+    variant = Variant(program, reads)
+    clock.lap("print")
+    if observe:
+        observe("after", program)
+    return Built(Entry(variant, plain), program, editors, path, clock.seconds)
+
+
+def rewrite_program(program: Program, state: Scope, sites: list[Site]) -> list[Editor]:
+    """Do every application of a scope on a program, verifying after each site."""
+    editors: list[Editor] = []
+    by_place = {(s.kind, program.relative_name(s.owner), s.ordinal, s.call): s for s in sites}
+    for application in state.applied:
+        kind = application.rewrite.site.kind
+        for owner, ordinal in application.sites:
+            found = [s for (k, o, n, _), s in by_place.items() if (k, o, n) == (kind, owner, ordinal)]
+            if not found:
+                raise CaptureError(
+                    "a rewritten site does not exist in this kind of call",
+                    where=program.full_name(owner) or "model",
+                    found=f"no {kind} site #{ordinal} in the graph of this call",
+                    do="call the model as in the example inputs, or transform it with example inputs of this kind",
+                )
+            editors.extend(apply(application.rewrite, program, site) for site in found)
+    program.graph.eliminate_dead_code()
+    return editors
+
+
+def apply(rewrite: Rewrite, program: Program, site: Site) -> Editor:
+    """One rewrite at one site, verified structurally."""
+    before = Before.of(program)
+    edit = Editor(program, site, rewrite.name)
+    place = f"{rewrite} at {site.key} {site.line}".strip()
+    try:
+        rewrite.rewrite(site, edit)
+    except GateccError:
+        raise
+    except Exception as e:
+        raise GraphError(
+            f"the rewrite raised {type(e).__name__}", where=place, found=f"{e}\n{window(edit.site_node)}"
+        ) from e
+    verify(program, before, place, edit.inserted)
+    return edit
+
+
+def install_weights(module: nn.Module, steps: list[WeightStep], built_on: nn.Module) -> dict[str, int]:
+    """Make on a layer the modules and weight changes that a build asks for; returns new parameter counts by path.
+
+    The layer that the build ran on has its modules already; every layer gets its weights scaled here.
+    """
+    made: dict[str, int] = {}
+    for step in steps:
+        if isinstance(step, NewModule):
+            holder_path, _, name = step.path.rpartition(".")
+            holder = module.get_submodule(holder_path)
+            if name not in dict(holder.named_children()):
+                holder.add_module(name, step.build())
+            new = module.get_submodule(step.path)
+            made.update({f"{step.path}.{n}": p.numel() for n, p in new.named_parameters()})
+        else:
+            scale(module, step, step.factor)
+    return made
+
+
+def scale(module: nn.Module, step: ScaleWeight, factor: float) -> None:
+    """Multiply an existing parameter in place."""
+    attribute(module, step.path).data.mul_(factor)
+
+
+def _argument_paths(program: Program) -> dict[Any, tuple[Any, ...]]:
+    return dict(zip(program.placeholders, program.paths, strict=True))
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.process_time()
+
+    def lap(self, name: str) -> None:
+        now = time.process_time()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now

@@ -1,0 +1,110 @@
+"""Family: layers of one structure, which share their captures. Sharing is proved per layer, never assumed."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from gatecc.capture.reads import same_reads
+from gatecc.capture.signature import Key
+from gatecc.scope.variant import Variant
+
+LIMIT = 64  # variants kept per family; the least recently used goes first
+
+
+@dataclass(eq=False)
+class Entry:
+    """One captured call: the rewritten variant, and the plain one (before any rewrite) that proofs are made with."""
+
+    variant: Variant
+    plain: Variant
+
+
+@dataclass(eq=False)
+class Family:
+    """The shared variants by call key. A family is never copied or pickled with its layers: copies go on sharing it."""
+
+    entries: OrderedDict[Key, list[Entry]] = field(default_factory=OrderedDict[Key, list[Entry]])
+
+    def add(self, key: Key, entry: Entry) -> None:
+        self.entries.setdefault(key, []).append(entry)
+        if len(self.entries) > LIMIT:
+            self.entries.popitem(last=False)
+
+    def find(self, key: Key, leaves: Sequence[torch.Tensor]) -> list[Entry]:
+        """The entries whose sizes fit, most recent call first."""
+        return [e for e in self.entries.get(key, ()) if e.variant.accepts(leaves)]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Family:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Family, ())
+
+
+def structure(module: nn.Module) -> tuple[Any, ...]:
+    """What two layers must have in common before a proof is tried: types, shapes, dtypes, aliasing of all tensors."""
+    names: dict[int, str] = {}
+    tensors = [
+        (name, tuple(t.shape), t.dtype, t.requires_grad, names.setdefault(id(t), name))
+        for name, t in (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    ]
+    return (tuple((path, type(m)) for path, m in module.named_modules()), tuple(tensors))
+
+
+def proves(entry: Entry, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], leaves: Sequence[torch.Tensor]) -> bool:
+    """Whether the entry's plain graph is this layer's function: equal attributes read, and equal outputs on this call.
+
+    The layer runs twice from the same random state, its buffers are restored after each run, and no gradient is taken.
+    """
+    if not same_reads(entry.plain.reads, module):
+        return False
+    buffers = [(b, b.clone()) for b in module.buffers()]
+    devices = sorted({x.device.index or 0 for x in leaves if x.device.type == "cuda"})
+    results: list[Any] = []
+    for run in (lambda: forward(*args, **kwargs), lambda: entry.plain(module, leaves)):
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            results.append(run())
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+    return same_outputs(results[0], results[1], 1e-5)
+
+
+def same_outputs(a: Any, b: Any, tolerance: float) -> bool:
+    """Whether two outputs have the same structure and tensors equal up to tolerance * max(1, max|a|)."""
+    left, spec = pytree.tree_flatten(a)
+    right, other = pytree.tree_flatten(b)
+    return spec == other and all(close(x, y, tolerance) for x, y in zip(left, right, strict=True))
+
+
+def close(x: Any, y: Any, tolerance: float) -> bool:
+    """Tensors: same shape and dtype, difference small where finite, NaN and infinity at the same places. Others: equal."""
+    if not (isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)):
+        return bool(type(x) is type(y) and (x is y or x == y))
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return False
+    if not x.is_floating_point():
+        return bool(torch.equal(x, y))
+    return difference(x, y) <= tolerance
+
+
+def difference(x: torch.Tensor, y: torch.Tensor) -> float:
+    """max|x - y| / max(1, max|x|) over finite entries; infinite if non-finite entries differ or shapes do."""
+    if x.shape != y.shape:
+        return float("inf")
+    if x.numel() == 0:
+        return 0.0
+    finite = torch.isfinite(x)
+    same = torch.where(finite, torch.isfinite(y), (x == y) | (x.isnan() & y.isnan()))
+    if not bool(same.all()):
+        return float("inf")
+    gap = torch.where(finite, (x - y).abs(), 0).max()
+    scale = torch.where(finite, x.abs(), 0).max().clamp(min=1)
+    return float((gap.double() / scale.double()).item())

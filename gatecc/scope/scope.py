@@ -1,0 +1,242 @@
+"""Scope: a submodule whose forward runs captured, rewritten variants of itself.
+
+The module keeps its identity: its class becomes a dynamic subclass (as torch.nn.utils.parametrize does), its children,
+parameter names and methods stay. Each call picks a variant by everything that a graph bakes in; a new kind of call
+captures a new variant; a call that cannot be captured takes the Python path; and the unrewritten forward never runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from gatecc.capture import capture
+from gatecc.capture.reads import Read, reads_of, recorded_reads
+from gatecc.capture.signature import Key, OpaqueArgumentError, flatten, map_tensors
+from gatecc.errors import CallNotCapturedError, CaptureError
+from gatecc.ir.rewrite import Rewrite
+from gatecc.scope.family import Entry, Family, proves
+from gatecc.scope.python_path import PythonPath, run_python
+from gatecc.scope.variant import Variant
+
+STATE = "_gatecc"
+
+
+@dataclass(frozen=True)
+class Application:
+    """One rewrite and where it is done in a scope: (owner relative to the scope, ordinal) of each site."""
+
+    rewrite: Rewrite
+    sites: tuple[tuple[str, int], ...]
+
+
+@dataclass(eq=False)
+class Scope:
+    """The state behind one scoped module, kept in its ``__dict__``; survives deepcopy and pickling with the module."""
+
+    fqn: str
+    applied: tuple[Application, ...]
+    family: Family = field(default_factory=Family)
+    python: PythonPath = field(default_factory=lambda: PythonPath(refused="no call was captured yet"))
+    refused: dict[Key, str] = field(default_factory=dict[Key, str])  # calls that could not be captured, and why
+    trusted: list[Entry] = field(default_factory=list[Entry])  # entries captured on, or proved for, this layer
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "refused": {}, "trusted": [], "family": Family()}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Scope:
+        return Scope(self.fqn, self.applied, self.family, self.python, dict(self.refused), list(self.trusted))
+
+
+def scope_of(module: nn.Module) -> Scope | None:
+    """The scope state of a module, None if it is an ordinary module."""
+    return vars(module).get(STATE)
+
+
+def scopes(model: nn.Module) -> Iterator[tuple[str, nn.Module, Scope]]:
+    """Every scoped module of a model: its FQN, the module, its state."""
+    for fqn, module in model.named_modules():
+        state = scope_of(module)
+        if state is not None:
+            yield fqn, module, state
+
+
+@functools.cache
+def scoped_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of ``base`` whose forward runs variants. It has the base's name; ``gatecc_base`` is the base."""
+
+    @functools.wraps(base.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return run(self, args, kwargs)
+
+    def reduce(self: nn.Module, protocol: Any = None) -> Any:
+        return (_new, (base,), self.__getstate__() if hasattr(self, "__getstate__") else vars(self))
+
+    names = {"forward": forward, "__reduce_ex__": reduce, "__module__": base.__module__, "gatecc_base": base}
+    return type(base.__name__, (base,), {**names, "__qualname__": base.__qualname__, "__doc__": base.__doc__})
+
+
+def _new(base: type[nn.Module]) -> nn.Module:
+    cls = scoped_class(base)
+    return cls.__new__(cls)
+
+
+def install(module: nn.Module, state: Scope) -> None:
+    """Turn a module into a scope in place."""
+    module.__class__ = scoped_class(base_class(module))
+    vars(module)[STATE] = state
+
+
+def remove(module: nn.Module) -> None:
+    """Turn a scope back into an ordinary module in place (new parameters are the caller's to remove)."""
+    module.__class__ = base_class(module)
+    vars(module).pop(STATE, None)
+
+
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """The module's own class, whether or not it is a scope."""
+    return cast("type[nn.Module]", getattr(type(module), "gatecc_base", type(module)))
+
+
+def base_forward(module: nn.Module) -> Callable[..., Any]:
+    """The module's own forward, bound."""
+    return functools.partial(base_class(module).forward, module)
+
+
+def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The forward of a scope."""
+    state = cast("Scope", vars(module)[STATE]) if not torch.compiler.is_dynamo_compiling() else module._gatecc  # noqa: SLF001
+    try:
+        key, leaves = call_key(module, args, kwargs)
+    except OpaqueArgumentError as e:
+        return _python(module, state, args, kwargs, str(e))
+    for entry in state.family.find(key, leaves):
+        if entry in state.trusted and fresh(entry.variant.reads, module):
+            return entry.variant(module, leaves)
+    return _first(module, state, key, args, kwargs, leaves)
+
+
+def _first(module: nn.Module, state: Scope, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[torch.Tensor]) -> Any:
+    """A call of a kind that this scope has not seen: share, capture, or take the Python path."""
+    if torch.compiler.is_dynamo_compiling():
+        if state.python.refused:
+            torch._dynamo.graph_break()  # noqa: SLF001  (the frame runs again in Python and captures with real tensors)
+        return _python(module, state, args, kwargs, "")
+    if key in state.refused:
+        return _python(module, state, args, kwargs, state.refused[key])
+    if _is_traced(leaves):
+        return _traced(module, state, key, args, kwargs, leaves)
+    try:
+        entry = entry_for(module, state, key, args, kwargs, leaves)
+    except CaptureError as e:
+        state.refused[key] = e.found
+        return _python(module, state, args, kwargs, e.found)
+    return entry.variant(module, leaves)
+
+
+def entry_for(module: nn.Module, state: Scope, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[torch.Tensor]) -> Entry:
+    """An entry of the family that is proved for this layer, or a new capture. Raises CaptureError."""
+    from gatecc.scope.build import build
+
+    for entry in state.family.find(key, leaves):
+        if entry not in state.trusted and proves(entry, module, base_forward(module), args, kwargs, leaves):
+            state.trusted.append(entry)
+            return entry
+    entry = build(module, state, args, kwargs).entry
+    state.family.add(key, entry)
+    state.trusted.append(entry)
+    return entry
+
+
+def _python(module: nn.Module, state: Scope, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str) -> Any:
+    if state.python.refused and reason:
+        raise CallNotCapturedError(
+            "this call cannot become a graph, and the rewrite cannot be said in Python",
+            where=state.fqn or type(module).__name__,
+            found=f"{reason}; {state.python.refused}",
+            do="call without a cache object (use_cache=False) and without hooks inside the scope; "
+            "for generation with constant memory use gatecc.decoder",
+        )
+    return run_python(state.python, module, base_forward(module), args, kwargs, state.fqn)
+
+
+def call_key(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Key, list[torch.Tensor]]:
+    """Everything that a graph bakes in: the call's structure and constants, grad mode, and the state of each submodule.
+
+    Raises OpaqueArgumentError if an argument, or a hook inside the scope, cannot be part of a graph.
+    """
+    key, leaves = flatten(args, kwargs)
+    modes: list[Any] = []
+    _modes(module, modes, True)
+    if not leaves:
+        raise OpaqueArgumentError("a call without tensor arguments")
+    return (key, torch.is_grad_enabled(), tuple(modes)), leaves
+
+
+def _modes(module: nn.Module, out: list[Any], root: bool) -> None:
+    """Type and training flag of every submodule: swapped submodules (LoRA) and frozen norms change the graph."""
+    if not root and (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks):  # noqa: SLF001
+        raise OpaqueArgumentError(f"a hook on the submodule {type(module).__name__}")
+    out.append(type(module))
+    out.append(module.training)
+    for child in module._modules.values():  # noqa: SLF001
+        if child is not None:
+            _modes(child, out, False)
+
+
+def fresh(reads: tuple[Read, ...], module: nn.Module) -> bool:
+    """Whether the plain attributes that the capture read still have the values that it baked in."""
+    for path, name, value in reads:
+        holder = module.get_submodule(path) if path else module
+        now = getattr(holder, name, None)
+        if now is not value and now != value:
+            return False
+    return True
+
+
+def _is_traced(leaves: list[torch.Tensor]) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return any(isinstance(x, FakeTensor) for x in leaves) or get_proxy_mode() is not None
+
+
+def _traced(module: nn.Module, state: Scope, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[torch.Tensor]) -> Any:
+    """Inside someone's torch.export: capture on real tensors of the same sizes, in a thread that has no tracing modes."""
+    with _real_calls(args, kwargs) as (real_args, real_kwargs):
+        outcome: list[Any] = []
+
+        def work() -> None:
+            try:
+                with torch.set_grad_enabled(key[1]):
+                    outcome.append(entry_for(module, state, key, real_args, real_kwargs, flatten(real_args, real_kwargs)[1]))
+            except CaptureError as e:
+                outcome.append(e)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    if outcome and isinstance(outcome[0], Entry):
+        return outcome[0].variant(module, leaves)
+    return _python(module, state, args, kwargs, outcome[0].found if outcome else "the capture died")
+
+
+@contextmanager
+def _real_calls(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+    with disable_proxy_modes_tracing(), unset_fake_temporarily():
+        yield cast("tuple[Any, Any]", map_tensors(_real, (args, kwargs)))
+
+
+def _real(x: torch.Tensor) -> torch.Tensor:
+    sizes = [s if isinstance(s, int) else s.node.hint for s in x.shape]
+    return torch.zeros(sizes, dtype=x.dtype, device=x.device)

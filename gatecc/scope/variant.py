@@ -1,0 +1,101 @@
+"""Variant: one captured and rewritten graph as a Python function of a live module and the tensor leaves of a call.
+
+The function reads parameters from the module that it is given (``self.q_proj.weight``), so one variant serves every
+layer of the same structure, follows ``.to()``, ``functional_call``, DDP and FSDP, and is traced through by torch.export
+and Dynamo as if it were the module's own forward.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from gatecc.capture.guards import Check, compile_guards
+from gatecc.capture.reads import Read
+from gatecc.ir.program import Program
+
+
+class Variant:
+    """``variant(module, leaves)`` computes the module's output; ``accepts(leaves)`` checks the sizes that it bakes in."""
+
+    def __init__(self, program: Program, reads: tuple[Read, ...]) -> None:
+        """Freeze the program's present graph; later edits of the program do not reach the variant."""
+        self.accepts: Check = compile_guards(program.guards)
+        self.guards = tuple(program.guards)
+        self.reads = reads
+        self.source, self._function, self._extra = _function(program)
+        spec = program.out_spec
+        self._out_spec = None if _is_plain(spec) else spec
+
+    def __call__(self, module: nn.Module, leaves: Sequence[torch.Tensor]) -> Any:
+        out = self._function(module, *leaves, *self._extra)
+        return out if self._out_spec is None else pytree.tree_unflatten(out, self._out_spec)
+
+
+def _function(program: Program) -> tuple[str, Callable[..., Any], tuple[Any, ...]]:
+    """Print the graph as ``forward(self, *leaves, *extra)``; extra are its constants and higher-order operator bodies."""
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    extra: dict[str, fx.Node] = {}
+    values: list[Any] = []
+    held = [n for n in program.graph.nodes if n.op == "get_attr" and not _is_live(program, n)]
+    after = program.placeholders[-1] if program.placeholders else None
+    for node in program.graph.nodes:
+        if node.op == "output":
+            flat = [copied[a] if isinstance(a, fx.Node) else a for a in program.outputs]
+            spec = program.out_spec
+            graph.output(pytree.tree_unflatten(flat, spec) if _is_plain(spec) else tuple(flat))
+            continue
+        if node in held:
+            continue
+        copied[node] = graph.node_copy(node, copied.__getitem__)
+        if node is after:
+            _hold(program, held, graph, copied, extra, values)
+    if after is None:
+        raise ValueError("a captured call has at least one tensor argument")
+    code = graph.python_code("self")
+    names: dict[str, Any] = dict(code.globals)
+    exec(compile(code.src, f"<gatecc {program.fqn or type(program.module).__name__}>", "exec"), names)  # noqa: S102
+    return code.src, names["forward"], tuple(values)
+
+
+def _hold(
+    program: Program,
+    held: list[fx.Node],
+    graph: fx.Graph,
+    copied: dict[fx.Node, fx.Node],
+    extra: dict[str, fx.Node],
+    values: list[Any],
+) -> None:
+    for node in held:
+        target = str(node.target)
+        if target not in extra:
+            extra[target] = graph.placeholder("held_" + target.replace(".", "_"))
+            values.append(program.constants.get(target, None))
+            if values[-1] is None:
+                values[-1] = operator.attrgetter(target)(program.graph_module)
+        copied[node] = extra[target]
+
+
+def _is_live(program: Program, node: fx.Node) -> bool:
+    """Whether a get_attr reads the live module; else it is a constant, or the body of a higher-order operator."""
+    target = str(node.target)
+    if target in program.constants:
+        return False
+    try:
+        value = operator.attrgetter(target)(program.module)
+    except AttributeError:
+        return False
+    return isinstance(value, torch.Tensor)
+
+
+def _is_plain(spec: pytree.TreeSpec) -> bool:
+    """Whether an output is built of tuples, lists and dicts alone, which a graph can return by itself."""
+    if spec.is_leaf():
+        return True
+    return spec.type in (tuple, list, dict) and all(_is_plain(child) for child in spec.children())
