@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Any, Literal
+from typing import Literal
 
 from torch import fx
 
-from gatecc.ir.program import Program, fake, origin
+from gatecc.ir.graphview import attributes
+from gatecc.ir.program import Program
 from gatecc.ir.site import MLP, Activation, Attention, Merge, Site
 
 
@@ -162,26 +163,4 @@ def _attention(site: Attention) -> list[str]:
 
 
 def _node(node: fx.Node) -> NodeRow:
-    place, value = origin(node), fake(node)
-    return NodeRow(
-        name=node.name,
-        op=node.op,
-        target=target_name(node.target),
-        owner=place.owner,
-        inputs=tuple(source.name for source in node.all_input_nodes),
-        shape="" if value is None else "x".join(str(size) for size in value.shape),
-        dtype="" if value is None else str(value.dtype).removeprefix("torch."),
-        inserted_by=place.inserted_by,
-        line=place.line,
-    )
-
-
-def target_name(target: str | Callable[..., Any]) -> str:
-    """``aten.linear.default``, ``operator.getitem``, ``layer.weight``."""
-    if isinstance(target, str):
-        return target
-    text = str(target)
-    if not text.startswith("<"):
-        return text
-    module = (getattr(target, "__module__", "") or "").lstrip("_")
-    return f"{module}.{getattr(target, '__name__', type(target).__name__)}".lstrip(".")
+    return NodeRow(name=node.name, inputs=tuple(source.name for source in node.all_input_nodes), **attributes(node))
