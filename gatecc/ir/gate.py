@@ -1,8 +1,8 @@
 """Gate: a spec of six choices, and the module that it builds for a place in a graph.
 
-``GateSpec("hidden", "linear", "head", "sigmoid")`` is Gated Attention's headwise gate. A spec is data: hashable, comparable,
-the same in Python, JSON and text. ``spec.build(shape)`` makes the module once the place is known; what the module reads
-is ``spec.sources``, in that order.
+``GateSpec("hidden", "linear", "head", "sigmoid")`` is Gated Attention's headwise gate. A spec is data: hashable,
+comparable, the same in Python, JSON and text. ``spec.build(shape)`` makes the module once the place is known; what the
+module reads is ``spec.sources``, in that order.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from torch import Tensor, nn
 
 from gatecc.errors import ArgumentError
 from gatecc.ir.contract import Contract, changes_function, exact, identity_at_init
+from gatecc.ir.gates import rules
 from gatecc.ir.gates.activation import Activation, Start
 from gatecc.ir.gates.estimator import Estimator
 from gatecc.ir.gates.granularity import Granularity
-from gatecc.ir.gates.init import Identity, Init, Reuse, fill_inner
+from gatecc.ir.gates.init import Identity, Init, fill_inner
 from gatecc.ir.gates.layout import Features, GateShape, SourceShape, channels_last, emit, features, width
 from gatecc.ir.gates.option import expression
-from gatecc.ir.gates.scorer import LeastSquares, NoScorer, Schedule, Scorer
-from gatecc.ir.gates.source import Cond, Param, Ref, Source, Stage
+from gatecc.ir.gates.scorer import LeastSquares, Schedule, Scorer
+from gatecc.ir.gates.source import Param, Ref, Source
 
 __all__ = ["GateModule", "GateShape", "GateSpec", "Ref", "SourceShape"]
 
@@ -68,7 +69,7 @@ class GateSpec:
         )
         for f, value in zip(fields(self), values, strict=True):
             object.__setattr__(self, f.name, value)
-        check(self)
+        rules.check(self)
 
     @property
     def sources(self) -> tuple[Ref, ...]:
@@ -83,16 +84,12 @@ class GateSpec:
     @property
     def mixes_tokens(self) -> bool:
         """Whether a gate may depend on later tokens: a gate that pools is not causal."""
-        from gatecc.ir.gates.scorer import Attn, Conv
-        from gatecc.ir.gates.source import Pool
-
-        pooled = any(isinstance(part, Pool) for part in self.source.parts)
-        return pooled or isinstance(self.scorer, Attn) or (isinstance(self.scorer, Conv) and self.scorer.kernel > 1)
+        return self.source.mixes_tokens or self.scorer.mixes_tokens
 
     @property
     def start(self) -> Start | None:
         """The activation and the score at which the gate begins at 1, None if its init does not mean to."""
-        return start(self)
+        return rules.start(self)
 
     @property
     def fold_factor(self) -> float:
@@ -171,7 +168,7 @@ class GateSpec:
 class GateModule(nn.Module):
     """A gate at a place. ``forward(value, *sources)`` yields what to multiply ``value`` by, broadcastable to it.
 
-    Shapes for value "bhnd" and source "bnc": granularity head gives (b, h, n, 1), element (b, h, n, d), token (b, 1, n, 1).
+    For value "bhnd" and source "bnc", granularity head gives (b, h, n, 1), element (b, h, n, d), token (b, 1, n, 1).
     The parameters are those of the scorer: ``weight`` and ``bias`` for a linear one.
     """
 
@@ -189,28 +186,24 @@ class GateModule(nn.Module):
         self.features = spec.granularity.features(shape)
         self.width = width(self.features, shape)
         self.activation = spec.activation if spec.start is None else spec.start.activation
-        self._names: tuple[str, ...] = ()
-        self._make(device, dtype)
+        self._names = self._make(device, dtype)
+        self._buffer_names = tuple(spec.estimator.buffers())
         self.reset()
 
     # -- making --------------------------------------------------------------------------------------------------------
 
-    def _make(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-        for name, size in self._parameter_shapes().items():
-            if name == "window":  # the schedule's channel numbers: a buffer, so that it moves with the module
-                self.register_buffer(
-                    name, torch.arange(size[0], device=device, dtype=dtype or torch.get_default_dtype())
-                )
-                continue
+    def _make(self, device: torch.device | str | None, dtype: torch.dtype | None) -> tuple[str, ...]:
+        shapes = self._parameter_shapes()
+        for name, size in shapes.items():
             empty = torch.empty(size, device=device, dtype=dtype)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=self.spec.trainable))
-            self._names += (name,)
         for name, buffer in self.spec.estimator.buffers().items():
             self.register_buffer(name, buffer.to(device=device), persistent=False)
+        return tuple(shapes)
 
     def _parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         spec, shape = self.spec, self.shape
-        check_place(spec, shape, self.width)
+        rules.check_place(spec, shape, self.width)
         if isinstance(spec.source, Param):
             at = spec.granularity.positions(shape)
             return {
@@ -266,17 +259,19 @@ class GateModule(nn.Module):
             return Features(self.get_parameter("weight"), at)
         tensors = [self._cast(x, ref) for x, ref in zip(sources, self.spec.sources, strict=True)]
         read = self.spec.source.read(self.shape, self.shape.sources, value, tensors)
-        names = self._names or (("window",) if isinstance(self.spec.scorer, Schedule) else ())
-        return self.spec.scorer(read, {name: getattr(self, name) for name in names})
+        return self.spec.scorer(read, {name: getattr(self, name) for name in self._names}, self.width)
 
     def from_scores(self, value: Tensor, scores: Features) -> Tensor:
         """Gates from scores, for an engine that computes the scores elsewhere (``fuse_into``)."""
-        z = scores.x
-        gates = self._sample(value, scores) if self.training else self.spec.estimator.decide(z, self.activation)
-        return emit(Features(gates, scores.at), self.features, self.shape, value).to(value.dtype)
+        if self.training:
+            gates = self._sample(value, scores)
+        else:
+            gates = self.spec.estimator.decide(scores.x, self.activation)
+        laid = emit(Features(gates, scores.at), self.features, self.shape, value)
+        return laid if laid.dtype == value.dtype else laid.to(value.dtype)
 
     def _sample(self, value: Tensor, scores: Features) -> Tensor:
-        buffers = {name: getattr(self, name) for name in self.spec.estimator.buffers()}
+        buffers = {name: getattr(self, name) for name in self._buffer_names}
         return self.spec.estimator.sample(scores.x, self.activation, buffers, lambda: self._response(value, scores.at))
 
     def _response(self, value: Tensor, at: str) -> Tensor:
@@ -290,7 +285,7 @@ class GateModule(nn.Module):
 
     def _cast(self, x: Tensor, ref: Ref) -> Tensor:
         """Inputs of the model (a timestep, a mask) come in dtypes of their own."""
-        if ref.cond is None or not self._names or self.spec.scorer.constant == "weight":
+        if ref.cond is None or not self._names or self.spec.scorer.reads_integers:
             return x
         return x.to(self.get_parameter("weight").dtype)
 
@@ -302,106 +297,3 @@ class GateModule(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.spec}; {self.shape.axes}"
-
-
-# -- which choices go together ---------------------------------------------------------------------------------------------
-
-
-def check(spec: GateSpec) -> None:
-    """Raise ArgumentError for choices that do not go together."""
-    if isinstance(spec.source, Param) != isinstance(spec.scorer, NoScorer) and isinstance(spec.source, Param):
-        raise _clash(spec, "a learned constant has no scorer", "scorer=none")
-    if expected := spec.scorer.accepts(spec.source):
-        raise _clash(spec, f"scorer {spec.scorer} cannot read {spec.source}", expected)
-    _check_granularity(spec)
-    _check_estimator(spec)
-    _check_init(spec)
-    if spec.fuse_into and (spec.scorer.tag != "linear" or not isinstance(spec.source, Stage)):
-        raise _clash(spec, "only a linear gate of one stage can share another linear's matrix", "scorer=linear")
-
-
-def _check_granularity(spec: GateSpec) -> None:
-    constant = isinstance(spec.source, Param)
-    if spec.activation.many and spec.granularity.one:
-        raise _clash(
-            spec, f"{spec.activation} of one number is constant", "granularity head, channel, element or expert"
-        )
-    if "sample" not in spec.granularity.names:
-        return
-    if constant or (spec.source.tokens and not _pools(spec) and not isinstance(spec.source, Cond)):
-        raise _clash(spec, "one gate a sample needs a source that varies over samples only", "pool(...), cond(NAME)")
-
-
-def _pools(spec: GateSpec) -> bool:
-    return spec.scorer.tag == "attn" or spec.source.tag == "logits"
-
-
-def _check_estimator(spec: GateSpec) -> None:
-    estimator, activation = spec.estimator, spec.activation
-    if estimator.binary and activation.logit(torch.zeros(1)) is None and not (estimator.one_hot and activation.many):
-        accepted = "sigmoid, threshold" + ", softmax" * estimator.one_hot
-        raise _clash(spec, f"estimator {estimator} needs the probability of a unit", f"activation {accepted}")
-    if activation.binary and not estimator.binary and estimator.trained and spec.scorer.trained:
-        raise _clash(
-            spec, f"{activation} has no gradient", "estimator=st, supervised, reinforce, gumbel, times_smooth or frozen"
-        )
-
-
-def _check_init(spec: GateSpec) -> None:
-    if isinstance(spec.init, Reuse) and spec.scorer.tag not in ("linear", "conv", "lookup"):
-        raise _clash(spec, f"scorer {spec.scorer} has no weight to copy into", "scorer=linear, conv or lookup")
-    if not isinstance(spec.init, Identity) or isinstance(spec.scorer, Schedule):
-        return
-    at = start(spec)
-    if at is None:
-        raise _clash(spec, f"{spec.activation} cannot start at 1", "init=zero, uniform, random(std) or reuse(NAME)")
-    if at.score and not getattr(spec.scorer, "bias", True):
-        raise _clash(spec, f"{spec.activation} starts at 1 through its bias", "scorer=linear with its bias")
-    if isinstance(spec.scorer, NoScorer) and not isinstance(spec.source, Param):
-        raise _clash(spec, "a gate without parameters starts where its source is", "init=zero")
-
-
-def start(spec: GateSpec) -> Start | None:
-    """See GateSpec.start."""
-    if not isinstance(spec.init, Identity) or isinstance(spec.scorer, Schedule):
-        return None
-    if spec.estimator.binary:  # the probability of being on is near 1; it must stay a probability
-        return None if spec.activation.many else Start(spec.activation, spec.init.bias)
-    if spec.init.how == "auto":
-        return spec.activation.identity(spec.init.bias)
-    if spec.activation.tag != "sigmoid":
-        return None
-    return Start(spec.activation, 0.0 if spec.init.how == "fold" else spec.init.bias)
-
-
-def check_place(spec: GateSpec, shape: GateShape, width: int) -> None:
-    """Raise ArgumentError if a gate cannot stand at a place."""
-    if len(shape.sources) != len(spec.sources):
-        raise ArgumentError(
-            "the gate reads another number of sources",
-            found=f"{len(shape.sources)}",
-            expected=f"{[*map(str, spec.sources)]}",
-        )
-    if isinstance(spec.source, Param):
-        return
-    source_at = spec.source.positions(shape, shape.sources)
-    at = spec.scorer.positions(source_at)
-    if set(at) - set(shape.positions):
-        raise ArgumentError("the source varies over an axis that the value lacks", found=at, expected=shape.positions)
-    if missing := set(spec.granularity.positions(shape)) - set(at):
-        raise ArgumentError(
-            f"a gate a {spec.granularity} needs a source that varies over {''.join(sorted(missing))}",
-            found=f"{spec.source}, which varies over {at or 'nothing'}",
-            expected="a source that is not pooled",
-        )
-    if "sample" in spec.granularity.names and at not in ("b", ""):
-        raise ArgumentError("one gate a sample", found=f"a source that varies over {at}", expected="pool(...)")
-    channels = spec.source.channels(shape.sources)
-    if isinstance(spec.scorer, NoScorer) and channels not in (1, width):
-        raise ArgumentError(
-            "scorer none takes the source as it is", found=f"{channels} channels", expected=f"1 or {width}"
-        )
-
-
-def _clash(spec: GateSpec, what: str, expected: str) -> ArgumentError:
-    return ArgumentError(what, found=str(spec), expected=expected)

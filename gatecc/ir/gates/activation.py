@@ -243,7 +243,8 @@ class Threshold(Activation, tag="threshold"):
 
 @dataclass(frozen=True)
 class Sinkhorn(Activation, tag="sinkhorn"):
-    """A transport plan between positions and features: rows sum to 1, columns to positions/F (Selective Sinkhorn Routing).
+    """A transport plan between positions and features: rows sum to 1, columns to positions/F (Selective Sinkhorn
+    Routing).
 
     Used in a fraction p of training steps; otherwise, and always in eval, it is softmax(z / eps).
     """
@@ -276,12 +277,7 @@ class Sinkhorn(Activation, tag="sinkhorn"):
         return log.exp()
 
 
-Activation.aliases = {
-    "1+tanh": "one_plus_tanh",
-    "1 + tanh": "one_plus_tanh",
-    "logsigmoid/16": "logsigmoid(16)",
-    "swish": "silu",
-}
+Activation.aliases = {"1+tanh": "one_plus_tanh", "logsigmoid/16": "logsigmoid(16)", "swish": "silu"}
 
 
 def _scaled(x: Tensor, scale: float) -> Tensor:

@@ -1,8 +1,8 @@
 """Estimator: how a gate gets its gradient, and what it samples in training. In eval every gate is deterministic.
 
-With z the score and p = σ(z) the probability that a unit is on, b is 1 or 0 (Bengio et al., Gradients Through Stochastic
-Neurons, give reinforce, times_smooth, noise and st). The binary ones yield exact zeros, in training and in eval.
-Text: ``exact``, ``st``, ``gumbel(T=0.5, hard=True)``, ``reinforce``, ``supervised(label=topk_mass(r=0.9))``.
+With z the score and p = σ(z) the probability that a unit is on, b is 1 or 0 (Bengio et al., Gradients Through
+Stochastic Neurons, give reinforce, times_smooth, noise and st). The binary ones yield exact zeros, in training and in
+eval. Text: ``exact``, ``st``, ``gumbel(T=0.5, discrete=True)``, ``reinforce``, ``supervised(label=topk_mass(r=0.9))``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Estimator(Option, slot="estimator"):
         return {}
 
     def sample(self, z: Tensor, activation: Activation, buffers: Buffers, response: Response) -> Tensor:
-        """Gates in training, from scores z: (*positions, F). ``response()`` is the mass of each gated feature, (..., F)."""
+        """Gates in training, from scores z: (*positions, F). ``response()``: the mass of each gated feature."""
         raise NotImplementedError
 
     def decide(self, z: Tensor, activation: Activation) -> Tensor:
@@ -128,9 +128,9 @@ class Gumbel(Estimator, tag="gumbel"):
 class Reinforce(Estimator, tag="reinforce"):
     """b ~ Bernoulli(p); the gradient of z is (b - p) (L - baseline), unbiased, whatever stands behind the gate.
 
-    L is the loss of each sample, given by ``gatecc.train.set_reward(model, loss)`` between forward and backward. Baselines:
-    "mean" is the running mean of earlier batches, "leave_one_out" the mean of the other samples, "min_variance" the same
-    weighted by (b - p)². At most ``capacity`` samples a batch.
+    L is the loss of each sample, given by ``gatecc.train.set_reward(model, loss)`` between forward and backward.
+    Baselines: "mean" is the running mean of earlier batches, "leave_one_out" the mean of the other samples,
+    "min_variance" the same weighted by (b - p)². At most ``capacity`` samples a batch.
     """
 
     binary: ClassVar[bool] = True
@@ -141,19 +141,20 @@ class Reinforce(Estimator, tag="reinforce"):
         self.require(self.capacity > 0, "capacity", "a positive integer")
 
     def buffers(self) -> dict[str, Tensor]:
-        return {"reward": torch.zeros(self.capacity), "reward_state": torch.zeros(4)}
+        return {
+            "reward": torch.zeros(self.capacity),
+            "reward_count": torch.zeros((), dtype=torch.int64),
+            "reward_state": torch.zeros(3),
+        }
 
     def sample(self, z: Tensor, activation: Activation, buffers: Buffers, response: Response) -> Tensor:
-        noise = torch.rand_like(z)
-        logit = _logit(z, activation)
-        return torch.ops.gatecc.reinforce_sample(
-            logit, noise, buffers["reward"], buffers["reward_state"], self.baseline
-        )
+        told = (buffers["reward"], buffers["reward_count"], buffers["reward_state"])
+        return torch.ops.gatecc.reinforce_sample(_logit(z, activation), torch.rand_like(z), *told, self.baseline)
 
 
 @dataclass(frozen=True)
 class TimesSmooth(Estimator, tag="times_smooth"):
-    """b · √p with b ~ Bernoulli(√p), whose mean is p; the gradient flows through the smooth factor. Eval: 1[p > ½] · √p."""
+    """b · √p with b ~ Bernoulli(√p), whose mean is p; the smooth factor has the gradient. In eval 1[p > ½] · √p."""
 
     binary: ClassVar[bool] = True
 
@@ -180,7 +181,8 @@ class Noise(Estimator, tag="noise"):
 
 @dataclass(frozen=True)
 class Supervised(Estimator, tag="supervised"):
-    """b = 1[p > t], learned from labels: binary cross entropy times ``weight``, whose gradient enters in the backward pass.
+    """b = 1[p > t], learned from labels: binary cross entropy times ``weight``, whose gradient enters in the backward
+    pass.
 
     The task loss does not reach the gate, unless ``joint`` lets it through straight.
     """
@@ -197,7 +199,8 @@ class Supervised(Estimator, tag="supervised"):
         label = self.label(response().detach())
         logit = torch.ops.gatecc.inject_bce(_logit(z, activation), label, self.weight)
         soft = torch.sigmoid(logit)
-        # Without the task's gradient the product with zero still links the logit to the loss, so that its own is injected.
+        # Without the task's gradient the product with zero still links the logit to the loss, so that its own is
+        # injected.
         return _through(self.decide(z, activation), soft) if self.joint else self.decide(z, activation) + 0.0 * soft
 
 

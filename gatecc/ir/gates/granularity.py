@@ -10,8 +10,8 @@ Granularity names *features*: how many numbers the gate yields at a position.
 *Positions* follow from the source. A gate that reads ``hidden`` (b, n, c) has another value at each token whatever its
 granularity; one that reads ``pool(hidden)`` varies over samples only; ``param`` varies over neither. Some names ask for
 positions, and a source that lacks them is refused: token (and pixel: rows and columns), element (every position), edge
-(query and key), sample (samples and nothing else). With ``param`` these names give parameters for each place, so that the
-value must have a fixed number of them: LINA's ``token*head`` is a parameter (n, h). ``*`` joins names.
+(query and key), sample (samples and nothing else). With ``param`` these names give parameters for each place, so that
+the value must have a fixed number of them: LINA's ``token*head`` is a parameter (n, h). ``*`` joins names.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ class Init(Option, slot="init"):
     def fill(self, params: Mapping[str, Tensor], start: float, constant: str) -> None:
         """Write ``weight`` and ``bias`` in place.
 
-        ``start`` is the score at which the gate begins at 1; ``constant`` names the parameter that alone sets the score,
-        where weight is not one: "bias", or "weight" if the scores are the weights themselves.
+        ``start`` is the score at which the gate begins at 1; ``constant`` names the parameter that alone sets the
+        score, where weight is not one: "bias", or "weight" if the scores are the weights themselves.
         """
         raise NotImplementedError
 

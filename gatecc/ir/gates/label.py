@@ -33,7 +33,8 @@ class TopKMass(Label, tag="topk_mass"):
 
 
 def topk_mass(response: Tensor, r: float) -> Tensor:
-    """response: (..., F), not negative -> 1 for the fewest largest entries whose sum is at least r of the whole, else 0.
+    """response: (..., F), not negative -> 1 for the fewest largest entries whose sum is at least r of the whole, else
+    0.
 
     r = 1 labels every feature, those without mass too: then nothing is pruned.
     """

@@ -1,8 +1,8 @@
 """Layout: from tensors with named axes to features with the channels last, and from scores back to the value's axes.
 
-Axes are the letters of gatecc.ir.site. Two kinds matter here: *positions* ``b n m y x``, whose sizes change from call to
-call, and *features* ``h d c e``, whose sizes are static. ``g`` is b and h merged. A gate is computed as (*positions, F),
-F being its features flattened, and laid out to broadcast against the value only at the end: one view, no copy.
+Axes are the letters of gatecc.ir.site. Two kinds matter here: *positions* ``b n m y x``, whose sizes change from call
+to call, and *features* ``h d c e``, whose sizes are static. ``g`` is b and h merged. A gate is computed as (*positions,
+F), F being its features flattened, and laid out to broadcast against the value only at the end: one view, no copy.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class SourceShape:
 class GateShape:
     """What a gate must know of its place before it can be made.
 
-    ``axes`` of the value to gate; ``sizes`` of its static axes ({"h": 4, "d": 8}; "h" also where the heads lie merged in c
-    or g; "e" for a gate over experts; a position such as "n" only if parameters vary over it); ``sources`` one for each
-    of ``spec.sources``, in that order.
+    ``axes`` of the value to gate; ``sizes`` of its static axes ({"h": 4, "d": 8}; "h" also where the heads lie merged
+    in c or g; "e" for a gate over experts; a position such as "n" only if parameters vary over it); ``sources`` one for
+    each of ``spec.sources``, in that order.
     """
 
     axes: str
@@ -94,7 +94,7 @@ def channels_last(x: Tensor, axes: str, sizes: Mapping[str, int]) -> Features:
 
 
 def aligned_positions(source: str, target: str) -> str:
-    """The positions that a source with these axes has once it is aligned with a value: its own, or all of the value's."""
+    """The positions that a source has once it is aligned with a value: its own, or all of the value's."""
     own, all_ = positions(source), positions(target)
     return own if set(own) <= set(all_) else all_
 
@@ -112,7 +112,7 @@ def align(x: Features, shape: GateShape, value: Tensor) -> Features:
     return Features(x.x.reshape(-1, *sizes, x.x.size(-1)), at)
 
 
-def spread(x: Features, at: str, like: Mapping[str, int | None]) -> Tensor:
+def spread(x: Features, at: str, like: Mapping[str, int]) -> Tensor:
     """Expand features (*x.at, C) to (*at, C); ``like`` gives the sizes of the new positions."""
     have = [a for a in at if a in x.at]
     y = x.x.permute(*[x.at.index(a) for a in have], -1)
@@ -125,8 +125,8 @@ def spread(x: Features, at: str, like: Mapping[str, int | None]) -> Tensor:
 def emit(gate: Features, letters: str, shape: GateShape, value: Tensor) -> Tensor:
     """Lay a gate (*at, F) out so that it broadcasts against the value.
 
-    ``letters`` are the features that F flattens. Heads that the value holds merged (in c or g) are expanded. A gate over
-    experts has the axes of the value with its features replaced by e.
+    ``letters`` are the features that F flattens. Heads that the value holds merged (in c or g) are expanded. A gate
+    over experts has the axes of the value with its features replaced by e.
     """
     split = shape.size(letters, "the sizes of the gated axes")
     x = gate.x.unflatten(-1, split) if len(letters) > 1 else gate.x if letters else gate.x.squeeze(-1)

@@ -18,7 +18,8 @@ from typing import Any, ClassVar, Literal, Self, Union, cast, get_args, get_orig
 
 from gatecc.errors import ArgumentError
 
-# Names that Python's grammar does not read are quoted first: model.layers.0.weight, and keywords such as the stage "in".
+# Names that Python's grammar does not read are quoted first: model.layers.0.weight, and keywords such as the stage
+# "in".
 _NAME = re.compile(r"""("[^"]*"|'[^']*')|(?<![\w.])([A-Za-z_]\w*(?:\.\w+)*)""")
 _BARE = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*")
 _LITERALS = ("True", "False", "None")
@@ -79,7 +80,7 @@ class Option:
     @classmethod
     def parse(cls, text: str) -> Self:
         """The inverse of str: ``Scorer.parse("lowrank(16)")``. Raises ArgumentError, listing what the slot accepts."""
-        return cls.read_node(expression(cls.aliases.get(text.strip(), text), cls.slot))
+        return cls.read_node(expression(cls.aliases.get(text.replace(" ", ""), text), cls.slot))
 
     @classmethod
     def read_node(cls, node: ast.expr) -> Self:

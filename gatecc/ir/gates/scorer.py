@@ -1,7 +1,8 @@
 """Scorer: from features (*positions, C) to scores (*positions, F).
 
-A scorer is a pure function of features and named parameters. Its last affine map is always called ``weight`` and ``bias``:
-init decides these, and a linear gate has nothing else. Text: ``linear``, ``lowrank(16)``, ``mlp(64)``, ``lookup(10)``.
+A scorer is a pure function of features and named parameters. Its last affine map is always called ``weight`` and
+``bias``: init decides these, and a linear gate has nothing else. Text: ``linear``, ``lowrank(16)``, ``mlp(64)``,
+``lookup(10)``.
 """
 
 from __future__ import annotations
@@ -29,6 +30,12 @@ class Scorer(Option, slot="scorer"):
 
     constant: ClassVar[str] = "bias"  # the parameter that sets the score where ``weight`` contributes nothing
     trained: ClassVar[bool] = True  # by gradient
+    reads_integers: ClassVar[bool] = False
+
+    @property
+    def mixes_tokens(self) -> bool:
+        """Whether the score of a token may depend on later ones."""
+        return False
 
     def accepts(self, source: Source) -> str:
         """What this scorer expects of a source, "" if this one will do."""
@@ -42,8 +49,8 @@ class Scorer(Option, slot="scorer"):
         """The positions of the scores, for features at these positions."""
         return at
 
-    def __call__(self, x: Features, params: Params) -> Features:
-        """x: (*positions, C) -> (*positions, F)."""
+    def __call__(self, x: Features, params: Params, features: int) -> Features:
+        """x: (*positions, C) -> (*positions, F), F being ``features``."""
         raise NotImplementedError
 
 
@@ -59,8 +66,8 @@ class NoScorer(Scorer, tag="none"):
     def shapes(self, channels: int, features: int, at: str) -> Shapes:
         return {}
 
-    def __call__(self, x: Features, params: Params) -> Features:
-        return x
+    def __call__(self, x: Features, params: Params, features: int) -> Features:
+        return Features(x.x.expand(*[-1] * len(x.at), features), x.at)
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class Linear(Scorer, tag="linear"):
     def shapes(self, channels: int, features: int, at: str) -> Shapes:
         return {"weight": (features, channels)} | ({"bias": (features,)} if self.bias else {})
 
-    def __call__(self, x: Features, params: Params) -> Features:
+    def __call__(self, x: Features, params: Params, features: int) -> Features:
         return Features(F.linear(x.x, params["weight"], params.get("bias")), x.at)
 
 
@@ -88,7 +95,7 @@ class LowRank(Scorer, tag="lowrank"):
     def shapes(self, channels: int, features: int, at: str) -> Shapes:
         return {"down": (self.r, channels), "weight": (features, self.r), "bias": (features,)}
 
-    def __call__(self, x: Features, params: Params) -> Features:
+    def __call__(self, x: Features, params: Params, features: int) -> Features:
         return Features(F.linear(F.linear(x.x, params["down"]), params["weight"], params["bias"]), x.at)
 
 
@@ -106,7 +113,7 @@ class MLP(Scorer, tag="mlp"):
         inner: Shapes = {"hidden_weight": (self.hidden, channels), "hidden_bias": (self.hidden,)}
         return inner | {"weight": (features, self.hidden), "bias": (features,)}
 
-    def __call__(self, x: Features, params: Params) -> Features:
+    def __call__(self, x: Features, params: Params, features: int) -> Features:
         act = {"relu": torch.relu, "silu": F.silu, "gelu": F.gelu, "tanh": torch.tanh}[self.activation]
         h = act(F.linear(x.x, params["hidden_weight"], params["hidden_bias"]))
         return Features(F.linear(h, params["weight"], params["bias"]), x.at)
@@ -119,13 +126,17 @@ class Attn(Scorer, tag="attn"):
     def accepts(self, source: Source) -> str:
         return "" if source.tokens else "a source with tokens or pixels"
 
+    @property
+    def mixes_tokens(self) -> bool:
+        return True
+
     def shapes(self, channels: int, features: int, at: str) -> Shapes:
         return {"query": (1, channels), "weight": (features, channels), "bias": (features,)}
 
     def positions(self, at: str) -> str:
         return "b" * ("b" in at)
 
-    def __call__(self, x: Features, params: Params) -> Features:
+    def __call__(self, x: Features, params: Params, features: int) -> Features:
         tokens = x.x.flatten(1, -2) if x.at[0] == "b" else x.x.flatten(0, -2)
         weights = torch.softmax(F.linear(tokens, params["query"]) * tokens.size(-1) ** -0.5, -2)
         pooled = (weights * tokens).sum(-2)
@@ -137,6 +148,7 @@ class Lookup(Scorer, tag="lookup"):
     """Row i of a table of n, for an integer input i: a task, a step, a modality."""
 
     constant: ClassVar[str] = "weight"
+    reads_integers: ClassVar[bool] = True
     n: int
 
     def check(self) -> None:
@@ -152,7 +164,7 @@ class Lookup(Scorer, tag="lookup"):
             )
         return {"weight": (self.n, features)}
 
-    def __call__(self, x: Features, params: Params) -> Features:
+    def __call__(self, x: Features, params: Params, features: int) -> Features:
         return Features(F.embedding(x.x.squeeze(-1).long(), params["weight"]), x.at)
 
 
@@ -160,12 +172,13 @@ class Lookup(Scorer, tag="lookup"):
 class Schedule(Scorer, tag="schedule"):
     """DTR's channel window, a function of the timestep t without parameters: scores 1 inside it and 0 outside.
 
-    Of F channels ⌊beta·F⌋ are inside, from round((t / steps)^alpha · (F - ⌊beta·F⌋)) on, so that near timesteps share most
-    of their channels. With beta 1 all are always inside.
+    Of F channels ⌊beta·F⌋ are inside, from round((t / steps)^alpha · (F - ⌊beta·F⌋)) on, so that near timesteps share
+    most of their channels. With beta 1 all are always inside.
     """
 
     constant: ClassVar[str] = ""
     trained: ClassVar[bool] = False
+    reads_integers: ClassVar[bool] = True
     beta: float = 0.8
     alpha: float = 4.0
     steps: int = 1000
@@ -181,14 +194,13 @@ class Schedule(Scorer, tag="schedule"):
     def shapes(self, channels: int, features: int, at: str) -> Shapes:
         if int(self.beta * features) < 1:
             raise ArgumentError("the channel window is empty", found=f"beta={self.beta} of {features} channels")
-        return {"window": (features,)}
+        return {}
 
-    def __call__(self, x: Features, params: Params) -> Features:
-        count = params["window"].numel()
-        inside = int(self.beta * count)
-        start = torch.round((x.x.to(torch.float32) / self.steps) ** self.alpha * (count - inside))
-        offset = params["window"].to(torch.float32) - start
-        return Features(((offset >= 0) & (offset < inside)).to(params["window"].dtype), x.at)
+    def __call__(self, x: Features, params: Params, features: int) -> Features:
+        t, inside = x.x.to(torch.float32), int(self.beta * features)
+        start = torch.round((t / self.steps) ** self.alpha * (features - inside))
+        offset = torch.arange(features, device=t.device) - start
+        return Features(((offset >= 0) & (offset < inside)).to(torch.float32), x.at)
 
 
 @dataclass(frozen=True)
@@ -204,7 +216,7 @@ class LeastSquares(Scorer, tag="lstsq"):
     def shapes(self, channels: int, features: int, at: str) -> Shapes:
         return {"weight": (features, channels), "bias": (features,)}
 
-    def __call__(self, x: Features, params: Params) -> Features:
+    def __call__(self, x: Features, params: Params, features: int) -> Features:
         return Features(F.linear(x.x, params["weight"], params["bias"]), x.at)
 
     def solve(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,13 +250,9 @@ class Recurrent(Scorer, tag="recurrent"):
         cell |= {"input_bias": (rows,), "state_bias": (rows,)}
         return cell | {"weight": (features, self.hidden), "bias": (features,)}
 
-    def __call__(self, x: Features, params: Params) -> Features:
+    def __call__(self, x: Features, params: Params, features: int) -> Features:
         cell = [params[name] for name in ("input_weight", "state_weight", "input_bias", "state_bias")]
-        zero = x.x.new_zeros(1, x.x.size(0), self.hidden)
-        if self.cell == "gru":
-            h = torch.gru(x.x, zero, cell, True, 1, 0.0, False, False, True)[0]
-        else:
-            h = torch.lstm(x.x, (zero, zero), cell, True, 1, 0.0, False, False, True)[0]
+        h = torch.ops.gatecc.recurrent(x.x, *cell, self.cell)
         return Features(F.linear(h, params["weight"], params["bias"]), x.at)
 
 
@@ -260,6 +268,10 @@ class Conv(Scorer, tag="conv"):
     def accepts(self, source: Source) -> str:
         return "" if source.tokens else "a source with tokens or pixels"
 
+    @property
+    def mixes_tokens(self) -> bool:
+        return self.kernel > 1
+
     def shapes(self, channels: int, features: int, at: str) -> Shapes:
         if at not in ("bn", "byx"):
             raise ArgumentError(
@@ -267,7 +279,7 @@ class Conv(Scorer, tag="conv"):
             )
         return {"weight": (features, channels, *[self.kernel] * (len(at) - 1)), "bias": (features,)}
 
-    def __call__(self, x: Features, params: Params) -> Features:
+    def __call__(self, x: Features, params: Params, features: int) -> Features:
         conv = F.conv2d if x.at == "byx" else F.conv1d
         y = conv(x.x.movedim(-1, 1), params["weight"], params["bias"], padding=self.kernel // 2)
         return Features(y.movedim(1, -1), x.at)

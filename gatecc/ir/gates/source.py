@@ -1,8 +1,8 @@
 """Source: what a gate reads.
 
 A source names values that the engine finds (``refs``), in order; ``read`` turns their tensors into features with the
-channels last. Text: ``hidden``, ``self``, ``skip+branch``, ``pool(hidden)``, ``pool(in, kind=max)``, ``cond(timestep)``,
-``logits``, ``param``.
+channels last. Text: ``hidden``, ``self``, ``skip+branch``, ``pool(hidden)``, ``pool(in, kind=max)``,
+``cond(timestep)``, ``logits``, ``param``.
 """
 
 from __future__ import annotations
@@ -45,6 +45,11 @@ class Source(Option, slot="source"):
     def tokens(self) -> bool:
         """Whether the features still vary over tokens or pixels."""
         return True
+
+    @property
+    def mixes_tokens(self) -> bool:
+        """Whether what is read at a token may depend on later ones."""
+        return False
 
     @property
     def parts(self) -> tuple[Source, ...]:
@@ -149,6 +154,10 @@ class Pool(Source, tag="pool"):
     def tokens(self) -> bool:
         return False
 
+    @property
+    def mixes_tokens(self) -> bool:
+        return True
+
     def positions(self, shape: GateShape, shapes: Sequence[SourceShape]) -> str:
         return "b" * ("b" in shapes[0].axes or "g" in shapes[0].axes)
 
@@ -217,6 +226,10 @@ class Concat(Source, tag="concat"):
     @property
     def tokens(self) -> bool:
         return any(part.tokens for part in self.of)
+
+    @property
+    def mixes_tokens(self) -> bool:
+        return any(part.mixes_tokens for part in self.of)
 
     def channels(self, shapes: Sequence[SourceShape]) -> int:
         return sum(part.channels([s]) for part, s in zip(self.of, shapes, strict=True))
