@@ -117,7 +117,9 @@ def _check_tensor(name: str, tensor: torch.Tensor) -> None:
             found="device meta",
             do="load the weights first (model.to_empty(device=...), then load_state_dict)",
         )
-    if tensor.is_quantized or not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or not tensor.requires_grad):
+    if tensor.is_quantized or not (
+        tensor.dtype.is_floating_point or tensor.dtype.is_complex or not tensor.requires_grad
+    ):
         raise _quantised(name, str(tensor.dtype))
 
 

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 
 
 @contextmanager
-def adapted(module: nn.Module) -> Iterator[None]:
+def adapted(module: nn.Module) -> Generator[None]:
     """Apply every adapter to a module for the time of a capture or of a recording run."""
     with ExitStack() as stack:
         stack.enter_context(caches_off(module))
@@ -24,7 +24,7 @@ def adapted(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def caches_off(module: nn.Module) -> Iterator[None]:
+def caches_off(module: nn.Module) -> Generator[None]:
     """Set ``use_cache`` to False on every configuration object in the module."""
     changed: list[Any] = []
     for config in _configs(module):
@@ -49,7 +49,7 @@ def _configs(module: nn.Module) -> list[Any]:
 
 
 @contextmanager
-def fast_path_off() -> Iterator[None]:
+def fast_path_off() -> Generator[None]:
     """Run nn.TransformerEncoder and nn.MultiheadAttention through their open, differentiable path."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -6,13 +6,14 @@ import inspect
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.graph import CodeGen
 
 from gatecc.capture import signature
 from gatecc.capture.adapters import adapted
@@ -31,7 +32,9 @@ class _Flat(nn.Module):
     This spares gatecc the nesting rules of dynamic_shapes for *args and **kwargs.
     """
 
-    def __init__(self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         super().__init__()
         self.m = module
         self.training = module.training
@@ -72,7 +75,9 @@ def capture(
 
 
 def _export(flat: _Flat, leaves: list[torch.Tensor], fqn: str, dynamic: Literal["auto", "none"]) -> ExportedProgram:
-    shapes = [{i: Dim.AUTO for i, size in enumerate(x.shape) if size > 1} if dynamic == "auto" else None for x in leaves]
+    shapes = [
+        {i: Dim.AUTO for i, size in enumerate(x.shape) if size > 1} if dynamic == "auto" else None for x in leaves
+    ]
     try:
         return torch.export.export(flat, tuple(leaves), dynamic_shapes=(tuple(shapes),), strict=False)
     except Exception as e:
@@ -100,11 +105,14 @@ def _paths(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return signature.leaf_paths(args, kwargs, parameters)
 
 
-def _program(exported: ExportedProgram, module: nn.Module, leaves: list[torch.Tensor], fqn: str, paths: list[tuple[Any, ...]]) -> Program:
+def _program(
+    exported: ExportedProgram, module: nn.Module, leaves: list[torch.Tensor], fqn: str, paths: list[tuple[Any, ...]]
+) -> Program:
     graph_module = exported.module(check_guards=False)
     assert isinstance(graph_module, fx.GraphModule)
     graph = graph_module.graph
-    graph.set_codegen(fx.graph.CodeGen())
+    graph.set_codegen(CodeGen())
+    graph.owning_module = None  # parameters live on the module: fx would look for them on the graph module
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     guards = size_guards(exported, placeholders)
     constants: dict[str, torch.Tensor] = {}
@@ -112,7 +120,7 @@ def _program(exported: ExportedProgram, module: nn.Module, leaves: list[torch.Te
         if node.op == "get_attr":
             _retarget(node, graph_module, module, constants)
     for node, path in zip(placeholders, paths, strict=True):
-        node._rename(re.sub(r"\W", "_", "_".join(str(p) for p in path)))  # noqa: SLF001  (fx offers no public rename)
+        node._rename(re.sub(r"\W", "_", "_".join(str(p) for p in path)))
         node.target = node.name
     _record_origins(graph, fqn)
     out_spec = exported.call_spec.out_spec
@@ -120,7 +128,9 @@ def _program(exported: ExportedProgram, module: nn.Module, leaves: list[torch.Te
     return Program(module, graph_module, fqn, list(leaves), out_spec, paths, guards, constants)
 
 
-def _retarget(node: fx.Node, graph_module: fx.GraphModule, module: nn.Module, constants: dict[str, torch.Tensor]) -> None:
+def _retarget(
+    node: fx.Node, graph_module: fx.GraphModule, module: nn.Module, constants: dict[str, torch.Tensor]
+) -> None:
     """Point a get_attr at the live module; what the module does not hold is a constant of the program."""
     target = str(node.target)
     value = attribute(graph_module, target)
@@ -168,7 +178,7 @@ def _short(path: str, line: str) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """torch.export prints notices about specialised dimensions; gatecc says what matters in its own report."""
     loggers = [logging.getLogger(name) for name in ("torch._export", "torch.export", "torch.fx", "torch._dynamo")]
     levels = [logger.level for logger in loggers]

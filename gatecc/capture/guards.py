@@ -21,7 +21,7 @@ Check = Callable[[Sequence[torch.Tensor]], bool]
 
 def size_guards(exported: ExportedProgram, placeholders: Sequence[torch.fx.Node]) -> list[str]:
     """The guards of an exported program whose only inputs are ``*leaves``: static sizes, equal sizes, bounds, relations."""
-    code: list[str] = list(exported._guards_code)  # noqa: SLF001  (the public check raises and cannot be asked)
+    code: list[str] = list(exported._guards_code)
     for i, node in enumerate(placeholders):
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor):
@@ -50,5 +50,5 @@ def compile_guards(guards: Sequence[str]) -> Check:
     """One function ``check(leaves) -> bool`` from the guard expressions."""
     body = " and ".join(f"({g})" for g in guards) or "True"
     names: dict[str, Any] = {**SYMPY_INTERP, "math": math, "inf": math.inf}
-    exec(f"def check(leaves):\n    L = {{'leaves': leaves}}\n    return bool({body})\n", names)  # noqa: S102
+    exec(f"def check(leaves):\n    L = {{'leaves': leaves}}\n    return bool({body})\n", names)
     return names["check"]

@@ -6,7 +6,7 @@ of them changes. ``layer_idx`` of transformers, for instance, is read only where
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ class Read(NamedTuple):
 
 
 @contextmanager
-def recorded_reads(root: nn.Module) -> Iterator[dict[tuple[str, str], Any]]:
+def recorded_reads(root: nn.Module) -> Generator[dict[tuple[str, str], Any]]:
     """Record the reads of instance attributes of all modules under root while the context is open.
 
     Each module is given a subclass of its own class with a recording ``__getattribute__`` and the same name; a module
@@ -47,13 +47,19 @@ def recorded_reads(root: nn.Module) -> Iterator[dict[tuple[str, str], Any]]:
 
 
 def _recording(cls: type, paths: dict[int, str], seen: dict[tuple[str, str], Any]) -> type:
-    def __getattribute__(self: Any, name: str) -> Any:
-        value = cls.__getattribute__(self, name)
+    read: Callable[[Any, str], Any] = cls.__getattribute__
+
+    def __getattribute__(self: Any, name: str) -> Any:  # noqa: N807
+        value = read(self, name)
         if name[0] != "_" and name != "training" and name in object.__getattribute__(self, "__dict__"):
             seen.setdefault((paths.get(id(self), ""), name), value)
         return value
 
-    return type(cls.__name__, (cls,), {"__getattribute__": __getattribute__, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
+    return type(
+        cls.__name__,
+        (cls,),
+        {"__getattribute__": __getattribute__, "__module__": cls.__module__, "__qualname__": cls.__qualname__},
+    )
 
 
 def reads_of(seen: dict[tuple[str, str], Any]) -> tuple[Read, ...]:

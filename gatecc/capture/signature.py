@@ -47,7 +47,7 @@ def _walk(x: Any, leaves: list[torch.Tensor]) -> Any:
 
 def _small_sizes(x: torch.Tensor) -> tuple[int, ...]:
     """Rank and small sizes: -1 stands for any size of 2 or more. A symbolic size is 2 or more by construction."""
-    return tuple([s if isinstance(s, int) and s < 2 else -1 for s in x.shape])
+    return tuple([s if type(s) is int and s < 2 else -1 for s in x.shape])
 
 
 def _registered(x: Any) -> pytree.NodeDef:

@@ -6,6 +6,7 @@ call where no graph can be had (see gatecc.scope_python), and on every layer tha
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -19,7 +20,11 @@ from gatecc.errors import GraphError
 from gatecc.ir.program import META, Origin, Program, attribute, fake, origin, window
 from gatecc.ir.site import Site
 
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # their forward iterates over children: a new child would run
+CONTAINERS = (
+    nn.Sequential,
+    nn.ModuleList,
+    nn.ModuleDict,
+)  # their forward iterates over children: a new child would run
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +72,8 @@ class Editor:
     program: Program
     site: Site
     rewrite: str
+    own: set[str] = field(default_factory=set[str])  # paths of the modules that gatecc made in this scope, ever
+    taken: set[str] = field(default_factory=set[str])  # those that the edits of this very build use
     steps: list[Step] = field(default_factory=list[Step])
     weights: list[WeightStep] = field(default_factory=list[WeightStep])
     inserted: set[fx.Node] = field(default_factory=set[fx.Node])
@@ -74,17 +81,40 @@ class Editor:
     def module(self, name: str, build: Callable[[], nn.Module]) -> str:
         """The path of a new submodule called ``name`` on the site's owner; made by ``build`` unless it exists already.
 
-        It is registered on the owner, or on the nearest ancestor whose forward does not iterate over its children.
+        It is registered on the owner, or on the nearest module whose forward does not iterate over its children. A name
+        that the model or an earlier edit has taken gets a number.
         """
-        owner = self.program.relative_name(self.site.owner)
-        while owner and isinstance(self.program.module.get_submodule(owner), CONTAINERS):
-            name, owner = f"{owner.rpartition('.')[2]}_{name}", owner.rpartition(".")[0]
-        path = f"{owner}.{name}" if owner else name
+        holder_path = self._holder()
+        holder = self.program.module.get_submodule(holder_path)
+        number = itertools.count(1)
+        candidate = name
+        path = f"{holder_path}.{candidate}".lstrip(".")
+        while path in self.taken or (hasattr(holder, candidate) and path not in self.own):
+            candidate = f"{name}_{next(number)}"
+            path = f"{holder_path}.{candidate}".lstrip(".")
+        self.taken.add(path)
         self.weights.append(NewModule(path, build))
-        holder = self.program.module.get_submodule(owner)
-        if name not in dict(holder.named_children()):
-            holder.add_module(name, build())
+        if path not in self.own:
+            holder.add_module(candidate, build())
+            self.own.add(path)
         return path
+
+    def _holder(self) -> str:
+        """The module that new submodules of this site are registered on, relative to the program's."""
+        owner = self.program.relative_name(self.site.owner)
+        while isinstance(self.program.module.get_submodule(owner), CONTAINERS) and owner:
+            owner = owner.rpartition(".")[0]
+        if not isinstance(self.program.module.get_submodule(owner), CONTAINERS):
+            return owner
+        inner = self.program.relative_name(origin(self.site_node).owner)
+        if inner and not isinstance(self.program.module.get_submodule(inner), CONTAINERS):
+            return inner
+        raise GraphError(
+            f"the rewrite {self.rewrite} has no module to put its parameters on",
+            where=f"{self.site.owner} {self.site.line}".strip(),
+            found=f"the site belongs to a {type(self.program.module).__name__}, which would run them as layers",
+            do="put the container inside a module with a forward of its own",
+        )
 
     def scale_weight(self, fqn: str, factor: float) -> None:
         """Ask the engine to multiply a parameter by a power of two, once per layer, when the edit is installed."""
@@ -102,7 +132,9 @@ class Editor:
         traced = _trace(module or cast("Callable[..., torch.Tensor]", function), arguments)
         anchor = max(nodes, default=self.site_node) if nodes else self._first_call()
         result = self._inline(traced, path or "", nodes, anchor, name)
-        self.steps.append(Call(None if path else cast("Callable[..., torch.Tensor]", function), path, arguments, result))
+        self.steps.append(
+            Call(None if path else cast("Callable[..., torch.Tensor]", function), path, arguments, result)
+        )
         return result
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
@@ -116,7 +148,9 @@ class Editor:
 
     @property
     def site_node(self) -> fx.Node:
-        return next(iter(self.site.values.values())).node
+        """A node of the model's own that stands for the site: place and line of inserted nodes are taken from it."""
+        own = [v.node for v in self.site.values.values() if v.node.op == "call_function"]
+        return own[-1] if own else next(iter(self.site.values.values())).node
 
     def _first_call(self) -> fx.Node:
         """The last placeholder or get_attr before the first computation: constants go behind it."""
@@ -154,7 +188,7 @@ class Editor:
         if "nn_module_stack" in self.site_node.meta:
             copy.meta["nn_module_stack"] = self.site_node.meta["nn_module_stack"]
         if name:
-            copy._rename(name)  # noqa: SLF001
+            copy._rename(name)
         self.inserted.add(copy)
 
     def _hoist(self, new: fx.Node, early: fx.Node) -> None:

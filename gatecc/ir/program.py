@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -37,7 +37,9 @@ class Program:
     fqn: str
     example: list[torch.Tensor]  # one per placeholder
     out_spec: TreeSpec
-    paths: list[tuple[Any, ...]] = field(default_factory=list[tuple[Any, ...]])  # of each placeholder: parameter name, then steps
+    paths: list[tuple[Any, ...]] = field(
+        default_factory=list[tuple[Any, ...]]
+    )  # of each placeholder: parameter name, then steps
     guards: list[str] = field(default_factory=list[str])  # python expressions over L["leaves"], see capture.guards
     constants: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
 
@@ -52,7 +54,7 @@ class Program:
     @property
     def outputs(self) -> tuple[Any, ...]:
         """The flat output leaves: nodes, or Python constants such as None."""
-        return tuple(self.graph.output_node().args[0])  # type: ignore[arg-type]
+        return tuple(cast("tuple[Any, ...]", self.graph.output_node().args[0]))
 
     def parameter(self, node: fx.Node) -> torch.Tensor | None:
         """The live parameter or buffer behind a get_attr node; None for constants and other nodes."""

@@ -7,15 +7,16 @@ lost, and the outputs keep their number, shapes and dtypes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
 from torch._guards import detect_fake_mode
 
 from gatecc.errors import GraphError
-from gatecc.ir.program import Program, attribute, fake, window
+from gatecc.ir.program import Origin, Program, attribute, fake, origin, window
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,16 @@ class Before:
     def of(cls, program: Program) -> Before:
         return cls(
             tuple(_kind(o) for o in program.outputs),
-            frozenset(str(n.target) for n in program.graph.nodes if n.op == "get_attr" and n.users),
+            _live_parameters(program),
             {n: tuple(n.all_input_nodes) for n in program.graph.nodes},
         )
 
 
 def verify(program: Program, before: Before, rewrite: str, inserted: set[fx.Node]) -> None:
-    """Raise GraphError, naming the rewrite and printing the graph around the guilty node, if the program is ill-formed."""
+    """Raise GraphError if the program is ill-formed: it names the rewrite and the guilty node's place, and prints the graph.
+
+    ``inserted`` are the nodes that the rewrite made, at all of its sites.
+    """
     _order(program, rewrite)
     _names(program, rewrite)
     _shapes(program, before, rewrite, inserted)
@@ -44,7 +48,15 @@ def verify(program: Program, before: Before, rewrite: str, inserted: set[fx.Node
 
 
 def _fail(rewrite: str, what: str, node: fx.Node, found: str, do: str = "") -> GraphError:
-    return GraphError(what, where=rewrite, found=f"{found}\n{window(node)}", do=do)
+    place = _place(node)
+    where = " ".join(part for part in (rewrite, "at", place.owner or "the model", place.line) if part)
+    return GraphError(what, where=where, found=f"{found}\n{window(node)}", do=do)
+
+
+def _place(node: fx.Node) -> Origin:
+    """The origin of the guilty node, or of the nearest inserted node that it reads."""
+    near = [origin(n) for n in (node, *node.all_input_nodes) if origin(n).inserted_by]
+    return near[0] if near else origin(node)
 
 
 def _order(program: Program, rewrite: str) -> None:
@@ -89,7 +101,7 @@ def _names(program: Program, rewrite: str) -> None:
 def _shapes(program: Program, before: Before, rewrite: str, inserted: set[fx.Node]) -> None:
     """Run every new or re-wired node on the fake values of its inputs; what it gives must be what is recorded."""
     for node in program.graph.nodes:
-        if node.op != "call_function" or isinstance(node.target, torch._ops.HigherOrderOperator):  # noqa: SLF001
+        if node.op != "call_function" or isinstance(node.target, torch._ops.HigherOrderOperator):
             continue
         if node not in inserted and before.arguments.get(node) == tuple(node.all_input_nodes):
             continue
@@ -104,11 +116,16 @@ def _shape(node: fx.Node, recorded: torch.Tensor, rewrite: str) -> None:
     mode = detect_fake_mode([recorded])
     try:
         with mode or torch.no_grad():
-            got: Any = node.target(*args, **kwargs)  # type: ignore[operator]
+            got = cast("Callable[..., Any]", node.target)(*args, **kwargs)
     except Exception as e:
         raise _fail(rewrite, "an operator does not accept its inputs", node, f"{type(e).__name__}: {e}") from e
     if not isinstance(got, torch.Tensor) or _differs(got, recorded):
-        raise _fail(rewrite, "a value has another shape or dtype than before", node, f"{_kind_of(got)}, recorded {_kind_of(recorded)}")
+        raise _fail(
+            rewrite,
+            "a value has another shape or dtype than before",
+            node,
+            f"{_kind_of(got)}, recorded {_kind_of(recorded)}",
+        )
 
 
 def _differs(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -123,12 +140,14 @@ def _kept(program: Program, before: Before, rewrite: str) -> None:
     now = tuple(_kind(o) for o in program.outputs)
     if now != before.outputs:
         raise _fail(rewrite, "the outputs changed", output, f"{now}, before {before.outputs}")
-    names = {str(n.target) for n in program.graph.nodes if n.op == "get_attr" and n.users}
-    if lost := sorted(before.parameters - names):
+    live = _live_parameters(program)
+    if lost := sorted(before.parameters - set(live)):
+        guilty = next((n for n in program.graph.nodes if n.op == "get_attr" and str(n.target) == lost[0]), output)
+        reader = next(iter(guilty.users), guilty)
         raise _fail(
             rewrite,
             "the graph lost a parameter",
-            output,
+            reader,
             f"{', '.join(lost)} no longer takes part in the output",
             "keep the old value in the new expression, or declare the loss in the rewrite",
         )
@@ -143,3 +162,13 @@ def _kind(output: Any) -> tuple[str, str] | None:
 
 def _kind_of(value: Any) -> str:
     return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else repr(value)
+
+
+def _live_parameters(program: Program) -> frozenset[str]:
+    """The names of the tensors that reach an output, or an operator that writes in place."""
+    live: set[fx.Node] = set()
+    for node in reversed(program.graph.nodes):
+        if node in live or node.op == "output" or node.is_impure():
+            live.update(node.all_input_nodes)
+            live.add(node)
+    return frozenset(str(n.target) for n in live if n.op == "get_attr")

@@ -1,1 +1,7 @@
-"""Recipes, one family a file: a paper is a name, a citation and a list of rewrites."""
+"""Recipes: papers as short lists of rewrites. One family a file; importing this package registers them all."""
+
+from gatecc.recipes.registry import build as build
+from gatecc.recipes.registry import recipes as recipes
+from gatecc.recipes.registry import resolve as resolve
+
+from gatecc.recipes import gated_attention as gated_attention  # isort: skip

@@ -12,6 +12,7 @@ from torch import nn
 from gatecc.capture import capture
 from gatecc.capture.reads import reads_of, recorded_reads
 from gatecc.errors import CaptureError, GateccError, GraphError
+from gatecc.ir.cost import Cost, cost
 from gatecc.ir.edit import Editor, NewModule, ScaleWeight, WeightStep
 from gatecc.ir.match import find_sites
 from gatecc.ir.program import Program, attribute, window
@@ -33,6 +34,7 @@ class Built:
     program: Program
     editors: list[Editor]
     python: PythonPath
+    cost_before: Cost
     seconds: dict[str, float] = field(default_factory=dict[str, float])
 
     @property
@@ -44,7 +46,9 @@ class Built:
 Observer = Callable[[str, Program], None]
 
 
-def build(module: nn.Module, state: Scope, args: tuple[Any, ...], kwargs: dict[str, Any], observe: Observer | None = None) -> Built:
+def build(
+    module: nn.Module, state: Scope, args: tuple[Any, ...], kwargs: dict[str, Any], observe: Observer | None = None
+) -> Built:
     """Capture one call of a scope and do its rewrites. Raises CaptureError; GraphError names rewrite, site and line.
 
     ``observe(stage, program)`` is called with "before" on the canonical graph and "after" on the rewritten one.
@@ -58,6 +62,7 @@ def build(module: nn.Module, state: Scope, args: tuple[Any, ...], kwargs: dict[s
     reads = reads_of(seen)
     plain = Variant(program, reads)
     clock.lap("print")
+    before = cost(program)
     if observe:
         observe("before", program)
     sites = find_sites(program).sites
@@ -69,44 +74,46 @@ def build(module: nn.Module, state: Scope, args: tuple[Any, ...], kwargs: dict[s
     clock.lap("print")
     if observe:
         observe("after", program)
-    return Built(Entry(variant, plain), program, editors, path, clock.seconds)
+    return Built(Entry(variant, plain), program, editors, path, before, clock.seconds)
 
 
 def rewrite_program(program: Program, state: Scope, sites: list[Site]) -> list[Editor]:
-    """Do every application of a scope on a program, verifying after each site."""
+    """Do every application of a scope on a program, verifying after each of them."""
     editors: list[Editor] = []
-    by_place = {(s.kind, program.relative_name(s.owner), s.ordinal, s.call): s for s in sites}
+    taken: set[str] = set()
     for application in state.applied:
+        places = set(application.sites)
         kind = application.rewrite.site.kind
-        for owner, ordinal in application.sites:
-            found = [s for (k, o, n, _), s in by_place.items() if (k, o, n) == (kind, owner, ordinal)]
-            if not found:
-                raise CaptureError(
-                    "a rewritten site does not exist in this kind of call",
-                    where=program.full_name(owner) or "model",
-                    found=f"no {kind} site #{ordinal} in the graph of this call",
-                    do="call the model as in the example inputs, or transform it with example inputs of this kind",
-                )
-            editors.extend(apply(application.rewrite, program, site) for site in found)
+        found = [s for s in sites if s.kind == kind and (program.relative_name(s.owner), s.ordinal) in places]
+        for owner, ordinal in places - {(program.relative_name(s.owner), s.ordinal) for s in found}:
+            raise CaptureError(
+                "a rewritten site does not exist in this kind of call",
+                where=program.full_name(owner) or "model",
+                found=f"no {kind} site #{ordinal} in the graph of this call",
+                do="call the model as in the example inputs, or transform it with example inputs of this kind",
+            )
+        editors.extend(apply(application.rewrite, program, found, state.own, taken))
     program.graph.eliminate_dead_code()
     return editors
 
 
-def apply(rewrite: Rewrite, program: Program, site: Site) -> Editor:
-    """One rewrite at one site, verified structurally."""
+def apply(rewrite: Rewrite, program: Program, sites: list[Site], own: set[str], taken: set[str]) -> list[Editor]:
+    """One rewrite at its sites in a program, verified structurally."""
     before = Before.of(program)
-    edit = Editor(program, site, rewrite.name)
-    place = f"{rewrite} at {site.key} {site.line}".strip()
-    try:
-        rewrite.rewrite(site, edit)
-    except GateccError:
-        raise
-    except Exception as e:
-        raise GraphError(
-            f"the rewrite raised {type(e).__name__}", where=place, found=f"{e}\n{window(edit.site_node)}"
-        ) from e
-    verify(program, before, place, edit.inserted)
-    return edit
+    editors: list[Editor] = []
+    for site in sites:
+        edit = Editor(program, site, rewrite.name, own, taken)
+        try:
+            rewrite.rewrite(site, edit)
+        except GateccError:
+            raise
+        except Exception as e:
+            place = f"{rewrite} at {site.key} {site.line}".strip()
+            found = f"{e}\n{window(edit.site_node)}"
+            raise GraphError(f"the rewrite raised {type(e).__name__}", where=place, found=found) from e
+        editors.append(edit)
+    verify(program, before, str(rewrite), {node for edit in editors for node in edit.inserted})
+    return editors
 
 
 def install_weights(module: nn.Module, steps: list[WeightStep], built_on: nn.Module) -> dict[str, int]:

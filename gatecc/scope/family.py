@@ -58,7 +58,14 @@ def structure(module: nn.Module) -> tuple[Any, ...]:
     return (tuple((path, type(m)) for path, m in module.named_modules()), tuple(tensors))
 
 
-def proves(entry: Entry, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], leaves: Sequence[torch.Tensor]) -> bool:
+def proves(
+    entry: Entry,
+    module: nn.Module,
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    leaves: Sequence[torch.Tensor],
+) -> bool:
     """Whether the entry's plain graph is this layer's function: equal attributes read, and equal outputs on this call.
 
     The layer runs twice from the same random state, its buffers are restored after each run, and no gradient is taken.

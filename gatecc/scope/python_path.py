@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from gatecc.errors import CallNotCapturedError
-from gatecc.ir.edit import Call, Editor, Replace
+from gatecc.ir.edit import Call, Editor
 from gatecc.ir.program import Program, attribute, origin
 from gatecc.ir.site import Attention
 
@@ -66,10 +66,14 @@ class PythonPath:
     edits: tuple[PythonEdit, ...] = ()
     cores: int = 0
     refused: str = ""
-    wants: frozenset[tuple[Any, ...]] = field(default_factory=frozenset[tuple[Any, ...]])  # module outputs used as sources
+    wants: frozenset[tuple[Any, ...]] = field(
+        default_factory=frozenset[tuple[Any, ...]]
+    )  # module outputs used as sources
 
 
-def python_path(program: Program, editors: Sequence[Editor], cores: Sequence[Attention], names: Mapping[fx.Node, tuple[Any, ...]]) -> PythonPath:
+def python_path(
+    program: Program, editors: Sequence[Editor], cores: Sequence[Attention], names: Mapping[fx.Node, tuple[Any, ...]]
+) -> PythonPath:
     """Say recorded edits in terms of anchors. ``names`` gives the argument path of each placeholder."""
     slots: dict[fx.Node, Slot] = {}
     edits: list[PythonEdit] = []
@@ -85,9 +89,11 @@ def python_path(program: Program, editors: Sequence[Editor], cores: Sequence[Att
             anchor = anchors.of(step.old)
             if anchor is None or None in [a for op in ops for a in op.arguments]:
                 return PythonPath(refused=f"{editor.rewrite} edits {step.old.name}, which no Python call returns")
-            edits.append(PythonEdit(anchor, tuple(ops), cast("Slot", slots[step.new])))
+            edits.append(PythonEdit(anchor, tuple(ops), slots[step.new]))
             ops = []
-    wants = frozenset(a.path for e in edits for op in e.ops for a in op.arguments if isinstance(a, Anchor) and a.what == "output")
+    wants = frozenset(
+        a.path for e in edits for op in e.ops for a in op.arguments if isinstance(a, Anchor) and a.what == "output"
+    )
     return PythonPath(tuple(edits), len(cores), "", wants)
 
 
@@ -195,7 +201,14 @@ class _Run(TorchFunctionMode):
         return self.seen[reference]
 
 
-def run_python(path: PythonPath, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> Any:
+def run_python(
+    path: PythonPath,
+    module: nn.Module,
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    where: str,
+) -> Any:
     """Run ``forward(*args, **kwargs)`` with the edits applied. Raises CallNotCapturedError if one of them found no place."""
     if path.refused:
         raise _refusal(where, path.refused)
@@ -210,8 +223,11 @@ def run_python(path: PythonPath, module: nn.Module, forward: Callable[..., Any],
         with run:
             out = forward(*args, **kwargs)
     if run.core != path.cores or len(run.done) != len(path.edits):
-        raise _refusal(where, f"{run.core} attention cores ran, the graph has {path.cores}; "
-                              f"{len(run.done)} of {len(path.edits)} edits found their value")
+        raise _refusal(
+            where,
+            f"{run.core} attention cores ran, the graph has {path.cores}; "
+            f"{len(run.done)} of {len(path.edits)} edits found their value",
+        )
     return out
 
 

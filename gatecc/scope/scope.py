@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -17,14 +17,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from gatecc.capture import capture
-from gatecc.capture.reads import Read, reads_of, recorded_reads
+from gatecc.capture.reads import Read
 from gatecc.capture.signature import Key, OpaqueArgumentError, flatten, map_tensors
 from gatecc.errors import CallNotCapturedError, CaptureError
 from gatecc.ir.rewrite import Rewrite
 from gatecc.scope.family import Entry, Family, proves
 from gatecc.scope.python_path import PythonPath, run_python
-from gatecc.scope.variant import Variant
 
 STATE = "_gatecc"
 
@@ -45,6 +43,7 @@ class Scope:
     applied: tuple[Application, ...]
     family: Family = field(default_factory=Family)
     python: PythonPath = field(default_factory=lambda: PythonPath(refused="no call was captured yet"))
+    own: set[str] = field(default_factory=set[str])  # paths of the modules that gatecc made in this scope
     refused: dict[Key, str] = field(default_factory=dict[Key, str])  # calls that could not be captured, and why
     trusted: list[Entry] = field(default_factory=list[Entry])  # entries captured on, or proved for, this layer
 
@@ -52,7 +51,9 @@ class Scope:
         return {**vars(self), "refused": {}, "trusted": [], "family": Family()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Scope:
-        return Scope(self.fqn, self.applied, self.family, self.python, dict(self.refused), list(self.trusted))
+        return Scope(
+            self.fqn, self.applied, self.family, self.python, set(self.own), dict(self.refused), list(self.trusted)
+        )
 
 
 def scope_of(module: nn.Module) -> Scope | None:
@@ -112,7 +113,7 @@ def base_forward(module: nn.Module) -> Callable[..., Any]:
 
 def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The forward of a scope."""
-    state = cast("Scope", vars(module)[STATE]) if not torch.compiler.is_dynamo_compiling() else module._gatecc  # noqa: SLF001
+    state = cast("Scope", getattr(module, STATE))
     try:
         key, leaves = call_key(module, args, kwargs)
     except OpaqueArgumentError as e:
@@ -123,11 +124,13 @@ def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     return _first(module, state, key, args, kwargs, leaves)
 
 
-def _first(module: nn.Module, state: Scope, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[torch.Tensor]) -> Any:
+def _first(
+    module: nn.Module, state: Scope, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[torch.Tensor]
+) -> Any:
     """A call of a kind that this scope has not seen: share, capture, or take the Python path."""
     if torch.compiler.is_dynamo_compiling():
         if state.python.refused:
-            torch._dynamo.graph_break()  # noqa: SLF001  (the frame runs again in Python and captures with real tensors)
+            torch._dynamo.graph_break()
         return _python(module, state, args, kwargs, "")
     if key in state.refused:
         return _python(module, state, args, kwargs, state.refused[key])
@@ -141,7 +144,9 @@ def _first(module: nn.Module, state: Scope, key: Key, args: tuple[Any, ...], kwa
     return entry.variant(module, leaves)
 
 
-def entry_for(module: nn.Module, state: Scope, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[torch.Tensor]) -> Entry:
+def entry_for(
+    module: nn.Module, state: Scope, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[torch.Tensor]
+) -> Entry:
     """An entry of the family that is proved for this layer, or a new capture. Raises CaptureError."""
     from gatecc.scope.build import build
 
@@ -182,11 +187,11 @@ def call_key(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 def _modes(module: nn.Module, out: list[Any], root: bool) -> None:
     """Type and training flag of every submodule: swapped submodules (LoRA) and frozen norms change the graph."""
-    if not root and (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks):  # noqa: SLF001
+    if not root and (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks):
         raise OpaqueArgumentError(f"a hook on the submodule {type(module).__name__}")
     out.append(type(module))
     out.append(module.training)
-    for child in module._modules.values():  # noqa: SLF001
+    for child in module._modules.values():
         if child is not None:
             _modes(child, out, False)
 
@@ -208,7 +213,9 @@ def _is_traced(leaves: list[torch.Tensor]) -> bool:
     return any(isinstance(x, FakeTensor) for x in leaves) or get_proxy_mode() is not None
 
 
-def _traced(module: nn.Module, state: Scope, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[torch.Tensor]) -> Any:
+def _traced(
+    module: nn.Module, state: Scope, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[torch.Tensor]
+) -> Any:
     """Inside someone's torch.export: capture on real tensors of the same sizes, in a thread that has no tracing modes."""
     with _real_calls(args, kwargs) as (real_args, real_kwargs):
         outcome: list[Any] = []
@@ -216,7 +223,9 @@ def _traced(module: nn.Module, state: Scope, key: Key, args: tuple[Any, ...], kw
         def work() -> None:
             try:
                 with torch.set_grad_enabled(key[1]):
-                    outcome.append(entry_for(module, state, key, real_args, real_kwargs, flatten(real_args, real_kwargs)[1]))
+                    outcome.append(
+                        entry_for(module, state, key, real_args, real_kwargs, flatten(real_args, real_kwargs)[1])
+                    )
             except CaptureError as e:
                 outcome.append(e)
 
@@ -229,7 +238,7 @@ def _traced(module: nn.Module, state: Scope, key: Key, args: tuple[Any, ...], kw
 
 
 @contextmanager
-def _real_calls(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+def _real_calls(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generator[tuple[Any, Any]]:
     from torch._subclasses.fake_tensor import unset_fake_temporarily
     from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
@@ -238,5 +247,5 @@ def _real_calls(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple
 
 
 def _real(x: torch.Tensor) -> torch.Tensor:
-    sizes = [s if isinstance(s, int) else s.node.hint for s in x.shape]
+    sizes = [s if type(s) is int else cast("torch.SymInt", s).node.hint for s in x.shape]
     return torch.zeros(sizes, dtype=x.dtype, device=x.device)

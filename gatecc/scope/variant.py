@@ -60,7 +60,7 @@ def _function(program: Program) -> tuple[str, Callable[..., Any], tuple[Any, ...
         raise ValueError("a captured call has at least one tensor argument")
     code = graph.python_code("self")
     names: dict[str, Any] = dict(code.globals)
-    exec(compile(code.src, f"<gatecc {program.fqn or type(program.module).__name__}>", "exec"), names)  # noqa: S102
+    exec(compile(code.src, f"<gatecc {program.fqn or type(program.module).__name__}>", "exec"), names)
     return code.src, names["forward"], tuple(values)
 
 

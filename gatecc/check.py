@@ -1,0 +1,111 @@
+"""check: the declared contracts, numerically: the transformed model against the original, at two sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from gatecc.capture.adapters import adapted
+from gatecc.capture.signature import OpaqueArgumentError, map_tensors
+from gatecc.errors import ExampleInputsError
+from gatecc.ir.rewrite import Recipe
+from gatecc.scope.blame import blame
+from gatecc.scope.family import difference
+
+
+@dataclass
+class Reference:
+    """The original's inputs and outputs: on the example, and at another size if the model runs there."""
+
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    outputs: list[Any]
+    notes: list[str] = field(default_factory=list[str])
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the numerical check measured. ``error`` is relative to max(1, max|output|)."""
+
+    error: float
+    contract: str
+    notes: tuple[str, ...] = ()
+
+
+def reference(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reference:
+    """Run the original once on the example inputs and once on other sizes. Raises ExampleInputsError if it does not run."""
+    made = Reference([(args, kwargs)], [_run(model, args, kwargs)])
+    other = other_sizes(args, kwargs)
+    if other is None:
+        made.notes.append("checked at one size: an input is neither a tensor nor a constant")
+        return made
+    try:
+        made.outputs.append(_run(model, *other))
+    except ExampleInputsError as e:
+        made.notes.append(f"checked at one size: the original does not run at others ({e.found})")
+        return made
+    made.calls.append(other)
+    return made
+
+
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    try:
+        with torch.no_grad(), adapted(model), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return model(*args, **kwargs)
+    except Exception as e:
+        first = str(e).strip().splitlines()
+        raise ExampleInputsError(
+            "the model does not run on the example inputs",
+            where=type(model).__name__,
+            found=f"{type(e).__name__}: {first[0] if first else ''}",
+            expected="inputs with which model(*args, **kwargs) runs",
+            do="call the model with them once by hand; a tuple is positional, a dict is keyword arguments",
+        ) from e
+
+
+def other_sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The same inputs with one sample more, rows repeated; None if the inputs are no plain tensors."""
+    try:
+        return map_tensors(_grown, (args, kwargs))
+    except OpaqueArgumentError:
+        return None
+
+
+def _grown(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dim() == 0 else torch.cat([x, x[:1]], 0)
+
+
+def check(
+    before: Reference, model: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Checked:
+    """Compare a transformed model with its reference. Raises ContractError, naming the guilty rewrite and site."""
+    contracts = [r.contract() for r in recipe.rewrites]
+    tolerance = sum(c.tolerance for c in contracts)
+    worst = 0.0
+    notes: list[str] = list(before.notes)
+    for (a, k), expected in zip(before.calls, before.outputs, strict=True):
+        with torch.enable_grad(), adapted(model), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            got = model(*a, **k)
+        worst = max(worst, compare(expected, got))
+    if worst > tolerance or worst == float("inf") or worst != worst:
+        raise blame(model, recipe, args, kwargs, worst, tolerance)
+    return Checked(worst, "; ".join(dict.fromkeys(str(c) for c in contracts)), tuple(notes))
+
+
+def compare(expected: Any, got: Any) -> float:
+    """The largest difference over all output tensors; infinite if the structure, a shape or a dtype differs."""
+    left, spec = pytree.tree_flatten(expected)
+    right, other = pytree.tree_flatten(got)
+    if spec != other:
+        return float("inf")
+    worst = 0.0
+    for x, y in zip(left, right, strict=True):
+        if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
+            same = x.shape == y.shape and x.dtype == y.dtype
+            worst = max(worst, difference(x, y) if same else float("inf"))
+    return worst

@@ -1,0 +1,84 @@
+"""The registry of recipes: a recipe is a function from options to rewrites, with a name, a summary and a citation."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gatecc.errors import ArgumentError, UnknownRecipeError
+from gatecc.ir.rewrite import Recipe, Rewrite
+
+Builder = Callable[..., tuple[Rewrite, ...]]
+
+
+@dataclass(frozen=True)
+class RecipeInfo:
+    """What is known of a recipe before it is built. ``system`` is its number in the catalogue of mechanisms."""
+
+    name: str
+    system: int
+    citation: str
+    summary: str
+    doc: str
+    builder: Builder
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Option names and their defaults."""
+        return {p.name: p.default for p in inspect.signature(self.builder).parameters.values()}
+
+
+_KNOWN: dict[str, RecipeInfo] = {}
+
+
+def recipe(name: str, *, system: int, citation: str) -> Callable[[Builder], Builder]:
+    """Register a builder under a name. Its parameters are the recipe's options, its docstring the recipe's page."""
+
+    def register(builder: Builder) -> Builder:
+        doc = inspect.getdoc(builder) or ""
+        _KNOWN[name] = RecipeInfo(name, system, citation, doc.split("\n\n")[0].replace("\n", " "), doc, builder)
+        return builder
+
+    return register
+
+
+def recipes() -> list[RecipeInfo]:
+    """Every recipe, by name."""
+    return [_KNOWN[name] for name in sorted(_KNOWN)]
+
+
+def build(name: str, **options: Any) -> Recipe:
+    """A recipe with options. Raises UnknownRecipeError, or ArgumentError for an option that it does not have."""
+    info = _KNOWN.get(name)
+    if info is None:
+        near = difflib.get_close_matches(name, _KNOWN, n=3, cutoff=0.5)
+        raise UnknownRecipeError(
+            f"no recipe is called {name!r}",
+            expected="one of " + ", ".join(sorted(_KNOWN)),
+            do=f"did you mean {' or '.join(near)}?" if near else "gatecc.recipes() lists them",
+        )
+    if unknown := sorted(set(options) - set(info.options)):
+        raise ArgumentError(
+            f"the recipe {name} has no option {', '.join(unknown)}", expected=", ".join(info.options) or "no options"
+        )
+    rewrites = info.builder(**options)
+    return Recipe(name, info.citation, rewrites, info.summary, tuple(sorted(options.items())))
+
+
+def resolve(value: str | Recipe | Rewrite | Sequence[Rewrite]) -> Recipe:
+    """A recipe from what `transform` accepts."""
+    if isinstance(value, Recipe):
+        return value
+    if isinstance(value, str):
+        return build(value)
+    rewrites: tuple[Any, ...] = (value,) if isinstance(value, Rewrite) else tuple(value)
+    if not rewrites or not all(isinstance(r, Rewrite) for r in rewrites):
+        raise ArgumentError(
+            "not a recipe",
+            found=repr(value)[:80],
+            expected="a recipe's name, a Recipe, a rewrite or a list of rewrites",
+        )
+    return Recipe("custom", "", rewrites, "; ".join(str(r) for r in rewrites))

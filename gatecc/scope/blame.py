@@ -1,0 +1,94 @@
+"""blame: which rewrite at which site broke the contract, found by doing them one at a time on the recorded calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from gatecc.capture import capture
+from gatecc.capture.record import record_calls
+from gatecc.capture.signature import flatten
+from gatecc.errors import ContractError, GateccError
+from gatecc.ir.match import find_sites
+from gatecc.ir.program import Program, window
+from gatecc.ir.rewrite import Recipe, Rewrite
+from gatecc.ir.site import Site
+from gatecc.passes.canonicalize import canonicalize
+from gatecc.scope.build import apply
+from gatecc.scope.family import same_outputs
+from gatecc.scope.scope import Scope, base_forward, scopes
+from gatecc.scope.variant import Variant
+
+
+def blame(
+    model: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs: dict[str, Any], error: float, tolerance: float
+) -> ContractError:
+    """The error to raise: it names the first rewrite and site whose edit alone changes its scope's output."""
+    found = f"outputs differ by {error:.3g} of max(1, max|output|)"
+    expected = f"at most {tolerance:.3g}"
+    for rewrite, site, program, edited in _guilty(model, recipe, args, kwargs):
+        return (
+            ContractError(
+                f"the rewrite promises {rewrite.contract()} and does not keep it",
+                where=f"{rewrite} at {site.key} {site.line}".strip(),
+                found=f"{found}\n{window(edited)}",
+                expected=expected,
+                do="declare changes_function if that is meant; else mend the rewrite",
+            )
+            if program
+            else ContractError("unreachable")
+        )
+    return ContractError(
+        "the transformed model is not the original, though each rewrite alone keeps its contract",
+        where=recipe.name,
+        found=found,
+        expected=expected,
+        do="do the rewrites one by one to see which of them do not go together",
+    )
+
+
+def _guilty(model: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
+    names = [fqn for fqn, _, _ in scopes(model)]
+    calls, _ = record_calls(model, names, args, kwargs)
+    for fqn, module, state in scopes(model):
+        for call in calls[fqn]:
+            yield from _in_scope(module, state, recipe, call.args, call.kwargs)
+
+
+def _in_scope(module: nn.Module, state: Scope, recipe: Recipe, args: Any, kwargs: Any) -> Iterator[Any]:
+    _, leaves = flatten(args, kwargs)
+    for application in state.applied:
+        if application.rewrite not in recipe.rewrites or not application.rewrite.contract().checked:
+            continue
+        for place in application.sites:
+            program = _program(module, state, args, kwargs)
+            plain = Variant(program, ())
+            site = _site(program, application.rewrite, place)
+            try:
+                edits = apply(application.rewrite, program, [site], state.own, set())
+            except GateccError:
+                continue
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                before = plain(module, leaves)
+                torch.manual_seed(0)
+                after = Variant(program, ())(module, leaves)
+            if not same_outputs(before, after, application.rewrite.contract().tolerance):
+                nodes = sorted(edits[0].inserted)
+                yield application.rewrite, site, program, nodes[-1] if nodes else edits[0].site_node
+
+
+def _program(module: nn.Module, state: Scope, args: Any, kwargs: Any) -> Program:
+    program = capture(module, args, kwargs, fqn=state.fqn, forward=base_forward(module))
+    canonicalize(program)
+    return program
+
+
+def _site(program: Program, rewrite: Rewrite, place: tuple[str, int]) -> Site:
+    sites = find_sites(program).sites
+    return next(
+        s for s in sites if s.kind == rewrite.site.kind and (program.relative_name(s.owner), s.ordinal) == place
+    )

@@ -1,0 +1,422 @@
+"""transform: from a model and a recipe to a model of the same class whose chosen submodules run rewritten graphs."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+
+from gatecc.analysis import Analysis, Inputs, analyse, check_model, evaluation, parameter_count, report_of, split_inputs
+from gatecc.capture.record import RecordedCall, record_calls
+from gatecc.capture.signature import OpaqueArgumentError
+from gatecc.check import Checked, check, reference
+from gatecc.errors import ArgumentError, CaptureError, EmptySelectionError
+from gatecc.ir.edit import CONTAINERS, NewModule, WeightStep
+from gatecc.ir.program import Program, origin
+from gatecc.ir.rewrite import Recipe, Rewrite
+from gatecc.ir.select import select
+from gatecc.ir.site import Site
+from gatecc.recipes import resolve
+from gatecc.report import GraphDump, GraphPair, PassRow, Report, RewriteRow
+from gatecc.scope.build import Built, build, install_weights, scale
+from gatecc.scope.family import Family, structure
+from gatecc.scope.scope import (
+    Application,
+    Scope,
+    base_forward,
+    call_key,
+    install,
+    remove,
+    scope_of,
+    scopes,
+)
+
+HISTORY = "_gatecc_history"
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One transform of a model: what save replays and revert undoes. Names are FQNs in the model."""
+
+    recipe: Recipe
+    scope: str
+    inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    modules: tuple[str, ...]  # new submodules
+    scaled: tuple[tuple[str, float], ...]  # parameters and the powers of two that they were multiplied by
+    report: Report
+
+
+@dataclass
+class _Plan:
+    """What is to be done in one scope."""
+
+    fqn: str
+    applied: list[Application] = field(default_factory=list[Application])
+
+
+@dataclass
+class _Undo:
+    """How to leave an in-place model as it was if something fails half-way."""
+
+    states: list[tuple[nn.Module, Scope | None]] = field(default_factory=list[tuple[nn.Module, Scope | None]])
+    weights: list[tuple[nn.Module, WeightStep]] = field(default_factory=list[tuple[nn.Module, WeightStep]])
+
+    def run(self) -> None:
+        for module, step in reversed(self.weights):
+            undo_weight(module, step)
+        for module, state in reversed(self.states):
+            remove(module)
+            if state is not None:
+                install(module, state)
+
+
+def transform(
+    model: nn.Module,
+    recipe: str | Recipe | Rewrite | Sequence[Rewrite],
+    example_inputs: Inputs,
+    *,
+    scope: Literal["auto", "model"] = "auto",
+    inplace: bool = False,
+    verify: bool = True,
+) -> nn.Module:
+    """Rewrite a model by a recipe; the result has the same class, call and parameter names, plus the new parameters.
+
+    ``recipe``: a name from `recipes()`, a Recipe, a rewrite or a list of rewrites. ``example_inputs``: a tuple is
+    positional, a dict is keyword arguments, ``(tuple, dict)`` is both. ``scope="auto"`` rewrites the smallest submodule
+    that holds each site; ``"model"`` the model as one graph. ``verify=False`` skips the numerical check of the contracts
+    (graphs are always checked). The model itself is untouched unless ``inplace``; after an error it is untouched anyway.
+
+    Raises UnknownRecipeError, EmptySelectionError, ExampleInputsError, UnsupportedModelError, CaptureError, GraphError,
+    ContractError. `last_report(result)` tells what was done.
+    """
+    wanted = resolve(recipe)
+    args, kwargs = split_inputs(example_inputs)
+    check_model(model)
+    if scope not in ("auto", "model"):
+        raise ArgumentError("unknown scope", found=repr(scope), expected='"auto" or "model"')
+    undo = _Undo()
+    with evaluation(model):
+        before = reference(model, args, kwargs) if verify else None
+        target = model if inplace else _copy(model)
+    try:
+        with evaluation(target):
+            step = _transform(target, wanted, args, kwargs, scope, undo)
+            if before is not None:
+                outcome = check(before, target, wanted, args, kwargs)
+                step = replace(step, report=_checked(step.report, outcome))
+    except BaseException:
+        undo.run()
+        raise
+    vars(target)[HISTORY] = (*history(model), step)
+    return target
+
+
+def last_report(model: nn.Module) -> Report:
+    """The report of the last transform of a model. Raises ArgumentError for a model that was not transformed."""
+    steps = history(model)
+    if not steps:
+        raise ArgumentError("this model has no report", found=type(model).__name__, do="gatecc.inspect(model, inputs)")
+    return steps[-1].report
+
+
+def history(model: nn.Module) -> tuple[Step, ...]:
+    """The transforms that a model went through, first to last."""
+    return vars(model).get(HISTORY, ())
+
+
+def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Undo every transform of a model: its parameters, outputs and state dict are bitwise those of before (T8).
+
+    Changes that training made to the model's own parameters stay; the new parameters are dropped.
+    """
+    target = model if inplace else copy.deepcopy(model)
+    for step in reversed(history(target)):
+        for fqn in step.modules:
+            _remove_module(target, fqn)
+        for fqn, factor in step.scaled:
+            _scale(target, fqn, 1 / factor)
+    for _, module, _ in list(scopes(target)):
+        remove(module)
+    vars(target).pop(HISTORY, None)
+    return target
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as e:
+        raise ArgumentError(
+            "the model cannot be copied",
+            found=f"{type(e).__name__}: {e}",
+            do="pass inplace=True to rewrite it as it is",
+        ) from e
+
+
+def _transform(
+    model: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs: dict[str, Any], scope: str, undo: _Undo
+) -> Step:
+    analysis = analyse(model, args, kwargs)
+    report = report_of(model, analysis)
+    report.recipe = recipe.name
+    parameters = parameter_count(model)
+    plans = _plans(model, recipe, analysis, scope, called_modules(model, args, kwargs))
+    calls, _ = record_calls(model, [p.fqn for p in plans], args, kwargs)
+    work = _Installer(model, recipe, undo, report)
+    for plan in sorted(plans, key=lambda p: -p.fqn.count(".") - bool(p.fqn)):
+        work.install(plan, calls[plan.fqn])
+    report.graphs = work.graphs()
+    report.passes = [*report.passes, *work.pass_rows()]
+    report.totals = replace(
+        report.totals, parameters_before=parameters, parameters_after=parameter_count(model), **work.cost_after(report)
+    )
+    return Step(recipe, scope, (args, kwargs), tuple(work.modules), tuple(work.scaled), report)
+
+
+def called_modules(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
+    """The FQNs of the modules whose forward runs (containers such as ModuleList are never called)."""
+    calls, _ = record_calls(model, [name for name, _ in model.named_modules()], args, kwargs)
+    return {name for name, seen in calls.items() if seen}
+
+
+def _plans(model: nn.Module, recipe: Recipe, analysis: Analysis, scope: str, called: set[str]) -> list[_Plan]:
+    plans: dict[str, _Plan] = {}
+    for rewrite in recipe.rewrites:
+        chosen: dict[str, list[Site]] = {}
+        for site in select(rewrite.site, analysis.sites, analysis.refusals):
+            program = analysis.program_of(site)
+            fqn = program.fqn if scope == "model" else _scope_of(rewrite, site, model, called, program)
+            chosen.setdefault(fqn, []).append(site)
+        for fqn, sites in chosen.items():
+            places = dict.fromkeys((_relative(s.owner, fqn), s.ordinal) for s in sites)
+            _check_calls(rewrite, sites, analysis.sites)
+            plans.setdefault(fqn, _Plan(fqn)).applied.append(Application(rewrite, tuple(places)))
+    if not plans:
+        raise EmptySelectionError("the recipe has no rewrite", where=recipe.name)
+    return list(plans.values())
+
+
+def _check_calls(rewrite: Rewrite, chosen: list[Site], sites: list[Site]) -> None:
+    """A module that runs several times is one module: all of its calls are rewritten, or none."""
+    for site in chosen:
+        same = [s for s in sites if (s.kind, s.owner, s.ordinal) == (site.kind, site.owner, site.ordinal)]
+        if any(s not in chosen for s in same):
+            raise EmptySelectionError(
+                f"{rewrite} selects some calls of a module that runs {len(same)} times",
+                where=site.owner,
+                found=f"{site.key} alone",
+                do="select the owner by its FQN: its calls share one set of weights",
+            )
+
+
+def _scope_of(rewrite: Rewrite, site: Site, model: nn.Module, called: set[str], program: Program) -> str:
+    """The smallest called module whose graph holds everything that the rewrite touches at a site."""
+    fqn = site.owner
+    for node in rewrite.footprint(site):
+        fqn = _common(fqn, _nearest(node, site.owner))
+    while fqn and (fqn not in called or isinstance(model.get_submodule(fqn), CONTAINERS)):
+        fqn = fqn.rpartition(".")[0]
+    return fqn if program.inside(fqn) else program.fqn
+
+
+def _nearest(node: fx.Node, owner: str) -> str:
+    """Where the scope can get hold of a value: the owner that makes it, or the nearest one that reads it."""
+    owners = [origin(n).owner for n in (node, *node.users) if n.op == "call_function"]
+    return max(owners, key=lambda o: len(_common(o, owner)), default="")
+
+
+def _common(a: str, b: str) -> str:
+    parts: list[str] = []
+    for x, y in zip(a.split("."), b.split("."), strict=False):
+        if x != y:
+            break
+        parts.append(x)
+    return ".".join(parts)
+
+
+def _relative(owner: str, fqn: str) -> str:
+    return owner[len(fqn) :].lstrip(".") if fqn else owner
+
+
+@dataclass
+class _Installer:
+    """Builds and installs scopes; layers of one structure are built once and proved for each of the others."""
+
+    model: nn.Module
+    recipe: Recipe
+    undo: _Undo
+    report: Report
+    leaders: dict[Any, tuple[Family, Built]] = field(default_factory=dict[Any, "tuple[Family, Built]"])
+    pairs: dict[int, tuple[list[str], list[GraphDump]]] = field(
+        default_factory=dict[int, "tuple[list[str], list[GraphDump]]"]
+    )
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+    modules: list[str] = field(default_factory=list[str])
+    scaled: list[tuple[str, float]] = field(default_factory=list[tuple[str, float]])
+
+    def install(self, plan: _Plan, calls: list[RecordedCall]) -> None:
+        """Make one planned scope."""
+        clock = time.process_time()
+        module = self.model.get_submodule(plan.fqn)
+        old = scope_of(module)
+        self.undo.states.append((module, old))
+        applied = (*(old.applied if old else ()), *plan.applied)
+        kind = (structure(module), applied)
+        state = Scope(plan.fqn, applied, own=set(old.own) if old else set())
+        install(module, state)
+        made: dict[str, int] = {}
+        for call in calls:
+            made |= self._one(module, state, (kind, _key(module, call)), call)
+        ms = (time.process_time() - clock) * 1e3
+        self._rows(plan, made, ms)
+
+    def _one(self, module: nn.Module, state: Scope, kind: Any, call: RecordedCall) -> dict[str, int]:
+        known = self.leaders.get(kind)
+        if known is None or not self._share(module, state, *known, call):
+            return self._lead(module, state, kind, call)
+        self.pairs[id(known[1])][0].append(state.fqn)
+        return self._weights(module, state, known[1])
+
+    def _lead(self, module: nn.Module, state: Scope, kind: Any, call: RecordedCall) -> dict[str, int]:
+        dumps: list[GraphDump] = []
+        before = dict(module.named_modules())
+        own = set(state.own)
+        try:
+            with _gradients():
+                built = build(
+                    module, state, call.args, call.kwargs, lambda _, program: dumps.append(GraphDump.of(program))
+                )
+        finally:
+            for path in state.own - own:
+                if path not in before:
+                    self.undo.weights.append((module, NewModule(path, nn.Identity)))
+        with _gradients():
+            key, _ = call_key(module, call.args, call.kwargs)
+        state.family.add(key, built.entry)
+        state.trusted.append(built.entry)
+        state.python = built.python
+        self.leaders[kind] = (state.family, built)
+        self.pairs[id(built)] = ([state.fqn], dumps)
+        for name, seconds in built.seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        return self._weights(module, state, built)
+
+    def _share(self, module: nn.Module, state: Scope, family: Family, built: Built, call: RecordedCall) -> bool:
+        clock = time.process_time()
+        from gatecc.scope.family import proves
+
+        with _gradients():
+            _, leaves = call_key(module, call.args, call.kwargs)
+        held = proves(built.entry, module, base_forward(module), call.args, call.kwargs, leaves)
+        self.seconds["share"] = self.seconds.get("share", 0.0) + time.process_time() - clock
+        if not held:
+            return False
+        state.family = family
+        state.python = built.python
+        state.trusted.append(built.entry)
+        return True
+
+    def _weights(self, module: nn.Module, state: Scope, built: Built) -> dict[str, int]:
+        """New parameters and changed weights of one layer, once even if it is called several times."""
+        if any(path in self.modules for path in (state_path(state, s) for s in built.weights)):
+            return {}
+        new = [s for s in built.weights if isinstance(s, NewModule) and s.path not in state.own]
+        self.undo.weights.extend((module, s) for s in new)
+        made = install_weights(module, built.weights, built.program.module)
+        for step in built.weights:
+            if isinstance(step, NewModule):
+                state.own.add(step.path)
+                self.modules.append(state_path(state, step))
+                continue
+            self.undo.weights.append((module, step))
+            self.scaled.append((state_path(state, step), step.factor))
+        return made
+
+    def _rows(self, plan: _Plan, made: dict[str, int], ms: float) -> None:
+        sites = [(a, place) for a in plan.applied for place in a.sites]
+        for application, (owner, ordinal) in sites:
+            full = ".".join(p for p in (plan.fqn, owner) if p)
+            prefix = f"{owner}." if owner else ""
+            new = {f"{plan.fqn}.{n}".lstrip("."): c for n, c in made.items() if n.startswith(prefix)}
+            self.report.rewrites.append(
+                RewriteRow(
+                    rewrite=application.rewrite.name,
+                    recipe=self.recipe.name,
+                    site=f"{full}#{ordinal}",
+                    scope=plan.fqn,
+                    contract=str(application.rewrite.contract()),
+                    new_parameters=new,
+                    ms=ms / len(sites),
+                )
+            )
+
+    def graphs(self) -> list[GraphPair]:
+        """Each distinct graph before and after, with the scopes that share it."""
+        return [GraphPair(tuple(names), *dumps[:2]) for names, dumps in self.pairs.values()]
+
+    def pass_rows(self) -> list[PassRow]:
+        """Times per pass over all scopes."""
+        return [PassRow(f"scopes: {name}", seconds * 1e3) for name, seconds in self.seconds.items()]
+
+    def cost_after(self, report: Report) -> dict[str, int]:
+        """FLOPs and bytes after: those before, plus what the rewritten graphs cost more than the plain ones."""
+        from gatecc.ir.cost import cost
+
+        flops, traffic = report.totals.flops_before or 0, report.totals.bytes_before or 0
+        for _, built in self.leaders.values():
+            count = len(self.pairs[id(built)][0])
+            after = cost(built.program)
+            flops += count * (after.flops - built.cost_before.flops)
+            traffic += count * (after.bytes - built.cost_before.bytes)
+        return {"flops_after": flops, "bytes_after": traffic}
+
+
+def state_path(state: Scope, step: WeightStep) -> str:
+    """The FQN in the model of what a weight step touches."""
+    return f"{state.fqn}.{step.path}".lstrip(".")
+
+
+def undo_weight(module: nn.Module, step: WeightStep) -> None:
+    """Take back one weight step on a layer."""
+    if isinstance(step, NewModule):
+        _remove_module(module, step.path)
+        return
+    scale(module, step, 1 / step.factor)
+
+
+def _remove_module(root: nn.Module, path: str) -> None:
+    holder, _, name = path.rpartition(".")
+    root.get_submodule(holder)._modules.pop(name, None)
+
+
+def _scale(model: nn.Module, fqn: str, factor: float) -> None:
+    with torch.no_grad():
+        model.get_parameter(fqn).mul_(factor)
+
+
+def _key(module: nn.Module, call: RecordedCall) -> Any:
+    with _gradients():
+        try:
+            return call_key(module, call.args, call.kwargs)[0]
+        except OpaqueArgumentError as e:
+            raise CaptureError("the call of a scope cannot become a graph", found=str(e)) from e
+
+
+def _gradients() -> torch.set_grad_enabled:
+    """Captures are made with gradients on: a graph taken without them forgets which regions had none."""
+    return torch.set_grad_enabled(True)
+
+
+def _checked(report: Report, outcome: Checked) -> Report:
+    rewrites = [replace(r, error=outcome.error) for r in report.rewrites]
+    totals = replace(report.totals, max_error=outcome.error, contract=outcome.contract, contract_held=True)
+    return replace(report, rewrites=rewrites, totals=totals, notes=[*report.notes, *outcome.notes])
+
+
+def names(steps: Iterable[Step]) -> list[str]:
+    """The recipe names of a history."""
+    return [s.recipe.name for s in steps]
