@@ -82,7 +82,13 @@ def _padded(batch: int, length: int) -> Inputs:
 
 def _decoded(batch: int, length: int) -> Inputs:
     mask = torch.full((length, length), float("-inf")).triu(1)
-    return Inputs((noise(batch, length, D), noise(batch, length + 5, D)), {"tgt_mask": mask})
+    return Inputs((noise(batch, length, D), noise(batch, length + 5, D)), {"tgt_mask": mask, "tgt_is_causal": True})
+
+
+def _detected(batch: int, length: int) -> Inputs:
+    """torch looks whether the mask is causal: a data-dependent branch, on which export of the whole model fails."""
+    inputs = _decoded(batch, length)
+    return Inputs(inputs.args, {"tgt_mask": inputs.kwargs["tgt_mask"]})
 
 
 def _kept(batch: int, length: int) -> Inputs:
@@ -119,6 +125,7 @@ def specs() -> list[Spec]:
         _spec("encoder_padded", _encoder, _padded, 2, "varied"),
         _spec("encoder_causal", Causal, _ids, 2, "causal", causal=True),
         _spec("decoder", _decoder, _decoded, 4, "causal,bidirectional,causal,bidirectional", causal=True),
+        _spec("decoder_detected", _decoder, _detected, 4, "causal,bidirectional,causal,bidirectional", causal=True),
         _spec("transformer", _transformer, _two, 3, "bidirectional"),
         _spec("mha", lambda: nn.MultiheadAttention(D, HEADS, batch_first=True), _self, 1, "bidirectional"),
         _spec("mha_weights", Weighted, _one, 1, "bidirectional"),
