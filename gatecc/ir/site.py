@@ -93,7 +93,9 @@ class Attention(Site):
     core: fx.Node  # the fused node, or the matmul that yields heads
     heads: int  # query heads, 0 if a merged axis hides the number
     kv_heads: int  # heads of k and v before any expansion
-    scale: float | None  # what the scores are multiplied by; None if it is not a constant
+    scale: float | None  # what q @ k is multiplied by; None if it is not a constant
+    soft_cap: float | None = None  # scores go through soft_cap * tanh(scores / soft_cap)
+    sinks: bool = False  # the softmax sees a further logit that belongs to no key
     mask: Mask
     mask_node: fx.Node | None = None
     dropout: float = 0.0

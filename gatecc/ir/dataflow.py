@@ -1,0 +1,69 @@
+"""Flow: where the values of a program come from, and who writes to whose storage. Computed in one sweep."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from torch import fx
+from torch._ops import OpOverload
+
+from gatecc.ir.ops import CONTRACTIONS, SHAPE_ONLY, mutates, opname
+from gatecc.ir.program import Program
+
+
+class Flow:
+    """``data``: nodes whose values depend on the values of an input. ``raw``: nodes that come from parameters and
+    constants without any contraction. ``base``: the node that owns a view's storage. ``writers``: the nodes that write
+    to a base's storage, in order.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.order: dict[fx.Node, int] = {}
+        self.data: set[fx.Node] = set()
+        self.raw: set[fx.Node] = set()
+        self.base: dict[fx.Node, fx.Node] = {}
+        self.writers: dict[fx.Node, list[fx.Node]] = {}
+        for index, node in enumerate(program.graph.nodes):
+            self.order[node] = index
+            self._visit(node)
+
+    def _visit(self, node: fx.Node) -> None:
+        name = opname(node)
+        sources = value_inputs(node)
+        if node.op == "placeholder" or any(s in self.data for s in sources):
+            self.data.add(node)
+        if node.op != "placeholder" and name not in CONTRACTIONS and all(s in self.raw for s in sources):
+            self.raw.add(node)
+        viewed = _aliased(node)
+        self.base[node] = self.base[viewed] if viewed is not None else node
+        if not mutates(node):
+            return
+        target = self.base[next(iter(node.all_input_nodes))]
+        self.writers.setdefault(target, []).append(node)
+        if node in self.data:
+            self.data.add(target)
+
+
+def value_inputs(node: fx.Node) -> list[fx.Node]:
+    """The inputs whose values matter to the node (not their shapes alone)."""
+    inputs = node.all_input_nodes
+    if opname(node) in SHAPE_ONLY:
+        return [n for n in inputs if n is not node.args[0]]
+    return inputs
+
+
+def _aliased(node: fx.Node) -> fx.Node | None:
+    """The argument whose storage the result shares (or may share)."""
+    if opname(node) == "getitem":
+        return node.all_input_nodes[0]
+    if not isinstance(node.target, OpOverload) or not _returns_alias(node.target):
+        return None
+    first = node.args[0] if node.args else None
+    return first if isinstance(first, fx.Node) else None
+
+
+@lru_cache(maxsize=None)
+def _returns_alias(target: Any) -> bool:
+    return any(r.alias_info is not None for r in target._schema.returns)

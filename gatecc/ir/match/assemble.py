@@ -1,0 +1,373 @@
+"""Assembling an Attention site: the values with their axes, the weights around them, heads, scale and mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import sympy
+from torch import fx
+
+from gatecc.ir.dataflow import Flow
+from gatecc.ir.match.axes import permutation
+from gatecc.ir.match.expand import is_identity, unexpanded
+from gatecc.ir.match.mask_eval import MaskClassifier, MaskGraph
+from gatecc.ir.match.normalisation import Normalisation
+from gatecc.ir.match.product import Product
+from gatecc.ir.match.qkv import Origins, Projection, find_output, find_projection, rows_of, unflattened, weight_of
+from gatecc.ir.match.scores import Scores, constant, mask_operand, scale_of, scalar_factor, soft_cap
+from gatecc.ir.match.stream import same_stream
+from gatecc.ir.match.values import Weighing, dropout_of
+from gatecc.ir.ops import CASTS, RESHAPES, TRANSPOSES, argument, opname
+from gatecc.ir.program import origin
+from gatecc.ir.site import Attention, Value, Weight
+from gatecc.ir.sizes import Size, example_sizes, expression, node_shape, numel, same
+
+Roles = dict[str, str]  # from the letter of an axis in a product to its letter in a site
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What a matcher found: ``product`` is queries times keys (for a fused node only its operands and axes count)."""
+
+    spelling: Literal["sdpa", "softmax", "manual"]
+    owner: str
+    core: fx.Node
+    product: Product
+    keys: str  # the letter of the key axis in product.axes
+    softmax: Normalisation | None = None
+    scores: Scores | None = None
+    weighing: Weighing | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Operand:
+    """q, k or v after constant factors, transposes, merged heads and repeated heads are taken off."""
+
+    node: fx.Node
+    axes: str
+    factor: float | None
+    origins: Origins | None
+
+
+class Assembler:
+    """Makes the sites of one program; what several sites share is computed once."""
+
+    def __init__(self, flow: Flow) -> None:
+        self.flow = flow
+        self.masks = MaskClassifier(flow)
+        self.sizes = example_sizes(flow.program)
+
+    def site(self, parts: Parts, ordinal: int) -> Attention:
+        """The site of one attention."""
+        product, flow = parts.product, self.flow
+        is_left = parts.keys in product.right_axes
+        q_node, q_axes = (product.left, product.left_axes) if is_left else (product.right, product.right_axes)
+        k_node, k_axes = (product.right, product.right_axes) if is_left else (product.left, product.left_axes)
+        v_node, v_letters = self._values(parts)
+        roles = self._roles(parts, q_node, q_axes)
+        q = self._operand(q_node, _named(q_axes, roles), expand=False)
+        k = self._operand(k_node, _named(k_axes, roles), expand=True)
+        v_roles = self._value_roles(parts, roles)
+        v = self._operand(v_node, _named(v_letters, v_roles), expand=True, scale=False)
+        heads = self._heads(parts, _named(self._core_letters(parts), v_roles))
+        count, kv_count = self._count(q), self._count(k)
+        output = find_output(parts.core, _width(heads, count), flow)
+        values = {"q": Value(q.node, q.axes), "k": Value(k.node, k.axes), "v": Value(v.node, v.axes), "heads": heads}
+        values |= self._streams(q, k, v, output) | self._inner(parts, roles)
+        return Attention(
+            owner=parts.owner,
+            ordinal=ordinal,
+            call=origin(parts.core).call,
+            line=origin(parts.softmax.output if parts.softmax else parts.core).line,
+            values={name: values[name] for name in Attention.stages if name in values},
+            weights=self._weights(q, k, v, output, count, kv_count),
+            spelling=parts.spelling,
+            core=parts.core,
+            heads=count,
+            kv_heads=kv_count,
+            scale=self._scale(parts, q, k),
+            soft_cap=soft_cap(parts.scores, flow) if parts.scores else None,
+            sinks=bool(parts.scores and parts.scores.sinks),
+            mask=self.masks.classify(self._mask_graph(parts)),
+            mask_node=mask_operand(parts.scores) if parts.scores else _node(argument(parts.core, 3, "attn_mask")),
+            dropout=self._dropout(parts),
+            rotary=bool(q.origins and q.origins.rotary),
+            cross=self._cross(q, k),
+        )
+
+    # --- axes ---
+
+    def _roles(self, parts: Parts, q_node: fx.Node, q_axes: str) -> Roles:
+        """The letters of queries and keys; batch axes are named by their sizes."""
+        product = parts.product
+        contracted = "d" if parts.spelling == "sdpa" else product.contracted
+        own = [a for a in q_axes if a in product.axes and a not in (product.right_axes if q_node is product.left else product.left_axes)]
+        query = "n" if parts.spelling == "sdpa" else own[-1]
+        roles = {parts.keys: "m", query: "n"} | dict.fromkeys(contracted, "d")
+        batch = [a for a in product.axes if a not in roles]
+        sizes = dict(zip(q_axes, node_shape(q_node) or (), strict=True))
+        origins = find_projection(q_node, self.flow)
+        return roles | dict(zip(batch, _batch_letters([sizes.get(a, 1) for a in batch], q_node, origins), strict=True))
+
+    def _value_roles(self, parts: Parts, roles: Roles) -> Roles:
+        """The letters of weights times values: those of the scores, found again by position."""
+        if parts.weighing is None:
+            return roles
+        source, weights = parts.weighing.source, parts.weighing.weights_axes
+        feature = [a for a in parts.weighing.values_axes if a not in weights]
+        own = [a for a in weights if a not in parts.weighing.values_axes]
+        query = own[-1] if own else next(a for a in reversed(weights) if a != parts.weighing.keys)
+        result = {parts.weighing.keys: "m", query: "n"} | dict.fromkeys(feature, "d")
+        batch = [a for a in source.axes if a not in result]
+        inherited = [roles[a] for a in parts.product.axes if roles[a] not in "nm"]
+        if len(inherited) != len(batch):
+            inherited = list({1: "g", 2: "bh"}.get(len(batch), "bwhr"[: len(batch)]))
+        return result | dict(zip(batch, inherited, strict=True))
+
+    def _values(self, parts: Parts) -> tuple[fx.Node, str]:
+        if parts.weighing is not None:
+            return parts.weighing.values, parts.weighing.values_axes
+        node = parts.core.args[2]
+        assert isinstance(node, fx.Node)
+        return node, parts.product.right_axes
+
+    def _core_letters(self, parts: Parts) -> str:
+        return parts.weighing.source.axes if parts.weighing is not None else parts.product.left_axes
+
+    def _operand(self, node: fx.Node, axes: str, *, expand: bool, scale: bool = True) -> _Operand:
+        """Take off what a rewrite should not see: see _Operand."""
+        factor: float | None = 1.0
+        while True:
+            step = self._peel(node, axes, expand, scale)
+            if step is None:
+                return _Operand(node, axes, factor, find_projection(node, self.flow))
+            node, axes, more = step
+            factor = factor * more
+
+    def _peel(self, node: fx.Node, axes: str, expand: bool, scale: bool) -> tuple[fx.Node, str, float] | None:
+        source = _node(node.args[0]) if node.args else None
+        if source is None:
+            return None
+        name = opname(node)
+        if is_identity(node):
+            return source, axes, 1.0
+        if scale and name in ("mul", "div") and constant(node.args[1], self.flow) is not None:
+            return source, axes, scalar_factor(node, source, self.flow) or 1.0
+        order = permutation(node, len(axes)) if name in TRANSPOSES else None
+        if order is not None and _only_last_two(order):
+            return source, "".join(axes[order.index(i)] for i in range(len(axes))), 1.0
+        if name in RESHAPES and axes[0] == "g":
+            return _unmerged(node, source, axes)
+        below = unexpanded(node, axes) if expand else None
+        return (below, axes, 1.0) if below is not None else None
+
+    def _heads(self, parts: Parts, axes: str) -> Value:
+        """The product of weights and values, after a reshape that only takes merged heads apart."""
+        node = parts.core
+        users = list(node.users)
+        if axes[0] == "g" and len(users) == 1 and opname(users[0]) in RESHAPES:
+            shape, before = node_shape(users[0]) or (), node_shape(node) or ()
+            if len(shape) == len(before) + 1 and all(map(same, shape[2:], before[1:])):
+                return Value(users[0], "bh" + axes[1:])
+        return Value(node, axes)
+
+    def _count(self, operand: _Operand) -> int:
+        """The number of heads of a value, 0 if a merged axis hides it."""
+        sizes = dict(zip(operand.axes, node_shape(operand.node) or (), strict=False))
+        if "h" in sizes:
+            heads = numel([sizes["h"], sizes.get("r", 1)])
+            return int(heads) if heads.is_Integer else 0
+        if "g" not in sizes:
+            return 1
+        ratio = _heads_by_size(operand.node, operand.origins)
+        return ratio if ratio is not None else 0
+
+    # --- parts of the site ---
+
+    def _inner(self, parts: Parts, roles: Roles) -> dict[str, Value]:
+        if parts.softmax is None or parts.scores is None or parts.weighing is None:
+            return {}
+        axes = _named(parts.product.axes, roles)
+        scores = parts.scores.final
+        result = {"scores": Value(scores, axes)} if _rank(scores) == len(axes) else {}
+        weights = parts.softmax.output
+        for node in parts.weighing.path:  # after casts and after the sink column is cut off, before dropout and merging
+            if opname(node) not in CASTS and not (parts.scores.sinks and opname(node) == "slice"):
+                break
+            weights = node
+        return result | ({"weights": Value(weights, axes)} if _rank(weights) == len(axes) else {})
+
+    def _streams(self, q: _Operand, k: _Operand, v: _Operand, output: Projection | None) -> dict[str, Value]:
+        result: dict[str, Value] = {}
+        keys = k.origins or v.origins
+        if q.origins is not None:
+            result["hidden"] = _stream(unflattened(q.origins.projection.input, forward=False), q, "n")
+        if keys is not None and (q.origins is None or keys.projection.input is not q.origins.projection.input):
+            result["hidden_kv"] = _stream(unflattened(keys.projection.input, forward=False), k, "m")
+        if output is not None:
+            result["out"] = _stream(unflattened(output.node, forward=True), q, "n")
+        return {name: value for name, value in result.items() if value.axes}
+
+    def _weights(
+        self, q: _Operand, k: _Operand, v: _Operand, output: Projection | None, heads: int, kv_heads: int
+    ) -> dict[str, Weight]:
+        result: dict[str, Weight] = {}
+        for name, operand, count in (("q", q, heads), ("k", k, kv_heads), ("v", v, kv_heads)):
+            self._add_weight(result, name, operand, count)
+        if output is not None:
+            result["o"] = Weight(output.weight, output.orientation, output.bias)
+        return result
+
+    def _add_weight(self, result: dict[str, Weight], name: str, operand: _Operand, count: int) -> None:
+        if operand.origins is None:
+            return
+        rows = rows_of(operand.origins, self.flow, self.masks.evaluator, self.sizes)
+        width = dict(zip(operand.axes, node_shape(operand.node) or (), strict=False)).get("d")
+        if rows is not None and count and isinstance(width, int) and rows.count < count * width:
+            return
+        whole = rows is None or rows.range is None
+        fused = whole and rows is not None and rows.count < operand.origins.projection.features
+        role = "qkv" if fused else name  # interleaved rows: the roles cannot be told apart by a range
+        result[role] = weight_of(operand.origins, rows)
+
+    def _scale(self, parts: Parts, q: _Operand, k: _Operand) -> float | None:
+        if q.factor is None or k.factor is None:
+            return None
+        outer = q.factor * k.factor
+        if parts.scores is not None:
+            inner = scale_of(parts.scores, self.flow)
+            return None if inner is None else inner * outer
+        given = parts.core.kwargs.get("scale")
+        if given is None:
+            width = (node_shape(q.node) or (1,))[-1]
+            return float(width) ** -0.5 * outer if isinstance(width, int) else None
+        number = constant(given, self.flow)
+        return None if number is None else number * outer
+
+    def _mask_graph(self, parts: Parts) -> MaskGraph:
+        q, k = node_shape(parts.product.left) or (), node_shape(parts.product.right) or ()
+        if parts.scores is None or parts.weighing is None or parts.softmax is None:
+            mask = _node(argument(parts.core, 3, "attn_mask"))
+            return MaskGraph(q[-2], k[-2], mask, is_causal=bool(argument(parts.core, 5, "is_causal")))
+        product = parts.product
+        sizes = dict(zip(product.left_axes, q, strict=True)) | dict(zip(product.right_axes, k, strict=True))
+        roles = self._roles(parts, *self._query(parts))
+        query = next(a for a in product.axes if roles[a] == "n")
+        post = parts.weighing.operand if _is_edited(parts) else None
+        given = parts.softmax.exponential or parts.softmax.output
+        key_axis = product.axes.index(parts.keys) - len(product.axes)
+        return MaskGraph(
+            sizes[query],
+            sizes[parts.keys],
+            parts.scores.final,
+            product.node,
+            product.axes.index(query) - len(product.axes),
+            key_axis,
+            post=post,
+            post_given=given if post is not None else None,
+        )
+
+    def _query(self, parts: Parts) -> tuple[fx.Node, str]:
+        p = parts.product
+        return (p.left, p.left_axes) if parts.keys in p.right_axes else (p.right, p.right_axes)
+
+    def _dropout(self, parts: Parts) -> float:
+        if parts.weighing is not None:
+            return dropout_of(parts.weighing.path)
+        p = argument(parts.core, 4, "dropout_p", 0.0)
+        return float(p) if isinstance(p, int | float) else 0.0
+
+    def _cross(self, q: _Operand, k: _Operand) -> bool:
+        one = q.origins.projection.input if q.origins else q.node
+        other = k.origins.projection.input if k.origins else k.node
+        return not same_stream(one, other, self.flow)
+
+
+# --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _node(value: object) -> fx.Node | None:
+    return value if isinstance(value, fx.Node) else None
+
+
+def _named(letters: str, roles: Roles) -> str:
+    return "".join(roles.get(a, "d") for a in letters)
+
+
+def _rank(node: fx.Node) -> int:
+    return len(node_shape(node) or ())
+
+
+def _only_last_two(order: list[int]) -> bool:
+    return order[:-2] == list(range(len(order) - 2))
+
+
+def _is_edited(parts: Parts) -> bool:
+    """Whether weights are zeroed after the softmax (or after the exponential of a written-out one)."""
+    assert parts.weighing is not None and parts.softmax is not None
+    return parts.softmax.exponential is not None or any(opname(n) in ("mul", "where", "masked_fill") for n in parts.weighing.path)
+
+
+def _unmerged(node: fx.Node, source: fx.Node, axes: str) -> tuple[fx.Node, str, float] | None:
+    """(b, h, n, d) behind a reshape to (b * h, n, d)."""
+    into, out = node_shape(source) or (), node_shape(node) or ()
+    if len(into) != len(out) + 1 or not all(map(same, into[2:], out[1:])):
+        return None
+    return source, "bh" + axes[1:], 1.0
+
+
+def _heads_by_size(node: fx.Node, origins: Origins | None) -> int | None:
+    """Heads = elements of q per token and feature, in units of d. None if no projection tells what a token is."""
+    shape = node_shape(node)
+    if origins is None or shape is None:
+        return None
+    made = node_shape(origins.projection.node) or ()
+    channels = made[origins.projection.channels]
+    ratio = sympy.cancel(numel(shape) * expression(channels) / (expression(shape[-1]) * numel(made)))
+    return int(ratio) if ratio.is_Integer else None
+
+
+def _batch_letters(sizes: list[Size], node: fx.Node, origins: Origins | None) -> str:
+    """The letters of the batch axes of queries: b batch, h heads, w windows, r heads that share a key, g merged."""
+    heads = _heads_by_size(node, origins)
+    if len(sizes) == 1:
+        merged = heads is not None and heads > 1 or (heads is None and _is_merged(node))
+        return "g" if merged else "b"
+    if len(sizes) == 2:
+        return "hb" if heads is not None and same(sizes[0], heads) and not same(sizes[1], heads) else "bh"
+    if len(sizes) == 3:
+        grouped = heads is not None and not same(sizes[2], heads) and numel(sizes[1:]) == heads
+        return "bhr" if grouped else "bwh"
+    return "bwhr"[: len(sizes)]
+
+
+def _is_merged(node: fx.Node) -> bool:
+    while opname(node) in TRANSPOSES | CASTS | frozenset(("mul", "div", "contiguous")) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return opname(node) in RESHAPES and _rank(node) == 3
+
+
+def _width(heads: Value, count: int) -> int:
+    size = dict(zip(heads.axes, node_shape(heads.node) or (), strict=False)).get("d")
+    return count * size if isinstance(size, int) else 0
+
+
+def _stream(node: fx.Node, operand: _Operand, token: str) -> Value:
+    """A tensor before or after attention, its axes named by rank and by the sizes of the operand."""
+    shape = node_shape(node) or ()
+    sizes = dict(zip(operand.axes, node_shape(operand.node) or (), strict=False))
+    if len(shape) == 4:
+        return Value(node, "bcyx" if opname(node).startswith("conv") or _feeds_conv(node) else "byxc")
+    if len(shape) == 3:
+        if _feeds_conv(node):
+            return Value(node, "bcn")
+        first = token in sizes and same(shape[0], sizes[token]) and not same(shape[1], sizes[token])
+        return Value(node, "nbc" if first else "bnc")
+    return Value(node, "nc" if len(shape) == 2 and token in sizes and same(shape[0], sizes[token]) else "bc" if len(shape) == 2 else "")
+
+
+def _feeds_conv(node: fx.Node) -> bool:
+    return opname(node).startswith("conv") or any(opname(u).startswith("conv") and u.args[0] is node for u in node.users)
+
+

@@ -1,0 +1,351 @@
+"""Classifying a mask: evaluate it at several sizes, with the inputs that it reads set to telling values, and compare.
+
+Nothing is concluded from names. What the evaluations do not determine is ``unknown``, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import product as combinations
+
+import sympy
+import torch
+from torch import fx
+from torch.fx.node import map_aggregate
+
+from gatecc.ir.dataflow import Flow
+from gatecc.ir.evaluate import Evaluator, Slice, UnprovableError
+from gatecc.ir.mask import Mask
+from gatecc.ir.sizes import Size, example_sizes, symbols, upper_bound, value
+
+_SMALL = (6, 11)  # lengths at which every mask is evaluated
+_LARGE = 2048  # up to this length a constant of the mask graph (a window, a table) is exceeded by really evaluating
+_STAND_INS = (4, 5)  # larger constants are replaced by these
+
+
+@dataclass(frozen=True, eq=False)
+class MaskGraph:
+    """What masks one attention. ``target`` holds additive scores (or booleans, True = visible) whose axes ``query_axis``
+    and ``key_axis`` (from the right, negative) are queries and keys; None if there is no mask. ``post`` are weights that
+    are zeroed after the softmax, given that ``post_given`` holds ones.
+    """
+
+    queries: Size
+    keys: Size
+    target: fx.Node | None = None
+    content: fx.Node | None = None  # the product of queries and keys, taken as zero
+    query_axis: int = -2
+    key_axis: int = -1
+    is_causal: bool = False
+    post: fx.Node | None = None
+    post_given: fx.Node | None = None
+
+
+@dataclass(frozen=True)
+class _View:
+    """What one evaluation shows. visible: (..., n, m) bool; bias: whether visible scores differ from zero."""
+
+    visible: torch.Tensor
+    bias: bool
+
+
+Inputs = Mapping[fx.Node, torch.Tensor]
+
+
+@dataclass(eq=False)
+class MaskClassifier:
+    """Classifies the masks of one program; masks that several layers share are evaluated once."""
+
+    flow: Flow
+    known: dict[tuple[object, ...], Mask] = field(default_factory=dict[tuple[object, ...], Mask])
+
+    def __post_init__(self) -> None:
+        self.evaluator = Evaluator(self.flow)
+        self.example = example_sizes(self.flow.program)
+
+    def classify(self, graph: MaskGraph) -> Mask:
+        """The kind of one mask."""
+        key = (graph.target, graph.is_causal, graph.content, graph.post, str(graph.queries), str(graph.keys))
+        if key not in self.known:
+            self.known[key] = self._classify(graph)
+        return self.known[key]
+
+    def _classify(self, graph: MaskGraph) -> Mask:
+        try:
+            return _Proof(self, graph).mask()
+        except UnprovableError as e:
+            return Mask("unknown", reason=str(e))
+
+
+class _Proof:
+    """The evaluations that prove one mask."""
+
+    def __init__(self, owner: MaskClassifier, graph: MaskGraph) -> None:
+        self.graph, self.evaluator, self.flow, self.example = graph, owner.evaluator, owner.flow, owner.example
+        zero = frozenset({graph.content} if graph.content is not None else ())
+        self.part = self.evaluator.slice(graph.target, zero) if graph.target is not None else None
+        given = frozenset({graph.post_given} if graph.post_given is not None else ())
+        self.post = self.evaluator.slice(graph.post, given=given) if graph.post is not None else None
+        parts = [p for p in (self.part, self.post) if p is not None]
+        self.inputs = sorted({n for p in parts for n in p.inputs}, key=self.flow.order.__getitem__)
+        self.content_bias = self.part is not None and len(self.part.content - zero) > 0
+
+    # --- the verdict ---
+
+    def mask(self) -> Mask:
+        masks = [self._at(sizes, {}) for sizes in self._sizes(_SMALL)]
+        note = "" if self._lengths() else f"the length is fixed at {self.graph.keys} in this capture"
+        constants = self._constants()
+        for sizes in self._sizes(tuple(sorted({c + 3 for c in constants if c <= _LARGE}))[-2:]):
+            masks.append(self._at(sizes, {}))
+        result = _agree(masks)
+        large = [c for c in constants if c > _LARGE]
+        if large and result.kind != "unknown" and self._lengths():
+            result = self._with_stand_ins(result, large)
+        return replace(result, reason=result.reason or note, bias=result.bias or self.content_bias)
+
+    def _with_stand_ins(self, result: Mask, large: list[int]) -> Mask:
+        """Replace a constant that is too large to be exceeded by a small one: if it is a window, the mask follows it."""
+        for constant in large:
+            shifts: set[int | None] = set()
+            for stand_in in _STAND_INS:
+                try:
+                    masks = [self._at(sizes, {constant: stand_in}) for sizes in self._sizes((11,))]
+                except UnprovableError:
+                    masks = []
+                seen = _agree(masks) if masks else replace(result, kind="unknown")
+                if replace(seen, reason="") == replace(result, reason=""):
+                    shifts.add(None)
+                elif seen.kind == "sliding_window" and result.kind == "causal" and seen.window is not None:
+                    shifts.add(seen.window - stand_in)
+                else:
+                    return Mask("unknown", reason=f"the role of the constant {constant} could not be proved")
+            if len(shifts) != 1:
+                return Mask("unknown", reason=f"the role of the constant {constant} could not be proved")
+            shift = shifts.pop()
+            if shift is not None:
+                result = replace(result, kind="sliding_window", window=constant + shift)
+        return result
+
+    # --- sizes ---
+
+    def _lengths(self) -> set[sympy.Symbol]:
+        return symbols(self.graph.queries) | symbols(self.graph.keys)
+
+    def _sizes(self, lengths: tuple[int, ...]) -> Iterator[dict[sympy.Symbol, int]]:
+        """Values for all symbols, with the symbols of the query and key lengths set to each of ``lengths``.
+
+        If these are no lengths of their own (an image's patches, say), the example's sizes and their doubles.
+        """
+        own = self._lengths()
+        if not own:
+            yield from (self.example,) if lengths is _SMALL else ()
+            return
+        bound = min(upper_bound(size) for size in (self.graph.queries, self.graph.keys) if symbols(size))
+        for length in lengths:
+            if length <= bound:
+                yield {**self.example, **{s: length + 2 * i for i, s in enumerate(sorted(own, key=str))}}
+
+    def _constants(self) -> list[int]:
+        """The integers in the mask graph, and the lengths of the tables that it reads, which might be a window."""
+        found: set[int] = set()
+        for part in (self.part, self.post):
+            for node in part.nodes if part is not None else ():
+                if node.op == "get_attr":
+                    held = node.meta.get("val")
+                    found |= {int(s) for s in held.shape if isinstance(s, int)} if isinstance(held, torch.Tensor) else set()
+                elif node not in part.content:  # type: ignore[union-attr]
+                    map_aggregate((node.args, node.kwargs), lambda x: found.add(abs(x)) if type(x) is int else None)
+        return sorted(c for c in found if max(_SMALL) < c < 1 << 40)
+
+    # --- one size ---
+
+    def _at(self, sizes: dict[sympy.Symbol, int], constants: Mapping[int, int]) -> Mask:
+        neutral, base = self._neutral(sizes, constants)
+        mask = _pattern(base)
+        if mask.kind == "unknown":
+            return mask
+        for node in self.inputs:
+            probes = list(_probes(node, neutral[node], base.visible))
+            shown = [self._view(sizes, {**neutral, node: p.tensor}, constants).visible for p in probes]
+            mask = _judge(mask, base.visible, probes, shown, node)
+        return mask
+
+    def _neutral(self, sizes: dict[sympy.Symbol, int], constants: Mapping[int, int]) -> tuple[Inputs, _View]:
+        """The values of the inputs that hide least."""
+        if len(self.inputs) > 3:
+            raise UnprovableError(f"it depends on {len(self.inputs)} inputs: {', '.join(n.name for n in self.inputs)}")
+        best: tuple[Inputs, _View] | None = None
+        choices = [list(_fills(node, sizes)) for node in self.inputs]
+        for chosen in combinations(*choices):
+            inputs = dict(zip(self.inputs, chosen, strict=True))
+            shown = self._view(sizes, inputs, constants)
+            if best is None or shown.visible.sum() > best[1].visible.sum():
+                best = inputs, shown
+        if best is None:
+            raise UnprovableError(f"it depends on the values of the input {self.inputs[0].name}")
+        return best
+
+    def _view(self, sizes: dict[sympy.Symbol, int], inputs: Inputs, constants: Mapping[int, int]) -> _View:
+        queries, keys = value(self.graph.queries, sizes), value(self.graph.keys, sizes)
+        visible, bias = torch.ones(queries, keys, dtype=torch.bool), False
+        if self.part is not None:
+            additive = self._square(self.evaluator.run(self.part, sizes, inputs, constants))
+            visible, bias = _read(additive, max(queries, keys))
+        if self.graph.is_causal:
+            visible = visible & torch.ones(queries, keys, dtype=torch.bool).tril()
+        if self.post is not None and self.graph.post_given is not None:
+            visible = visible & self._post(self.post, self.graph.post_given, sizes, inputs, constants)
+        return _View(visible.expand(*visible.shape[:-2], queries, keys), bias)
+
+    def _post(
+        self, post: Slice, given: fx.Node, sizes: dict[sympy.Symbol, int], inputs: Inputs, constants: Mapping[int, int]
+    ) -> torch.Tensor:
+        held = given.meta["val"]
+        ones = torch.ones([value(s, sizes) for s in held.shape], dtype=held.dtype)
+        return self._square(self.evaluator.run(post, sizes, {**inputs, given: ones}, constants)) != 0
+
+    def _square(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Queries second to last, keys last. -> (..., n, m) on the CPU; missing axes are broadcast."""
+        rank = max(-self.graph.query_axis, -self.graph.key_axis)
+        tensor = tensor.detach().cpu()
+        tensor = tensor.reshape((1,) * (rank - tensor.ndim) + tuple(tensor.shape)) if tensor.ndim < rank else tensor
+        return tensor.movedim((self.graph.query_axis, self.graph.key_axis), (-2, -1))
+
+
+def _read(scores: torch.Tensor, length: int) -> tuple[torch.Tensor, bool]:
+    """Which keys additive scores (or a boolean mask) leave visible, and whether they bias these.
+
+    A score is masked if it lies so far below the best of its row that no bias that grows with distance (ALiBi: at most
+    one per position) reaches it.
+    """
+    if scores.dtype == torch.bool:
+        return scores, False
+    scores, limit = scores.double(), -max(500.0, 3.0 * length)
+    best = scores.amax(-1, keepdim=True)
+    visible = (scores > limit) | (scores - best > limit)
+    visible &= best > limit
+    return visible, bool((scores[visible] != 0).any())
+
+
+def _pattern(view: _View) -> Mask:
+    """Name the pattern of one evaluation."""
+    rows = view.visible.reshape(-1, *view.visible.shape[-2:])
+    if not bool((rows == rows[:1]).all()):
+        return Mask("unknown", bias=view.bias, reason="it differs between samples, heads or windows")
+    one = rows[0]
+    queries, keys = one.shape
+    if bool(one.all()):
+        return Mask("bidirectional", bias=view.bias)
+    distance = torch.arange(queries)[:, None] - torch.arange(keys)
+    if queries == keys and torch.equal(one, distance >= 0):
+        return Mask("causal", bias=view.bias)
+    width = int(one[-1].sum())
+    if queries == keys and torch.equal(one, (distance >= 0) & (distance < width)):
+        return Mask("sliding_window", window=width, bias=view.bias)
+    if queries == keys and torch.equal(one, distance.abs() < width):
+        return Mask("unknown", bias=view.bias, reason=f"a window of {width - 1} keys to either side")
+    return Mask("unknown", bias=view.bias, reason="a pattern without a name")
+
+
+def _agree(masks: list[Mask]) -> Mask:
+    """The mask that all evaluations show. A window that is wider than a small size looks causal there."""
+    unknown = next((m for m in masks if m.kind == "unknown"), None)
+    if unknown is not None:
+        return unknown
+    kinds, windows = {m.kind for m in masks}, {m.window for m in masks} - {None}
+    merged = replace(masks[-1], padding=any(m.padding for m in masks), bias=any(m.bias for m in masks))
+    if len(windows) == 1 and kinds <= {"causal", "sliding_window"}:
+        return replace(merged, kind="sliding_window", window=windows.pop())
+    if len(kinds) == 1 and not windows:
+        return merged
+    return Mask("unknown", reason=f"it changes its kind with the length: {', '.join(map(str, masks))}")
+
+
+# --- inputs -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """``tensor`` differs from the neutral value where ``changed`` (B, m) is True, or restarts at ``segments`` (m,)."""
+
+    tensor: torch.Tensor
+    changed: torch.Tensor | None = None
+    segments: torch.Tensor | None = None
+
+
+def _fills(node: fx.Node, sizes: dict[sympy.Symbol, int]) -> Iterator[torch.Tensor]:
+    """Values of an input that may hide nothing: ones, zeros, and positions."""
+    held = node.meta["val"]
+    shape = [value(s, sizes) for s in held.shape]
+    yield torch.ones(shape, dtype=held.dtype)
+    yield torch.zeros(shape, dtype=held.dtype)
+    if shape and held.dtype in (torch.int64, torch.int32):
+        yield torch.arange(shape[-1], dtype=held.dtype).expand(shape).contiguous()
+
+
+def _probes(node: fx.Node, neutral: torch.Tensor, visible: torch.Tensor) -> Iterator[_Probe]:
+    """Other values of an input: some keys hidden, and sequences packed into one."""
+    keys = visible.shape[-1]
+    if not neutral.ndim or neutral.shape[-1] != keys or neutral.numel() != neutral.shape[0] * keys:
+        raise UnprovableError(f"it is the input {node.name}, or made of its values")
+    batch = neutral.shape[0] if neutral.ndim > 1 else 1
+    flat = neutral.reshape(batch, keys)
+    others = (True, False) if neutral.dtype == torch.bool else (0, 1, 2, -1)
+    if neutral.dtype.is_floating_point:
+        others = (0, 1, 0.5, -1e4, float("-inf"))
+    for other in others:
+        for start in (keys - 2, 1):  # the end of the sequence, or all but its start; rows differ
+            changed = torch.arange(keys).expand(batch, keys) >= start + torch.arange(batch)[:, None] % 2
+            changed = changed & (flat != other)
+            yield _Probe(torch.where(changed, torch.tensor(other, dtype=neutral.dtype), flat).reshape(neutral.shape), changed)
+    if neutral.dtype in (torch.int64, torch.int32):
+        segments = (torch.arange(keys) >= keys // 2).to(neutral.dtype)
+        restart = torch.cat([torch.arange(keys // 2), torch.arange(keys - keys // 2)]).to(neutral.dtype)
+        yield _Probe(restart.expand(batch, keys).reshape(neutral.shape).clone(), segments=segments)
+        yield _Probe((segments + 1).expand(batch, keys).reshape(neutral.shape).clone(), segments=segments)
+
+
+def _judge(mask: Mask, base: torch.Tensor, probes: list[_Probe], shown: list[torch.Tensor], node: fx.Node) -> Mask:
+    """What the probes of one input say about the mask that the neutral inputs show."""
+    found = {(p.segments is not None, _effect(base, p, seen)) for p, seen in zip(probes, shown, strict=True)}
+    effects = {effect for _, effect in found}
+    if effects == {"none"}:
+        return mask
+    if (True, "packed") in found and mask.causal:
+        return replace(mask, kind="packed")
+    if {effect for packed, effect in found if not packed} <= {"none", "padding"} and (False, "padding") in found:
+        return replace(mask, padding=True)
+    return Mask("unknown", bias=mask.bias, reason=f"it depends on the values of the input {node.name} in a way without a name")
+
+
+def _effect(base: torch.Tensor, probe: _Probe, shown: torch.Tensor) -> str:
+    """"none", "padding" (the changed keys are hidden), "packed" (other segments are hidden) or "other"."""
+    if _matches(shown, base):
+        return "none"
+    if probe.segments is not None:
+        together = probe.segments[:, None] == probe.segments
+        return "packed" if _matches(shown, base & together) else "other"
+    assert probe.changed is not None
+    keep = _per_key(~probe.changed, shown)
+    return "padding" if keep is not None and _matches(shown, base & keep) else "other"
+
+
+def _matches(shown: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Equal, except in rows that are expected to see nothing: those may be anything."""
+    shown, expected = torch.broadcast_tensors(shown, expected)
+    live = expected.any(-1)
+    return torch.equal(shown[live], expected[live])
+
+
+def _per_key(keep: torch.Tensor, visible: torch.Tensor) -> torch.Tensor | None:
+    """(B, m) -> broadcastable to visible (B, ..., m), or (B * heads, n, m); None if the batch axis is not to be seen."""
+    batch, keys = keep.shape
+    if visible.ndim == 2:
+        return keep if batch == 1 else None
+    first = visible.shape[0]
+    if first % batch:
+        return None
+    keep = keep.repeat_interleave(first // batch, 0)
+    return keep.reshape(first, *(1,) * (visible.ndim - 2), keys)

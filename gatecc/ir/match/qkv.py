@@ -1,0 +1,260 @@
+"""The projections around attention: which weights make q, k and v, and which one reads the heads."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import fx, nn
+
+from gatecc.ir.dataflow import Flow
+from gatecc.ir.evaluate import Evaluator, Slice, UnprovableError
+from gatecc.ir.ops import CASTS, CONTRACTIONS, DROPOUTS, RESHAPES, SAME_SHAPE, TRANSPOSES, VIEWS, argument, opname
+from gatecc.ir.site import Weight
+from gatecc.ir.sizes import node_shape, numel, symbols
+
+Orientation = Literal["out_in", "in_out", "conv"]
+_ELEMENTWISE = frozenset(
+    "add sub mul div neg cat stack pow rsqrt sqrt mean sum norm linalg_vector_norm clamp_min clamp layer_norm rms_norm "
+    "batch_norm group_norm sigmoid relu gelu silu view_as_complex view_as_real complex expand_as pad constant_pad_nd".split()
+)
+_BETWEEN = VIEWS | CASTS | DROPOUTS | _ELEMENTWISE
+_AFTER = VIEWS | CASTS | DROPOUTS | frozenset("mul layer_norm rms_norm batch_norm sigmoid relu gelu silu div".split())
+_CONVS = frozenset("conv1d conv2d conv3d convolution".split())
+_BUDGET = 160
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """``node`` multiplies ``input`` with the parameter ``weight`` (a node). ``channels`` is its output axis."""
+
+    node: fx.Node
+    input: fx.Node
+    weight: str
+    bias: str | None
+    orientation: Orientation
+    channels: int
+    features: int
+
+
+def projection(node: fx.Node, flow: Flow) -> Projection | None:
+    """Read a node as a product with a parameter; None if it is not one."""
+    name = opname(node)
+    if name == "linear" or name in _CONVS:
+        source, weight, bias = argument(node, 0, "input"), argument(node, 1, "weight"), argument(node, 2, "bias")
+        orientation: Orientation = "conv" if name in _CONVS else "out_in"
+        channels = 1 if name in _CONVS else -1
+        return _make(node, source, weight, bias, orientation, channels, flow)
+    if name == "addmm":
+        return _make(node, node.args[1], node.args[2], node.args[0], "in_out", -1, flow)
+    if name in ("mm", "matmul", "bmm"):
+        return _make(node, node.args[0], node.args[1], None, "in_out", -1, flow)
+    if name == "einsum" and len(node.args[1]) == 2:  # type: ignore[arg-type]
+        source, weight = node.args[1]  # type: ignore[misc]
+        return _make(node, source, weight, None, "in_out", -1, flow)
+    return None
+
+
+def _make(
+    node: fx.Node, source: object, weight: object, bias: object, orientation: Orientation, channels: int, flow: Flow
+) -> Projection | None:
+    if not isinstance(source, fx.Node) or not isinstance(weight, fx.Node):
+        return None
+    weight, turned = _parameter_behind(weight)
+    if not isinstance(flow.program.parameter(weight) if weight.op == "get_attr" else None, nn.Parameter):
+        return None
+    if turned and orientation != "conv":
+        orientation = "in_out" if orientation == "out_in" else "out_in"
+    shape = node_shape(node)
+    features = numel(shape[channels:] if channels < 0 else shape[1:2]) if shape else 0
+    if opname(node) == "einsum":
+        features = _einsum_features(node)
+    fqn = flow.program.full_name(str(weight.target))
+    return Projection(node, source, fqn, _bias_name(bias, flow), orientation, channels, int(features) if not symbols(features) else 0)
+
+
+def _einsum_features(node: fx.Node) -> int:
+    """The size of the axes that come from the weight."""
+    equation = str(node.args[0]).replace(" ", "")
+    source, _, rest = equation.partition(",")
+    out = rest.partition("->")[2]
+    sizes = [s for letter, s in zip(out, node_shape(node) or (), strict=False) if letter not in source]
+    total = numel(sizes)
+    return int(total) if total.is_Integer else 0
+
+
+def _parameter_behind(node: fx.Node) -> tuple[fx.Node, bool]:
+    """The get_attr node behind views of a weight, and whether they transpose it."""
+    turned = False
+    while opname(node) in TRANSPOSES | SAME_SHAPE | CASTS and isinstance(node.args[0], fx.Node):
+        turned ^= opname(node) in TRANSPOSES
+        node = node.args[0]
+    return node, turned
+
+
+def _bias_name(bias: object, flow: Flow) -> str | None:
+    if not isinstance(bias, fx.Node) or bias.op != "get_attr" or not isinstance(flow.program.parameter(bias), nn.Parameter):
+        return None
+    return flow.program.full_name(str(bias.target))
+
+
+@dataclass(frozen=True, eq=False)
+class Origins:
+    """``projection`` made the value, through the nodes ``between`` (in graph order, the value included)."""
+
+    projection: Projection
+    between: list[fx.Node]
+    rotary: bool
+
+
+def find_projection(node: fx.Node, flow: Flow) -> Origins | None:
+    """The one projection that ``node`` comes from through views and elementwise operators; None if it is not one."""
+    found: list[Projection] = []
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack and len(seen) < _BUDGET:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if opname(current) in CONTRACTIONS:
+            made = projection(current, flow)
+            found += [made] if made is not None else []
+        elif opname(current) in _BETWEEN:
+            stack.extend(current.all_input_nodes)
+    if len(found) != 1 or len(seen) >= _BUDGET:
+        return None
+    between = _between(found[0].node, seen, flow)
+    return Origins(found[0], between, _has_rotary(between, node))
+
+
+def _between(start: fx.Node, seen: set[fx.Node], flow: Flow) -> list[fx.Node]:
+    """The nodes of ``seen`` that ``start`` flows through."""
+    reached = {start}
+    order = sorted((n for n in seen if flow.order[n] > flow.order[start]), key=flow.order.__getitem__)
+    result: list[fx.Node] = []
+    for node in order:
+        if any(n in reached for n in node.all_input_nodes):
+            reached.add(node)
+            result.append(node)
+    return result
+
+
+def _has_rotary(between: list[fx.Node], node: fx.Node) -> bool:
+    """Whether the value is multiplied by a table that varies with position and feature, or turned as complex numbers."""
+    own = set(between)
+    if any(opname(n) == "view_as_complex" for n in between):
+        return True
+    for current in between:
+        if opname(current) != "mul":
+            continue
+        others = [n for n in current.all_input_nodes if n not in own]
+        shape = node_shape(others[0]) if others else None
+        wide = shape is not None and len(shape) >= 2 and sum(s != 1 for s in shape) >= 2
+        if wide and (others[0].op != "get_attr"):
+            return True
+    return False
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The output features of a projection that reach a value: ``count`` of them; ``range`` if they are consecutive."""
+
+    count: int
+    range: tuple[int, int] | None
+
+
+def rows_of(origins: Origins, flow: Flow, evaluator: Evaluator, sizes: dict[object, int]) -> Rows | None:
+    """Which rows of a (fused) weight make the value, found by sending row numbers through the views that split it."""
+    source = origins.projection
+    chain = _view_chain(source.node, origins.between)
+    if not chain:
+        return Rows(source.features, (0, source.features))
+    part = Slice(chain[-1], [source.node, *chain], [], frozenset())
+    for values in ({s: 1 for s in sizes}, sizes):
+        try:
+            numbers = _numbered(source, values)
+            seen = evaluator.run(part, values, {source.node: numbers}).unique()  # type: ignore[arg-type]
+        except (UnprovableError, RuntimeError):
+            continue
+        first, last = int(seen[0]), int(seen[-1]) + 1
+        return Rows(len(seen), (first, last) if last - first == len(seen) else None)
+    return None
+
+
+def _numbered(source: Projection, sizes: dict[object, int]) -> torch.Tensor:
+    """A tensor of the projection's shape that holds the number of its output feature everywhere."""
+    from gatecc.ir.sizes import value
+
+    shape = [value(s, sizes) for s in source.node.meta["val"].shape]  # type: ignore[arg-type]
+    if source.orientation == "conv":
+        return torch.arange(shape[1]).reshape(1, -1, *[1] * (len(shape) - 2)).expand(shape)
+    tail = len(shape)
+    while tail and torch.Size(shape[tail:]).numel() < source.features:
+        tail -= 1
+    return torch.arange(source.features).reshape(shape[tail:]).expand(shape)
+
+
+def _view_chain(start: fx.Node, between: list[fx.Node]) -> list[fx.Node]:
+    """The views after ``start`` up to where the paths to the value part or something else is done."""
+    inside, chain, node = set(between), list[fx.Node](), start
+    while True:
+        users = [u for u in node.users if u in inside]
+        if len(users) != 1 or opname(users[0]) not in VIEWS | CASTS or users[0].all_input_nodes[0] is not node:
+            break
+        node = users[0]
+        chain.append(node)
+    while chain and not isinstance(chain[-1].meta.get("val"), torch.Tensor):
+        chain.pop()
+    return chain
+
+
+def weight_of(origins: Origins, rows: Rows | None) -> Weight:
+    """The weight as a role of a site."""
+    source = origins.projection
+    whole = rows is None or rows.count == source.features
+    return Weight(source.weight, source.orientation, source.bias, None if whole or rows is None else rows.range)
+
+
+# --- after ------------------------------------------------------------------------------------------------------------
+
+
+def find_output(heads: fx.Node, features: int, flow: Flow) -> Projection | None:
+    """The projection that reads the heads, through views, gates and norms; it must read all ``features`` of them."""
+    queue, seen = deque([heads]), {heads}
+    while queue and len(seen) < 40:
+        node = queue.popleft()
+        for user in sorted(node.users, key=flow.order.__getitem__):
+            if user in seen:
+                continue
+            seen.add(user)
+            made = projection(user, flow) if opname(user) in CONTRACTIONS else None
+            if made is not None and made.input is node and _reads(made, features):
+                return made
+            if opname(user) in _AFTER:
+                queue.append(user)
+    return None
+
+
+def _reads(made: Projection, features: int) -> bool:
+    shape = node_shape(made.input) or ()
+    width = shape[1 if made.orientation == "conv" else -1] if shape else 0
+    if opname(made.node) == "einsum":
+        return True
+    return not features or width == features
+
+
+def unflattened(node: fx.Node, forward: bool) -> fx.Node:
+    """Step from a matrix (tokens, channels) over a reshape to the tensor with its own token axes."""
+    if len(node_shape(node) or ()) != 2:
+        return node
+    if forward:
+        users = [u for u in node.users if opname(u) in RESHAPES]
+        return users[0] if len(users) == 1 and len(node.users) == 1 else node
+    source = node.args[0] if opname(node) in RESHAPES else None
+    return source if isinstance(source, fx.Node) else node

@@ -1,0 +1,228 @@
+"""From a softmax back to the product of queries and keys, and what is done to the scores on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from gatecc.ir.dataflow import Flow
+from gatecc.ir.match.axes import axis_before, tensor_source
+from gatecc.ir.match.product import Product, product
+from gatecc.ir.ops import CASTS, CONTRACTIONS, DROPOUTS, TRANSPOSES, VIEWS, argument, opname
+from gatecc.ir.sizes import node_shape, numel, same
+
+_JOINS = frozenset("add sub rsub mul div maximum minimum max where cat pad constant_pad_nd copy slice_scatter".split())
+_STEPS = (
+    _JOINS
+    | VIEWS
+    | CASTS
+    | DROPOUTS
+    | frozenset("neg tanh clamp clamp_min clamp_max clip masked_fill nan_to_num tril triu index_put".split())
+)
+_MOVING = frozenset("gather index index_select slice select roll flip cat pad constant_pad_nd".split())
+_BUDGET = 256  # nodes looked at per softmax: a bias may be long, a model must not be walked through
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """``source`` is the product of queries and keys, ``path`` the nodes after it up to and including ``final``, the
+    last node whose last axes are still (queries, keys): the softmax input, or what a sink logit is appended to.
+    """
+
+    source: Product
+    keys: str  # the letter of the key axis in source.axes
+    final: fx.Node
+    path: list[fx.Node]
+    sinks: bool = False
+    others: list[fx.Node] = field(default_factory=list[fx.Node])  # further products that are added (relative positions)
+
+
+@dataclass(frozen=True, eq=False)
+class _Visit:
+    node: fx.Node
+    axis: int | None
+    lost: tuple[Any, int] | None  # the shape at which the axis was last known, while a reshape hides it
+    path: tuple[fx.Node, ...]  # from the softmax input to the node before this one
+
+
+def find_scores(start: fx.Node, axis: int, flow: Flow) -> Scores | None:
+    """The product that a softmax over ``axis`` of ``start`` normalises; None if there is none of computed tensors."""
+    found = [(visit, p) for visit, p in _products(start, axis)]
+    best = max(found, key=lambda pair: _rank(pair[0], pair[1], flow), default=None)
+    if best is None:
+        return None
+    visit, source = best
+    assert visit.axis is not None
+    letter = source.axes[visit.axis]
+    if computed_sides(source, flow) < 2 or (letter in source.left_axes) == (letter in source.right_axes):
+        return None
+    path = [*reversed(visit.path)]
+    others = [p.node for v, p in found if p.node is not source.node]
+    cat = next((i for i, n in enumerate(path) if opname(n) == "cat" and _widens(n, axis)), None)
+    if cat is None:
+        return Scores(source, letter, start, path, False, others)
+    return Scores(source, letter, path[cat - 1] if cat else source.node, path[:cat], True, others)
+
+
+def computed_sides(source: Product, flow: Flow) -> int:
+    """How many operands are more than a parameter or a constant."""
+    return sum(x not in flow.raw for x in (source.left, source.right))
+
+
+def _widens(node: fx.Node, axis: int) -> bool:
+    rank = len(node_shape(node) or ())
+    return int(argument(node, 1, "dim", 0)) % rank == axis % rank
+
+
+def _rank(visit: _Visit, source: Product, flow: Flow) -> tuple[int, int, int, int]:
+    """Prefer products of two computed tensors that depend on the inputs, then those that are moved least on the way."""
+    sides = (source.left, source.right)
+    data = sum(x in flow.data for x in sides)
+    moves = sum(opname(n) in _MOVING for n in visit.path)
+    return computed_sides(source, flow), data, -moves, flow.order[source.node]
+
+
+def _products(start: fx.Node, axis: int) -> Iterator[tuple[_Visit, Product]]:
+    rank = len(node_shape(start) or ())
+    stack = [_Visit(start, axis % rank if rank else 0, None, ())]
+    seen: set[fx.Node] = set()
+    while stack and len(seen) < _BUDGET:
+        visit = stack.pop()
+        if visit.node in seen:
+            continue
+        seen.add(visit.node)
+        if opname(visit.node) in CONTRACTIONS:
+            found = product(visit.node)
+            if found is not None and visit.axis is not None and found.axes[visit.axis] not in found.contracted:
+                yield visit, found
+            if found is None or found.addend is None:
+                continue
+        elif opname(visit.node) not in _STEPS:
+            continue
+        stack.extend(_before(visit))
+
+
+def _before(visit: _Visit) -> Iterator[_Visit]:
+    node = visit.node
+    for source in _sources(node):
+        axis, lost = None if visit.axis is None else axis_before(node, source, visit.axis), visit.lost
+        if axis is None and visit.axis is not None and opname(node) not in TRANSPOSES:
+            lost = (node_shape(node), visit.axis)
+        if axis is None and lost is not None and _equal(node_shape(source), lost[0]):
+            axis, lost = lost[1], None
+        yield _Visit(source, axis, lost, (*visit.path, node))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return one is not None and other is not None and len(one) == len(other) and all(map(same, one, other))
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    name = opname(node)
+    if name in CONTRACTIONS:
+        found = product(node)
+        return [found.addend] if found is not None and found.addend is not None else []
+    if name in _JOINS:
+        return node.all_input_nodes
+    source = tensor_source(node)
+    return [] if source is None else [source]
+
+
+# --- what is done to the scores ---------------------------------------------------------------------------------------
+
+
+def constant(value: Any, flow: Flow) -> float | None:
+    """The value of a scalar that depends on neither input nor parameter."""
+    if isinstance(value, int | float):
+        return float(value)
+    if not isinstance(value, fx.Node) or value.op != "get_attr":
+        return _computed_constant(value, flow)
+    tensor = flow.program.constants.get(str(value.target))
+    return float(tensor) if tensor is not None and tensor.numel() == 1 else None
+
+
+_FOLD = {"sqrt": math.sqrt, "rsqrt": lambda x: 1 / math.sqrt(x), "reciprocal": lambda x: 1 / x, "neg": lambda x: -x}
+_PASS = VIEWS | CASTS
+
+
+def _computed_constant(value: Any, flow: Flow) -> float | None:
+    """Fold the few operators that scales are written with: ``1 / sqrt(tensor(64.))``, ``tensor(d ** -0.5)``."""
+    if not isinstance(value, fx.Node) or value in flow.data or not value.args or flow.writers.get(value):
+        return None
+    shape = node_shape(value)
+    if shape is None or numel(shape) != 1:
+        return None
+    name, operand = opname(value), constant(value.args[0], flow)
+    if name == "full" or name == "scalar_tensor":
+        filled = value.args[-1]
+        return float(filled) if isinstance(filled, int | float) else None
+    if operand is None:
+        return None
+    if name in _PASS:
+        return operand
+    if name in ("pow", "mul", "div"):
+        other = constant(value.args[1], flow)
+        return (
+            None
+            if other is None
+            else operand**other
+            if name == "pow"
+            else operand * other
+            if name == "mul"
+            else operand / other
+        )
+    return _FOLD[name](operand) if name in _FOLD else None
+
+
+def scalar_factor(node: fx.Node, source: fx.Node, flow: Flow) -> float | None:
+    """What ``node`` multiplies ``source`` by: 1 for operators that do not scale, None if it is no constant."""
+    name = opname(node)
+    if name == "neg":
+        return -1.0
+    if name not in ("mul", "div"):
+        return 1.0
+    one, other = node.args[0], node.args[1]
+    if name == "div" and source is other:
+        return None
+    factor = constant(other if source is one else one, flow)
+    if factor is None:
+        return None
+    return factor if name == "mul" else 1.0 / factor
+
+
+def scale_of(scores: Scores, flow: Flow) -> float | None:
+    """The constant that the product is multiplied by before the softmax, None if it is not a constant."""
+    total, source = scores.source.alpha, scores.source.node
+    for node in scores.path:
+        factor = scalar_factor(node, source, flow)
+        if factor is None:
+            return None
+        total, source = total * factor, node
+    return total
+
+
+def soft_cap(scores: Scores, flow: Flow) -> float | None:
+    """``c`` if the scores go through ``c * tanh(scores / c)``."""
+    for before, node in zip(scores.path, scores.path[1:], strict=False):
+        if opname(before) == "tanh":
+            return scalar_factor(node, before, flow)
+    return None
+
+
+def mask_operand(scores: Scores) -> fx.Node | None:
+    """The tensor that masks or is added to the scores; the last one if there are several."""
+    inside = {scores.source.node, *scores.path}
+    for node in reversed(scores.path):
+        name = opname(node)
+        if name in ("where", "masked_fill"):
+            condition = argument(node, 0 if name == "where" else 1, "mask")
+            return condition if isinstance(condition, fx.Node) else None
+        if name in ("add", "sub"):
+            others = [n for n in node.all_input_nodes if n not in inside and node_shape(n)]
+            if others and opname(others[0]) not in ("amax", "max", "getitem"):
+                return others[0]
+    return scores.source.addend
