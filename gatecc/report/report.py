@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import os
@@ -71,6 +72,12 @@ class Report:
         console.print(render(self))
         return text.getvalue()
 
+    def to_html(self) -> str:
+        """The report as one self-contained page."""
+        from gatecc.report.page import render
+
+        return render(self)
+
     def print(self, console: Console | None = None) -> None:
         """Print tables that fit the terminal; without colour where the output is not one."""
         from gatecc.report.text import render
@@ -82,7 +89,7 @@ class Report:
 
         Raises ArgumentError for another suffix.
         """
-        forms = {".json": self.to_json, ".txt": self.to_text}
+        forms = {".json": self.to_json, ".html": self.to_html, ".txt": self.to_text}
         suffix = Path(path).suffix.lower()
         if suffix not in forms:
             accepted = ", ".join(forms)
@@ -91,3 +98,8 @@ class Report:
 
     def __str__(self) -> str:
         return self.to_text().rstrip("\n")
+
+    def _repr_html_(self) -> str:
+        # In a frame: the page's styles must not leak into the notebook.
+        page = html.escape(self.to_html(), quote=True)
+        return f'<iframe title="gatecc report" srcdoc="{page}" style="width:100%;height:640px;border:0"></iframe>'

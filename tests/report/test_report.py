@@ -78,6 +78,7 @@ def test_save_by_suffix(tmp_path: Path) -> None:
     loaded = Report.from_json(report.save(tmp_path / "new" / "r.json").read_text())
     assert asdict(loaded) == asdict(report)
     assert report.save(tmp_path / "r.txt").read_text().startswith("TinyEncoder after gated-attention")
-    with pytest.raises(ArgumentError, match=r"expected  *\.json"):
+    assert report.save(tmp_path / "r.html").read_text() == report.to_html()
+    with pytest.raises(ArgumentError, match=r"\.json, \.html, \.txt"):
         report.save(tmp_path / "r.pdf")
     assert not (tmp_path / "r.pdf").exists()

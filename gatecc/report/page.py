@@ -1,0 +1,55 @@
+"""The report as one HTML file that needs nothing else: styles, script and drawings are inside, nothing is fetched."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+from markupsafe import Markup
+
+from gatecc.report.drawing import picture
+from gatecc.report.grouping import group
+from gatecc.report.units import change, error_text, si, worst
+
+if TYPE_CHECKING:
+    from gatecc.report.report import Report
+
+
+def render(report: Report) -> str:
+    """The whole page. Every text of the report is escaped by the template engine or by ElementTree."""
+    return _template().render(
+        report=report,
+        kinds=Counter(site.kind for site in report.sites),
+        refusals=group(report.refusals, lambda r: r.owner, lambda r: (r.code, r.kind, r.reason, r.remedy)),
+        rungs=group(report.rungs, lambda r: r.fqn, lambda r: (r.rung, r.reason)),
+        pictures=[picture(pair) for pair in report.graphs],
+        sizes=_sizes(report),
+        new=sum(sum(row.new_parameters.values()) for row in report.rewrites),
+        error=report.totals.max_error
+        if report.totals.max_error is not None
+        else worst(r.error for r in report.rewrites),
+        time=sum(row.ms for row in report.passes),
+        longest=max((row.ms for row in report.passes), default=0.0) or 1.0,
+    )
+
+
+def _sizes(report: Report) -> list[tuple[str, str, int | None, int | None]]:
+    totals = report.totals
+    rows = (
+        ("Parameters", "", totals.parameters_before, totals.parameters_after),
+        ("Operations", "FLOP", totals.flops_before, totals.flops_after),
+        ("Bytes moved", "B", totals.bytes_before, totals.bytes_after),
+    )
+    return [row for row in rows if row[2] is not None or row[3] is not None]
+
+
+@cache
+def _template() -> jinja2.Template:
+    loader = jinja2.PackageLoader("gatecc.report", "template")
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.undefined = jinja2.StrictUndefined
+    filters: dict[str, Any] = {"si": si, "error": error_text, "change": change, "markup": Markup}
+    environment.filters.update(filters)
+    return environment.get_template("report.html")
