@@ -242,8 +242,20 @@ def _real_calls(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generator[tupl
     from torch._subclasses.fake_tensor import unset_fake_temporarily
     from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
-    with disable_proxy_modes_tracing(), unset_fake_temporarily():
+    with disable_proxy_modes_tracing(), unset_fake_temporarily(), _export_globals():
         yield cast("tuple[Any, Any]", map_tensors(_real, (args, kwargs)))
+
+
+@contextmanager
+def _export_globals() -> Generator[None]:
+    """torch.export keeps its running state in module globals, which an inner export would clear."""
+    from torch.export import _trace
+
+    kept = {name: value for name, value in vars(_trace).items() if name.startswith("_EXPORT_")}
+    try:
+        yield
+    finally:
+        vars(_trace).update(kept)
 
 
 def _real(x: torch.Tensor) -> torch.Tensor:
