@@ -156,7 +156,7 @@ def _record_origins(graph: fx.Graph, fqn: str) -> None:
     calls: dict[str, list[str]] = {}
     for node in graph.nodes:
         stack = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
-        raw = "/".join(stack)
+        raw = "/".join(str(key) for key in node.meta.get("nn_module_stack", {}))  # a second call has "@1" in its key
         relative = _CALL_SUFFIX.sub("", stack[-1]) if stack else ""
         inside = relative == "m" or relative.startswith("m.")
         owner = ".".join(p for p in (fqn, relative[2:] if inside else "") if p)

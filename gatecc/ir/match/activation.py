@@ -1,0 +1,15 @@
+"""Activation sites: the nonlinearities of the stream, one operator or written out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from gatecc.ir.match.facts import Facts
+from gatecc.ir.site import Activation
+
+
+def match_activation(facts: Facts) -> Iterator[Activation]:
+    """One site a nonlinearity of the stream, in execution order; those of constants are none."""
+    for found in facts.nonlinearities.values():
+        values = {"in": facts.value(found.inp), "out": facts.value(found.out)}
+        yield Activation(**facts.place("activation", found.out), values=values, function=found.function)

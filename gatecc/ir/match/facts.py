@@ -1,0 +1,155 @@
+"""Facts: what all matchers want to know about the nodes of a program, computed once in time linear in the graph."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, TypedDict
+
+from torch import fx
+
+from gatecc.ir.dataflow import Flow, value_inputs
+from gatecc.ir.match.joins import residual_joins
+from gatecc.ir.match.nonlinearity import Nonlinearity, nonlinearities
+from gatecc.ir.match.projection import Projection, axes, projection
+from gatecc.ir.ops import CONTRACTIONS, SOFTMAXES, argument, opname
+from gatecc.ir.program import Program, fake, origin, shape
+from gatecc.ir.site import Refusal, Value
+from gatecc.ir.sizes import same
+
+_MIXING = CONTRACTIONS | SOFTMAXES | frozenset("embedding embedding_bag".split())
+_LAST = frozenset("layer_norm rms_norm embedding".split())  # the features are last
+_SECOND = frozenset(
+    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution "
+    "batch_norm group_norm instance_norm".split()
+)  # the features are second, after the batch
+_PERMUTES = frozenset("permute transpose t mT movedim swapaxes swapdims".split())
+_REGROUPS = frozenset("view reshape _unsafe_view flatten unflatten view_as reshape_as".split())
+
+
+class Place(TypedDict):
+    """The fields of a site that say where it is."""
+
+    owner: str
+    ordinal: int
+    call: int
+    line: str
+
+
+class Facts:
+    """What is known of the nodes.
+
+    ``order``: the position of a node. ``data``: nodes that depend on the values of an input. ``projections``: the
+    products with a weight, by node, in order. ``refused``: places that look like one. ``source``: the weighted
+    operation that a value was last mixed by; nodes that differ by element-wise operations and views only share it.
+    ``channel``: the axis that holds the features, where that is known. ``nonlinearities``: by the node they end in.
+    ``residuals``: the adds that join a skip and a branch, add -> (skip, branch).
+    """
+
+    def __init__(self, program: Program) -> None:
+        flow = Flow(program)
+        self.program = program
+        self.order = flow.order
+        self.data = flow.data
+        self.projections: dict[fx.Node, Projection] = {}
+        self.refused: list[Refusal] = []
+        self.source: dict[fx.Node, fx.Node] = {}
+        self.channel: dict[fx.Node, int] = {}
+        self._places: Counter[tuple[str, str, int]] = Counter()
+        for node in program.calls():
+            self._visit(node)
+        self.nonlinearities: dict[fx.Node, Nonlinearity] = nonlinearities(list(program.calls()), self.data)
+        self.residuals = residual_joins(self)
+
+    def place(self, kind: str, node: fx.Node, owner: str | None = None) -> Place:
+        """The place of a new site at ``node``; sites of one kind, owner and call are numbered as they are asked for."""
+        at = origin(node)
+        owner = at.owner if owner is None else owner
+        key = (kind, owner, at.call)
+        self._places[key] += 1
+        return Place(owner=owner, ordinal=self._places[key] - 1, call=at.call, line=at.line)
+
+    def value(self, node: fx.Node) -> Value:
+        """The node with its axes named."""
+        return Value(node, axes(len(shape(node)), self.channel.get(node)))
+
+    def _visit(self, node: fx.Node) -> None:
+        found = projection(self.program, node, self.data)
+        if isinstance(found, Projection):
+            self.projections[node] = found
+        elif found is not None:
+            self.refused.append(found)
+        self._find_source(node)
+        axis = self._find_channel(node)
+        if axis is not None:
+            self.channel[node] = axis
+
+    def _find_source(self, node: fx.Node) -> None:
+        if node not in self.data:
+            return
+        if opname(node) in _MIXING:
+            self.source[node] = node
+            return
+        sources = {self.source[n] for n in value_inputs(node) if n in self.source}
+        if sources:
+            self.source[node] = next(iter(sources)) if len(sources) == 1 else node
+
+    def _find_channel(self, node: fx.Node) -> int | None:
+        held = fake(node)
+        if held is None:
+            return None
+        name, rank = opname(node), held.dim()
+        if node in self.projections and not self.projections[node].conv:
+            # On a transposed input a Linear mixes tokens, and the features stay where they are (MLP-Mixer).
+            return self.channel.get(self.projections[node].x, rank - 1)
+        if name in _LAST:
+            return rank - 1
+        if name in _SECOND:
+            return 1 if rank > 1 else None
+        first = next((n for n in node.all_input_nodes if n in self.channel), None)
+        if first is None:
+            return None
+        axis, old = self.channel[first], shape(first)
+        if name in _PERMUTES:
+            return _permuted(node, name, axis, len(old))
+        if name in _REGROUPS:
+            return _regrouped(old, tuple(held.shape), axis)
+        if name in ("matmul", "bmm", "mm", "einsum", "scaled_dot_product_attention"):
+            return None
+        return axis if len(old) == rank else _resized(node, name, axis, len(old), rank)
+
+
+def _permuted(node: fx.Node, name: str, axis: int, rank: int) -> int | None:
+    if name == "t" and rank == 2:
+        return 1 - axis
+    if name == "mT":
+        return {rank - 1: rank - 2, rank - 2: rank - 1}.get(axis, axis)
+    if name == "permute":
+        order = [d % rank for d in argument(node, 1, "dims", [])]
+        return order.index(axis)
+    if name == "movedim":
+        return None
+    one, two = (d % rank for d in node.args[1:3] if isinstance(d, int))
+    return {one: two, two: one}.get(axis, axis)
+
+
+def _regrouped(old: tuple[Any, ...], new: tuple[Any, ...], axis: int) -> int | None:
+    """Where an axis stands after a reshape: it is last on both sides, or all axes up to it are kept."""
+    if axis == len(old) - 1 and new and same(old[-1], new[-1]):
+        return len(new) - 1
+    if axis < len(new) and all(map(same, old[: axis + 1], new[: axis + 1])):
+        return axis
+    return None
+
+
+def _resized(node: fx.Node, name: str, axis: int, old: int, new: int) -> int | None:
+    """Where an axis stands after one axis is taken out or put in."""
+    dim = argument(node, 1, "dim")
+    if name not in ("select", "squeeze", "unsqueeze", "mean", "sum", "amax", "amin") or abs(old - new) != 1:
+        return None
+    dim = dim[0] if isinstance(dim, (list, tuple)) and len(dim) == 1 else dim
+    if not isinstance(dim, int):
+        return None
+    if new > old:
+        return axis + (dim % new <= axis)
+    dim %= old
+    return None if dim == axis else axis - (dim < axis)

@@ -1,0 +1,144 @@
+"""Residual joins: which adds of a graph have a skip and a branch, decided by reachability."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from gatecc.ir.dataflow import value_inputs
+from gatecc.ir.match.shapes import same_shape
+from gatecc.ir.ops import CASTS, CONTRACTIONS, DROPOUTS, VIEWS, opname
+from gatecc.ir.program import fake, origin
+
+if TYPE_CHECKING:
+    from gatecc.ir.match.facts import Facts
+
+_TRANSPARENT = (
+    VIEWS | CASTS | DROPOUTS | frozenset("batch_norm layer_norm group_norm avg_pool2d max_pool2d pad".split())
+)
+_MIXERS = CONTRACTIONS | frozenset(
+    "avg_pool1d avg_pool2d max_pool2d cumsum _fft_c2c _fft_r2c fft_fft fft_fft2 roll".split()
+)
+_SHORTCUT = 8  # nodes of the longest projection shortcut
+
+
+def residual_joins(facts: Facts) -> dict[fx.Node, tuple[fx.Node, fx.Node]]:
+    """All residual joins: add -> (skip, branch)."""
+    adds = [node for node in facts.program.calls() if opname(node) == "add" and _summands(facts, node) is not None]
+    reach = _Reach(facts, adds)
+    joins: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+    for add in adds:
+        summands = _summands(facts, add)
+        assert summands is not None
+        join = _join(facts, reach, add, *summands)
+        if join is not None:
+            joins[add] = join
+    return joins
+
+
+def _summands(facts: Facts, add: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The two computed tensors that are added, both of the sum's shape and real; None for other adds."""
+    if len(add.args) < 2 or not all(isinstance(a, fx.Node) and a in facts.data for a in add.args[:2]):
+        return None
+    held = fake(add)
+    if held is None or not held.dtype.is_floating_point:
+        return None
+    one, other = (a for a in add.args[:2] if isinstance(a, fx.Node))
+    return (one, other) if same_shape(one, other) else None
+
+
+def _join(facts: Facts, reach: _Reach, add: fx.Node, one: fx.Node, other: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    if reach.worked(one, other):
+        return one, other
+    if reach.worked(other, one):
+        return other, one
+    for skip, branch in ((one, other), (other, one)):
+        fork = _shortcut(facts, skip)
+        if fork is not None and reach.bent(fork, branch) and _within(facts, fork, branch, origin(add).owner):
+            return skip, branch
+    return None
+
+
+class _Reach:
+    """Which forks a node is computed from: bit sets over the nodes with several users, in one sweep.
+
+    A bit is set in ``_worked`` if something with weights (or a token mixer) lies between, in ``_bent`` if a
+    nonlinearity does. Python integers as bit sets: a thousand forks cost 125 bytes a node.
+    """
+
+    def __init__(self, facts: Facts, adds: list[fx.Node]) -> None:
+        self._bit: dict[fx.Node, int] = {}
+        self._worked: dict[fx.Node, int] = {}
+        self._bent: dict[fx.Node, int] = {}
+        above: dict[fx.Node, int] = {}
+        last = max((facts.order[add] for add in adds), default=-1)
+        for node in facts.program.graph.nodes:
+            if facts.order[node] > last:
+                break
+            sources = [n for n in value_inputs(node) if n in facts.data]
+            reached = worked = bent = 0
+            for source in sources:
+                reached |= above[source]
+                worked |= self._worked[source]
+                bent |= self._bent[source]
+            self._worked[node] = reached if _works(facts, node) else worked
+            self._bent[node] = reached if node in facts.nonlinearities or "attention" in opname(node) else bent
+            if node in facts.data and len(node.users) > 1:
+                self._bit[node] = 1 << len(self._bit)
+                reached |= self._bit[node]
+            above[node] = reached
+
+    def worked(self, fork: fx.Node, node: fx.Node) -> bool:
+        """Whether ``node`` is computed from ``fork`` through something with weights."""
+        return bool(self._bit.get(fork, 0) & self._worked[node])
+
+    def bent(self, fork: fx.Node, node: fx.Node) -> bool:
+        """Whether ``node`` is computed from ``fork`` through a nonlinearity."""
+        return bool(self._bit.get(fork, 0) & self._bent[node])
+
+
+def _works(facts: Facts, node: fx.Node) -> bool:
+    """Whether a node uses weights or mixes tokens."""
+    if node.op != "call_function" or node not in facts.data:
+        return False
+    if node in facts.projections or opname(node) in _MIXERS:
+        return True
+    return any(
+        isinstance(facts.program.parameter(n), torch.nn.Parameter) for n in node.all_input_nodes if n.op == "get_attr"
+    )
+
+
+def _shortcut(facts: Facts, skip: fx.Node) -> fx.Node | None:
+    """The input of a projection shortcut: at most one projection, norms, pools and views up to a fork; else None."""
+    node, projected = skip, 0
+    for _ in range(_SHORTCUT):
+        if len(node.users) > 1 and node is not skip:
+            return node if projected else None
+        if node in facts.projections:
+            projected += 1
+            node = facts.projections[node].x
+        elif opname(node) in _TRANSPARENT and isinstance(node.args[0], fx.Node):
+            node = node.args[0]
+        else:
+            return None
+        if projected > 1:
+            return None
+    return None
+
+
+def _within(facts: Facts, fork: fx.Node, branch: fx.Node, owner: str) -> bool:
+    """Whether everything between the fork and the branch is run by the module that adds."""
+    start = facts.order[fork]
+    seen, stack = {branch}, [branch]
+    while stack:
+        node = stack.pop()
+        at = origin(node).owner
+        if owner and at != owner and not at.startswith(owner + "."):
+            return False
+        for source in value_inputs(node):
+            if source in facts.data and facts.order[source] > start and source not in seen:
+                seen.add(source)
+                stack.append(source)
+    return True

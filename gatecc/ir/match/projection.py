@@ -1,0 +1,245 @@
+"""Projection: one product of a value with a weight matrix or a convolution kernel, however the graph says it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from gatecc.ir.ops import CASTS, RESHAPES, SAME_SHAPE, TRANSPOSES, argument, opname
+from gatecc.ir.program import Program, attribute, fake, origin, shape
+from gatecc.ir.refusals import refuse
+from gatecc.ir.site import Refusal, Value, Weight
+from gatecc.ir.sizes import same
+
+LINEAR_OPS = {"linear": (0, 1, 2), "addmm": (1, 2, 0), "mm": (0, 1, None), "matmul": (0, 1, None)}  # data, weight, bias
+CONV_OPS = frozenset("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution".split())
+_STACKED_OPS = frozenset("bmm baddbmm _grouped_mm grouped_mm_fallback einsum".split())
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """``out = in @ W (+ b)``. ``x`` and ``node`` are what the operator reads and yields; ``inp`` and ``out`` are
+    the same values before flattening and after the shape is restored (addmm knows matrices only).
+
+    ``pointwise``: every position is projected alone (a Linear, or a 1x1 convolution without stride).
+    ``depthwise``: every channel is filtered alone.
+    """
+
+    node: fx.Node
+    x: fx.Node
+    inp: fx.Node
+    out: fx.Node
+    weight: Weight
+    in_width: int
+    out_width: int
+    conv: bool = False
+    pointwise: bool = True
+    depthwise: bool = False
+
+    @property
+    def owner(self) -> str:
+        return origin(self.node).owner
+
+
+def projection(program: Program, node: fx.Node, data: set[fx.Node]) -> Projection | Refusal | None:
+    """What a node is: a projection, a refused look-alike, or neither. ``data``: the nodes that depend on inputs."""
+    name = opname(node)
+    if name in CONV_OPS:
+        return _convolution(program, node)
+    if name in LINEAR_OPS:
+        return _linear(program, node, name, data)
+    if name in _STACKED_OPS:
+        return _einsum(program, node) if name == "einsum" else _stacked(program, node)
+    return None
+
+
+def behind(program: Program, node: Any) -> tuple[fx.Node, torch.Tensor, bool] | None:
+    """The get_attr behind a weight operand, its tensor, and whether its last two axes are swapped on the way."""
+    swapped = False
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        name = opname(node)
+        if name in TRANSPOSES and _swaps(node):
+            swapped = not swapped
+        elif name not in CASTS and name not in SAME_SHAPE:
+            return None
+        node = node.args[0]
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return None
+    tensor = program.parameter(node)
+    return None if tensor is None else (node, tensor, swapped)
+
+
+def _swaps(node: fx.Node) -> bool:
+    """Whether a transposition swaps the last two axes and leaves the others."""
+    rank = len(shape(node))
+    if opname(node) in ("t", "mT", "adjoint", "numpy_T"):
+        return rank == 2 or opname(node) in ("mT", "adjoint")
+    axes = node.args[1:] if not isinstance(node.args[1], (list, tuple)) else node.args[1]
+    order = [axis % rank for axis in axes if isinstance(axis, int)]
+    swap = [*range(rank - 2), rank - 1, rank - 2]
+    return order == swap if opname(node) == "permute" else sorted(order) == [rank - 2, rank - 1]
+
+
+def _linear(program: Program, node: fx.Node, name: str, data: set[fx.Node]) -> Projection | Refusal | None:
+    data_at, weight_at, bias_at = LINEAR_OPS[name]
+    x, operand = node.args[data_at], argument(node, weight_at, "weight")
+    bias = None if bias_at is None else argument(node, bias_at, "bias")
+    if not isinstance(x, fx.Node) or not isinstance(operand, fx.Node):
+        return None
+    found = behind(program, operand)
+    if found is None or not isinstance(found[1], torch.nn.Parameter):
+        return _no_matrix(program, node, x, operand, data)
+    attr, tensor, swapped = found
+    if tensor.dim() != 2:
+        return refuse("GCC131", "linear", node, f"{program.full_name(str(attr.target))} has {tensor.dim()} axes")
+    out_in = swapped != (name == "linear")
+    out_width, in_width = tensor.shape if out_in else reversed(tensor.shape)
+    weight = Weight(fqn(program, attr, node), "out_in" if out_in else "in_out", _bias(program, bias))
+    return Projection(node, x, *_restored(node, x), weight, in_width, out_width)
+
+
+def _no_matrix(program: Program, node: fx.Node, x: fx.Node, operand: fx.Node, data: set[fx.Node]) -> Refusal | None:
+    """A product without a weight matrix on the right: of two values, mostly; else refused."""
+    left = behind(program, x)
+    if operand in data:
+        on_left = left is not None and isinstance(left[1], torch.nn.Parameter)
+        return refuse("GCC132", "linear", node, fqn(program, left[0])) if left and on_left else None
+    if x not in data or not any(isinstance(program.parameter(n), torch.nn.Parameter) for n in _constants(operand)):
+        return None
+    return refuse("GCC130", "linear", node)
+
+
+def _constants(node: fx.Node, limit: int = 64) -> list[fx.Node]:
+    """The get_attr nodes that a value is computed from (of at most ``limit`` nodes)."""
+    seen, stack = {node}, [node]
+    found: list[fx.Node] = []
+    while stack and len(seen) < limit:
+        for source in stack.pop().all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                stack.append(source)
+    found += [n for n in seen if n.op == "get_attr"]
+    return found
+
+
+def _stacked(program: Program, node: fx.Node) -> Refusal | None:
+    for operand in node.all_input_nodes:
+        found = behind(program, operand)
+        if found is not None and found[1].dim() > 2:
+            return refuse("GCC131", "linear", node, f"{fqn(program, found[0])} has {found[1].dim()} axes")
+    return None
+
+
+def _einsum(program: Program, node: fx.Node) -> Projection | Refusal | None:
+    """``...i,io->...o`` in any letters is a Linear; other equations with a weight are refused."""
+    equation, operands = node.args[0], node.args[1]
+    if not isinstance(equation, str) or not isinstance(operands, (list, tuple)) or len(operands) != 2:
+        return None
+    x, operand = operands
+    found = behind(program, operand)
+    if not isinstance(x, fx.Node) or found is None or not isinstance(found[1], torch.nn.Parameter):
+        return None
+    attr, tensor, swapped = found
+    left, _, result = equation.replace(" ", "").partition("->")
+    data_axes, _, weight_axes = left.partition(",")
+    if len(weight_axes) != 2 or "." in weight_axes:
+        return refuse("GCC131", "linear", node, f"einsum {equation!r}")
+    inner = data_axes[-1:]
+    outer = weight_axes.replace(inner, "")
+    if inner not in weight_axes or result != data_axes[:-1] + outer:
+        return refuse("GCC132", "linear", node, f"einsum {equation!r}")
+    out_in = (weight_axes == outer + inner) != swapped
+    out_width, in_width = tensor.shape if out_in else reversed(tensor.shape)
+    weight = Weight(fqn(program, attr, node), "out_in" if out_in else "in_out")
+    return Projection(node, x, x, node, weight, in_width, out_width)
+
+
+def _convolution(program: Program, node: fx.Node) -> Projection | Refusal | None:
+    x, operand = node.args[0], argument(node, 1, "weight")
+    if not isinstance(x, fx.Node) or not isinstance(operand, fx.Node):
+        return None
+    found = behind(program, operand)
+    if found is None or not isinstance(found[1], torch.nn.Parameter):
+        return refuse("GCC130", "conv", node)
+    attr, tensor, _ = found
+    transposed = opname(node).startswith("conv_transpose") or bool(argument(node, 6, "") is True)
+    groups = _groups(node)
+    first, second = int(tensor.shape[0]), int(tensor.shape[1])
+    in_width, out_width = (first, second * groups) if transposed else (second * groups, first)
+    alone = all(size == 1 for size in tensor.shape[2:])
+    weight = Weight(fqn(program, attr, node), "conv", _bias(program, argument(node, 2, "bias")))
+    return Projection(
+        node,
+        x,
+        x,
+        node,
+        weight,
+        in_width,
+        out_width,
+        conv=True,
+        pointwise=alone and groups == 1 and not transposed and _all_one(argument(node, 3, "stride", 1)),
+        depthwise=groups > 1 and groups == in_width,
+    )
+
+
+def _groups(node: fx.Node) -> int:
+    name = opname(node)
+    position = 8 if name == "convolution" else 6
+    groups = argument(node, position, "groups", 1)
+    return groups if isinstance(groups, int) else 1
+
+
+def _all_one(value: Any) -> bool:
+    return all(v == 1 for v in value) if isinstance(value, (list, tuple)) else value == 1
+
+
+def fqn(program: Program, attr: fx.Node, user: fx.Node | None = None) -> str:
+    """The name of a parameter; of a tied one, that which the module of ``user`` knows it by."""
+    name = program.full_name(str(attr.target))
+    if user is None or name.startswith(origin(user).owner + "."):
+        return name
+    own = ".".join(part for part in (origin(user).owner, name.rpartition(".")[2]) if part)
+    try:
+        tied = program.inside(own) and attribute(program.module, program.relative_name(own)) is program.parameter(attr)
+    except AttributeError:
+        return name
+    return own if tied else name
+
+
+def _bias(program: Program, bias: Any) -> str | None:
+    found = behind(program, bias)
+    return None if found is None else fqn(program, found[0])
+
+
+def _restored(node: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The values around ``node`` with all their axes, if x was flattened to a matrix for it and the result restored."""
+    before = x.args[0] if opname(x) in RESHAPES and x.args else None
+    users = list(node.users)
+    if not isinstance(before, fx.Node) or fake(before) is None or len(users) != 1 or opname(users[0]) not in RESHAPES:
+        return x, node
+    full, back = shape(before), shape(users[0])
+    leads = len(full) == len(back) > len(shape(x)) and all(map(same, full[:-1], back[:-1]))
+    return (before, users[0]) if leads and same(full[-1], shape(x)[-1]) else (x, node)
+
+
+def value(node: fx.Node, channel: int | None) -> Value:
+    """A value with its axes named, given which axis holds the features."""
+    return Value(node, axes(len(shape(node)), channel))
+
+
+def axes(rank: int, channel: int | None) -> str:
+    """The letters of a tensor of features: one b, then n or the spatial axes, c at ``channel``.
+
+    >>> axes(3, 2), axes(4, 1), axes(4, 3), axes(2, None)
+    ('bnc', 'bcyx', 'byxc', 'bc')
+    """
+    channel = (rank - 1 if rank < 4 else 1) if channel is None else channel % max(rank, 1)
+    places = {0: "", 1: "n", 2: "yx", 3: "tyx"}.get(rank - 2, "tyx".rjust(rank - 2, "b"))
+    if rank == 1:
+        return "c"
+    letters = list("b" + places) if channel > 0 else list(places + "b")
+    letters.insert(channel, "c")
+    return "".join(letters)
