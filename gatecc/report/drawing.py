@@ -89,19 +89,26 @@ def _panel(part: Diff, side: Side) -> Panel:
     whole = (-GAP, -GAP, places.width + 2 * GAP, places.height + 2 * GAP)
     text = ElementTree.tostring(canvas, encoding="unicode", method="html")
     view = _view([places.places[name] for name in part.boxes if name in changed], whole)
-    return Panel(side, text, _numbers(view), _numbers(whole))
+    title = "as captured" if part.before == part.after and not changed else side
+    return Panel(title, text, _numbers(view), _numbers(whole))
 
 
 def _view(points: list[Point], whole: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
-    """The frame around the change; around everything where that is small or nothing has changed at the top."""
-    width, height = min(max(whole[2], FRAME[0]), 1.2 * FRAME[0]), min(max(whole[3], FRAME[1]), FRAME[1])
-    if not points:
-        return whole[0] + (whole[2] - width) / 2, whole[1], width, height
-    x = (min(x for x, _ in points) + max(x for x, _ in points)) / 2
-    y = (min(y for _, y in points) + max(y for _, y in points)) / 2
-    if max(y for _, y in points) - min(y for _, y in points) > height - STEP:
-        y = min(y for _, y in points) + height / 2 - STEP  # more than fits: begin at its top
-    return x - width / 2, y - height / 2, width, height
+    """The frame around the change, within what is drawn; at the top if nothing has changed."""
+    width, height = min(max(whole[2], FRAME[0]), 1.35 * FRAME[0]), FRAME[1]
+    xs, ys = [x for x, _ in points] or [whole[0] + whole[2] / 2], [y for _, y in points] or [0.0]
+    top = (min(ys) + max(ys) - height) / 2
+    if max(ys) - min(ys) > height - STEP:
+        top = min(ys) - STEP  # more than fits: begin where it begins
+    left = (min(xs) + max(xs) - width) / 2
+    return _within(left, width, whole[0], whole[2]), _within(top, height, whole[1], whole[3]), width, height
+
+
+def _within(start: float, length: float, outer: float, outer_length: float) -> float:
+    """Move an interval as little as needed into another one; centre it if it is the longer one."""
+    if length >= outer_length:
+        return outer + (outer_length - length) / 2
+    return min(max(start, outer), outer + outer_length - length)
 
 
 def _numbers(box: tuple[float, ...]) -> str:
@@ -131,7 +138,7 @@ def _box(box: Box, place: Point) -> ElementTree.Element:
     ElementTree.SubElement(group, "rect", {key: f"{value:g}" for key, value in shape.items()})
     first, second = _label(box)
     _child(group, "text", _MARK[box.state].strip() + " " * (box.state != "same") + _fit(first), y="-3")
-    _child(group, "text", _fit(second, LETTERS + 4), y="13", **{"class": "small"})
+    _child(group, "text", _fit(second, LETTERS + 3), y="13", **{"class": "small"})
     return group
 
 
@@ -145,8 +152,17 @@ def _label(box: Box) -> tuple[str, str]:
         return row.target, row.owner or "several modules"
     short = row.target.removeprefix("aten.").removeprefix("operator.").removesuffix(".default")
     name = row.name if row.op in ("placeholder", "output") else short
-    weights = ", ".join(".".join(weight.split(".")[-2:]) for weight in box.weights)
-    return name, weights or row.shape
+    return name, _parameters(box.weights) or row.shape
+
+
+def _parameters(names: tuple[str, ...]) -> str:
+    """``fc.weight, bias``: the last module of each name, said once."""
+    words: list[str] = []
+    module = ""
+    for *owner, name in (weight.split(".") for weight in names):
+        words.append(".".join([*owner[-1:], name]) if owner[-1:] != [module] else name)
+        module = owner[-1] if owner else ""
+    return ", ".join(words)
 
 
 def _tooltip(box: Box) -> Iterator[str]:

@@ -26,6 +26,7 @@ def render(report: Report) -> str:
         rungs=group(report.rungs, lambda r: r.fqn, lambda r: (r.rung, r.reason)),
         pictures=[picture(pair) for pair in report.graphs],
         sizes=_sizes(report),
+        compared=bool(report.rewrites) or any(pair.after is not None for pair in report.graphs),
         new=sum(sum(row.new_parameters.values()) for row in report.rewrites),
         error=report.totals.max_error
         if report.totals.max_error is not None

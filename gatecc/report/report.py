@@ -8,6 +8,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from rich.console import Console
 
@@ -26,6 +27,8 @@ class Report:
 
     Sites and refusals are complete: every place that looked like a site is in one of the two lists.
     """
+
+    SUFFIXES: ClassVar[tuple[str, ...]] = (".json", ".html", ".txt")  # that ``save`` knows
 
     model: str = ""  # the class of the model
     recipe: str = ""  # empty for an inspection
@@ -69,7 +72,7 @@ class Report:
 
         text = io.StringIO()
         console = Console(width=width, color_system=None, force_terminal=False, file=text)
-        console.print(render(self))
+        console.print(render(self, width))
         return text.getvalue()
 
     def to_html(self) -> str:
@@ -82,19 +85,20 @@ class Report:
         """Print tables that fit the terminal; without colour where the output is not one."""
         from gatecc.report.text import render
 
-        (console or Console()).print(render(self))
+        console = console or Console()
+        console.print(render(self, console.width))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the report; the suffix decides the form: .json, .html or .txt.
 
         Raises ArgumentError for another suffix.
         """
-        forms = {".json": self.to_json, ".html": self.to_html, ".txt": self.to_text}
         suffix = Path(path).suffix.lower()
-        if suffix not in forms:
-            accepted = ", ".join(forms)
+        if suffix not in self.SUFFIXES:
+            accepted = ", ".join(self.SUFFIXES)
             raise ArgumentError("a report cannot be written in this form", found=str(path), expected=accepted)
-        return write_atomic(path, forms[suffix]())
+        write = dict(zip(self.SUFFIXES, (self.to_json, self.to_html, self.to_text), strict=True))[suffix]
+        return write_atomic(path, write())
 
     def __str__(self) -> str:
         return self.to_text().rstrip("\n")

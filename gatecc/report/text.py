@@ -19,18 +19,23 @@ if TYPE_CHECKING:
     from gatecc.report.report import Report
 
 
-def render(report: Report) -> RenderableType:
-    """Everything that a terminal should show, empty parts left out."""
-    return Stack(*_parts(report))
+WIDE = 112  # columns; a narrower terminal does not show source lines of sites
 
 
-def _parts(report: Report) -> Iterator[RenderableType]:
+def render(report: Report, width: int) -> RenderableType:
+    """Everything that a terminal of ``width`` columns should show, empty parts left out."""
+    return Stack(*_parts(report, width))
+
+
+def _parts(report: Report, width: int) -> Iterator[RenderableType]:
     yield _headline(report)
-    for part in (_sites, _refusals, _rewrites, _totals, _rungs, _passes):
-        table = part(report)
+    sites = _sites(report, with_line=width >= WIDE)
+    for table in (sites, *(part(report) for part in (_refusals, _rewrites, _totals, _rungs, _passes))):
         if table.row_count:
             yield Text()
             yield table
+    if report.totals.contract:
+        yield _verdict(report)
     for note in report.notes:
         yield Text(f"note  {note}", style="yellow")
 
@@ -52,12 +57,15 @@ def _table(title: str, *columns: str, numbers: Iterable[str] = ()) -> Table:
     return table
 
 
-def _sites(report: Report) -> Table:
-    table = _table("Sites", "kind", "owner", "n", "mask", "detail", "line", numbers=("n",))
+def _sites(report: Report, with_line: bool) -> Table:
+    columns = ("kind", "owner", "n", "what it is", "line")[: 5 if with_line else 4]
+    table = _table("Sites", *columns, numbers=("n",))
+    table.columns[1].min_width = 36
     for like in group(report.sites, lambda s: s.owner, lambda s: (s.kind, s.mask, s.detail)):
         site = like.rows[0]
-        cells = (site.kind, like.place or "(model)", str(len(like.rows)), site.mask, site.detail, site.line)
-        table.add_row(*map(Text, cells))
+        what = ", ".join(filter(None, (site.mask, site.detail)))
+        cells = (site.kind, like.place or "(model)", str(len(like.rows)), what, site.line)
+        table.add_row(*map(Text, cells[: len(columns)]))
     return table
 
 
@@ -91,19 +99,27 @@ def _rewrites(report: Report) -> Table:
 
 
 def _totals(report: Report) -> Table:
-    table = _table("Totals", "", "before", "after", "change", numbers=("before", "after", "change"))
     totals = report.totals
-    for label, unit, before, after in (
+    sizes = (
         ("parameters", "", totals.parameters_before, totals.parameters_after),
         ("operations", "FLOP", totals.flops_before, totals.flops_after),
         ("bytes moved", "B", totals.bytes_before, totals.bytes_after),
-    ):
+    )
+    compared = any(after is not None for *_, after in sizes)
+    columns = ("before", "after", "change") if compared else ("size",)
+    table = _table("Totals", "", *columns, numbers=columns)
+    for label, unit, before, after in sizes:
+        cells = (si(before, unit), si(after, unit), change(before, after))
         if before is not None or after is not None:
-            table.add_row(label, si(before, unit), si(after, unit), change(before, after))
-    if totals.contract:
-        verdict = {True: Text("held", "green"), False: Text("broken", "bold red"), None: Text("not checked", "dim")}
-        table.add_row("contract", Text(totals.contract), verdict[totals.contract_held], error_text(totals.max_error))
+            table.add_row(label, *cells[: len(columns)])
     return table
+
+
+def _verdict(report: Report) -> Text:
+    verdicts = {True: ("held", "bold green"), False: ("broken", "bold red"), None: ("not checked", "dim")}
+    error = error_text(report.totals.max_error)
+    words = Text(f"\ncontract  {report.totals.contract} ").append(*verdicts[report.totals.contract_held])
+    return words.append(f", largest error {error}" if error else "")
 
 
 def _rungs(report: Report) -> Table:

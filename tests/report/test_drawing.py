@@ -62,3 +62,13 @@ def test_any_names_can_be_drawn(report: Report) -> None:
         for panel in picture(pair).panels:
             HTMLParser().feed(panel.svg)
             assert len(panel.view.split()) == 4
+
+
+def test_the_first_view_shows_the_change() -> None:
+    for panel in picture(gated_layer(2)).panels:
+        x, y, width, height = map(float, panel.view.split())
+        for kind, place in nodes(panel.svg).values():
+            left, top = (float(n) for n in place.removeprefix("translate(").removesuffix(")").split())
+            if "added" in kind:
+                assert x < left < x + width
+                assert y < top < y + height

@@ -1,0 +1,3 @@
+"""The ``gatecc`` command: inspect, transform, export, recipes, doctor."""
+
+from gatecc.cli.commands import app as app

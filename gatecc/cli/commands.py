@@ -1,0 +1,263 @@
+"""The commands. Results go to standard output, progress and errors to standard error; exit code 2 means an error."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback as tracebacks
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+import gatecc
+from gatecc.cli.doctor import Finding, diagnose
+from gatecc.cli.reference import load_model, parse_options
+from gatecc.errors import ArgumentError, GateccError
+from gatecc.report import Report
+
+app = typer.Typer(
+    name="gatecc",
+    help="Put gates, experts and linear attention into PyTorch models, verify them and export them to ONNX.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODULE:FACTORY",
+        help="A factory (or a model) in a module or in a .py file; it returns a model, or (model, example_inputs).",
+        show_default=False,
+    ),
+]
+Inputs = Annotated[
+    str | None,
+    typer.Option("--inputs", metavar="MODULE:FACTORY", help="Example inputs: a tuple, a dict or (tuple, dict)."),
+]
+RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="A name from `gatecc recipes`.", show_default=False)]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="An option of the recipe; may be repeated.")
+]
+ScopeName = Annotated[
+    Literal["auto", "model"],
+    typer.Option("--scope", help="auto: the smallest submodule that holds a site; model: one closed graph."),
+]
+ReportFile = Annotated[
+    Path | None, typer.Option("--report", metavar="FILE", help="Write the report: .html, .json or .txt.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error was raised.")]
+
+
+@app.command()
+def inspect(
+    model: Model,
+    inputs: Inputs = None,
+    report: ReportFile = None,
+    as_json: AsJson = False,
+    traceback: Traceback = False,
+) -> None:
+    """Find the sites of a model and say why other places are none; change nothing."""
+    with _errors(traceback):
+        _check_suffix(report)
+        with _status("loading the model"):
+            loaded, example = load_model(model, inputs)
+        with _status("capturing and matching"):
+            found = gatecc.inspect(loaded, example)
+        _show(found, report, as_json)
+
+
+@app.command()
+def transform(
+    model: Model,
+    recipe: RecipeName,
+    settings: Settings = None,
+    inputs: Inputs = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FOLDER", help="Save the result as a checkpoint.")
+    ] = None,
+    scope: ScopeName = "auto",
+    verify: Annotated[bool, typer.Option(help="Check the contracts numerically.")] = True,
+    report: ReportFile = None,
+    as_json: AsJson = False,
+    traceback: Traceback = False,
+) -> None:
+    """Rewrite a model by a recipe, verify it, report what was done, and save it."""
+    with _errors(traceback):
+        _check_suffix(report)
+        changed, _ = _transformed(model, inputs, recipe, settings, scope, verify)
+        _show(gatecc.last_report(changed), report, as_json)
+        if out is None:
+            _say("nothing is saved without --out FOLDER")
+            return
+        with _status("saving"):
+            gatecc.save(changed, out)
+        _say(f"checkpoint: {out}")
+
+
+@app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where model.onnx goes.", show_default=False)],
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="Transform the model by this recipe first.")
+    ] = None,
+    settings: Settings = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", metavar="FOLDER", help="Load this checkpoint into the model first.")
+    ] = None,
+    inputs: Inputs = None,
+    traceback: Traceback = False,
+) -> None:
+    """Write model.onnx after comparing it with torch; if they differ nothing is written."""
+    with _errors(traceback):
+        if recipe and checkpoint:
+            raise ArgumentError(
+                "a checkpoint has its own recipe", found="--recipe and --checkpoint", expected="one of them"
+            )
+        if recipe:
+            chosen, example = _transformed(model, inputs, recipe, settings, "auto", True)
+        else:
+            with _status("loading the model"):
+                chosen, example = load_model(model, inputs)
+        if checkpoint:
+            with _status("loading the checkpoint"):
+                chosen = gatecc.load(chosen, checkpoint)
+        with _status("exporting and comparing"):
+            gatecc.export(chosen, out, example)
+        typer.echo(out)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show one recipe with its options.", show_default=False)] = None,
+    as_json: AsJson = False,
+    traceback: Traceback = False,
+) -> None:
+    """List the recipes, or describe one."""
+    with _errors(traceback):
+        known = {info.name: info for info in gatecc.recipes()}
+        if name is not None and name not in known:
+            gatecc.recipe(name)  # raises the error that names the nearest ones
+        chosen = [known[name]] if name is not None else list(known.values())
+        if as_json:
+            rows = [{**_public(info), "options": {k: repr(v) for k, v in info.options.items()}} for info in chosen]
+            typer.echo(json.dumps(rows, indent=1))
+        elif name is not None:
+            _describe(chosen[0])
+        else:
+            rows = [(info.name, info.summary, info.citation) for info in chosen]
+            _stdout().print(_table(("recipe", "what it does", "from"), rows))
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what is installed, which kernels and targets are usable, and what conflicts (then the exit code is 1)."""
+    found = diagnose()
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=1))
+    else:
+        _stdout().print(_findings("Installed", found.installed), _findings("Usable", found.usable), sep="\n")
+    for finding in found.conflicts:
+        _say(f"conflict: {finding.name} {finding.found}: {finding.remark}", "bold red")
+    raise typer.Exit(1 if found.conflicts else 0)
+
+
+def _transformed(
+    model: str,
+    inputs: str | None,
+    recipe: str,
+    settings: list[str] | None,
+    scope: Literal["auto", "model"],
+    verify: bool,
+) -> tuple[nn.Module, Any]:
+    wanted = gatecc.recipe(recipe, **parse_options(settings or []))
+    with _status("loading the model"):
+        loaded, example = load_model(model, inputs)
+    with _status(f"applying {recipe}"):
+        return gatecc.transform(loaded, wanted, example, scope=scope, verify=verify), example
+
+
+def _check_suffix(path: Path | None) -> None:
+    """Before minutes of work, not after."""
+    if path is not None and path.suffix.lower() not in Report.SUFFIXES:
+        accepted = ", ".join(Report.SUFFIXES)
+        raise ArgumentError("a report cannot be written in this form", found=f"--report {path}", expected=accepted)
+
+
+def _show(report: Report, path: Path | None, as_json: bool) -> None:
+    if path is not None:
+        report.save(path)
+        _say(f"report: {path}")
+    if as_json:
+        typer.echo(report.to_json())
+    else:
+        report.print(_stdout())
+
+
+def _public(info: Any) -> dict[str, Any]:
+    return {"name": info.name, "summary": info.summary, "citation": info.citation}
+
+
+def _describe(info: Any) -> None:
+    out = _stdout()
+    out.print(Text(info.name, style="bold"), Text(info.citation, style="dim"), Text(), Text(info.doc), sep="\n")
+    if info.options:
+        out.print(_table(("option", "default"), [(k, repr(v)) for k, v in info.options.items()]))
+
+
+def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(Text(row[0], style="bold", no_wrap=True), *map(Text, row[1:]))
+    return table
+
+
+def _findings(title: str, findings: tuple[Finding, ...]) -> Table:
+    style = {"ok": "green", "missing": "dim", "conflict": "bold red"}
+    table = Table(title, "", "", "", box=box.SIMPLE_HEAD, pad_edge=False)
+    for finding in findings:
+        state = Text(finding.state, style=style[finding.state])
+        table.add_row(Text(finding.name), state, Text(finding.found), Text(finding.remark))
+    return table
+
+
+def _stdout() -> Console:
+    return Console(file=sys.stdout)
+
+
+def _say(text: str, style: str = "dim") -> None:
+    Console(file=sys.stderr).print(Text(text, style=style))
+
+
+@contextmanager
+def _status(text: str) -> Generator[None]:
+    """A moving line on standard error while something long runs, if someone is there to see it."""
+    console = Console(file=sys.stderr)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(f"{text} …"):
+        yield
+
+
+@contextmanager
+def _errors(traceback: bool) -> Generator[None]:
+    """A GateccError as its own text and exit code 2; anything else is a fault of gatecc and stays a traceback."""
+    try:
+        yield
+    except GateccError as error:
+        if traceback:
+            tracebacks.print_exc(file=sys.stderr)
+        _say(str(error), "red")
+        raise typer.Exit(2) from error
