@@ -21,6 +21,7 @@ from gatecc.ir.program import Program, origin
 from gatecc.ir.rewrite import Recipe, Rewrite
 from gatecc.ir.select import select
 from gatecc.ir.site import Site
+from gatecc.ir.widen import Rows, WidenWeight
 from gatecc.recipes import resolve
 from gatecc.report import GraphDump, GraphPair, PassRow, Report, RewriteRow
 from gatecc.scope.build import Built, build, install_weights, scale
@@ -35,6 +36,7 @@ from gatecc.scope.scope import (
     scope_of,
     scopes,
 )
+from gatecc.scope.widened import narrow, narrowed
 
 HISTORY = "_gatecc_history"
 
@@ -49,6 +51,7 @@ class Step:
     modules: tuple[str, ...]  # new submodules
     scaled: tuple[tuple[str, float], ...]  # parameters and the powers of two that they were multiplied by
     report: Report
+    widened: tuple[tuple[str, Rows], ...] = ()  # parameters that hold new rows
 
 
 @dataclass
@@ -140,6 +143,8 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             _remove_module(target, fqn)
         for fqn, factor in step.scaled:
             _scale(target, fqn, 1 / factor)
+        for fqn, rows in step.widened:
+            narrow(target, fqn, rows)
     for _, module, _ in list(scopes(target)):
         remove(module)
     vars(target).pop(HISTORY, None)
@@ -174,7 +179,9 @@ def _transform(
     report.totals = replace(
         report.totals, parameters_before=parameters, parameters_after=parameter_count(model), **work.cost_after(report)
     )
-    return Step(recipe, scope, (args, kwargs), tuple(work.modules), tuple(work.scaled), report)
+    return Step(
+        recipe, scope, (args, kwargs), tuple(work.modules), tuple(work.scaled), report, tuple(work.widened.items())
+    )
 
 
 def called_modules(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
@@ -189,7 +196,8 @@ def _plans(model: nn.Module, recipe: Recipe, analysis: Analysis, scope: str, cal
         chosen: dict[str, list[Site]] = {}
         for site in select(rewrite.site, analysis.sites, analysis.refusals):
             program = analysis.program_of(site)
-            fqn = program.fqn if scope == "model" else _scope_of(rewrite, site, model, called, program)
+            whole = scope == "model" or rewrite.whole_model
+            fqn = program.fqn if whole else _scope_of(rewrite, site, model, called, program)
             chosen.setdefault(fqn, []).append(site)
         for fqn, sites in chosen.items():
             places = dict.fromkeys((_relative(s.owner, fqn), s.ordinal) for s in sites)
@@ -257,6 +265,8 @@ class _Installer:
     seconds: dict[str, float] = field(default_factory=dict[str, float])
     modules: list[str] = field(default_factory=list[str])
     scaled: list[tuple[str, float]] = field(default_factory=list[tuple[str, float]])
+    widened: dict[str, Rows] = field(default_factory=dict[str, Rows])
+    done: set[tuple[type, str]] = field(default_factory=set[tuple[type, str]])  # weight steps by kind and FQN
 
     def install(self, plan: _Plan, calls: list[RecordedCall]) -> None:
         """Make one planned scope."""
@@ -266,22 +276,25 @@ class _Installer:
         self.undo.states.append((module, old))
         applied = (*(old.applied if old else ()), *plan.applied)
         kind = (structure(module), applied)
-        state = Scope(plan.fqn, applied, own=set(old.own) if old else set())
+        state = Scope(plan.fqn, applied)
+        if old:
+            state.own, state.widened = set(old.own), dict(old.widened)
         install(module, state)
         made: dict[str, int] = {}
         for call in calls:
-            made |= self._one(module, state, (kind, _key(module, call)), call)
+            built = self._one(module, state, (kind, _key(module, call)), call)
+            made |= self._weights(module, state, built.weights(first=len(old.applied) if old else 0))
         ms = (time.process_time() - clock) * 1e3
         self._rows(plan, made, ms)
 
-    def _one(self, module: nn.Module, state: Scope, kind: Any, call: RecordedCall) -> dict[str, int]:
+    def _one(self, module: nn.Module, state: Scope, kind: Any, call: RecordedCall) -> Built:
         known = self.leaders.get(kind)
         if known is None or not self._share(module, state, *known, call):
             return self._lead(module, state, kind, call)
         self.pairs[id(known[1])][0].append(state.fqn)
-        return self._weights(module, state, known[1])
+        return known[1]
 
-    def _lead(self, module: nn.Module, state: Scope, kind: Any, call: RecordedCall) -> dict[str, int]:
+    def _lead(self, module: nn.Module, state: Scope, kind: Any, call: RecordedCall) -> Built:
         dumps: list[GraphDump] = []
         before = dict(module.named_modules())
         own = set(state.own)
@@ -303,7 +316,7 @@ class _Installer:
         self.pairs[id(built)] = ([state.fqn], dumps)
         for name, seconds in built.seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-        return self._weights(module, state, built)
+        return built
 
     def _share(self, module: nn.Module, state: Scope, family: Family, built: Built, call: RecordedCall) -> bool:
         clock = time.process_time()
@@ -311,7 +324,8 @@ class _Installer:
 
         with _gradients():
             _, leaves = call_key(module, call.args, call.kwargs)
-        held = proves(built.entry, module, base_forward(module), call.args, call.kwargs, leaves)
+        with narrowed(module, state.widened):
+            held = proves(built.entry, module, base_forward(module), call.args, call.kwargs, leaves)
         self.seconds["share"] = self.seconds.get("share", 0.0) + time.process_time() - clock
         if not held:
             return False
@@ -320,20 +334,26 @@ class _Installer:
         state.trusted.append(built.entry)
         return True
 
-    def _weights(self, module: nn.Module, state: Scope, built: Built) -> dict[str, int]:
+    def _weights(self, module: nn.Module, state: Scope, steps: list[WeightStep]) -> dict[str, int]:
         """New parameters and changed weights of one layer, once even if it is called several times."""
-        if any(path in self.modules for path in (state_path(state, s) for s in built.weights)):
+        names = {(type(step), state_path(state, step)) for step in steps}
+        if names & self.done:
             return {}
-        new = [s for s in built.weights if isinstance(s, NewModule) and s.path not in state.own]
+        self.done |= names
+        new = [s for s in steps if isinstance(s, NewModule) and s.path not in state.own]
         self.undo.weights.extend((module, s) for s in new)
-        made = install_weights(module, built.weights, built.program.module)
-        for step in built.weights:
+        made = install_weights(module, steps)
+        for step in steps:
             if isinstance(step, NewModule):
                 state.own.add(step.path)
                 self.modules.append(state_path(state, step))
                 continue
             self.undo.weights.append((module, step))
-            self.scaled.append((state_path(state, step), step.factor))
+            if isinstance(step, WidenWeight):
+                state.widened[step.path] = step.rows
+                self.widened[state_path(state, step)] = step.rows
+            else:
+                self.scaled.append((state_path(state, step), step.factor))
         return made
 
     def _rows(self, plan: _Plan, made: dict[str, int], ms: float) -> None:
@@ -384,8 +404,10 @@ def undo_weight(module: nn.Module, step: WeightStep) -> None:
     """Take back one weight step on a layer."""
     if isinstance(step, NewModule):
         _remove_module(module, step.path)
-        return
-    scale(module, step, 1 / step.factor)
+    elif isinstance(step, WidenWeight):
+        narrow(module, step.path, step.rows)
+    else:
+        scale(module, step, 1 / step.factor)
 
 
 def _remove_module(root: nn.Module, path: str) -> None:

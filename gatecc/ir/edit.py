@@ -7,7 +7,7 @@ call where no graph can be had (see gatecc.scope_python), and on every layer tha
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from gatecc.errors import GraphError
 from gatecc.ir.program import META, Origin, Program, attribute, fake, origin, window
 from gatecc.ir.site import Site
+from gatecc.ir.widen import Rows, WidenWeight
 
 CONTAINERS = (
     nn.Sequential,
@@ -39,10 +40,11 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Replace:
-    """Every later reader of ``old`` reads ``new``."""
+    """Every later reader of ``old`` reads ``new``; with ``some``, only the readers that the edit chose."""
 
     old: fx.Node
     new: fx.Node
+    some: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,12 +64,12 @@ class ScaleWeight:
 
 
 Step = Call | Replace
-WeightStep = NewModule | ScaleWeight
+WeightStep = NewModule | ScaleWeight | WidenWeight
 
 
 @dataclass(eq=False)
 class Editor:
-    """Edits one program at one site in the name of one rewrite."""
+    """Edits one program at one site in the name of one rewrite. ``sites`` are all sites of the program."""
 
     program: Program
     site: Site
@@ -77,6 +79,7 @@ class Editor:
     steps: list[Step] = field(default_factory=list[Step])
     weights: list[WeightStep] = field(default_factory=list[WeightStep])
     inserted: set[fx.Node] = field(default_factory=set[fx.Node])
+    sites: Sequence[Site] = ()
 
     def module(self, name: str, build: Callable[[], nn.Module]) -> str:
         """The path of a new submodule called ``name`` on the site's owner; made by ``build`` unless it exists already.
@@ -95,7 +98,7 @@ class Editor:
         self.taken.add(path)
         self.weights.append(NewModule(path, build))
         if path not in self.own:
-            holder.add_module(candidate, build())
+            holder.add_module(candidate, build().train(holder.training))
             self.own.add(path)
         return path
 
@@ -137,14 +140,58 @@ class Editor:
         )
         return result
 
-    def replace(self, old: fx.Node, new: fx.Node) -> None:
-        """Let every reader of ``old`` read ``new``, except the nodes that this editor inserted to compute it."""
-        readers = [user for user in old.users if user not in self.inserted]
-        early = min((user for user in readers if user < new), default=None)
+    def replace(self, old: fx.Node, new: fx.Node, readers: Collection[fx.Node] | None = None) -> None:
+        """Let every reader of ``old`` read ``new``, except the nodes that this editor inserted to compute it.
+
+        With ``readers``, only these: a value that the model uses elsewhere too stays as it is there.
+        """
+        chosen = {user for user in old.users if user not in self.inserted and (readers is None or user in readers)}
+        early = min((user for user in chosen if user < new), default=None)
         if early is not None:
             self._hoist(new, early)
-        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in self.inserted)
-        self.steps.append(Replace(old, new))
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user in chosen)
+        some = any(user not in self.inserted and user is not new for user in old.users)
+        self.steps.append(Replace(old, new, some))
+
+    def widen(self, linear: fx.Node, rows: Rows, weight: Callable[[], Any], bias: Callable[[], Any]) -> None:
+        """Let ``linear`` yield new features beside its own, laid out as ``rows``; its parameters grow at installation.
+
+        Readers still see the wide value: replace it by its own features. Raises GraphError if the weight has other uses.
+        """
+        mode = detect_fake_mode([linear.meta["val"]])
+        with mode or torch.no_grad():
+            for node, fill in zip(linear.args[1:3], (weight, bias), strict=False):
+                if isinstance(node, fx.Node):
+                    self._widen(linear, node, rows, fill)
+            args = fx.map_arg(linear.args, lambda n: n.meta["val"])
+            linear.meta["val"] = cast("Callable[..., Any]", linear.target)(*args)
+
+    def _widen(self, linear: fx.Node, node: fx.Node, rows: Rows, fill: Callable[[], Any]) -> None:
+        uses = [u for n in self.program.graph.find_nodes(op="get_attr", target=node.target) for u in n.users]
+        live = self.program.parameter(node)
+        names = [n for n, p in self.program.module.named_parameters(remove_duplicate=False) if p is live]
+        if uses != [linear] or len(names) != 1:
+            raise GraphError(
+                f"the matrix {node.target} cannot take rows of a gate",
+                where=f"{self.site.owner} {self.site.line}".strip(),
+                found=f"it has {len(uses)} uses under the names {', '.join(names) or 'of a constant'}",
+                do="leave fuse_into out: the gate then has a matrix of its own",
+            )
+        size = node.meta["val"].shape
+        node.meta["val"] = node.meta["val"].new_empty((rows.groups * (rows.old + rows.new), *size[1:]))
+        self.weights.append(WidenWeight(str(node.target), rows, fill))
+
+    def pin(self, node: fx.Node, axis: int) -> int:
+        """Make the graph hold for this size of an axis only, the one of the present call; other sizes are captured anew."""
+        size = node.meta["val"].shape[axis]
+        if isinstance(size, int):
+            return size
+        symbols = size.node.expr.free_symbols
+        for i, placeholder in enumerate(self.program.placeholders):
+            for j, given in enumerate(placeholder.meta["val"].shape):
+                if not isinstance(given, int) and given.node.expr in symbols:
+                    self.program.guards.append(f"L['leaves'][{i}].size()[{j}] == {given.node.hint}")
+        return int(size.node.hint)
 
     @property
     def site_node(self) -> fx.Node:

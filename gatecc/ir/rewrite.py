@@ -52,6 +52,11 @@ class Rewrite(ABC):
         value = site.values.get(self.site.stage)
         return [] if value is None else [value.node]
 
+    @property
+    def whole_model(self) -> bool:
+        """Whether the edit must see the whole model as one graph: it reads an input of the model, or a distant value."""
+        return False
+
     def to_json(self) -> dict[str, Any]:
         """Plain data with the rewrite's name under "rewrite"; the inverse of `rewrite_from_json`."""
         return {"rewrite": self.name, **{f.name: _plain(getattr(self, f.name)) for f in fields(self)}}

@@ -17,10 +17,11 @@ from gatecc.ir.program import Program, window
 from gatecc.ir.rewrite import Recipe, Rewrite
 from gatecc.ir.site import Site
 from gatecc.passes.canonicalize import canonicalize
-from gatecc.scope.build import apply
+from gatecc.scope.build import Sites, apply
 from gatecc.scope.family import same_outputs
 from gatecc.scope.scope import Scope, base_forward, scopes
 from gatecc.scope.variant import Variant
+from gatecc.scope.widened import narrowed
 
 
 def blame(
@@ -64,21 +65,25 @@ def _in_scope(module: nn.Module, state: Scope, recipe: Recipe, args: Any, kwargs
         if application.rewrite not in recipe.rewrites or not application.rewrite.contract().checked:
             continue
         for place in application.sites:
-            program = _program(module, state, args, kwargs)
-            plain = Variant(program, ())
+            with narrowed(module, state.widened):
+                program = _program(module, state, args, kwargs)
+                plain = Variant(program, ())
+                before = _run(plain, module, leaves)
             site = _site(program, application.rewrite, place)
             try:
-                edits = apply(application.rewrite, program, [site], state.own, set())
+                edits = apply(application.rewrite, program, [site], state.own, set(), Sites([site]))
             except GateccError:
                 continue
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                before = plain(module, leaves)
-                torch.manual_seed(0)
-                after = Variant(program, ())(module, leaves)
+            after = _run(Variant(program, ()), module, leaves)
             if not same_outputs(before, after, application.rewrite.contract().tolerance):
                 nodes = sorted(edits[0].inserted)
                 yield application.rewrite, site, program, nodes[-1] if nodes else edits[0].site_node
+
+
+def _run(variant: Variant, module: nn.Module, leaves: list[torch.Tensor]) -> Any:
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return variant(module, leaves)
 
 
 def _program(module: nn.Module, state: Scope, args: Any, kwargs: Any) -> Program:

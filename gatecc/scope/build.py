@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from gatecc.capture import capture
 from gatecc.capture.reads import reads_of, recorded_reads
 from gatecc.errors import CaptureError, GateccError, GraphError
 from gatecc.ir.cost import Cost, cost
-from gatecc.ir.edit import Editor, NewModule, ScaleWeight, WeightStep
+from gatecc.ir.edit import Editor, NewModule, Replace, ScaleWeight, WeightStep
 from gatecc.ir.match import find_sites
 from gatecc.ir.program import Program, attribute, window
 from gatecc.ir.rewrite import Rewrite
-from gatecc.ir.site import Attention, Site
+from gatecc.ir.site import Attention, Site, Value
+from gatecc.ir.widen import WidenWeight
 from gatecc.ir.verify import Before, verify
 from gatecc.passes.canonicalize import canonicalize
 from gatecc.scope.family import Entry
 from gatecc.scope.python_path import PythonPath, python_path
 from gatecc.scope.scope import Scope, base_forward
 from gatecc.scope.variant import Variant
+from gatecc.scope.widened import narrowed, widen
 
 
 @dataclass
@@ -32,15 +34,14 @@ class Built:
 
     entry: Entry
     program: Program
-    editors: list[Editor]
+    editors: list[list[Editor]]  # of each application
     python: PythonPath
     cost_before: Cost
     seconds: dict[str, float] = field(default_factory=dict[str, float])
 
-    @property
-    def weights(self) -> list[WeightStep]:
-        """The changes of weights that the rewrites ask for, in order."""
-        return [step for editor in self.editors for step in editor.weights]
+    def weights(self, first: int = 0) -> list[WeightStep]:
+        """The changes of weights that the applications from the ``first`` on ask for, in order."""
+        return [step for editors in self.editors[first:] for editor in editors for step in editor.weights]
 
 
 Observer = Callable[[str, Program], None]
@@ -53,6 +54,13 @@ def build(
 
     ``observe(stage, program)`` is called with "before" on the canonical graph and "after" on the rewritten one.
     """
+    with narrowed(module, state.widened):
+        return _build(module, state, args, kwargs, observe)
+
+
+def _build(
+    module: nn.Module, state: Scope, args: tuple[Any, ...], kwargs: dict[str, Any], observe: Observer | None
+) -> Built:
     clock = _Clock()
     with recorded_reads(module) as seen:
         program = capture(module, args, kwargs, fqn=state.fqn, forward=base_forward(module))
@@ -69,7 +77,8 @@ def build(
     clock.lap("match")
     editors = rewrite_program(program, state, sites)
     clock.lap("rewrite")
-    path = python_path(program, editors, [s for s in sites if isinstance(s, Attention)], _argument_paths(program))
+    flat = [editor for of_one in editors for editor in of_one]
+    path = python_path(program, flat, [s for s in sites if isinstance(s, Attention)], _argument_paths(program))
     variant = Variant(program, reads)
     clock.lap("print")
     if observe:
@@ -77,10 +86,11 @@ def build(
     return Built(Entry(variant, plain), program, editors, path, before, clock.seconds)
 
 
-def rewrite_program(program: Program, state: Scope, sites: list[Site]) -> list[Editor]:
+def rewrite_program(program: Program, state: Scope, sites: list[Site]) -> list[list[Editor]]:
     """Do every application of a scope on a program, verifying after each of them."""
-    editors: list[Editor] = []
+    editors: list[list[Editor]] = []
     taken: set[str] = set()
+    work = Sites(sites)
     for application in state.applied:
         places = set(application.sites)
         kind = application.rewrite.site.kind
@@ -92,17 +102,47 @@ def rewrite_program(program: Program, state: Scope, sites: list[Site]) -> list[E
                 found=f"no {kind} site #{ordinal} in the graph of this call",
                 do="call the model as in the example inputs, or transform it with example inputs of this kind",
             )
-        editors.extend(apply(application.rewrite, program, found, state.own, taken))
+        editors.append(apply(application.rewrite, program, found, state.own, taken, work))
     program.graph.eliminate_dead_code()
     return editors
 
 
-def apply(rewrite: Rewrite, program: Program, sites: list[Site], own: set[str], taken: set[str]) -> list[Editor]:
+class Sites:
+    """All sites of a program, with the values that they have after the edits so far: a later edit sees an earlier one."""
+
+    def __init__(self, sites: list[Site]) -> None:
+        self._sites = sites
+        self._moved: dict[fx.Node, fx.Node] = {}
+
+    def now(self) -> list[Site]:
+        """The sites as they are now."""
+        return [self.of(site) for site in self._sites] if self._moved else self._sites
+
+    def of(self, site: Site) -> Site:
+        """One site as it is now."""
+        if not any(value.node in self._moved for value in site.values.values()):
+            return site
+        values = {name: Value(self._last(value.node), value.axes) for name, value in site.values.items()}
+        return replace(site, values=values)
+
+    def note(self, edit: Editor) -> None:
+        """Remember what an edit replaced for all readers."""
+        self._moved.update({s.old: s.new for s in edit.steps if isinstance(s, Replace) and not s.some})
+
+    def _last(self, node: fx.Node) -> fx.Node:
+        while node in self._moved:
+            node = self._moved[node]
+        return node
+
+
+def apply(
+    rewrite: Rewrite, program: Program, sites: list[Site], own: set[str], taken: set[str], work: Sites
+) -> list[Editor]:
     """One rewrite at its sites in a program, verified structurally."""
     before = Before.of(program)
     editors: list[Editor] = []
-    for site in sites:
-        edit = Editor(program, site, rewrite.name, own, taken)
+    for site in map(work.of, sites):
+        edit = Editor(program, site, rewrite.name, own, taken, sites=work.now())
         try:
             rewrite.rewrite(site, edit)
         except GateccError:
@@ -112,11 +152,12 @@ def apply(rewrite: Rewrite, program: Program, sites: list[Site], own: set[str], 
             found = f"{e}\n{window(edit.site_node)}"
             raise GraphError(f"the rewrite raised {type(e).__name__}", where=place, found=found) from e
         editors.append(edit)
+        work.note(edit)
     verify(program, before, str(rewrite), {node for edit in editors for node in edit.inserted})
     return editors
 
 
-def install_weights(module: nn.Module, steps: list[WeightStep], built_on: nn.Module) -> dict[str, int]:
+def install_weights(module: nn.Module, steps: list[WeightStep]) -> dict[str, int]:
     """Make on a layer the modules and weight changes that a build asks for; returns new parameter counts by path.
 
     The layer that the build ran on has its modules already; every layer gets its weights scaled here.
@@ -127,9 +168,13 @@ def install_weights(module: nn.Module, steps: list[WeightStep], built_on: nn.Mod
             holder_path, _, name = step.path.rpartition(".")
             holder = module.get_submodule(holder_path)
             if name not in dict(holder.named_children()):
-                holder.add_module(name, step.build())
+                holder.add_module(name, step.build().train(holder.training))
             new = module.get_submodule(step.path)
             made.update({f"{step.path}.{n}": p.numel() for n, p in new.named_parameters()})
+        elif isinstance(step, WidenWeight):
+            more = step.fill()
+            widen(module, step.path, step.rows, more)
+            made[step.path] = more.numel()
         else:
             scale(module, step, step.factor)
     return made

@@ -76,6 +76,7 @@ def python_path(
 ) -> PythonPath:
     """Say recorded edits in terms of anchors. ``names`` gives the argument path of each placeholder."""
     slots: dict[fx.Node, Slot] = {}
+    moved: dict[fx.Node, Anchor] = {}  # where the values of earlier edits appear
     edits: list[PythonEdit] = []
     anchors = _Anchors(program, cores, names, {n for e in editors for n in e.inserted})
     for editor in editors:
@@ -86,9 +87,10 @@ def python_path(
                 slots[step.result] = Slot(len(slots))
                 ops.append(Op(step.function, step.path, arguments, slots[step.result].number))
                 continue
-            anchor = anchors.of(step.old)
+            anchor = None if step.some else moved.get(step.old) or anchors.of(step.old)
             if anchor is None or None in [a for op in ops for a in op.arguments]:
                 return PythonPath(refused=f"{editor.rewrite} edits {step.old.name}, which no Python call returns")
+            moved[step.new] = anchor
             edits.append(PythonEdit(anchor, tuple(ops), slots[step.new]))
             ops = []
     wants = frozenset(
@@ -152,6 +154,7 @@ class _Run(TorchFunctionMode):
         self.seen: dict[Anchor, torch.Tensor] = {}
         self.core = 0
         self.done: set[int] = set()
+        self.slots: dict[int, torch.Tensor] = {}
         self.weights: list[torch.Tensor] = []  # kept alive: they are recognised by identity
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -182,16 +185,15 @@ class _Run(TorchFunctionMode):
         return value
 
     def _apply(self, edit: PythonEdit, value: torch.Tensor) -> torch.Tensor:
-        slots: dict[int, torch.Tensor] = {}
         for op in edit.ops:
-            arguments = [self._value(a, edit.anchor, value, slots) for a in op.arguments]
+            arguments = [self._value(a, edit.anchor, value) for a in op.arguments]
             call = attribute(self.module, op.path) if op.path else cast("Callable[..., torch.Tensor]", op.function)
-            slots[op.slot] = call(*arguments)
-        return self._value(edit.result, edit.anchor, value, slots)
+            self.slots[op.slot] = call(*arguments)
+        return self._value(edit.result, edit.anchor, value)
 
-    def _value(self, reference: Any, anchor: Anchor, value: torch.Tensor, slots: Mapping[int, torch.Tensor]) -> Any:
+    def _value(self, reference: Any, anchor: Anchor, value: torch.Tensor) -> Any:
         if isinstance(reference, Slot):
-            return slots[reference.number]
+            return self.slots[reference.number]
         if not isinstance(reference, Anchor):
             return reference
         if reference == anchor:

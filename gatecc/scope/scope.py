@@ -21,8 +21,10 @@ from gatecc.capture.reads import Read
 from gatecc.capture.signature import Key, OpaqueArgumentError, flatten, map_tensors
 from gatecc.errors import CallNotCapturedError, CaptureError
 from gatecc.ir.rewrite import Rewrite
+from gatecc.ir.widen import Rows
 from gatecc.scope.family import Entry, Family, proves
 from gatecc.scope.python_path import PythonPath, run_python
+from gatecc.scope.widened import narrowed
 
 STATE = "_gatecc"
 
@@ -46,13 +48,21 @@ class Scope:
     own: set[str] = field(default_factory=set[str])  # paths of the modules that gatecc made in this scope
     refused: dict[Key, str] = field(default_factory=dict[Key, str])  # calls that could not be captured, and why
     trusted: list[Entry] = field(default_factory=list[Entry])  # entries captured on, or proved for, this layer
+    widened: dict[str, Rows] = field(default_factory=dict[str, Rows])  # weights of the model that hold new rows
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "refused": {}, "trusted": [], "family": Family()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Scope:
         return Scope(
-            self.fqn, self.applied, self.family, self.python, set(self.own), dict(self.refused), list(self.trusted)
+            self.fqn,
+            self.applied,
+            self.family,
+            self.python,
+            set(self.own),
+            dict(self.refused),
+            list(self.trusted),
+            dict(self.widened),
         )
 
 
@@ -151,7 +161,9 @@ def entry_for(
     from gatecc.scope.build import build
 
     for entry in state.family.find(key, leaves):
-        if entry not in state.trusted and proves(entry, module, base_forward(module), args, kwargs, leaves):
+        with narrowed(module, state.widened):
+            proved = entry not in state.trusted and proves(entry, module, base_forward(module), args, kwargs, leaves)
+        if proved:
             state.trusted.append(entry)
             return entry
     entry = build(module, state, args, kwargs).entry

@@ -23,13 +23,17 @@ from gatecc.ir.gates.option import Option
 
 @dataclass(frozen=True)
 class Ref:
-    """A value that the engine hands to the gate: a stage of the site (``self`` is the gated value) or a model input."""
+    """A value that the engine hands to the gate: a stage of the site (``self`` is the gated value), an input of the
+    model, or a value of another site (a selector)."""
 
     stage: str | None = None
     cond: str | None = None
+    at: str | None = None
 
     def __str__(self) -> str:
-        return self.stage if self.stage is not None else f"cond({self.cond})"
+        if self.stage is not None:
+            return self.stage
+        return f"cond({self.cond})" if self.cond is not None else f"at({self.at})"
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,20 @@ class Cond(Source, tag="cond"):
 
 
 @dataclass(frozen=True)
+class At(Source, tag="at"):
+    """A value of another site, by its selector: ``at("activation[audio.*].out")``.
+
+    One source for all gated sites, or as many as there are of these: the k-th reads the k-th.
+    """
+
+    selector: str
+
+    @property
+    def refs(self) -> tuple[Ref, ...]:
+        return (Ref(at=self.selector),)
+
+
+@dataclass(frozen=True)
 class Param(Source, tag="param"):
     """Nothing: the gate is a learned constant."""
 
@@ -139,11 +157,11 @@ class Pool(Source, tag="pool"):
     kind: Literal["mean", "max"] = "mean"
 
     def check(self) -> None:
-        if not isinstance(self.of, (Stage, Cond)):
+        if not isinstance(self.of, (Stage, Cond, At)):
             raise ArgumentError(
                 "pool takes one value",
                 found=str(self.of),
-                expected="a stage or cond(NAME); pool(a)+pool(b) for several",
+                expected="a stage, cond(NAME) or at(SELECTOR); pool(a)+pool(b) for several",
             )
 
     @property

@@ -1,0 +1,124 @@
+"""Operands: the values that a rewrite reads at a site, and the readers that it may change."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import fx
+
+from gatecc.errors import GraphError
+from gatecc.ir.edit import Editor
+from gatecc.ir.gate import GateShape, GateSpec, Ref, SourceShape
+from gatecc.ir.gates.layout import FEATURES, Features, emit, positions
+from gatecc.ir.gates.source import Param
+from gatecc.ir.program import Program, origin, shape
+from gatecc.ir.select import Selector, select
+from gatecc.ir.site import Attention, Residual, Site, Value
+
+INPUTS = ("in", "hidden", "hidden_kv")  # stages that others may read as well
+
+
+def stage(site: Site, name: str) -> Value:
+    """A value of the site. ``hidden_kv`` is ``hidden`` where keys and queries come from the same. Raises GraphError."""
+    value = site.values.get(name) or (site.values.get("hidden") if name == "hidden_kv" else None)
+    if value is None:
+        raise GraphError(
+            f"the site has no value {name!r}",
+            where=place(site),
+            found=f"this {site.kind} is spelled so that it has {', '.join(site.values)}",
+            do="select another stage, or sites that have it with a predicate",
+        )
+    return value
+
+
+def place(site: Site) -> str:
+    """Owner and source line, for messages."""
+    return f"{site.owner} {site.line}".strip()
+
+
+def source(ref: Ref, selector: Selector, edit: Editor) -> Value:
+    """What a gate at ``selector``'s stage of the editor's site reads."""
+    if ref.cond is not None:
+        return condition(ref.cond, edit.program, stage(edit.site, selector.stage))
+    if ref.at is not None:
+        return _distant(Selector.parse(ref.at), selector, edit)
+    return stage(edit.site, selector.stage if ref.stage == "self" else str(ref.stage))
+
+
+def condition(name: str, program: Program, like: Value) -> Value:
+    """An input of the model by its parameter name: one number or vector a sample, or (for a value of tokens) one a token."""
+    for node, path in zip(program.placeholders, program.paths, strict=True):
+        if path == (name,) or node.name == name:
+            return Value(node, _condition_axes(node, like))
+    known = ", ".join(str(path[0]) for path in program.paths)
+    raise GraphError(
+        f"the model has no input {name!r}",
+        where=program.fqn or type(program.module).__name__,
+        found=f"inputs {known}",
+        do="name a parameter of the model's forward, and pass it in the example inputs",
+    )
+
+
+def _condition_axes(node: fx.Node, like: Value) -> str:
+    sizes = shape(node)
+    tokens = next((a for a in like.axes if a in "nm"), "")
+    if len(sizes) == 2 and tokens:
+        held = node.meta["val"]
+        return f"b{tokens}" if not held.is_floating_point() else "bc"
+    return ("b" + positions(like.axes).replace("b", "") + "c")[: len(sizes)] if len(sizes) > 2 else "bc"[: len(sizes)]
+
+
+def _distant(wanted: Selector, selector: Selector, edit: Editor) -> Value:
+    """A value of another site: the one that is meant for all, or the k-th for the k-th of the selected sites."""
+    found = select(wanted, edit.sites)
+    mine = [site.key for site in select(selector, edit.sites)]
+    if len(found) not in (1, len(mine)):
+        raise GraphError(
+            f"{wanted} is no source for each of {selector}",
+            where=place(edit.site),
+            found=f"{len(found)} sources, {len(mine)} sites to gate",
+            do="select one source for all, or as many as there are sites",
+        )
+    return stage(found[0] if len(found) == 1 else found[mine.index(edit.site.key)], wanted.stage)
+
+
+def readers(site: Site, name: str) -> Collection[fx.Node] | None:
+    """Who reads a stage as a value of this site; None for everyone: the value is the site's own."""
+    if isinstance(site, Residual) and name == "skip":
+        return {site.add}
+    if name not in INPUTS:
+        return None
+    inside = {u for u in site.values[name].node.users if _within(origin(u).owner, site.owner)}
+    if not inside:
+        raise GraphError(f"nothing at the site reads {name!r} directly", where=place(site), do="select another stage")
+    return inside
+
+
+def _within(owner: str, outer: str) -> bool:
+    return not outer or owner == outer or owner.startswith(outer + ".")
+
+
+def source_shape(value: Value) -> SourceShape:
+    """Axes and channels of a source."""
+    channels = 1
+    for axis, size in zip(value.axes, shape(value.node), strict=True):
+        channels *= int(size) if axis in FEATURES else 1
+    return SourceShape(value.axes, channels)
+
+
+def gate_shape(spec: GateSpec, value: Value, sources: Sequence[Value], edit: Editor) -> GateShape:
+    """The place of a gate. Parameters that vary over tokens pin the graph to the present number of tokens."""
+    known = {a: int(s) for a, s in zip(value.axes, shape(value.node), strict=True) if isinstance(s, int)}
+    if isinstance(edit.site, Attention) and edit.site.heads:
+        known.setdefault("h", edit.site.heads)
+    found = GateShape(value.axes, known, tuple(map(source_shape, sources)))
+    if isinstance(spec.source, Param):
+        for axis in spec.granularity.positions(found):
+            known[axis] = edit.pin(value.node, value.axes.index(axis))
+    return found
+
+
+def laid_out(mask: torch.Tensor, value: torch.Tensor, at: str, like: GateShape) -> torch.Tensor:
+    """A mask over positions ``at`` as booleans that broadcast against the value."""
+    return emit(Features(mask.bool().unsqueeze(-1), at), "", like, value)
