@@ -1,6 +1,8 @@
 """gatecc: a compiler that puts gates, experts and linear attention into PyTorch models."""
 
 from gatecc.analysis import inspect as inspect
+from gatecc.checkpoint import load as load
+from gatecc.checkpoint import save as save
 from gatecc.errors import GateccError as GateccError
 from gatecc.ir.contract import Contract as Contract
 from gatecc.ir.gate import GateSpec as GateSpec

@@ -130,3 +130,16 @@ class ArgumentError(GateccError, ValueError):
     """An option has a value outside what it accepts. The message lists what is accepted."""
 
     code = "GCC009"
+
+
+class CheckpointError(GateccError):
+    """A checkpoint cannot be written or loaded: a file is damaged, the format unknown, or the base model is another one.
+
+    A message about the base model names the parameters, with what the checkpoint holds and what the model has. The base
+    model is left unchanged.
+
+    Fails: ``gatecc.load(BertModel(config_of_12_layers), folder)`` for a checkpoint of 6 layers.
+    Mended: make the base model from the configuration that the saved model was made from, in its dtype.
+    """
+
+    code = "GCC010"

@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import logging
 import random
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,9 @@ settings.register_profile(
 )
 settings.load_profile("gatecc")
 torch.set_num_threads(1)
+# pytest hangs its handlers on every logger that does not propagate. On this one torch takes any handler for a wish to
+# have each compilation described in JSON, which costs a third of the time of a capture.
+logging.getLogger("torch.__trace").propagate = True
 
 
 @pytest.fixture(autouse=True)
