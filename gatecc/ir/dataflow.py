@@ -13,14 +13,15 @@ from gatecc.ir.program import Program
 
 
 class Flow:
-    """``data``: nodes whose values depend on the values of an input. ``raw``: nodes that come from parameters and
-    constants without any contraction. ``base``: the node that owns a view's storage. ``writers``: the nodes that write
-    to a base's storage, in order.
+    """``inputs``: those inputs of a node whose values matter. ``data``: nodes whose values depend on an input of the
+    program. ``raw``: nodes that come from parameters and constants without any contraction. ``base``: the node that
+    owns a view's storage. ``writers``: the nodes that write to a base's storage, in order.
     """
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self.order: dict[fx.Node, int] = {}
+        self.inputs: dict[fx.Node, list[fx.Node]] = {}
         self.data: set[fx.Node] = set()
         self.raw: set[fx.Node] = set()
         self.base: dict[fx.Node, fx.Node] = {}
@@ -31,7 +32,7 @@ class Flow:
 
     def _visit(self, node: fx.Node) -> None:
         name = opname(node)
-        sources = value_inputs(node)
+        sources = self.inputs[node] = value_inputs(node)
         if node.op == "placeholder" or any(s in self.data for s in sources):
             self.data.add(node)
         if node.op != "placeholder" and name not in CONTRACTIONS and all(s in self.raw for s in sources):

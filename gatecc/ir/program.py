@@ -28,6 +28,9 @@ class Origin:
     inserted_by: str = ""  # the name of the rewrite that made the node, empty for the model's own nodes
 
 
+_NOWHERE = Origin("")
+
+
 @dataclass
 class Program:
     """One captured module. ``fqn`` is its place in the model ("" for the model itself)."""
@@ -81,7 +84,7 @@ class Program:
 
 def origin(node: fx.Node) -> Origin:
     """The origin that capture recorded on a node; nodes that a rewrite inserted inherit that of their site."""
-    return node.meta.get(META, Origin(""))
+    return node.meta.get(META, _NOWHERE)
 
 
 def attribute(root: nn.Module, path: str) -> Any:

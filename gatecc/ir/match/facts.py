@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 
 from torch import fx
 
-from gatecc.ir.dataflow import Flow, value_inputs
+from gatecc.ir.dataflow import Flow
 from gatecc.ir.match.joins import residual_joins
 from gatecc.ir.match.nonlinearity import Nonlinearity, nonlinearities
 from gatecc.ir.match.projection import Projection, axes, projection
@@ -16,7 +16,7 @@ from gatecc.ir.program import Program, fake, origin, shape
 from gatecc.ir.site import Refusal, Value
 from gatecc.ir.sizes import same
 
-_MIXING = CONTRACTIONS | SOFTMAXES | frozenset("embedding embedding_bag".split())
+_MIXING = CONTRACTIONS | SOFTMAXES | frozenset("embedding embedding_bag grouped_mm_fallback".split())
 _LAST = frozenset("layer_norm rms_norm embedding".split())  # the features are last
 _SECOND = frozenset(
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution "
@@ -38,18 +38,20 @@ class Place(TypedDict):
 class Facts:
     """What is known of the nodes.
 
-    ``order``: the position of a node. ``data``: nodes that depend on the values of an input. ``projections``: the
-    products with a weight, by node, in order. ``refused``: places that look like one. ``source``: the weighted
-    operation that a value was last mixed by; nodes that differ by element-wise operations and views only share it.
-    ``channel``: the axis that holds the features, where that is known. ``nonlinearities``: by the node they end in.
-    ``residuals``: the adds that join a skip and a branch, add -> (skip, branch).
+    ``order``: the position of a node. ``inputs``: those of its inputs whose values matter. ``data``: nodes that depend
+    on the values of an input of the program. ``projections``: the products with a weight, by node, in order.
+    ``refused``: what looks like one. ``source``: the weighted operation that a value was last mixed by; nodes that
+    differ by element-wise operations and views only share it. ``channel``: the axis that holds the features, where that
+    is known. ``nonlinearities``: by the node they end in. ``residuals``: the adds that join a skip and a branch, add ->
+    (skip, branch).
     """
 
     def __init__(self, program: Program) -> None:
-        flow = Flow(program)
+        self.flow = Flow(program)
         self.program = program
-        self.order = flow.order
-        self.data = flow.data
+        self.order = self.flow.order
+        self.data = self.flow.data
+        self.inputs = self.flow.inputs
         self.projections: dict[fx.Node, Projection] = {}
         self.refused: list[Refusal] = []
         self.source: dict[fx.Node, fx.Node] = {}
@@ -89,7 +91,7 @@ class Facts:
         if opname(node) in _MIXING:
             self.source[node] = node
             return
-        sources = {self.source[n] for n in value_inputs(node) if n in self.source}
+        sources = {self.source[n] for n in self.inputs[node] if n in self.source}
         if sources:
             self.source[node] = next(iter(sources)) if len(sources) == 1 else node
 

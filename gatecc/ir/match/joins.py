@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from gatecc.ir.dataflow import value_inputs
 from gatecc.ir.match.shapes import same_shape
 from gatecc.ir.ops import CASTS, CONTRACTIONS, DROPOUTS, VIEWS, opname
 from gatecc.ir.program import fake, origin
@@ -77,7 +76,7 @@ class _Reach:
         for node in facts.program.graph.nodes:
             if facts.order[node] > last:
                 break
-            sources = [n for n in value_inputs(node) if n in facts.data]
+            sources = [n for n in facts.inputs[node] if n in facts.data]
             reached = worked = bent = 0
             for source in sources:
                 reached |= above[source]
@@ -137,7 +136,7 @@ def _within(facts: Facts, fork: fx.Node, branch: fx.Node, owner: str) -> bool:
         at = origin(node).owner
         if owner and at != owner and not at.startswith(owner + "."):
             return False
-        for source in value_inputs(node):
+        for source in facts.inputs[node]:
             if source in facts.data and facts.order[source] > start and source not in seen:
                 seen.add(source)
                 stack.append(source)

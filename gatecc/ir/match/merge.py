@@ -79,8 +79,10 @@ def _scores(facts: Facts) -> set[fx.Node]:
     """The nodes that only feed softmaxes over at least three axes, by element-wise steps: attention scores."""
     scores: set[fx.Node] = set()
     for node in reversed(facts.program.graph.nodes):
+        if opname(node) not in _TO_SOFTMAX:
+            continue
         users = [user for user in node.users if fake(user) is not None]
-        if users and all(user in scores or _weighs(user, node) for user in users) and opname(node) in _TO_SOFTMAX:
+        if users and all(user in scores or _weighs(user, node) for user in users):
             scores.add(node)
     return scores
 

@@ -12,7 +12,6 @@ from typing import Literal
 
 from torch import fx, nn
 
-from gatecc.ir.dataflow import value_inputs
 from gatecc.ir.match.facts import Facts
 from gatecc.ir.match.projection import Projection
 from gatecc.ir.match.shapes import same_shape
@@ -76,7 +75,7 @@ class _Feeds:
         if bent is not None:
             feed = self._feed.get(bent.inp)
             return None if feed is None else frozenset((p, act or bent.function) for p, act in feed)
-        sources = [n for n in value_inputs(node) if n in self._feed]
+        sources = [n for n in self._facts.inputs[node] if n in self._feed]
         if not sources:
             return None
         if opname(node) in _MIXERS and node not in self._facts.projections:

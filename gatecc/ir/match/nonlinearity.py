@@ -21,6 +21,7 @@ FUNCTIONS = frozenset(
 )
 _ANCHORS = frozenset("erf tanh sigmoid hardtanh relu relu6 hardsigmoid clamp".split())  # inside a written-out function
 _ELEMENTWISE = frozenset("add sub rsub mul div neg pow square reciprocal exp log1p softplus clamp".split()) | _ANCHORS
+_CANDIDATES = FUNCTIONS | _ANCHORS
 _REGION = 16  # nodes of the longest written-out function, with room to spare
 _POINTS = torch.linspace(-6, 6, 97, dtype=torch.float64)
 _WRITTEN: dict[str, Callable[[Tensor], Tensor]] = {
@@ -52,7 +53,7 @@ def nonlinearities(nodes: list[fx.Node], data: set[fx.Node]) -> dict[fx.Node, No
     known: dict[tuple[Any, ...], str | None] = {}
     for node in nodes:
         name = opname(node)
-        if node in inside or node not in data or name not in FUNCTIONS | _ANCHORS:
+        if node in inside or node not in data or name not in _CANDIDATES:
             continue
         written = _written(node, known) if name in _ANCHORS else None
         if written is not None:

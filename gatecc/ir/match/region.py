@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import fx
 
-from gatecc.ir.dataflow import value_inputs
 from gatecc.ir.match.facts import Facts
 from gatecc.ir.program import fake, origin
 
@@ -27,7 +26,7 @@ class Region:
     def enters(self, facts: Facts) -> list[fx.Node]:
         """The float values from outside that depend on the inputs, in order."""
         inside = set(self.nodes)
-        found = {n for node in self.nodes for n in value_inputs(node) if n not in inside and n in facts.data}
+        found = {n for node in self.nodes for n in facts.inputs[node] if n not in inside and n in facts.data}
         return sorted(n for n in found if _is_float(n))
 
     def leaves(self, facts: Facts) -> list[fx.Node]:
@@ -40,15 +39,19 @@ class Region:
 def regions(facts: Facts, owners: Iterable[str]) -> list[Region]:
     """The calls of the modules with these FQNs, in the order of their first nodes."""
     wanted = set(owners)
+    if not wanted:
+        return []
     found: dict[tuple[str, str], list[fx.Node]] = {}
-    inside: dict[tuple[str, ...], list[tuple[str, str]]] = {}
+    inside: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for node in facts.program.calls():
         entries: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack", {})
-        stack = (*entries, origin(node).owner)  # the keys tell calls apart
-        if stack not in inside:
+        innermost = (next(reversed(entries), ""), origin(node).owner)  # the keys tell calls apart
+        if innermost not in inside:
             paths = {_CALL.sub("", path).removeprefix("m").lstrip("."): key for key, (path, _) in entries.items()}
-            inside[stack] = [(fqn, paths.get(facts.program.relative_name(fqn), fqn)) for fqn in _above(node) & wanted]
-        for key in inside[stack]:
+            inside[innermost] = [
+                (fqn, paths.get(facts.program.relative_name(fqn), fqn)) for fqn in _above(node) & wanted
+            ]
+        for key in inside[innermost]:
             found.setdefault(key, []).append(node)
     calls: dict[str, int] = {}
     result: list[Region] = []
