@@ -25,7 +25,7 @@ from gatecc.ir.widen import Rows, WidenWeight
 from gatecc.recipes import resolve
 from gatecc.report import GraphDump, GraphPair, PassRow, Report, RewriteRow
 from gatecc.scope.build import Built, build, install_weights, scale
-from gatecc.scope.family import Family, structure
+from gatecc.scope.family import Family, proves, structure
 from gatecc.scope.scope import (
     Application,
     Scope,
@@ -91,8 +91,8 @@ def transform(
 
     ``recipe``: a name from `recipes()`, a Recipe, a rewrite or a list of rewrites. ``example_inputs``: a tuple is
     positional, a dict is keyword arguments, ``(tuple, dict)`` is both. ``scope="auto"`` rewrites the smallest submodule
-    that holds each site; ``"model"`` the model as one graph. ``verify=False`` skips the numerical check of the contracts
-    (graphs are always checked). The model itself is untouched unless ``inplace``; after an error it is untouched anyway.
+    that holds each site; ``"model"`` the model as one graph. ``verify=False`` skips the numerical check of contracts,
+    graphs are always checked. The model itself is untouched unless ``inplace``; after an error it is untouched anyway.
 
     Raises UnknownRecipeError, EmptySelectionError, ExampleInputsError, UnsupportedModelError, CaptureError, GraphError,
     ContractError. `last_report(result)` tells what was done.
@@ -258,7 +258,7 @@ class _Installer:
     recipe: Recipe
     undo: _Undo
     report: Report
-    leaders: dict[Any, tuple[Family, Built]] = field(default_factory=dict[Any, "tuple[Family, Built]"])
+    leaders: dict[Any, list[tuple[Family, Built]]] = field(default_factory=dict[Any, "list[tuple[Family, Built]]"])
     pairs: dict[int, tuple[list[str], list[GraphDump]]] = field(
         default_factory=dict[int, "tuple[list[str], list[GraphDump]]"]
     )
@@ -288,13 +288,15 @@ class _Installer:
         self._rows(plan, made, ms)
 
     def _one(self, module: nn.Module, state: Scope, kind: Any, call: RecordedCall) -> Built:
-        known = self.leaders.get(kind)
-        if known is None or not self._share(module, state, *known, call):
-            return self._lead(module, state, kind, call)
-        self.pairs[id(known[1])][0].append(state.fqn)
-        return known[1]
+        known = self.leaders.setdefault(kind, [])
+        for family, built in known:
+            if self._share(module, state, family, built, call):
+                self.pairs[id(built)][0].append(state.fqn)
+                return built
+        known.append((state.family, self._lead(module, state, call)))
+        return known[-1][1]
 
-    def _lead(self, module: nn.Module, state: Scope, kind: Any, call: RecordedCall) -> Built:
+    def _lead(self, module: nn.Module, state: Scope, call: RecordedCall) -> Built:
         dumps: list[GraphDump] = []
         before = dict(module.named_modules())
         own = set(state.own)
@@ -312,7 +314,6 @@ class _Installer:
         state.family.add(key, built.entry)
         state.trusted.append(built.entry)
         state.python = built.python
-        self.leaders[kind] = (state.family, built)
         self.pairs[id(built)] = ([state.fqn], dumps)
         for name, seconds in built.seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
@@ -320,16 +321,17 @@ class _Installer:
 
     def _share(self, module: nn.Module, state: Scope, family: Family, built: Built, call: RecordedCall) -> bool:
         clock = time.process_time()
-        from gatecc.scope.family import proves
-
         with _gradients():
-            _, leaves = call_key(module, call.args, call.kwargs)
+            key, leaves = call_key(module, call.args, call.kwargs)
         with narrowed(module, state.widened):
             held = proves(built.entry, module, base_forward(module), call.args, call.kwargs, leaves)
         self.seconds["share"] = self.seconds.get("share", 0.0) + time.process_time() - clock
         if not held:
             return False
-        state.family = family
+        if not state.family.entries:
+            state.family = family
+        elif built.entry not in state.family.find(key, leaves):  # another kind of call of the same layer
+            state.family.add(key, built.entry)
         state.python = built.python
         state.trusted.append(built.entry)
         return True
@@ -387,7 +389,7 @@ class _Installer:
         from gatecc.ir.cost import cost
 
         flops, traffic = report.totals.flops_before or 0, report.totals.bytes_before or 0
-        for _, built in self.leaders.values():
+        for _, built in (pair for pairs in self.leaders.values() for pair in pairs):
             count = len(self.pairs[id(built)][0])
             after = cost(built.program)
             flops += count * (after.flops - built.cost_before.flops)

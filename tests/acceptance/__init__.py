@@ -1,0 +1,1 @@
+"""What the product promises, shown on every architecture of the zoo."""
