@@ -57,7 +57,7 @@ def diagnose() -> Diagnosis:
 
 
 def _installed() -> Iterator[Finding]:
-    yield Finding("python", "ok", platform.python_version(), platform.platform(terse=True))
+    yield Finding("python", "ok", platform.python_version(), f"{platform.system()} {platform.machine()}")
     for package, purpose in _PACKAGES.items():
         version = _version(package)
         if package == "torch" and TorchVersion(torch.__version__) < TORCH:

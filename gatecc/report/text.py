@@ -60,7 +60,7 @@ def _table(title: str, *columns: str, numbers: Iterable[str] = ()) -> Table:
 def _sites(report: Report, with_line: bool) -> Table:
     columns = ("kind", "owner", "n", "what it is", "line")[: 5 if with_line else 4]
     table = _table("Sites", *columns, numbers=("n",))
-    table.columns[1].min_width = 36
+    table.columns[3].max_width = 24  # the names are what one reads first
     for like in group(report.sites, lambda s: s.owner, lambda s: (s.kind, s.mask, s.detail)):
         site = like.rows[0]
         what = ", ".join(filter(None, (site.mask, site.detail)))

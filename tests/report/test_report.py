@@ -63,6 +63,10 @@ def test_print_fits_the_terminal_and_has_no_colour_codes_in_a_file(width: int) -
     out = io.StringIO()
     full_report().print(Console(file=out, width=width))
     assert max(map(len, out.getvalue().splitlines())) <= width
+    # Wrapped, not cut off.
+    letters = "".join(out.getvalue().split())
+    for word in ("causal+padding,", "heads", "layers.[0-2].attn", "instead"):
+        assert word in letters
     assert "\x1b" not in out.getvalue()
 
 
