@@ -1,4 +1,4 @@
-"""Checkpoints: bitwise outputs after loading; one clear error for each way in which a folder or a base model is wrong."""
+"""Checkpoints: bitwise outputs after loading, and a clear error for each way in which a folder or base is wrong."""
 
 from __future__ import annotations
 
