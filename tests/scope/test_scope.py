@@ -230,7 +230,7 @@ def test_what_python_cannot_say_raises(x: Tensor) -> None:
         def __rmul__(self, y: Tensor) -> Tensor:
             return y
 
-    with pytest.raises(CallNotCapturedError, match=r"layers\.0.*Shade"):
+    with pytest.raises(CallNotCapturedError, match=r"(?s)layers\.0.*Shade"):
         gated(x, Shade())
 
 
