@@ -15,7 +15,7 @@ from gatecc.ir.match.mask_eval import MaskClassifier, MaskGraph
 from gatecc.ir.match.normalisation import Normalisation
 from gatecc.ir.match.product import Product
 from gatecc.ir.match.qkv import Origins, Projection, find_output, find_projection, rows_of, unflattened, weight_of
-from gatecc.ir.match.scores import Scores, constant, mask_operand, scale_of, scalar_factor, soft_cap
+from gatecc.ir.match.scores import Scores, constant, mask_operand, scale_of, scalar_factor, soft_cap, unshifted
 from gatecc.ir.match.stream import same_stream
 from gatecc.ir.match.values import Weighing, dropout_of
 from gatecc.ir.ops import CASTS, RESHAPES, TRANSPOSES, argument, opname
@@ -260,7 +260,7 @@ class Assembler:
         return MaskGraph(
             sizes[query],
             sizes[parts.keys],
-            parts.scores.final,
+            unshifted(parts.scores.final),
             product.node,
             product.axes.index(query) - len(product.axes),
             key_axis,
@@ -362,8 +362,9 @@ def _stream(node: fx.Node, operand: _Operand, token: str) -> Value:
     if len(shape) == 3:
         if _feeds_conv(node):
             return Value(node, "bcn")
-        first = token in sizes and same(shape[0], sizes[token]) and not same(shape[1], sizes[token])
-        return Value(node, "nbc" if first else "bnc")
+        first = any(letter in sizes and same(shape[at], sizes[letter]) for at, letter in ((0, token), (1, "b")))
+        usual = any(letter in sizes and same(shape[at], sizes[letter]) for at, letter in ((1, token), (0, "b")))
+        return Value(node, "nbc" if first and not usual else "bnc")
     return Value(node, "nc" if len(shape) == 2 and token in sizes and same(shape[0], sizes[token]) else "bc" if len(shape) == 2 else "")
 
 

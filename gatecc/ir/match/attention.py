@@ -18,8 +18,8 @@ from gatecc.ir.match.assemble import Assembler, Parts
 from gatecc.ir.match.normalisation import Normalisation, normalisation
 from gatecc.ir.match.product import Product
 from gatecc.ir.match.scores import find_scores
-from gatecc.ir.match.values import Blocked, find_values
-from gatecc.ir.ops import opname
+from gatecc.ir.match.values import Blocked, Weighing, find_values
+from gatecc.ir.ops import CONTRACTIONS, opname
 from gatecc.ir.program import Program, origin
 from gatecc.ir.refusals import refuse
 from gatecc.ir.site import Attention, Refusal
@@ -32,9 +32,9 @@ _OPAQUE = frozenset(
 )
 
 
-def match_attention(program: Program) -> tuple[list[Attention], list[Refusal]]:
+def match_attention(program: Program, flow: Flow | None = None) -> tuple[list[Attention], list[Refusal]]:
     """Every attention of a canonical program, in the order in which they run, and what looks like one but is not."""
-    flow = Flow(program)
+    flow = flow or Flow(program)
     assembler = Assembler(flow)
     found: list[tuple[int, Parts]] = []
     refusals: list[tuple[int, Refusal]] = []
@@ -78,9 +78,7 @@ def _spelled_out(found: Normalisation, flow: Flow) -> Parts | Refusal | None:
     weighing = find_values(found.output, found.axis, flow)
     scores = find_scores(found.input, found.axis, flow)
     if scores is None:
-        if weighing is None or isinstance(weighing, Blocked):
-            return None
-        return refuse("GCC102", "attention", found.output)
+        return _unscored(found, weighing)
     if weighing is None:
         return refuse("GCC103", "attention", found.output)
     if isinstance(weighing, Blocked):
@@ -89,6 +87,15 @@ def _spelled_out(found: Normalisation, flow: Flow) -> Parts | Refusal | None:
         return refuse("GCC102", "attention", found.output, "the values are a parameter")
     owner = common_owner(origin(found.output).owner, origin(weighing.source.node).owner)
     return Parts(found.spelling, owner, weighing.source.node, scores.source, scores.keys, found, scores, weighing)
+
+
+def _unscored(found: Normalisation, weighing: Weighing | Blocked | None) -> Refusal | None:
+    """A softmax whose input is no product: of interest if its result is summed over, or mixed over its heads."""
+    if isinstance(weighing, Weighing):
+        return refuse("GCC102", "attention", found.output)
+    if weighing is not None and weighing.code == "GCC101" and opname(weighing.node) in CONTRACTIONS:
+        return refuse("GCC101", "attention", found.output, f"by {opname(weighing.node)}")
+    return None
 
 
 def common_owner(one: str, other: str) -> str:

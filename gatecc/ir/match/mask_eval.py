@@ -17,11 +17,13 @@ from torch.fx.node import map_aggregate
 from gatecc.ir.dataflow import Flow
 from gatecc.ir.evaluate import Evaluator, Slice, UnprovableError
 from gatecc.ir.mask import Mask
-from gatecc.ir.sizes import Size, example_sizes, symbols, upper_bound, value
+from gatecc.ir.sizes import Size, example_sizes, expression, symbols, upper_bound, value
 
 _SMALL = (6, 11)  # lengths at which every mask is evaluated
 _LARGE = 2048  # up to this length a constant of the mask graph (a window, a table) is exceeded by really evaluating
 _STAND_INS = (4, 5)  # larger constants are replaced by these
+_STEP, _GAP, _LEVELS = 25.0, 3, 1 << 16  # scores more than 50 below all others are masked: exp(-50) is 2e-22
+_NOTHING = -1000.0  # no best score is this low unless all are masked
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +74,8 @@ class MaskClassifier:
         return self.known[key]
 
     def _classify(self, graph: MaskGraph) -> Mask:
+        if graph.target is None:
+            return Mask("causal" if graph.is_causal else "bidirectional")
         try:
             return _Proof(self, graph).mask()
         except UnprovableError as e:
@@ -95,7 +99,7 @@ class _Proof:
 
     def mask(self) -> Mask:
         masks = [self._at(sizes, {}) for sizes in self._sizes(_SMALL)]
-        note = "" if self._lengths() else f"the length is fixed at {self.graph.keys} in this capture"
+        note = self._note()
         constants = self._constants()
         for sizes in self._sizes(tuple(sorted({c + 3 for c in constants if c <= _LARGE}))[-2:]):
             masks.append(self._at(sizes, {}))
@@ -130,22 +134,31 @@ class _Proof:
 
     # --- sizes ---
 
+    def _note(self) -> str:
+        """What limits the proof: a length that cannot be varied hides a window that is wider."""
+        if not self._lengths():
+            return f"the length is fixed at {self.graph.keys} in this capture"
+        proved_at_example = next(iter(self._sizes(_SMALL))) == self.example
+        return "proved at the example's length only" if proved_at_example else ""
+
     def _lengths(self) -> set[sympy.Symbol]:
         return symbols(self.graph.queries) | symbols(self.graph.keys)
 
     def _sizes(self, lengths: tuple[int, ...]) -> Iterator[dict[sympy.Symbol, int]]:
         """Values for all symbols, with the symbols of the query and key lengths set to each of ``lengths``.
 
-        If these are no lengths of their own (an image's patches, say), the example's sizes and their doubles.
+        If a length is no size of an input (the number of patches of an image, say), the example's sizes.
         """
-        own = self._lengths()
-        if not own:
-            yield from (self.example,) if lengths is _SMALL else ()
-            return
-        bound = min(upper_bound(size) for size in (self.graph.queries, self.graph.keys) if symbols(size))
-        for length in lengths:
-            if length <= bound:
-                yield {**self.example, **{s: length + 2 * i for i, s in enumerate(sorted(own, key=str))}}
+        own = sorted(self._lengths(), key=str)
+        ends = [size for size in (self.graph.queries, self.graph.keys) if symbols(size)]
+        if not all((expression(size) - s).is_Integer for size in ends for s in symbols(size)):
+            own = []
+        bound = min((upper_bound(size) for size in ends), default=0)
+        fitting = [length for length in lengths if own and length <= bound]
+        if not fitting and lengths is _SMALL:
+            yield self.example
+        for length in fitting:
+            yield {**self.example, **{s: length + 2 * i for i, s in enumerate(own)}}
 
     def _constants(self) -> list[int]:
         """The integers in the mask graph, and the lengths of the tables that it reads, which might be a window."""
@@ -192,7 +205,7 @@ class _Proof:
         visible, bias = torch.ones(queries, keys, dtype=torch.bool), False
         if self.part is not None:
             additive = self._square(self.evaluator.run(self.part, sizes, inputs, constants))
-            visible, bias = _read(additive, max(queries, keys))
+            visible, bias = _read(additive)
         if self.graph.is_causal:
             visible = visible & torch.ones(queries, keys, dtype=torch.bool).tril()
         if self.post is not None and self.graph.post_given is not None:
@@ -214,18 +227,20 @@ class _Proof:
         return tensor.movedim((self.graph.query_axis, self.graph.key_axis), (-2, -1))
 
 
-def _read(scores: torch.Tensor, length: int) -> tuple[torch.Tensor, bool]:
+def _read(scores: torch.Tensor) -> tuple[torch.Tensor, bool]:
     """Which keys additive scores (or a boolean mask) leave visible, and whether they bias these.
 
-    A score is masked if it lies so far below the best of its row that no bias that grows with distance (ALiBi: at most
-    one per position) reaches it.
+    Masked scores lie below a gap: a bias that grows with distance (ALiBi) fills the values between, a mask does not.
     """
     if scores.dtype == torch.bool:
         return scores, False
-    scores, limit = scores.double(), -max(500.0, 3.0 * length)
-    best = scores.amax(-1, keepdim=True)
-    visible = (scores > limit) | (scores - best > limit)
-    visible &= best > limit
+    scores = scores.double().nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+    if float(scores.max()) < _NOTHING:
+        return torch.zeros_like(scores, dtype=torch.bool), False
+    level = ((scores.max() - scores) / _STEP).clamp(max=_LEVELS).long()
+    used = torch.bincount(level.flatten(), minlength=_LEVELS + 1).nonzero().flatten()
+    gap = (used.diff() >= _GAP).nonzero().flatten()
+    visible = level <= used[gap[0]] if len(gap) else torch.ones_like(level, dtype=torch.bool)
     return visible, bool((scores[visible] != 0).any())
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
+from torch.fx.node import map_arg
 
 from gatecc.ir.dataflow import Flow
 from gatecc.ir.evaluate import Evaluator, Slice, UnprovableError
-from gatecc.ir.ops import CASTS, CONTRACTIONS, DROPOUTS, RESHAPES, SAME_SHAPE, TRANSPOSES, VIEWS, argument, opname
+from gatecc.ir.ops import CASTS, CONTRACTIONS, DROPOUTS, RESHAPES, VIEWS, argument, opname
 from gatecc.ir.site import Weight
-from gatecc.ir.sizes import node_shape, numel, symbols
+from gatecc.ir.sizes import node_shape, numel, symbols, value
 
 Orientation = Literal["out_in", "in_out", "conv"]
 _ELEMENTWISE = frozenset(
@@ -28,7 +29,10 @@ _BUDGET = 160
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """``node`` multiplies ``input`` with the parameter ``weight`` (a node). ``channels`` is its output axis."""
+    """``node`` multiplies ``input`` with the parameter ``weight``, or with the output rows ``rows`` of it.
+
+    ``channels`` is the axis of the node's output that the weight makes, ``features`` its size.
+    """
 
     node: fx.Node
     input: fx.Node
@@ -37,6 +41,7 @@ class Projection:
     orientation: Orientation
     channels: int
     features: int
+    rows: tuple[int, int] | None = None
 
 
 def projection(node: fx.Node, flow: Flow) -> Projection | None:
@@ -62,17 +67,22 @@ def _make(
 ) -> Projection | None:
     if not isinstance(source, fx.Node) or not isinstance(weight, fx.Node):
         return None
-    weight, turned = _parameter_behind(weight)
-    if not isinstance(flow.program.parameter(weight) if weight.op == "get_attr" else None, nn.Parameter):
+    held, steps = _parameter_behind(weight)
+    if not isinstance(flow.program.parameter(held) if held.op == "get_attr" else None, nn.Parameter):
         return None
-    if turned and orientation != "conv":
-        orientation = "in_out" if orientation == "out_in" else "out_in"
+    rows: tuple[int, int] | None = None
+    if steps and orientation != "conv" and opname(node) != "einsum":
+        read = _rows_read(held, steps, 0 if orientation == "out_in" else -1)
+        if read is None:
+            return None
+        orientation, rows = read
     shape = node_shape(node)
     features = numel(shape[channels:] if channels < 0 else shape[1:2]) if shape else 0
     if opname(node) == "einsum":
         features = _einsum_features(node)
-    fqn = flow.program.full_name(str(weight.target))
-    return Projection(node, source, fqn, _bias_name(bias, flow), orientation, channels, int(features) if not symbols(features) else 0)
+    fqn = flow.program.full_name(str(held.target))
+    width = int(features) if not symbols(features) else 0
+    return Projection(node, source, fqn, _bias_name(bias, flow), orientation, channels, width, rows)
 
 
 def _einsum_features(node: fx.Node) -> int:
@@ -85,19 +95,41 @@ def _einsum_features(node: fx.Node) -> int:
     return int(total) if total.is_Integer else 0
 
 
-def _parameter_behind(node: fx.Node) -> tuple[fx.Node, bool]:
-    """The get_attr node behind views of a weight, and whether they transpose it."""
-    turned = False
-    while opname(node) in TRANSPOSES | SAME_SHAPE | CASTS and isinstance(node.args[0], fx.Node):
-        turned ^= opname(node) in TRANSPOSES
+def _parameter_behind(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+    """The node behind views of a weight, and these views in order."""
+    steps: list[fx.Node] = []
+    while opname(node) in VIEWS | CASTS and isinstance(node.args[0], fx.Node):
+        steps.append(node)
         node = node.args[0]
-    return node, turned
+    return node, steps[::-1]
+
+
+def _rows_read(held: fx.Node, steps: list[fx.Node], out_axis: int) -> tuple[Orientation, tuple[int, int] | None] | None:
+    """Which axis of a parameter ends as the output axis of its views, and which part of it; None if that is unclear."""
+    shape = node_shape(held) or ()
+    if len(shape) != 2 or any(symbols(s) for s in shape):
+        return None
+    for axis in (0, 1):
+        env: dict[fx.Node, Any] = {held: torch.arange(int(shape[axis])).unsqueeze(1 - axis).expand([int(s) for s in shape])}
+        try:
+            for step in steps:
+                env[step] = step.target(*map_arg(step.args, env.__getitem__), **step.kwargs)  # type: ignore[operator]
+        except (KeyError, RuntimeError, TypeError):
+            return None
+        numbers = env[steps[-1]].movedim(out_axis, 0)
+        if numbers.ndim == 2 and bool((numbers == numbers[:, :1]).all()) and len(numbers.unique()) == len(numbers):
+            first, last = int(numbers[0, 0]), int(numbers[-1, 0]) + 1
+            if last - first != len(numbers):
+                return None
+            return "out_in" if axis == 0 else "in_out", None if len(numbers) == shape[axis] else (first, last)
+    return None
 
 
 def _bias_name(bias: object, flow: Flow) -> str | None:
-    if not isinstance(bias, fx.Node) or bias.op != "get_attr" or not isinstance(flow.program.parameter(bias), nn.Parameter):
+    held, _ = _parameter_behind(bias) if isinstance(bias, fx.Node) else (None, [])
+    if held is None or held.op != "get_attr" or not isinstance(flow.program.parameter(held), nn.Parameter):
         return None
-    return flow.program.full_name(str(bias.target))
+    return flow.program.full_name(str(held.target))
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,8 +249,11 @@ def _view_chain(start: fx.Node, between: list[fx.Node]) -> list[fx.Node]:
 def weight_of(origins: Origins, rows: Rows | None) -> Weight:
     """The weight as a role of a site."""
     source = origins.projection
-    whole = rows is None or rows.count == source.features
-    return Weight(source.weight, source.orientation, source.bias, None if whole or rows is None else rows.range)
+    part = None if rows is None or rows.count == source.features else rows.range
+    if source.rows is not None:
+        first, last = part or (0, source.features)
+        part = source.rows[0] + first, source.rows[0] + last
+    return Weight(source.weight, source.orientation, source.bias, part)
 
 
 # --- after ------------------------------------------------------------------------------------------------------------

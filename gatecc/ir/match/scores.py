@@ -226,3 +226,13 @@ def mask_operand(scores: Scores) -> fx.Node | None:
             if others and opname(others[0]) not in ("amax", "max", "getitem"):
                 return others[0]
     return scores.source.addend
+
+
+def unshifted(node: fx.Node) -> fx.Node:
+    """The scores before their row's maximum is subtracted, which a softmax does not see but a proof does."""
+    if opname(node) != "sub" or not isinstance(node.args[0], fx.Node) or not isinstance(node.args[1], fx.Node):
+        return node
+    top = node.args[1]
+    while opname(top) in _PASS and isinstance(top.args[0], fx.Node):
+        top = top.args[0]
+    return node.args[0] if opname(top) in ("amax", "max") and top.args[0] is node.args[0] else node
