@@ -43,9 +43,12 @@ def _(logit: Tensor, noise: Tensor, reward: Tensor, count: Tensor, state: Tensor
 
 @torch.library.custom_op("gatecc::reinforce_backward", mutates_args=())
 def reinforce_backward(
-    logit: Tensor, sample: Tensor, reward: Tensor, count: Tensor, state: Tensor, baseline: str
+    gradient: Tensor, logit: Tensor, sample: Tensor, reward: Tensor, count: Tensor, state: Tensor, baseline: str
 ) -> Tensor:
-    """(b - p) · (L - baseline) · weight of a sample, of the shape of logit."""
+    """(b - p) · (L - baseline) · weight of a sample, of the shape of logit.
+
+    ``gradient`` is an argument so that compilers cannot move this operator into the forward pass, where no loss is known.
+    """
     loss = _losses(logit, reward, count)
     score = sample.float() - torch.sigmoid(logit.float())
     advantage = loss - _baseline(baseline, score, loss, state)
@@ -53,7 +56,7 @@ def reinforce_backward(
 
 
 @reinforce_backward.register_fake
-def _(logit: Tensor, sample: Tensor, reward: Tensor, count: Tensor, state: Tensor, baseline: str) -> Tensor:
+def _(gradient: Tensor, logit: Tensor, sample: Tensor, reward: Tensor, count: Tensor, state: Tensor, baseline: str) -> Tensor:
     return torch.empty_like(logit)
 
 
@@ -89,7 +92,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     logit, sample, reward, count, state = ctx.saved_tensors
-    return reinforce_backward(logit, sample, reward, count, state, ctx.baseline), None, None, None, None, None
+    return reinforce_backward(gradient, logit, sample, reward, count, state, ctx.baseline), None, None, None, None, None
 
 
 reinforce_sample.register_autograd(_backward, setup_context=_setup)

@@ -32,11 +32,10 @@ def recurrent_backward(
     grad: Tensor, x: Tensor, w_in: Tensor, w_state: Tensor, b_in: Tensor, b_state: Tensor, cell: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x and the four weights; the forward pass is run again rather than kept."""
-    with torch.enable_grad():
-        inputs = [t.detach().requires_grad_() for t in (x, w_in, w_state, b_in, b_state)]
-        out = _run(inputs[0], tuple(inputs[1:]), cell)
-        gx, gw, gs, gb, gt = torch.autograd.grad(out, inputs, grad)
-    return gx.contiguous(), gw.contiguous(), gs.contiguous(), gb.clone(), gt.clone()
+    # Inside an operator autograd is off; torch.func brings its own.
+    _, pull = torch.func.vjp(lambda *leaves: _run(leaves[0], leaves[1:], cell), x, w_in, w_state, b_in, b_state)
+    gx, gw, gs, gb, gt = (g.contiguous() for g in pull(grad))
+    return gx, gw, gs, gb, gt.clone()
 
 
 @recurrent_backward.register_fake

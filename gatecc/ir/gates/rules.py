@@ -39,6 +39,8 @@ def _check_granularity(spec: GateSpec) -> None:
         raise _clash(
             spec, f"{spec.activation} of one number is constant", "granularity head, channel, element or expert"
         )
+    if constant and spec.activation.tag == "sinkhorn":
+        raise _clash(spec, "sinkhorn balances positions, and a learned constant has one", "a value to read")
     if "sample" not in spec.granularity.names:
         return
     if constant or (spec.source.tokens and not _pools(spec) and not isinstance(spec.source, Cond)):

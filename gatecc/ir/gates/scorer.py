@@ -131,6 +131,8 @@ class Attn(Scorer, tag="attn"):
         return True
 
     def shapes(self, channels: int, features: int, at: str) -> Shapes:
+        if not at.strip("b"):
+            raise ArgumentError("attn pools tokens or pixels", found=f"positions {at or 'none'}", expected="bn or byx")
         return {"query": (1, channels), "weight": (features, channels), "bias": (features,)}
 
     def positions(self, at: str) -> str:
