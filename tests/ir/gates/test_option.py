@@ -62,7 +62,7 @@ def test_spellings(slot: type[Option], text: str, option: Option) -> None:
         (Activation, "softmax(pre_activation=cosine)", "none | tanh"),
         (Activation, "sigmoid(scale=__import__('os'))", "float"),
         (Activation, "softmax(", "a name, or a name with arguments"),
-        (Source, "pool(pool(hidden))", "a stage or cond"),
+        (Source, "pool(pool(hidden))", "a stage, cond"),
         (Source, "hidden+param", "skip+branch"),
     ],
 )
