@@ -52,8 +52,13 @@ ScopeName = Annotated[
     Literal["auto", "model"],
     typer.Option("--scope", help="auto: the smallest submodule that holds a site; model: one closed graph."),
 ]
-ReportFile = Annotated[
-    Path | None, typer.Option("--report", metavar="FILE", help="Write the report: .html, .json or .txt.")
+Reports = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--report",
+        metavar="FILE",
+        help="Write the report (.html, .json, .txt) or the graph (.graphml, .dot); repeatable.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error was raised.")]
@@ -63,18 +68,18 @@ Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an erro
 def inspect(
     model: Model,
     inputs: Inputs = None,
-    report: ReportFile = None,
+    reports: Reports = None,
     as_json: AsJson = False,
     traceback: Traceback = False,
 ) -> None:
     """Find the sites of a model and say why other places are none; change nothing."""
     with _errors(traceback):
-        _check_suffix(report)
+        _check_suffixes(reports or [])
         with _status("loading the model"):
             loaded, example = load_model(model, inputs)
         with _status("capturing and matching"):
             found = gatecc.inspect(loaded, example)
-        _show(found, report, as_json)
+        _show(found, reports or [], as_json)
 
 
 @app.command()
@@ -88,15 +93,15 @@ def transform(
     ] = None,
     scope: ScopeName = "auto",
     verify: Annotated[bool, typer.Option(help="Check the contracts numerically.")] = True,
-    report: ReportFile = None,
+    reports: Reports = None,
     as_json: AsJson = False,
     traceback: Traceback = False,
 ) -> None:
     """Rewrite a model by a recipe, verify it, report what was done, and save it."""
     with _errors(traceback):
-        _check_suffix(report)
+        _check_suffixes(reports or [])
         changed, _ = _transformed(model, inputs, recipe, settings, scope, verify)
-        _show(gatecc.last_report(changed), report, as_json)
+        _show(gatecc.last_report(changed), reports or [], as_json)
         if out is None:
             _say("nothing is saved without --out FOLDER")
             return
@@ -188,15 +193,16 @@ def _transformed(
         return gatecc.transform(loaded, wanted, example, scope=scope, verify=verify), example
 
 
-def _check_suffix(path: Path | None) -> None:
+def _check_suffixes(paths: list[Path]) -> None:
     """Before minutes of work, not after."""
-    if path is not None and path.suffix.lower() not in Report.SUFFIXES:
-        accepted = ", ".join(Report.SUFFIXES)
-        raise ArgumentError("a report cannot be written in this form", found=f"--report {path}", expected=accepted)
+    for path in paths:
+        if path.suffix.lower() not in Report.SUFFIXES:
+            accepted = ", ".join(Report.SUFFIXES)
+            raise ArgumentError("a report cannot be written in this form", found=f"--report {path}", expected=accepted)
 
 
-def _show(report: Report, path: Path | None, as_json: bool) -> None:
-    if path is not None:
+def _show(report: Report, paths: list[Path], as_json: bool) -> None:
+    for path in paths:
         report.save(path)
         _say(f"report: {path}")
     if as_json:

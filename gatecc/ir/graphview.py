@@ -18,14 +18,16 @@ from torch.fx.node import map_arg
 from gatecc.ir.files import write_atomic
 from gatecc.ir.program import Program, fake, origin
 
+ATTRIBUTES = ("op", "target", "owner", "shape", "dtype", "line", "inserted_by")  # of a node, all of them text
+
 
 def to_networkx(graph: Program | fx.Graph) -> nx.DiGraph[str]:
     """The graph as a DiGraph over node names, in execution order."""
     result: nx.DiGraph[str] = nx.DiGraph()
     for node in graph.graph.nodes if isinstance(graph, Program) else graph.nodes:
         result.add_node(node.name, **attributes(node))
-        for source, positions in _uses(node).items():
-            result.add_edge(source, node.name, position=",".join(positions))
+        for source, position in uses(node).items():
+            result.add_edge(source, node.name, position=position)
     return result
 
 
@@ -54,22 +56,26 @@ def target_name(target: str | Callable[..., Any]) -> str:
     return f"{module}.{getattr(target, '__name__', type(target).__name__)}".lstrip(".")
 
 
-def write_graphml(graph: Program | fx.Graph, path: str | os.PathLike[str]) -> Path:
+def write_graphml(graph: Program | fx.Graph | nx.DiGraph[str], path: str | os.PathLike[str]) -> Path:
     """Write GraphML (yEd, Gephi, Cytoscape, ``networkx.read_graphml``)."""
-    return write_atomic(path, "\n".join(nx.generate_graphml(to_networkx(graph))) + "\n")
+    return write_atomic(path, "\n".join(nx.generate_graphml(_digraph(graph))) + "\n")
 
 
-def write_dot(graph: Program | fx.Graph, path: str | os.PathLike[str]) -> Path:
+def write_dot(graph: Program | fx.Graph | nx.DiGraph[str], path: str | os.PathLike[str]) -> Path:
     """Write Graphviz dot, one cluster per owner; Graphviz itself is not needed to write it."""
-    return write_atomic(path, "\n".join(_dot(to_networkx(graph))) + "\n")
+    return write_atomic(path, "\n".join(_dot(_digraph(graph))) + "\n")
 
 
-def _uses(node: fx.Node) -> dict[str, list[str]]:
-    """Where the node takes each of its inputs."""
-    uses: dict[str, list[str]] = {}
+def _digraph(graph: Program | fx.Graph | nx.DiGraph[str]) -> nx.DiGraph[str]:
+    return graph if isinstance(graph, nx.DiGraph) else to_networkx(graph)
+
+
+def uses(node: fx.Node) -> dict[str, str]:
+    """The names of a node's inputs, and where it takes them: ``{"x": "0,1"}``."""
+    places: dict[str, list[str]] = {}
     for position, argument in (*enumerate(node.args), *node.kwargs.items()):
-        map_arg(argument, lambda source, at=str(position): uses.setdefault(source.name, []).append(at))
-    return uses
+        map_arg(argument, lambda source, at=str(position): places.setdefault(source.name, []).append(at))
+    return {name: ",".join(positions) for name, positions in places.items()}
 
 
 _STYLE = {"placeholder": "shape=ellipse", "output": "shape=ellipse", "get_attr": "shape=note"}

@@ -6,14 +6,17 @@ import html
 import io
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+import networkx as nx
 from rich.console import Console
 
 from gatecc.errors import ArgumentError
 from gatecc.ir.files import write_atomic
+from gatecc.ir.graphview import write_dot, write_graphml
 from gatecc.ir.site import Refusal
 from gatecc.report.codec import decode, encode
 from gatecc.report.rows import GraphPair, PassRow, RewriteRow, RungRow, SiteRow, Totals, environment
@@ -28,7 +31,7 @@ class Report:
     Sites and refusals are complete: every place that looked like a site is in one of the two lists.
     """
 
-    SUFFIXES: ClassVar[tuple[str, ...]] = (".json", ".html", ".txt")  # that ``save`` knows
+    SUFFIXES: ClassVar[tuple[str, ...]] = (".json", ".html", ".txt", ".graphml", ".dot")  # that ``save`` knows
 
     model: str = ""  # the class of the model
     recipe: str = ""  # empty for an inspection
@@ -81,6 +84,23 @@ class Report:
 
         return render(self)
 
+    def to_networkx(self) -> nx.DiGraph[str]:
+        """The captured graphs, after the rewrites if there were any, as one DiGraph.
+
+        If there are several, names begin with the scope: ``layers.0.attn/mul`` (``layers.0.attn@1/mul`` for its second
+        variant). Layers that share a structure are there once; ``report.graphs`` says which.
+        """
+        if len(self.graphs) == 1:
+            return (self.graphs[0].after or self.graphs[0].before).to_networkx()
+        seen = Counter[str]()
+        result: nx.DiGraph[str] = nx.DiGraph()
+        for pair in self.graphs:
+            scope = pair.scopes[0] if pair.scopes else ""
+            prefix = f"{scope}@{seen[scope]}/" if seen[scope] else f"{scope}/"
+            seen[scope] += 1
+            result = nx.union(result, (pair.after or pair.before).to_networkx(), rename=("", prefix))
+        return result
+
     def print(self, console: Console | None = None) -> None:
         """Print tables that fit the terminal; without colour where the output is not one."""
         from gatecc.report.text import render
@@ -89,7 +109,7 @@ class Report:
         console.print(render(self, console.width))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the report; the suffix decides the form: .json, .html or .txt.
+        """Write the report; the suffix decides the form: .json, .html or .txt, or the graph alone: .graphml or .dot.
 
         Raises ArgumentError for another suffix.
         """
@@ -97,8 +117,9 @@ class Report:
         if suffix not in self.SUFFIXES:
             accepted = ", ".join(self.SUFFIXES)
             raise ArgumentError("a report cannot be written in this form", found=str(path), expected=accepted)
-        write = dict(zip(self.SUFFIXES, (self.to_json, self.to_html, self.to_text), strict=True))[suffix]
-        return write_atomic(path, write())
+        if suffix in (".graphml", ".dot"):
+            return {".graphml": write_graphml, ".dot": write_dot}[suffix](self.to_networkx(), path)
+        return write_atomic(path, {".json": self.to_json, ".html": self.to_html, ".txt": self.to_text}[suffix]())
 
     def __str__(self) -> str:
         return self.to_text().rstrip("\n")

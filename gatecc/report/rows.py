@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Literal
 
+import networkx as nx
 from torch import fx
 
-from gatecc.ir.graphview import attributes
+from gatecc.ir.graphview import ATTRIBUTES, attributes, uses
 from gatecc.ir.program import Program
 from gatecc.ir.site import MLP, Activation, Attention, Merge, Site
 
@@ -78,13 +79,17 @@ class PassRow:
 
 @dataclass(frozen=True)
 class NodeRow:
-    """One graph node. ``inserted_by`` names the rewrite that made it, empty for the model's own nodes."""
+    """One graph node. ``inserted_by`` names the rewrite that made it, empty for the model's own nodes.
+
+    ``positions`` says for each of ``inputs`` at which arguments it stands: ``"0"``, ``"0,1"``, ``"attn_mask"``.
+    """
 
     name: str
     op: str
     target: str
     owner: str = ""
     inputs: tuple[str, ...] = ()
+    positions: tuple[str, ...] = ()
     shape: str = ""
     dtype: str = ""
     inserted_by: str = ""
@@ -101,6 +106,15 @@ class GraphDump:
     def of(program: Program) -> GraphDump:
         """The dump of a program as it is now; later rewrites of the program do not change it."""
         return GraphDump(tuple(_node(node) for node in program.graph.nodes))
+
+    def to_networkx(self) -> nx.DiGraph[str]:
+        """The graph as a DiGraph, with the attributes of ``gatecc.ir.graphview``."""
+        graph: nx.DiGraph[str] = nx.DiGraph()
+        for row in self.nodes:
+            graph.add_node(row.name, **{key: getattr(row, key) for key in ATTRIBUTES})
+            for source, position in zip(row.inputs, row.positions, strict=True):
+                graph.add_edge(source, row.name, position=position)
+        return graph
 
 
 @dataclass(frozen=True)
@@ -163,4 +177,5 @@ def _attention(site: Attention) -> list[str]:
 
 
 def _node(node: fx.Node) -> NodeRow:
-    return NodeRow(name=node.name, inputs=tuple(source.name for source in node.all_input_nodes), **attributes(node))
+    places = uses(node)
+    return NodeRow(name=node.name, inputs=tuple(places), positions=tuple(places.values()), **attributes(node))

@@ -61,9 +61,11 @@ def test_inspect_prints_tables_and_writes_the_report(model: str, tmp_path: Path)
 
 
 def test_json_on_standard_output_is_only_json(model: str, tmp_path: Path) -> None:
-    out, _ = run("inspect", model, "--json", "--report", str(tmp_path / "r.html"))
+    html, dot = tmp_path / "r.html", tmp_path / "g.dot"
+    out, _ = run("inspect", model, "--json", "--report", str(html), "--report", str(dot))
     assert Report.from_json(out).model == "Sequential"
-    assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
+    assert html.read_text().startswith("<!doctype html>")
+    assert "scaled_dot_product_attention" in dot.read_text()
 
 
 def test_transform_saves_what_python_loads(model: str, tmp_path: Path) -> None:

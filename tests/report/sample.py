@@ -23,7 +23,8 @@ def node(
 ) -> NodeRow:
     """A graph node of shape (2, 8)."""
     target = target or f"aten.{name}.default"
-    return NodeRow(name, op, target, owner, inputs, "2x8", "float32", by, "model.py:7")
+    positions = tuple(str(i) for i in range(len(inputs)))
+    return NodeRow(name, op, target, owner, inputs, positions, "2x8", "float32", by, "model.py:7")
 
 
 def gated_layer(layers: int = 1) -> GraphPair:

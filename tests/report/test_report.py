@@ -6,12 +6,13 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
+import networkx as nx
 import pytest
 from hypothesis import given
 from rich.console import Console
 
 from gatecc.errors import ArgumentError
-from gatecc.report import Report
+from gatecc.report import GraphPair, Report
 from tests.report.sample import full_report, reports
 
 
@@ -83,6 +84,29 @@ def test_save_by_suffix(tmp_path: Path) -> None:
     assert asdict(loaded) == asdict(report)
     assert report.save(tmp_path / "r.txt").read_text().startswith("TinyEncoder after gated-attention")
     assert report.save(tmp_path / "r.html").read_text() == report.to_html()
-    with pytest.raises(ArgumentError, match=r"\.json, \.html, \.txt"):
+    with pytest.raises(ArgumentError, match=r"\.json, \.html, \.txt, \.graphml, \.dot"):
         report.save(tmp_path / "r.pdf")
     assert not (tmp_path / "r.pdf").exists()
+
+
+def test_the_graph_alone(tmp_path: Path) -> None:
+    report = full_report(1)
+    graph = report.to_networkx()
+    assert graph.nodes["mul_0"]["inserted_by"] == "gate"
+    assert graph.edges["gate_0", "mul_0"]["position"] == "1"
+    assert set(nx.read_graphml(report.save(tmp_path / "g.graphml"))) == set(graph)
+    assert '"relu_0" -> "mul_0"' in report.save(tmp_path / "g.dot").read_text()
+
+
+def test_several_graphs_are_told_apart_by_their_scope() -> None:
+    report = full_report(1)
+    pair = report.graphs[0]
+    report.graphs = [
+        GraphPair(("a", "b"), pair.before, pair.after),
+        GraphPair(("c",), pair.before),
+        GraphPair(("c",), pair.before),
+    ]
+    names = set(report.to_networkx())
+    assert {"a/mul_0", "a/add_0", "c/add_0", "c@1/add_0"} < names
+    assert "c/mul_0" not in names
+    assert len(Report().to_networkx()) == 0
