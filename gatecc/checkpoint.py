@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -47,15 +47,16 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     state = _state(model)
     stored, aliases = _stored(state)
     example: dict[str, torch.Tensor] = {}
-    new = {name for name in state if any(name.startswith(f"{m}.") for s in steps for m in s.modules)}
+    kinds = {name: _kind(t) for name, t in state.items()}
+    base = _base_kinds(model, kinds)
     data = {
         "format": FORMAT,
         "gatecc": version("gatecc"),
         "torch": torch.__version__,
         "model": base_class(model).__qualname__,
         "steps": [_step_to_json(step, example) for step in steps],
-        "base": {name: _kind(t) for name, t in state.items() if name not in new},
-        "new": {name: _kind(t) for name, t in state.items() if name in new},
+        "base": base,
+        "new": {name: kind for name, kind in kinds.items() if base.get(name) != kind},  # new, or with new rows
         "aliases": aliases,
         "tied": _ties(model),
     }
@@ -111,12 +112,33 @@ def _step_to_json(step: Step, example: dict[str, torch.Tensor]) -> dict[str, Any
         "inputs": encode(step.inputs, example, "example_inputs"),
         "sites": _sites(step),
         "modules": list(step.modules),
-        "scaled": [list(s) for s in step.scaled],
+        "scaled": _lists(step.scaled),
+        "widened": _lists(step.widened),
     }
 
 
 def _sites(step: Step) -> list[str]:
     return [row.site for row in step.report.rewrites]
+
+
+def _lists(rows: Iterable[Iterable[Any]]) -> list[list[Any]]:
+    """Tuples as JSON gives them back."""
+    return [[list(x) if isinstance(x, tuple) else x for x in row] for row in rows]
+
+
+def _base_kinds(model: nn.Module, kinds: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """What the base model holds: without the new modules, and without new rows in its own weights."""
+    steps = history(model)
+    ties = _ties(model)
+    new = tuple(f"{m}." for step in steps for m in step.modules)
+    base = {name: kind for name, kind in kinds.items() if not name.startswith(new)}
+    for step in reversed(steps):
+        wide = {ties.get(name, name): rows for name, rows in step.widened}
+        for name, (dtype, shape) in list(base.items()):
+            rows = wide.get(ties.get(name, name))
+            if rows is not None:
+                base[name] = [dtype, [rows.groups * rows.old, *shape[1:]]]
+    return base
 
 
 def _state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -174,6 +196,7 @@ class _SavedStep:
     sites: list[str]
     modules: list[str]
     scaled: list[list[Any]]
+    widened: list[list[Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,7 +242,8 @@ def _read_step(step: dict[str, Any], example: dict[str, torch.Tensor]) -> _Saved
         ) from e
     recipe = Recipe(step["recipe"], step["citation"], rewrites, step["summary"], tuple(options.items()))
     inputs = decode(step["inputs"], example)
-    return _SavedStep(recipe, step["scope"], inputs, step["sites"], step["modules"], step["scaled"])
+    done = (step["sites"], step["modules"], step["scaled"], step["widened"])
+    return _SavedStep(recipe, step["scope"], inputs, *done)
 
 
 def _check_base(model: nn.Module, saved: _Saved) -> None:
@@ -275,7 +299,8 @@ def _replay(target: nn.Module, step: _SavedStep) -> None:
     for name, found, expected in (
         ("sites", _sites(made), step.sites),
         ("new modules", list(made.modules), step.modules),
-        ("scaled weights", [list(s) for s in made.scaled], step.scaled),
+        ("scaled weights", _lists(made.scaled), step.scaled),
+        ("widened weights", _lists(made.widened), step.widened),
     ):
         if found != expected:
             raise CheckpointError(

@@ -174,6 +174,32 @@ def test_bfloat16_and_folded_weights(tmp_path: Path) -> None:
     assert_same(plain, gatecc.revert(loaded), ids(3, 7))
 
 
+class Separate(nn.Module):
+    """Self-attention with a projection of its own for the queries."""
+
+    def __init__(self, width: int = 16, heads: int = 2) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.kv, self.out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.q(x), *self.kv(x).chunk(2, -1)))
+        return self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_widened_weights(tmp_path: Path) -> None:
+    x = torch.randn(2, 5, 16)
+    model = gatecc.transform(Separate().eval(), gatecc.recipe(ATTENTION, fuse_into="q"), (x,))
+    assert history(model)[0].widened
+    perturb(model)
+    gatecc.save(model, tmp_path)
+    loaded = gatecc.load(base := Separate().eval(), tmp_path)
+    assert_same(model, loaded, x)
+    assert loaded.get_parameter("q.weight").shape == (18, 16)
+    assert base.q.weight.shape == (16, 16)
+    assert_same(gatecc.revert(model), gatecc.revert(loaded), x)
+
+
 def test_nested_example_inputs(tmp_path: Path) -> None:
     mask = torch.ones(5, 5, dtype=torch.bool).tril()
     model = gatecc.transform(
