@@ -12,9 +12,10 @@ from torch.utils import _pytree as pytree
 from gatecc.capture.adapters import adapted
 from gatecc.capture.signature import OpaqueArgumentError, map_tensors
 from gatecc.errors import ExampleInputsError
-from gatecc.ir.rewrite import Recipe
+from gatecc.ir.rewrite import Recipe, Rewrite
 from gatecc.scope.blame import blame
 from gatecc.scope.family import difference
+from gatecc.scope.scope import scopes
 
 
 @dataclass
@@ -84,7 +85,7 @@ def check(
 ) -> Checked:
     """Compare a transformed model with its reference. Raises ContractError, naming the guilty rewrite and site."""
     contracts = [r.contract() for r in recipe.rewrites]
-    tolerance = sum(c.tolerance for c in contracts)
+    tolerance = sum(r.contract().allowed(_sites(model, r)) for r in recipe.rewrites)
     worst = 0.0
     notes: list[str] = list(before.notes)
     for (a, k), expected in zip(before.calls, before.outputs, strict=True):
@@ -95,6 +96,12 @@ def check(
     if worst > tolerance or worst == float("inf") or worst != worst:
         raise blame(model, recipe, args, kwargs, worst, tolerance)
     return Checked(worst, "; ".join(dict.fromkeys(str(c) for c in contracts)), tuple(notes))
+
+
+def _sites(model: nn.Module, rewrite: Rewrite) -> int:
+    """How many sites of a model a rewrite was done at."""
+    applied = [a for _, _, state in scopes(model) for a in state.applied if a.rewrite == rewrite]
+    return max(1, sum(len(a.sites) for a in applied))
 
 
 def compare(expected: Any, got: Any) -> float:

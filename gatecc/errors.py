@@ -143,3 +143,17 @@ class CheckpointError(GateccError):
     """
 
     code = "GCC010"
+
+
+class SiteRefusedError(GateccError):
+    """A rewrite cannot be done at a site that was selected for it, though the site exists.
+
+    The site lacks the value that is gated, its mask is not one that the rewrite understands, a weight has other uses, or
+    the gate has parameters for another number of tokens than the call has. Nothing was changed.
+
+    Fails: ``transform(bert, "affine-attention", inputs_with_a_padding_mask)``: the keys that are summed would include
+    padding.
+    Mended: inputs of one length without a mask, or ``sites=`` that leaves the refused ones out.
+    """
+
+    code = "GCC011"

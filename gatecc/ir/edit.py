@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from gatecc.errors import GraphError
+from gatecc.errors import GraphError, SiteRefusedError
 from gatecc.ir.program import META, Origin, Program, attribute, fake, origin, window
 from gatecc.ir.site import Site
 from gatecc.ir.widen import Rows, WidenWeight
@@ -156,7 +156,7 @@ class Editor:
     def widen(self, linear: fx.Node, rows: Rows, weight: Callable[[], Any], bias: Callable[[], Any]) -> None:
         """Let ``linear`` yield new features beside its own, laid out as ``rows``; its parameters grow at installation.
 
-        Readers still see the wide value: replace it by its own features. Raises GraphError if the weight has other uses.
+        Readers still see the wide value: replace it by its own features. SiteRefusedError if a weight has other uses.
         """
         mode = detect_fake_mode([linear.meta["val"]])
         with mode or torch.no_grad():
@@ -171,7 +171,7 @@ class Editor:
         live = self.program.parameter(node)
         names = [n for n, p in self.program.module.named_parameters(remove_duplicate=False) if p is live]
         if uses != [linear] or len(names) != 1:
-            raise GraphError(
+            raise SiteRefusedError(
                 f"the matrix {node.target} cannot take rows of a gate",
                 where=f"{self.site.owner} {self.site.line}".strip(),
                 found=f"it has {len(uses)} uses under the names {', '.join(names) or 'of a constant'}",
@@ -182,7 +182,7 @@ class Editor:
         self.weights.append(WidenWeight(str(node.target), rows, fill))
 
     def pin(self, node: fx.Node, axis: int) -> int:
-        """Make the graph hold for this size of an axis only, the one of the present call; other sizes are captured anew."""
+        """Let the graph hold for the present size of an axis only; other sizes are captured anew."""
         size = node.meta["val"].shape[axis]
         if isinstance(size, int):
             return size

@@ -23,7 +23,7 @@ from gatecc.ir.program import Origin, Program, attribute, fake, origin, window
 class Before:
     """What of a program a rewrite must keep."""
 
-    outputs: tuple[tuple[str, str] | None, ...]
+    outputs: tuple[tuple[tuple[Any, ...], str] | None, ...]
     parameters: frozenset[str]
     arguments: dict[fx.Node, tuple[fx.Node, ...]]
 
@@ -137,9 +137,10 @@ def _differs(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _kept(program: Program, before: Before, rewrite: str) -> None:
     output = program.graph.output_node()
-    now = tuple(_kind(o) for o in program.outputs)
-    if now != before.outputs:
-        raise _fail(rewrite, "the outputs changed", output, f"{now}, before {before.outputs}")
+    # Compared as text and only now: what a rewrite found out about a symbolic size holds for both.
+    now, then = str(tuple(_kind(o) for o in program.outputs)), str(before.outputs)
+    if now != then:
+        raise _fail(rewrite, "the outputs changed", output, f"{now}, before {then}")
     live = _live_parameters(program)
     if lost := sorted(before.parameters - set(live)):
         guilty = next((n for n in program.graph.nodes if n.op == "get_attr" and str(n.target) == lost[0]), output)
@@ -153,11 +154,11 @@ def _kept(program: Program, before: Before, rewrite: str) -> None:
         )
 
 
-def _kind(output: Any) -> tuple[str, str] | None:
+def _kind(output: Any) -> tuple[tuple[Any, ...], str] | None:
     if not isinstance(output, fx.Node):
         return None
     value = fake(output)
-    return None if value is None else (str(tuple(value.shape)), str(value.dtype))
+    return None if value is None else (tuple(value.shape), str(value.dtype))
 
 
 def _kind_of(value: Any) -> str:

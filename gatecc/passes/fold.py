@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from gatecc.errors import GraphError
+from gatecc.errors import ArgumentError, SiteRefusedError
 from gatecc.ir.edit import Editor
 from gatecc.ir.program import fake
 
@@ -31,12 +31,12 @@ WEIGHT_ARGUMENT: dict[Any, int] = {
 
 
 def fold_into_next(edit: Editor, value: fx.Node, factor: float) -> None:
-    """Scale the weights of every linear that reads ``value``. Raises GraphError if something else reads it.
+    """Scale the weights of every linear that reads ``value``. Raises SiteRefusedError if something else reads it.
 
     The factor is a power of two, so that scaling the weight and scaling it back are exact.
     """
     if math.frexp(factor)[0] != 0.5:
-        raise GraphError("only a power of two folds exactly", found=f"{factor}")
+        raise ArgumentError("only a power of two folds exactly", found=f"{factor}")
     for weight in _readers(edit, value):
         edit.scale_weight(edit.program.full_name(weight), factor)
 
@@ -65,7 +65,7 @@ def _weight(edit: Editor, user: fx.Node, node: fx.Node) -> str:
         if not tied:
             return str(weight.target)
     kind = "a tensor" if fake(user) is not None else "a value"
-    raise GraphError(
+    raise SiteRefusedError(
         "the factor of the gate cannot be folded into the next linear",
         where=f"{edit.site.owner} {edit.site.line}".strip(),
         found=f"{user.format_node()} reads {kind} that is gated",

@@ -11,13 +11,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
-from gatecc.errors import GraphError
+from gatecc.errors import SiteRefusedError
 from gatecc.ir.edit import Editor
 from gatecc.ir.gate import GateModule, GateSpec
 from gatecc.ir.gates.init import Zero
 from gatecc.ir.gates.scorer import NoScorer
 from gatecc.ir.program import shape
 from gatecc.ir.site import Attention, Site, Value, Weight
+from gatecc.ir.sizes import expression
 from gatecc.ir.widen import Rows, new_features, own_features
 from gatecc.passes.operands import gate_shape, place
 
@@ -29,7 +30,7 @@ def scored_elsewhere(spec: GateSpec) -> GateSpec:
 
 
 def fused_scores(spec: GateSpec, value: Value, hidden: Value, edit: Editor) -> Value:
-    """Put the gate's rows into the projection that ``spec.fuse_into`` names; returns the scores, laid out as ``hidden``."""
+    """Put the gate's rows into the projection ``spec.fuse_into``; returns the scores, with the axes of ``hidden``."""
     site = edit.site
     role = str(spec.fuse_into).removesuffix("_proj")
     linear = _reader(_weight(site, role), hidden, edit)
@@ -37,8 +38,8 @@ def fused_scores(spec: GateSpec, value: Value, hidden: Value, edit: Editor) -> V
     alone = replace(spec, fuse_into=None)
     at = gate_shape(alone, value, [hidden], edit)
     gate = alone.build(at)
-    width, bias = shape(linear)[-1], linear.args[2] if len(linear.args) > 2 else None
-    if not isinstance(width, int) or width % groups or gate.width % groups:
+    width, bias = int(expression(shape(linear)[-1])), linear.args[2] if len(linear.args) > 2 else None
+    if width % groups or gate.width % groups:
         raise _refused(site, role, f"{width} features and {gate.width} gates in {groups} groups")
     if bias is None and bool(gate.get_parameter("bias").any() if "bias" in gate._parameters else False):
         raise _refused(site, role, "it has no bias, and this gate starts at 1 through its bias")
@@ -76,8 +77,8 @@ def _reader(weight: Weight, hidden: Value, edit: Editor) -> fx.Node:
     return linear
 
 
-def _refused(site: Site, role: str, found: str) -> GraphError:
-    return GraphError(
+def _refused(site: Site, role: str, found: str) -> SiteRefusedError:
+    return SiteRefusedError(
         f"the gate cannot be fused into {role}",
         where=place(site),
         found=found,

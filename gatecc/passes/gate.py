@@ -9,7 +9,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import fx, nn
 
-from gatecc.errors import GraphError
+import gatecc.ops  # noqa: F401  (gates call gatecc:: operators by name: ir lies below ops)
+from gatecc.errors import SiteRefusedError
 from gatecc.ir.contract import Contract
 from gatecc.ir.edit import Editor
 from gatecc.ir.gate import GateModule, GateShape, GateSpec
@@ -44,10 +45,10 @@ def multiply_where(
 class Gate(Rewrite):
     """Multiply a value of a site by a gate: ``y <- g * y``; with op="lerp", ``y <- g * y + (1 - g) * skip``.
 
-    ``site`` selects the value (``Attention[...].heads``, ``MLP[...].out``, ``Residual[...].branch``); ``gate`` says what
-    the gate reads, how it is scored, what it varies over, and how it starts. ``skip`` names the other value of a lerp.
-    ``where`` names an input of the model, a mask over tokens: the others are not gated. ``label`` names the new module
-    on the owner. The T-tests that hold: identity at init (T1), gradients (T5), export (T6), removal (T8).
+    ``site`` selects the value (``Attention[...].heads``, ``MLP[...].out``, ``Residual[...].branch``); ``gate`` says
+    what the gate reads, how it is scored, what it varies over, and how it starts. ``skip`` names the other value of a
+    lerp. ``where`` names an input of the model, a mask over tokens: the others are not gated. ``label`` names the new
+    module on the owner. The T-tests that hold: identity at init (T1), gradients (T5), export (T6), removal (T8).
     """
 
     name = "gate"
@@ -116,8 +117,8 @@ def gate_node(spec: GateSpec, selector: Any, value: Value, edit: Editor, label: 
 
 def _check_size(module: GateModule, at: GateShape, site: Site) -> None:
     """Parameters for each token exist for one number of tokens."""
-    if module.shape.sizes != at.sizes:
-        raise GraphError(
+    if any(at.sizes.get(axis, size) != size for axis, size in module.shape.sizes.items()):  # unknown: symbolic here
+        raise SiteRefusedError(
             "the gate has parameters for another number of tokens",
             where=place(site),
             found=f"sizes {dict(at.sizes)}",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from math import prod
 
 import torch
 from torch import fx
 
-from gatecc.errors import GraphError
+from gatecc.errors import SiteRefusedError
 from gatecc.ir.edit import Editor
 from gatecc.ir.gate import GateShape, GateSpec, Ref, SourceShape
 from gatecc.ir.gates.layout import FEATURES, Features, emit, positions
@@ -15,15 +16,16 @@ from gatecc.ir.gates.source import Param
 from gatecc.ir.program import Program, origin, shape
 from gatecc.ir.select import Selector, select
 from gatecc.ir.site import Attention, Residual, Site, Value
+from gatecc.ir.sizes import expression
 
 INPUTS = ("in", "hidden", "hidden_kv")  # stages that others may read as well
 
 
 def stage(site: Site, name: str) -> Value:
-    """A value of the site. ``hidden_kv`` is ``hidden`` where keys and queries come from the same. Raises GraphError."""
+    """A value of the site. ``hidden_kv`` is ``hidden`` in self-attention. Raises SiteRefusedError."""
     value = site.values.get(name) or (site.values.get("hidden") if name == "hidden_kv" else None)
     if value is None:
-        raise GraphError(
+        raise SiteRefusedError(
             f"the site has no value {name!r}",
             where=place(site),
             found=f"this {site.kind} is spelled so that it has {', '.join(site.values)}",
@@ -47,12 +49,12 @@ def source(ref: Ref, selector: Selector, edit: Editor) -> Value:
 
 
 def condition(name: str, program: Program, like: Value) -> Value:
-    """An input of the model by its parameter name: one number or vector a sample, or (for a value of tokens) one a token."""
+    """An input of the model by its parameter name: a number or vector a sample, or a number a token."""
     for node, path in zip(program.placeholders, program.paths, strict=True):
         if path == (name,) or node.name == name:
             return Value(node, _condition_axes(node, like))
     known = ", ".join(str(path[0]) for path in program.paths)
-    raise GraphError(
+    raise SiteRefusedError(
         f"the model has no input {name!r}",
         where=program.fqn or type(program.module).__name__,
         found=f"inputs {known}",
@@ -74,7 +76,7 @@ def _distant(wanted: Selector, selector: Selector, edit: Editor) -> Value:
     found = select(wanted, edit.sites)
     mine = [site.key for site in select(selector, edit.sites)]
     if len(found) not in (1, len(mine)):
-        raise GraphError(
+        raise SiteRefusedError(
             f"{wanted} is no source for each of {selector}",
             where=place(edit.site),
             found=f"{len(found)} sources, {len(mine)} sites to gate",
@@ -91,7 +93,9 @@ def readers(site: Site, name: str) -> Collection[fx.Node] | None:
         return None
     inside = {u for u in site.values[name].node.users if _within(origin(u).owner, site.owner)}
     if not inside:
-        raise GraphError(f"nothing at the site reads {name!r} directly", where=place(site), do="select another stage")
+        raise SiteRefusedError(
+            f"nothing at the site reads {name!r} directly", where=place(site), do="select another stage"
+        )
     return inside
 
 
@@ -101,15 +105,18 @@ def _within(owner: str, outer: str) -> bool:
 
 def source_shape(value: Value) -> SourceShape:
     """Axes and channels of a source."""
-    channels = 1
-    for axis, size in zip(value.axes, shape(value.node), strict=True):
-        channels *= int(size) if axis in FEATURES else 1
-    return SourceShape(value.axes, channels)
+    return SourceShape(value.axes, prod(size for axis, size in static_sizes(value).items() if axis in FEATURES))
+
+
+def static_sizes(value: Value) -> dict[str, int]:
+    """The sizes of a value's axes that are the same in every call."""
+    known = {a: expression(s) for a, s in zip(value.axes, shape(value.node), strict=True)}
+    return {a: int(s) for a, s in known.items() if s.is_Integer}
 
 
 def gate_shape(spec: GateSpec, value: Value, sources: Sequence[Value], edit: Editor) -> GateShape:
     """The place of a gate. Parameters that vary over tokens pin the graph to the present number of tokens."""
-    known = {a: int(s) for a, s in zip(value.axes, shape(value.node), strict=True) if isinstance(s, int)}
+    known = static_sizes(value)
     if isinstance(edit.site, Attention) and edit.site.heads:
         known.setdefault("h", edit.site.heads)
     found = GateShape(value.axes, known, tuple(map(source_shape, sources)))

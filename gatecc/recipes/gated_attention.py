@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 from gatecc.ir.gate import GateSpec
+from gatecc.ir.gates.granularity import Granularity
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.select import Selector
 from gatecc.passes.gate import Gate
 from gatecc.recipes.registry import recipe
-
-Position = Literal["heads", "v", "k", "q", "out"]
 
 
 @recipe(
@@ -20,21 +19,26 @@ Position = Literal["heads", "v", "k", "q", "out"]
 )
 def gated_attention(
     sites: str = "attention[...]",
-    position: Position = "heads",
+    position: Literal["heads", "v", "k", "q", "out"] = "heads",
     granularity: Literal["head", "element"] = "head",
+    activation: str = "sigmoid",
+    estimator: str = "exact",
     init: str = "identity",
     fuse_into: str | None = None,
 ) -> tuple[Rewrite, ...]:
     """A sigmoid gate on each head, read from the same normalised input as the query.
 
     ``position`` is one of the paper's five: after the attention core (``heads``, its best), on the value, key or query
-    heads, or after the output projection. ``granularity``: one gate a head, or one an element. The identity start is
-    2*sigmoid(0), exactly 1; ``init="identity(how=fold)"`` keeps a plain sigmoid and doubles the next linear instead.
-    ``fuse_into="q"`` puts the gate's rows into the query projection, as the published models do.
+    heads (after any rotary embedding), or after the output projection, where the heads are mixed and the gate is
+    elementwise. ``granularity``: one gate a head, or one an element.
+
+    The identity start is 2*sigmoid(0), exactly 1. ``init="identity(how=fold)"`` keeps a plain sigmoid and doubles the
+    next linear instead (positions heads, exactly 1 as well); ``init="identity(how=bias)"`` starts at sigmoid(6) and
+    reports what is missing to 1. ``fuse_into="q"`` puts the gate's rows into the query projection, laid out
+    for each group of key heads as [query rows | gate rows], as the published models do; without a bias of the query
+    projection the gate has none.
     """
-    if position == "out":
-        granularity = "element"
+    granularity = "element" if position == "out" else granularity
     source = "hidden_kv" if position in ("k", "v") else "hidden"
-    spec = GateSpec(source, "linear", granularity, "sigmoid", init=init, fuse_into=fuse_into)
-    selector = Selector.parse(sites)
-    return (Gate(getattr(selector, position), spec),)
+    spec = GateSpec(source, "linear", Granularity.coerce(granularity), activation, estimator, init, fuse_into)
+    return (Gate(getattr(Selector.parse(sites), position), spec),)

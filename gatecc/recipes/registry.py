@@ -64,6 +64,9 @@ def build(name: str, **options: Any) -> Recipe:
         raise ArgumentError(
             f"the recipe {name} has no option {', '.join(unknown)}", expected=", ".join(info.options) or "no options"
         )
+    required = [key for key, default in info.options.items() if default is inspect.Parameter.empty]
+    if missing := [key for key in required if key not in options]:
+        raise ArgumentError(f"the recipe {name} needs the option {', '.join(missing)}", do=info.summary)
     rewrites = info.builder(**options)
     return Recipe(name, info.citation, rewrites, info.summary, tuple(sorted(options.items())))
 

@@ -75,7 +75,7 @@ def _in_scope(module: nn.Module, state: Scope, recipe: Recipe, args: Any, kwargs
             except GateccError:
                 continue
             after = _run(Variant(program, ()), module, leaves)
-            if not same_outputs(before, after, application.rewrite.contract().tolerance):
+            if not same_outputs(before, after, application.rewrite.contract().allowed(1)):
                 nodes = sorted(edits[0].inserted)
                 yield application.rewrite, site, program, nodes[-1] if nodes else edits[0].site_node
 

@@ -18,8 +18,8 @@ from gatecc.ir.match import find_sites
 from gatecc.ir.program import Program, attribute, window
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.site import Attention, Site, Value
-from gatecc.ir.widen import WidenWeight
 from gatecc.ir.verify import Before, verify
+from gatecc.ir.widen import WidenWeight
 from gatecc.passes.canonicalize import canonicalize
 from gatecc.scope.family import Entry
 from gatecc.scope.python_path import PythonPath, python_path
@@ -108,7 +108,7 @@ def rewrite_program(program: Program, state: Scope, sites: list[Site]) -> list[l
 
 
 class Sites:
-    """All sites of a program, with the values that they have after the edits so far: a later edit sees an earlier one."""
+    """All sites of a program, with the values that they have after the edits so far."""
 
     def __init__(self, sites: list[Site]) -> None:
         self._sites = sites

@@ -1,4 +1,4 @@
-"""Widened weights: made when a rewrite is installed, taken back by revert, hidden while the module's own forward runs."""
+"""Widened weights: made when a rewrite is installed, undone by revert, hidden while the module's own forward runs."""
 
 from __future__ import annotations
 

@@ -1,0 +1,132 @@
+"""Branch: add a parallel sub-graph to a value of a site, scaled by a gate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from gatecc.errors import SiteRefusedError
+from gatecc.ir.contract import Contract, changes_function, identity_at_init
+from gatecc.ir.edit import Editor
+from gatecc.ir.gate import GateSpec
+from gatecc.ir.gates.init import Zero
+from gatecc.ir.gates.option import Option
+from gatecc.ir.mask import Mask
+from gatecc.ir.rewrite import Rewrite
+from gatecc.ir.site import Attention, Site, Value
+from gatecc.passes.gate import gate_node, reads_afar
+from gatecc.passes.operands import place, stage
+
+
+@dataclass(frozen=True)
+class Body(Option, slot="body"):
+    """Base of the sub-graphs that a branch can be."""
+
+    reads: ClassVar[tuple[str, ...]] = ()  # stages of the site
+
+    def build(self, site: Site, value: Value, edit: Editor) -> fx.Node:
+        """Insert the sub-graph; its result broadcasts against ``value``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class PrefixSum(Body, tag="prefix_sum"):
+    """The sum of the values of all keys that a query sees: of the earlier ones, of a window, of all (by the mask)."""
+
+    reads: ClassVar[tuple[str, ...]] = ("v",)
+
+    def build(self, site: Site, value: Value, edit: Editor) -> fx.Node:
+        v = stage(site, "v")
+        if not isinstance(site, Attention):
+            raise SiteRefusedError("only attention sums values over keys", where=place(site), found=site.kind)
+        causal, window = visible(site.mask, site)
+        axis = v.axes.index("m" if "m" in v.axes else "n")
+        total = edit.call(key_sum, v.node, axis, causal, window, name="total")
+        have = v.axes.replace("m", "n")
+        arguments = (have, value.axes, site.heads, site.kv_heads)
+        return total if have == value.axes and site.heads == site.kv_heads else edit.call(arranged, total, *arguments)
+
+
+def visible(mask: Mask, site: Site) -> tuple[bool, int | None]:
+    """Whether only earlier keys are seen, and how many of them. Raises SiteRefusedError for other masks."""
+    plain = mask.kind in ("bidirectional", "causal", "sliding_window")
+    if plain and not mask.padding:
+        return mask.kind != "bidirectional", mask.window
+    raise SiteRefusedError(
+        "the keys that a query sees cannot be summed by their positions alone",
+        where=place(site),
+        found=f"the mask is {mask}" + (f": {mask.reason}" if mask.reason else ""),
+        expected="a bidirectional, causal or sliding-window mask without padding",
+        do="call the model without a padding mask (sequences of one length), or leave this site out",
+    )
+
+
+def key_sum(v: torch.Tensor, axis: int, causal: bool, window: int | None) -> torch.Tensor:
+    """Sums over the axis of keys: of all (its size becomes 1), of those up to each place, of the last ``window``."""
+    if not causal:
+        return v.sum(axis, keepdim=True)
+    total = v.cumsum(axis)
+    if window is None:
+        return total
+    left_out = torch.nn.functional.pad(total, [0, 0] * (v.dim() - 1 - axis) + [window, 0])
+    return total - left_out.narrow(axis, 0, v.size(axis))
+
+
+def arranged(x: torch.Tensor, have: str, want: str, heads: int, kv_heads: int) -> torch.Tensor:
+    """From the axes of values to those of head outputs: heads taken apart, one for each query head, merged again."""
+    if "g" in have:
+        x, have = x.unflatten(have.index("g"), (-1, kv_heads)), have.replace("g", "bh")
+    if heads != kv_heads:
+        x = x.repeat_interleave(heads // kv_heads, have.index("h"))
+    split = want.replace("g", "bh")
+    x = x.permute([have.index(a) for a in split])
+    return x.flatten(want.index("g"), want.index("g") + 1) if "g" in want else x
+
+
+def add_scaled(value: torch.Tensor, gate: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+    """y <- y + g * branch"""
+    return value + gate * branch
+
+
+@dataclass(frozen=True)
+class Branch(Rewrite):
+    """Add a parallel sub-graph to a value, scaled by a gate: ``y <- y + g * body``.
+
+    A gate that starts at 0 (``init=zero`` and an activation that is 0 at 0) makes it the identity at init. ``label``
+    names the gate's module on the owner.
+    """
+
+    name = "branch"
+
+    body: Body
+    gate: GateSpec
+    label: str = "branch"
+
+    def contract(self) -> Contract:
+        return identity_at_init() if starts_at_zero(self.gate) else changes_function()
+
+    @property
+    def whole_model(self) -> bool:
+        return reads_afar(self.gate)
+
+    def footprint(self, site: Site) -> Iterable[fx.Node]:
+        names = [self.site.stage, *self.body.reads, *(r.stage for r in self.gate.sources if r.stage)]
+        yield from (site.values[name].node for name in names if name in site.values)
+
+    def rewrite(self, site: Site, edit: Editor) -> None:
+        value = stage(site, self.site.stage)
+        branch = self.body.build(site, value, edit)
+        gate, _ = gate_node(self.gate, self.site, value, edit, self.label)
+        edit.replace(value.node, edit.call(add_scaled, value.node, gate, branch, name=f"with_{self.label}"))
+
+
+def starts_at_zero(spec: GateSpec) -> bool:
+    """Whether a fresh gate is exactly 0."""
+    if not isinstance(spec.init, Zero) or not spec.scorer.trained or spec.activation.many:
+        return False
+    start: Any = spec.estimator.decide(torch.zeros(2), spec.activation)
+    return bool((start == 0).all())
