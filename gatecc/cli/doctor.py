@@ -24,7 +24,6 @@ _PACKAGES = {
     "onnx": "export: pip install 'gatecc[onnx]'",
     "onnxscript": "export: pip install 'gatecc[onnx]'",
     "onnx-ir": "export: pip install 'gatecc[onnx]'",
-    "pydot": "dot files through networkx: pip install 'gatecc[viz]'",
 }
 _RUNTIME = "onnxruntime"
 

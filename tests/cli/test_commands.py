@@ -116,6 +116,28 @@ def test_traceback_on_request(model: str) -> None:
     assert "GCC009" in err
 
 
+def test_export_takes_the_model_a_recipe_or_a_checkpoint(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+
+    def export(chosen: torch.nn.Module, folder: Path, inputs: tuple[torch.Tensor, ...]) -> None:
+        counts.append(sum(p.numel() for p in chosen.parameters()))
+        assert folder == tmp_path / "onnx"
+        assert chosen(*inputs).shape == (2, 5, 8)
+
+    monkeypatch.setattr(gatecc, "export", export, raising=False)
+    out = ["--out", str(tmp_path / "onnx")]
+    checkpoint = str(tmp_path / "ckpt")
+    run("transform", model, "-r", "gated-attention", "--out", checkpoint)
+    run("export", model, *out)
+    run("export", model, *out, "-r", "gated-attention")
+    run("export", model, *out, "--checkpoint", checkpoint)
+    assert counts[0] < counts[1] == counts[2]
+    _, err = run("export", model, *out, "-r", "gated-attention", "--checkpoint", checkpoint, code=2)
+    assert "one of them" in err
+
+
 def test_recipes_are_listed_and_described() -> None:
     out, _ = run("recipes")
     assert all(info.name in out for info in gatecc.recipes())
