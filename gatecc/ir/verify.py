@@ -7,7 +7,7 @@ lost, and the outputs keep their number, shapes and dtypes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,7 +16,8 @@ from torch import fx
 from torch._guards import detect_fake_mode
 
 from gatecc.errors import GraphError
-from gatecc.ir.program import Origin, Program, attribute, fake, origin, window
+from gatecc.ir.program import Program, attribute, fake, origin, window
+from gatecc.ir.site import Site
 
 
 @dataclass(frozen=True)
@@ -36,30 +37,35 @@ class Before:
         )
 
 
-def verify(program: Program, before: Before, rewrite: str, inserted: set[fx.Node]) -> None:
-    """Raise GraphError if the program is ill-formed: it names the rewrite and the guilty node's place, and prints the graph.
+@dataclass(frozen=True)
+class Suspect:
+    """The rewrite that ran last, the sites that it ran at, and the nodes that it made there."""
 
-    ``inserted`` are the nodes that the rewrite made, at all of its sites.
-    """
+    rewrite: str
+    sites: Sequence[Site]
+    inserted: set[fx.Node]
+
+    def place(self, node: fx.Node) -> str:
+        """Site and line that a fault at ``node`` is blamed on: the owner of the nodes around it, else the nearest."""
+        near = [origin(n) for n in (node, *node.all_input_nodes) if n in self.inserted]
+        owner = near[0].owner if near else origin(node).owner
+        site = max(self.sites, key=lambda s: (owner + ".").startswith(s.owner + "."), default=None)
+        return f"{self.rewrite} at {site.key} {site.line}".strip() if site else self.rewrite
+
+
+def verify(program: Program, before: Before, rewrite: Suspect) -> None:
+    """Raise GraphError if the program is ill-formed: it names the rewrite, the guilty site and its line."""
     _order(program, rewrite)
     _names(program, rewrite)
-    _shapes(program, before, rewrite, inserted)
+    _shapes(program, before, rewrite)
     _kept(program, before, rewrite)
 
 
-def _fail(rewrite: str, what: str, node: fx.Node, found: str, do: str = "") -> GraphError:
-    place = _place(node)
-    where = " ".join(part for part in (rewrite, "at", place.owner or "the model", place.line) if part)
-    return GraphError(what, where=where, found=f"{found}\n{window(node)}", do=do)
+def _fail(rewrite: Suspect, what: str, node: fx.Node, found: str, do: str = "") -> GraphError:
+    return GraphError(what, where=rewrite.place(node), found=f"{found}\n{window(node)}", do=do)
 
 
-def _place(node: fx.Node) -> Origin:
-    """The origin of the guilty node, or of the nearest inserted node that it reads."""
-    near = [origin(n) for n in (node, *node.all_input_nodes) if origin(n).inserted_by]
-    return near[0] if near else origin(node)
-
-
-def _order(program: Program, rewrite: str) -> None:
+def _order(program: Program, rewrite: Suspect) -> None:
     defined: set[fx.Node] = set()
     for node in program.graph.nodes:
         for used in node.all_input_nodes:
@@ -78,7 +84,7 @@ def _order(program: Program, rewrite: str) -> None:
         raise _fail(rewrite, "the graph is not well formed", program.graph.output_node(), str(e)) from e
 
 
-def _names(program: Program, rewrite: str) -> None:
+def _names(program: Program, rewrite: Suspect) -> None:
     for node in program.graph.nodes:
         if node.op != "get_attr" or str(node.target) in program.constants:
             continue
@@ -98,12 +104,12 @@ def _names(program: Program, rewrite: str) -> None:
             )
 
 
-def _shapes(program: Program, before: Before, rewrite: str, inserted: set[fx.Node]) -> None:
+def _shapes(program: Program, before: Before, rewrite: Suspect) -> None:
     """Run every new or re-wired node on the fake values of its inputs; what it gives must be what is recorded."""
     for node in program.graph.nodes:
         if node.op != "call_function" or isinstance(node.target, torch._ops.HigherOrderOperator):
             continue
-        if node not in inserted and before.arguments.get(node) == tuple(node.all_input_nodes):
+        if node not in rewrite.inserted and before.arguments.get(node) == tuple(node.all_input_nodes):
             continue
         recorded = fake(node)
         if recorded is None:
@@ -111,7 +117,7 @@ def _shapes(program: Program, before: Before, rewrite: str, inserted: set[fx.Nod
         _shape(node, recorded, rewrite)
 
 
-def _shape(node: fx.Node, recorded: torch.Tensor, rewrite: str) -> None:
+def _shape(node: fx.Node, recorded: torch.Tensor, rewrite: Suspect) -> None:
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
     mode = detect_fake_mode([recorded])
     try:
@@ -135,7 +141,7 @@ def _differs(a: torch.Tensor, b: torch.Tensor) -> bool:
     return any(str(x) != str(y) for x, y in zip(a.shape, b.shape, strict=True))
 
 
-def _kept(program: Program, before: Before, rewrite: str) -> None:
+def _kept(program: Program, before: Before, rewrite: Suspect) -> None:
     output = program.graph.output_node()
     # Compared as text and only now: what a rewrite found out about a symbolic size holds for both.
     now, then = str(tuple(_kind(o) for o in program.outputs)), str(before.outputs)

@@ -62,8 +62,7 @@ class Gate(Rewrite):
     def contract(self) -> Contract:
         return self.gate.contract()
 
-    @property
-    def whole_model(self) -> bool:
+    def whole_model(self, site: Site) -> bool:
         return bool(self.where) or reads_afar(self.gate)
 
     def footprint(self, site: Site) -> Iterable[fx.Node]:

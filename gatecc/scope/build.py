@@ -18,7 +18,7 @@ from gatecc.ir.match import find_sites
 from gatecc.ir.program import Program, attribute, window
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.site import Attention, Site, Value
-from gatecc.ir.verify import Before, verify
+from gatecc.ir.verify import Before, Suspect, verify
 from gatecc.ir.widen import WidenWeight
 from gatecc.passes.canonicalize import canonicalize
 from gatecc.scope.family import Entry
@@ -153,7 +153,7 @@ def apply(
             raise GraphError(f"the rewrite raised {type(e).__name__}", where=place, found=found) from e
         editors.append(edit)
         work.note(edit)
-    verify(program, before, str(rewrite), {node for edit in editors for node in edit.inserted})
+    verify(program, before, Suspect(str(rewrite), sites, {node for edit in editors for node in edit.inserted}))
     return editors
 
 

@@ -8,9 +8,7 @@ captures a new variant; a call that cannot be captured takes the Python path; an
 from __future__ import annotations
 
 import functools
-import threading
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -18,12 +16,13 @@ import torch
 from torch import nn
 
 from gatecc.capture.reads import Read
-from gatecc.capture.signature import Key, OpaqueArgumentError, flatten, map_tensors
+from gatecc.capture.signature import Key, OpaqueArgumentError, flatten
 from gatecc.errors import CallNotCapturedError, CaptureError
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.widen import Rows
 from gatecc.scope.family import Entry, Family, proves
 from gatecc.scope.python_path import PythonPath, run_python
+from gatecc.scope.traced import is_traced, outside
 from gatecc.scope.widened import narrowed
 
 STATE = "_gatecc"
@@ -144,7 +143,7 @@ def _first(
         return _python(module, state, args, kwargs, "")
     if key in state.refused:
         return _python(module, state, args, kwargs, state.refused[key])
-    if _is_traced(leaves):
+    if is_traced(leaves):
         return _traced(module, state, key, args, kwargs, leaves)
     try:
         entry = entry_for(module, state, key, args, kwargs, leaves)
@@ -218,58 +217,17 @@ def fresh(reads: tuple[Read, ...], module: nn.Module) -> bool:
     return True
 
 
-def _is_traced(leaves: list[torch.Tensor]) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode
-
-    return any(isinstance(x, FakeTensor) for x in leaves) or get_proxy_mode() is not None
-
-
 def _traced(
     module: nn.Module, state: Scope, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[torch.Tensor]
 ) -> Any:
-    """Inside someone's torch.export: capture on real tensors of the same sizes, in a thread that has no tracing modes."""
-    with _real_calls(args, kwargs) as (real_args, real_kwargs):
-        outcome: list[Any] = []
+    """Inside someone's torch.export: capture outside of it, and run the variant inside."""
 
-        def work() -> None:
-            try:
-                with torch.set_grad_enabled(key[1]):
-                    outcome.append(
-                        entry_for(module, state, key, real_args, real_kwargs, flatten(real_args, real_kwargs)[1])
-                    )
-            except CaptureError as e:
-                outcome.append(e)
+    def work(real_args: tuple[Any, ...], real_kwargs: dict[str, Any]) -> Entry:
+        real = flatten(real_args, real_kwargs)[1]
+        return entry_for(module, state, key, real_args, real_kwargs, real)
 
-        thread = threading.Thread(target=work)
-        thread.start()
-        thread.join()
-    if outcome and isinstance(outcome[0], Entry):
-        return outcome[0].variant(module, leaves)
-    return _python(module, state, args, kwargs, outcome[0].found if outcome else "the capture died")
-
-
-@contextmanager
-def _real_calls(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generator[tuple[Any, Any]]:
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
-
-    with disable_proxy_modes_tracing(), unset_fake_temporarily(), _export_globals():
-        yield cast("tuple[Any, Any]", map_tensors(_real, (args, kwargs)))
-
-
-@contextmanager
-def _export_globals() -> Generator[None]:
-    """torch.export keeps its running state in module globals, which an inner export would clear."""
-    from torch.export import _trace
-
-    kept = {name: value for name, value in vars(_trace).items() if name.startswith("_EXPORT_")}
     try:
-        yield
-    finally:
-        vars(_trace).update(kept)
-
-
-def _real(x: torch.Tensor) -> torch.Tensor:
-    sizes = [s if type(s) is int else cast("torch.SymInt", s).node.hint for s in x.shape]
-    return torch.zeros(sizes, dtype=x.dtype, device=x.device)
+        entry = outside(module, args, kwargs, work)
+    except CaptureError as e:
+        return _python(module, state, args, kwargs, e.found)
+    return entry.variant(module, leaves)

@@ -1,0 +1,112 @@
+"""generate with a KV cache after gated attention with random gates: the tokens of a reference that gates in Python."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+import gatecc
+
+
+def llama(attention: str) -> Any:
+    config = hf.LlamaConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    return hf.LlamaForCausalLM._from_config(config, attn_implementation=attention)
+
+
+def qwen(attention: str) -> Any:
+    config = hf.Qwen3Config(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    return hf.Qwen3ForCausalLM._from_config(config, attn_implementation=attention)
+
+
+def gpt2(attention: str) -> Any:
+    config = hf.GPT2Config(vocab_size=97, n_embd=64, n_layer=2, n_head=4, pad_token_id=0, eos_token_id=None)
+    return hf.GPT2LMHeadModel._from_config(config, attn_implementation=attention)
+
+
+class _Gated(TorchFunctionMode):
+    """Multiplies the result of each attention core by the gate of the module that runs it."""
+
+    def __init__(self, gate: nn.Module, hidden: torch.Tensor) -> None:
+        super().__init__()
+        self.gate = gate
+        self.hidden = hidden
+        self.weights: torch.Tensor | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is F.softmax:
+            self.weights = out
+        heads = func is F.scaled_dot_product_attention
+        heads = heads or (func is torch.matmul and self.weights is not None and args[0].shape == self.weights.shape)
+        if not heads:
+            return out
+        self.weights = None
+        z = F.linear(self.hidden, self.gate.get_parameter("weight"), self.gate.get_parameter("bias"))
+        return out * (2 * torch.sigmoid(z)).transpose(1, 2).unsqueeze(-1)
+
+
+def reference(model: Any, gated: Any, owners: list[str]) -> Any:
+    """The model with the gates of ``gated`` applied in Python around each owner's own forward."""
+    twin = copy.deepcopy(model)
+    for owner in owners:
+        module, gate = twin.get_submodule(owner), gated.get_submodule(f"{owner}.gate")
+        original = module.forward
+
+        def forward(*args: Any, _original: Any = original, _gate: Any = gate, **kwargs: Any) -> Any:
+            with _Gated(_gate, args[0] if args else kwargs["hidden_states"]):
+                return _original(*args, **kwargs)
+
+        module.forward = forward
+    return twin
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("build", [llama, gpt2, qwen], ids=lambda f: f.__name__)
+def test_generated_tokens(build: Any, attention: str) -> None:
+    torch.manual_seed(0)
+    model = build(attention).eval()
+    ids = torch.randint(5, 96, (2, 12))
+    gated: Any = gatecc.transform(model, "gated-attention", (ids,))
+    for name, p in gated.named_parameters():
+        if ".gate." in name:
+            nn.init.normal_(p, std=2.0)
+    owners = [s.owner for s in gatecc.last_report(gated).sites if s.kind == "attention"]
+    expected = reference(model, gated, owners)
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    tokens = gated.generate(ids, **options)
+    assert torch.equal(tokens, expected.generate(ids, **options))
+    assert torch.equal(tokens, gated.generate(ids, use_cache=False, **options)), "graphs and the Python path agree"
+    assert not torch.equal(tokens, model.generate(ids, **options)), "the gates act"
+    padded = torch.ones_like(ids)
+    padded[1, :4] = 0
+    assert torch.equal(
+        gated.generate(ids, attention_mask=padded, **options), expected.generate(ids, attention_mask=padded, **options)
+    )
+    beams = {**options, "num_beams": 2}
+    assert torch.equal(gated.generate(ids, **beams), expected.generate(ids, **beams))

@@ -1,0 +1,244 @@
+"""transform as a user calls it: forms of input, bad input, scopes, and the model that it must not touch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gatecc
+from gatecc import MLP, Attention, Gate, GateSpec, Linear, Residual
+from gatecc.errors import (
+    ArgumentError,
+    EmptySelectionError,
+    ExampleInputsError,
+    GateccError,
+    UnknownRecipeError,
+    UnsupportedModelError,
+)
+from gatecc.scope.scope import scopes
+
+
+class Attend(nn.Module):
+    def __init__(self, width: int = 16, heads: int = 2) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(width, width)
+        self.v = nn.Linear(width, width)
+        self.o = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.o(o.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.attention = Attend(width)
+        self.up = nn.Linear(width, 32)
+        self.down = nn.Linear(32, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attention(self.norm(x), mask)
+        return x + self.down(F.gelu(self.up(x)))
+
+
+class Model(nn.Module):
+    def __init__(self, depth: int = 2) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block() for _ in range(depth)])
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.head(x)
+
+
+RECIPE = "gated-attention"
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return Model().eval()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, 6, 16)
+
+
+@pytest.mark.parametrize(
+    "form", [lambda x: (x,), lambda x: {"x": x}, lambda x: ((x,), {}), lambda x: ((), {"x": x}), lambda x: (x, None)]
+)
+def test_forms_of_example_inputs(model: nn.Module, x: Tensor, form: Callable[[Tensor], Any]) -> None:
+    gated = gatecc.transform(model, RECIPE, form(x))
+    assert torch.allclose(gated(x), model(x), atol=1e-6)
+    assert [s.owner for s in gatecc.inspect(model, form(x)).sites if s.kind == "attention"] == [
+        "blocks.0.attention",
+        "blocks.1.attention",
+    ]
+
+
+def test_the_model_is_untouched(model: nn.Module, x: Tensor) -> None:
+    names, before = set(model.state_dict()), model(x)
+    gatecc.transform(model, RECIPE, (x,))
+    assert set(model.state_dict()) == names
+    assert torch.equal(model(x), before)
+    assert not list(scopes(model))
+
+
+def test_inplace_keeps_parameter_objects(model: nn.Module, x: Tensor) -> None:
+    kept = dict(model.named_parameters())
+    result = gatecc.transform(model, RECIPE, (x,), inplace=True)
+    assert result is model
+    assert all(dict(model.named_parameters())[n] is p for n, p in kept.items())
+
+
+@pytest.mark.parametrize("scope", ["auto", "model"])
+def test_scopes(model: nn.Module, x: Tensor, scope: Any) -> None:
+    gated = gatecc.transform(model, RECIPE, (x,), scope=scope)
+    assert {name for name, _, _ in scopes(gated)} == (
+        {""} if scope == "model" else {"blocks.0.attention", "blocks.1.attention"}
+    )
+    assert {n for n in gated.state_dict() if "gate" in n} == {
+        f"blocks.{i}.attention.gate.{p}" for i in (0, 1) for p in ("weight", "bias")
+    }
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()
+    assert torch.allclose(gated(x, mask), model(x, mask), atol=1e-6)
+    assert torch.allclose(gated(torch.randn(3, 9, 16)[:, :6]).mean(), gated(x).mean(), atol=10)
+
+
+def test_selection_and_several_rewrites(model: nn.Module, x: Tensor) -> None:
+    spec = GateSpec("self", "linear", "token", "sigmoid")
+    rewrites = [
+        Gate(Attention[0].heads, GateSpec("hidden", granularity="head")),
+        Gate(Residual["blocks.1"].branch, spec),
+    ]
+    gated = gatecc.transform(model, rewrites, (x,))
+    report = gatecc.last_report(gated)
+    assert [(r.site, r.scope) for r in report.rewrites] == [
+        ("blocks.0.attention#0", "blocks.0.attention"),
+        ("blocks.1#0", "blocks.1"),
+        ("blocks.1#1", "blocks.1"),
+    ] or {r.scope for r in report.rewrites} == {"blocks.0.attention", "blocks.1"}
+    assert torch.allclose(gated(x), model(x), atol=1e-6)
+
+
+def test_tied_weights_stay_tied(x: Tensor) -> None:
+    model = Model().eval()
+    first: Any = model.blocks[0]
+    second: Any = model.blocks[1]
+    second.up.weight = first.up.weight
+    gated: Any = gatecc.transform(model, [Gate(Linear["blocks.0.up"].out, GateSpec("in", granularity="token"))], (x,))
+    assert gated.blocks[0].up.weight is gated.blocks[1].up.weight
+    assert torch.allclose(gated(x), model(x), atol=1e-6)
+
+
+def test_folding_into_a_tied_weight_is_refused(x: Tensor) -> None:
+    model = Model().eval()
+    first: Any = model.blocks[0]
+    second: Any = model.blocks[1]
+    second.attention.o.weight = first.attention.o.weight
+    fold = gatecc.recipe(RECIPE, init="identity(how=fold)")
+    before = first.attention.o.weight.clone()
+    with pytest.raises(GateccError, match=r"attention\.o\.weight"):
+        gatecc.transform(model, fold, (x,), inplace=True)
+    assert torch.equal(first.attention.o.weight, before)
+
+
+# --- bad input: one clear error each, the model unchanged -----------------------------------------------------------------
+
+
+class Quantised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Model()
+        self.register_buffer("packed", torch.quantize_per_tensor(torch.randn(3), 0.1, 0, torch.qint8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+BAD: dict[str, tuple[Callable[[Tensor], Any], type[GateccError], str]] = {
+    "unknown recipe": (lambda x: (Model(), "gated-atention", (x,)), UnknownRecipeError, "gated-attention"),
+    "empty selection": (
+        lambda x: (Model(), [Gate(MLP["encoder.*"].out, GateSpec("self"))], (x,)),
+        EmptySelectionError,
+        "encoder",
+    ),
+    "wrong rank": (lambda x: (Model(), RECIPE, (x[0, 0],)), ExampleInputsError, "does not run"),
+    "wrong width": (lambda x: (Model(), RECIPE, (x[..., :7],)), ExampleInputsError, "does not run"),
+    "unknown keyword": (lambda x: (Model(), RECIPE, {"y": x}), ExampleInputsError, "y"),
+    "a bare tensor": (lambda x: (Model(), RECIPE, x), ExampleInputsError, "tuple"),
+    "no recipe": (lambda x: (Model(), [], (x,)), ArgumentError, "recipe"),
+    "a number for a recipe": (lambda x: (Model(), 3, (x,)), ArgumentError, "recipe"),
+    "meta device": (lambda x: (Model().to("meta"), RECIPE, (x,)), UnsupportedModelError, "meta"),
+    "scripted": (
+        lambda x: (torch.jit.trace(Model().eval(), (x,), check_trace=False), RECIPE, (x,)),
+        UnsupportedModelError,
+        "script",
+    ),
+    "quantised": (lambda x: (Quantised(), RECIPE, (x,)), UnsupportedModelError, "packed"),
+    "no model": (lambda x: (len, RECIPE, (x,)), UnsupportedModelError, "nn.Module"),
+}
+
+
+@pytest.mark.parametrize("case", sorted(BAD))
+@pytest.mark.filterwarnings("ignore")
+def test_bad_input_gets_one_clear_error(case: str, x: Tensor) -> None:
+    make, kind, word = BAD[case]
+    model, recipe, inputs = make(x)
+    state = {k: v.clone() for k, v in model.state_dict().items()} if isinstance(model, nn.Module) else {}
+    with pytest.raises(kind) as caught:
+        gatecc.transform(model, recipe, inputs, inplace=True)
+    error = caught.value
+    assert word in str(error)
+    assert str(error).startswith(error.code)
+    assert error.do or error.expected
+    if isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule):
+        assert set(model.state_dict()) == set(state)
+        assert not list(scopes(model))
+
+
+def test_a_call_with_another_signature(model: nn.Module, x: Tensor) -> None:
+    gated = gatecc.transform(model, RECIPE, (x,))
+    with pytest.raises(TypeError, match="unexpected|nonsense"):
+        gated(x, nonsense=3)
+    with pytest.raises(TypeError):
+        gated()
+    assert torch.allclose(gated(x, mask=None), model(x), atol=1e-6)
+
+
+def test_unknown_scope_and_option(model: nn.Module, x: Tensor) -> None:
+    wrong: Any = "layer"
+    with pytest.raises(ArgumentError, match="scope"):
+        gatecc.transform(model, RECIPE, (x,), scope=wrong)
+    with pytest.raises(ArgumentError, match="granularity"):
+        gatecc.recipe(RECIPE, granulrity="head")
+
+
+def test_data_dependent_model_climbs_down_the_ladder(x: Tensor) -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Model()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) if x.sum() > -1e9 else x
+
+    model = Branching().eval()
+    report = gatecc.inspect(model, (x,))
+    assert [(r.fqn, r.rung) for r in report.rungs] == [("", "python"), ("inner", "submodule")]
+    assert all(r.reason for r in report.rungs)
+    gated = gatecc.transform(model, RECIPE, (x,))
+    assert torch.allclose(gated(x), model(x), atol=1e-6)
+    assert {n for n, _, _ in scopes(gated)} == {"inner.blocks.0.attention", "inner.blocks.1.attention"}
