@@ -196,7 +196,7 @@ def _plans(model: nn.Module, recipe: Recipe, analysis: Analysis, scope: str, cal
         chosen: dict[str, list[Site]] = {}
         for site in select(rewrite.site, analysis.sites, analysis.refusals):
             program = analysis.program_of(site)
-            whole = scope == "model" or rewrite.whole_model
+            whole = scope == "model" or rewrite.whole_model(site)
             fqn = program.fqn if whole else _scope_of(rewrite, site, model, called, program)
             chosen.setdefault(fqn, []).append(site)
         for fqn, sites in chosen.items():

@@ -234,7 +234,7 @@ class Editor:
         copy.meta[META] = Origin(self.site.owner, place.call, self.site.line, inserted_by=self.rewrite)
         if "nn_module_stack" in self.site_node.meta:
             copy.meta["nn_module_stack"] = self.site_node.meta["nn_module_stack"]
-        if name:
+        if name and copy.op == "call_function":
             copy._rename(name)
         self.inserted.add(copy)
 

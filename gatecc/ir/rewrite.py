@@ -52,8 +52,7 @@ class Rewrite(ABC):
         value = site.values.get(self.site.stage)
         return [] if value is None else [value.node]
 
-    @property
-    def whole_model(self) -> bool:
+    def whole_model(self, site: Site) -> bool:
         """Whether the edit must see the whole model as one graph: it reads an input of the model, or a distant value."""
         return False
 

@@ -32,6 +32,10 @@ class Body(Option, slot="body"):
         """Insert the sub-graph; its result broadcasts against ``value``."""
         raise NotImplementedError
 
+    def whole_model(self, site: Site) -> bool:
+        """See Rewrite.whole_model."""
+        return False
+
 
 @dataclass(frozen=True)
 class PrefixSum(Body, tag="prefix_sum"):
@@ -49,6 +53,11 @@ class PrefixSum(Body, tag="prefix_sum"):
         have = v.axes.replace("m", "n")
         arguments = (have, value.axes, site.heads, site.kv_heads)
         return total if have == value.axes and site.heads == site.kv_heads else edit.call(arranged, total, *arguments)
+
+
+    def whole_model(self, site: Site) -> bool:
+        """A mask that the attention is given as a tensor is proved where it is made."""
+        return isinstance(site, Attention) and site.mask_node is not None
 
 
 def visible(mask: Mask, site: Site) -> tuple[bool, int | None]:
@@ -109,9 +118,8 @@ class Branch(Rewrite):
     def contract(self) -> Contract:
         return identity_at_init() if starts_at_zero(self.gate) else changes_function()
 
-    @property
-    def whole_model(self) -> bool:
-        return reads_afar(self.gate)
+    def whole_model(self, site: Site) -> bool:
+        return reads_afar(self.gate) or self.body.whole_model(site)
 
     def footprint(self, site: Site) -> Iterable[fx.Node]:
         names = [self.site.stage, *self.body.reads, *(r.stage for r in self.gate.sources if r.stage)]

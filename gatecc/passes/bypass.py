@@ -38,8 +38,7 @@ class Bypass(Rewrite):
     def contract(self) -> Contract:
         return self.gate.contract()
 
-    @property
-    def whole_model(self) -> bool:
+    def whole_model(self, site: Site) -> bool:
         return reads_afar(self.gate)
 
     def footprint(self, site: Site) -> Iterable[fx.Node]:

@@ -53,8 +53,7 @@ class Fuse(Rewrite):
         half = plain and isinstance(self.gate.init, Zero) and not self.gate.estimator.binary
         return identity_at_init() if half and self.scale == 2 else changes_function()
 
-    @property
-    def whole_model(self) -> bool:
+    def whole_model(self, site: Site) -> bool:
         return reads_afar(self.gate)
 
     def footprint(self, site: Site) -> Iterable[fx.Node]:

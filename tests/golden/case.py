@@ -1,0 +1,138 @@
+"""A golden case: a title, a graph, a pipeline, the graph that comes out, the weights that change, and the contract.
+
+The text before is read, the pipeline runs, and everything behind it is computed and compared: a case is a test and an
+example at once. ``python -m tests.golden`` writes the computed parts of all cases anew; read the difference.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+
+from gatecc.ir.edit import NewModule, ScaleWeight, WeightStep
+from gatecc.ir.match import find_sites
+from gatecc.ir.printer import graph_text
+from gatecc.ir.program import Program
+from gatecc.ir.rewrite import REWRITES, Rewrite
+from gatecc.ir.select import Selector, select
+from gatecc.passes import branch, bypass, fuse, gate  # noqa: F401  (they register their rewrites)
+from gatecc.passes.canonicalize import canonicalize
+from gatecc.scope.build import Sites, apply, install_weights
+from gatecc.scope.family import difference
+from gatecc.scope.variant import Variant
+from tests.golden.reader import Reader
+
+FOLDER = Path(__file__).parent
+HEADINGS = ("pipeline", "before", "after", "weights", "contract")
+
+
+@dataclass
+class Case:
+    """``intro`` is the title and, after a blank line, what the case shows."""
+
+    intro: str
+    pipeline: list[str]
+    before: str
+    after: str = ""
+    weights: str = ""
+    contract: str = ""
+
+    @classmethod
+    def read(cls, text: str) -> Case:
+        """Parse the text of a case."""
+        parts: dict[str, list[str]] = {"intro": []}
+        at = "intro"
+        for line in text.splitlines():
+            if line in HEADINGS:
+                parts[at := line] = []
+                continue
+            parts[at].append(line)
+        found = {name: textwrap.dedent("\n".join(rows)).strip("\n") for name, rows in parts.items()}
+        return cls(**{**found, "pipeline": found["pipeline"].splitlines()})  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        rows = [self.intro]
+        bodies = ("\n".join(self.pipeline), self.before, self.after, self.weights, self.contract)
+        for name, body in zip(HEADINGS, bodies, strict=True):
+            rows += ["", name, textwrap.indent(body, "    ")] if body else []
+        return "\n".join(rows) + "\n"
+
+    def run(self) -> Case:
+        """The case with its computed parts as they come out now."""
+        reader = Reader(self.before)
+        program = reader.program
+        before = graph_text(program, sizes=reader.sizes)
+        expected = Variant(program, ())(program.module, program.example)
+        steps: list[WeightStep] = []
+        contracts = ["exact"]
+        work: Sites | None = None
+        own: set[str] = set()
+        taken: set[str] = set()
+        for line in self.pipeline:
+            if line == "canonicalize":
+                canonicalize(program)
+                continue
+            rewrite = rewrite_from_text(line)
+            sites = find_sites(program).sites if work is None else work.now()
+            work = Sites(sites) if work is None else work
+            edits = apply(rewrite, program, select(rewrite.site, sites), own, taken, work)
+            steps += [step for edit in edits for step in edit.weights]
+            contracts.append(str(rewrite.contract()))
+        program.graph.eliminate_dead_code()
+        after = graph_text(program, sizes=reader.sizes)
+        install_weights(program.module, steps)
+        got = Variant(program, ())(program.module, program.example)
+        weights = "\n".join(_step_text(step, program) for step in steps)
+        return Case(self.intro, self.pipeline, before, after, weights, _contract(contracts, expected, got))
+
+
+def rewrite_from_text(line: str) -> Rewrite:
+    """``gate(site="mlp[...].out", gate="self, linear, token, sigmoid")``"""
+    name = line.partition("(")[0]
+    cls = REWRITES[name]
+    options: dict[str, Any] = eval(line, {"__builtins__": {}, name: dict})
+    hints = get_type_hints(cls)
+    known = {f.name for f in fields(cls)}
+    return cls(**{key: _option(hints[key], value) for key, value in options.items() if key in known})
+
+
+def _option(hint: Any, value: Any) -> Any:
+    if hint is Selector:
+        return Selector.parse(value)
+    return hint.coerce(value) if hasattr(hint, "coerce") else value
+
+
+def _step_text(step: WeightStep, program: Program) -> str:
+    if isinstance(step, NewModule):
+        made = program.module.get_submodule(step.path).named_parameters()
+        shapes = [f"{name} {' '.join(map(str, p.shape))}" for name, p in made]
+        return f"new {step.path}: {', '.join(shapes) or 'no parameters'}"
+    if isinstance(step, ScaleWeight):
+        return f"scale {step.path} by {step.factor:g}"
+    rows = step.rows
+    return f"widen {step.path}: {rows.groups} times [{rows.old} rows | {rows.new} rows of the gate]"
+
+
+def _contract(contracts: list[str], expected: tuple[Any, ...], got: tuple[Any, ...]) -> str:
+    declared = contracts[-1]
+    error = max(difference(a, b) for a, b in zip(expected, got, strict=True))
+    tolerance = {"exact": 1e-6}.get(declared) or float(declared.rpartition("(")[2].rstrip(")") if "(" in declared else "inf")
+    if declared == "changes_function":
+        return "changes_function" if error > 1e-3 else "changes_function: and it does not"
+    return f"{declared}: {'held' if error <= tolerance else f'broken, {error:.2g}'}{', bitwise' if error == 0 else ''}"
+
+
+def cases() -> list[Path]:
+    """The files of all cases."""
+    return sorted(FOLDER.glob("*/*.txt"))
+
+
+def rerun(path: Path) -> tuple[str, str]:
+    """A case as it stands, and as it comes out."""
+    text = path.read_text()
+    torch.manual_seed(0)
+    return text, str(Case.read(text).run())
