@@ -1,7 +1,7 @@
 """The causes of refusals: why a place that looks like a site is not taken. One entry a cause, with a stable code.
 
-GCC100-129 attention, GCC130-199 the other kinds. The entry is the manual page (docs/refusals.md is generated from it); the
-refusal adds what was found at the place. A code is never given to another cause.
+GCC100-129 attention, GCC130-199 the other kinds. The entry is the manual page (docs/refusals.md is generated from it),
+the refusal adds what was found at the place. A code is never given to another cause.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _ATTENTION: tuple[Cause, ...] = (
         "GCC105",
         "attention inside an opaque operator",
         "An operator such as flex_attention hides the scores, the mask or the values from the graph.",
-        "choose another attention implementation (attn_implementation=\"sdpa\" or \"eager\")",
+        'choose another attention implementation (attn_implementation="sdpa" or "eager")',
     ),
     Cause(
         "GCC106",
@@ -79,7 +79,7 @@ _OTHERS: tuple[Cause, ...] = (
     Cause(
         "GCC131",
         "a stack of weights",
-        "A product with a parameter of three or more axes, usually one matrix per expert or head; Linear means one matrix.",
+        "A product with a parameter of three or more axes, usually a matrix per expert or head; Linear means one matrix.",
         "select the MLP or Attention site that holds it",
     ),
     Cause(

@@ -52,7 +52,7 @@ class Sites:
 def find_sites(program: Program) -> Sites:
     """All sites of a program that gatecc.passes.canonicalize has brought into form."""
     facts = Facts(program)
-    cores, refused = match_attention(program)
+    cores, refused = match_attention(program, facts.flow)
     found = [*cores, *refused, *(item for matcher in _MATCHERS for item in matcher(facts))]
     sites: list[Site] = [item for item in found if isinstance(item, Site)]
     sites.sort(key=lambda site: max(facts.order[value.node] for value in site.values.values()))

@@ -11,5 +11,7 @@ from gatecc.ir.site import Activation
 def match_activation(facts: Facts) -> Iterator[Activation]:
     """One site a nonlinearity of the stream, in execution order; those of constants are none."""
     for found in facts.nonlinearities.values():
+        if found.out not in facts.data:
+            continue
         values = {"in": facts.value(found.inp), "out": facts.value(found.out)}
         yield Activation(**facts.place("activation", found.out), values=values, function=found.function)

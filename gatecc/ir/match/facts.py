@@ -59,7 +59,7 @@ class Facts:
         self._places: Counter[tuple[str, str, int]] = Counter()
         for node in program.calls():
             self._visit(node)
-        self.nonlinearities: dict[fx.Node, Nonlinearity] = nonlinearities(list(program.calls()), self.data)
+        self.nonlinearities: dict[fx.Node, Nonlinearity] = nonlinearities(list(program.calls()))
         self.residuals = residual_joins(self)
 
     def place(self, kind: str, node: fx.Node, owner: str | None = None) -> Place:

@@ -55,7 +55,7 @@ def _join(facts: Facts, reach: _Reach, add: fx.Node, one: fx.Node, other: fx.Nod
         return other, one
     for skip, branch in ((one, other), (other, one)):
         fork = _shortcut(facts, skip)
-        if fork is not None and reach.bent(fork, branch) and _within(facts, fork, branch, origin(add).owner):
+        if fork is not None and reach.deep(fork, branch) and _within(facts, fork, branch, origin(add).owner):
             return skip, branch
     return None
 
@@ -64,25 +64,30 @@ class _Reach:
     """Which forks a node is computed from: bit sets over the nodes with several users, in one sweep.
 
     A bit is set in ``_worked`` if something with weights (or a token mixer) lies between, in ``_bent`` if a
-    nonlinearity does. Python integers as bit sets: a thousand forks cost 125 bytes a node.
+    nonlinearity does, in ``_deep`` if something with weights comes after a nonlinearity. Python integers as bit sets:
+    a thousand forks cost 125 bytes a node.
     """
 
     def __init__(self, facts: Facts, adds: list[fx.Node]) -> None:
         self._bit: dict[fx.Node, int] = {}
         self._worked: dict[fx.Node, int] = {}
         self._bent: dict[fx.Node, int] = {}
+        self._deep: dict[fx.Node, int] = {}
         above: dict[fx.Node, int] = {}
         last = max((facts.order[add] for add in adds), default=-1)
         for node in facts.program.graph.nodes:
             if facts.order[node] > last:
                 break
             sources = [n for n in facts.inputs[node] if n in facts.data]
-            reached = worked = bent = 0
+            reached = worked = bent = deep = 0
             for source in sources:
                 reached |= above[source]
                 worked |= self._worked[source]
                 bent |= self._bent[source]
-            self._worked[node] = reached if _works(facts, node) else worked
+                deep |= self._deep[source]
+            works = _works(facts, node)
+            self._worked[node] = reached if works else worked
+            self._deep[node] = bent if works else deep
             self._bent[node] = reached if node in facts.nonlinearities or "attention" in opname(node) else bent
             if node in facts.data and len(node.users) > 1:
                 self._bit[node] = 1 << len(self._bit)
@@ -93,9 +98,9 @@ class _Reach:
         """Whether ``node`` is computed from ``fork`` through something with weights."""
         return bool(self._bit.get(fork, 0) & self._worked[node])
 
-    def bent(self, fork: fx.Node, node: fx.Node) -> bool:
-        """Whether ``node`` is computed from ``fork`` through a nonlinearity."""
-        return bool(self._bit.get(fork, 0) & self._bent[node])
+    def deep(self, fork: fx.Node, node: fx.Node) -> bool:
+        """Whether ``node`` is computed from ``fork`` through a nonlinearity and then something with weights."""
+        return bool(self._bit.get(fork, 0) & self._deep[node])
 
 
 def _works(facts: Facts, node: fx.Node) -> bool:

@@ -39,7 +39,8 @@ def _merge(facts: Facts, node: fx.Node, form: Literal["add", "cat"], scores: set
         return None
     plain = [part for part in parts if part not in facts.source and not _is_input(part)]
     if node in scores:
-        return refuse("GCC151", "merge", node) if not plain and _distinct(facts, parts) else None  # else bias or mask
+        sums = all(part in facts.source for part in parts) and _distinct(facts, parts)
+        return refuse("GCC151", "merge", node) if sums else None  # else a bias or a mask is added
     if plain:
         code = "GCC152" if any(part in facts.data for part in plain) else "GCC150"
         return refuse(code, "merge", node, ", ".join(part.name for part in plain))

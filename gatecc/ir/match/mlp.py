@@ -16,7 +16,7 @@ from gatecc.ir.match.facts import Facts
 from gatecc.ir.match.projection import Projection
 from gatecc.ir.match.shapes import same_shape
 from gatecc.ir.ops import CASTS, CONTRACTIONS, DROPOUTS, SOFTMAXES, VIEWS, opname
-from gatecc.ir.program import shape
+from gatecc.ir.program import fake, shape
 from gatecc.ir.refusals import refuse
 from gatecc.ir.site import MLP, Refusal, Weight
 
@@ -75,18 +75,22 @@ class _Feeds:
         if bent is not None:
             feed = self._feed.get(bent.inp)
             return None if feed is None else frozenset((p, act or bent.function) for p, act in feed)
-        sources = [n for n in self._facts.inputs[node] if n in self._feed]
-        if not sources:
+        sources = [n for n in self._facts.inputs[node] if n in self._feed or self._is_stream(n)]
+        if not any(n in self._feed for n in sources):
             return None
         if opname(node) in _MIXERS and node not in self._facts.projections:
             return _OPAQUE
-        feeds = {self._feed[n] for n in _widest(sources)}
+        feeds = {self._feed.get(n, _OPAQUE) for n in _widest(sources)}
         if len(feeds) == 1:
             return next(iter(feeds))
         same_projections = len({frozenset(p for p, _ in feed) for feed in feeds}) == 1
         if (opname(node) != "mul" and not same_projections) or _OPAQUE in feeds:
             return _OPAQUE
         return frozenset().union(*feeds)
+
+    def _is_stream(self, node: fx.Node) -> bool:
+        held = fake(node)
+        return node in self._facts.data and held is not None and held.dtype.is_floating_point
 
 
 def _widest(sources: list[fx.Node]) -> list[fx.Node]:

@@ -46,17 +46,19 @@ class Nonlinearity:
     inner: frozenset[fx.Node]
 
 
-def nonlinearities(nodes: list[fx.Node], data: set[fx.Node]) -> dict[fx.Node, Nonlinearity]:
+def nonlinearities(nodes: list[fx.Node]) -> dict[fx.Node, Nonlinearity]:
     """All nonlinearities among ``nodes``, by the node that yields them, in order."""
     found: dict[fx.Node, Nonlinearity] = {}
     inside: set[fx.Node] = set()
     known: dict[tuple[Any, ...], str | None] = {}
     for node in nodes:
         name = opname(node)
-        if node in inside or node not in data or name not in _CANDIDATES:
+        if node in inside or name not in _CANDIDATES:
             continue
         written = _written(node, known) if name in _ANCHORS else None
         if written is not None:
+            for part in written.inner:  # Mish holds a softplus, which came first
+                found.pop(part, None)
             found[written.out] = written
             inside |= written.inner
         elif name in FUNCTIONS and isinstance(node.args[0], fx.Node):
