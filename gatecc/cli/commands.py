@@ -217,7 +217,8 @@ def _public(info: Any) -> dict[str, Any]:
 
 def _describe(info: Any) -> None:
     out = _stdout()
-    out.print(Text(info.name, style="bold"), Text(info.citation, style="dim"), Text(), Text(info.doc), sep="\n")
+    doc = "\n\n".join(" ".join(paragraph.split()) for paragraph in info.doc.split("\n\n"))  # wrapped to the terminal
+    out.print(Text(info.name, style="bold"), Text(info.citation, style="dim"), Text(), Text(doc), sep="\n")
     if info.options:
         out.print(_table(("option", "default"), [(k, repr(v)) for k, v in info.options.items()]))
 
