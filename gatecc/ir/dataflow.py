@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from torch import fx
@@ -65,6 +65,6 @@ def _aliased(node: fx.Node) -> fx.Node | None:
     return first if isinstance(first, fx.Node) else None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _returns_alias(target: Any) -> bool:
     return any(r.alias_info is not None for r in target._schema.returns)

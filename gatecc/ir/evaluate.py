@@ -1,20 +1,20 @@
 """Evaluator: compute one node of a program at sizes of one's choice, without running the model.
 
-Only the node's ancestors run. Sizes come from the symbolic shapes, so that nothing is walked through for its size alone.
-Products of data (the content of the model) are replaced with zeros, and an evaluation in which something other than
-finite arithmetic is done to them is refused: the result then holds for any content.
+Only the node's ancestors run, and sizes come from the symbolic shapes, so that no node runs for its size alone. Products
+of data (the content of the model) are replaced with zeros, and an evaluation in which something other than finite
+arithmetic is done to them is refused: the result then holds for any content.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.node import map_aggregate
 from torch._ops import OpOverload
+from torch.fx.node import map_aggregate
 
 from gatecc.ir.dataflow import Flow
 from gatecc.ir.ops import CONTRACTIONS, DROPOUTS, FINITE, SHAPE_ONLY, argument, opname
@@ -43,6 +43,7 @@ class Evaluator:
     def __init__(self, flow: Flow) -> None:
         self.flow = flow
         self.program = flow.program
+        self._tables: list[torch.Tensor] = []
 
     def slice(
         self, target: fx.Node, zero: frozenset[fx.Node] = frozenset(), given: frozenset[fx.Node] = frozenset()
@@ -68,7 +69,7 @@ class Evaluator:
                 continue
             if node in zero or (opname(node) in CONTRACTIONS and node in self.flow.data):
                 content.add(node)
-                stack.extend(_addend(node))
+                stack.extend(addends(node))
             elif not _is_size(node):
                 stack.extend(_needed_inputs(node))
         nodes = sorted(needed, key=self.flow.order.__getitem__)
@@ -91,6 +92,34 @@ class Evaluator:
                 raise UnprovableError(f"it depends on activations: {node.name} reads {touched[0].name}")
             if touched:
                 tainted.add(node)
+
+    def signature(self, part: Slice) -> Hashable:
+        """Equal for slices that compute the same: layers build their masks again and again."""
+        number: dict[fx.Node, int] = {}
+        rows: list[Hashable] = []
+        for node in part.nodes:
+            number[node] = len(rows)
+            held = node.meta.get("val")
+            if _is_size(node):
+                rows.append(str(held))
+            elif node in part.content and isinstance(held, torch.Tensor):
+                rows.append(("content", str(held.shape), held.dtype, tuple(number[a] for a in addends(node))))
+            elif node.op == "get_attr":
+                rows.append(self._table(node))
+            else:
+                rows.append((node.op, node.target, _frozen((node.args, node.kwargs), number)))
+        return tuple(rows)
+
+    def _table(self, node: fx.Node) -> Hashable:
+        """A number for a parameter or buffer, the same for equal ones."""
+        held = self._attribute(node)
+        if not isinstance(held, torch.Tensor):
+            return str(node.target)
+        for i, table in enumerate(self._tables):
+            if table.dtype == held.dtype and torch.equal(table, held):
+                return "table", i
+        self._tables.append(held)
+        return "table", len(self._tables) - 1
 
     def run(
         self,
@@ -131,12 +160,13 @@ class Evaluator:
 
         def read(item: Any) -> Any:
             if isinstance(item, fx.Node):
-                return env[item] if item in env else value(item.meta["val"], sizes)
+                return env[item] if item in env or not _is_size(item) else value(item.meta["val"], sizes)
             return constants.get(item, item) if type(item) is int else item
 
         args = map_aggregate(node.args, read)
         kwargs = map_aggregate(node.kwargs, read)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
 
     def _attribute(self, node: fx.Node) -> Any:
         name = str(node.target)
@@ -148,9 +178,20 @@ class Evaluator:
 
     def _zeros(self, node: fx.Node, env: dict[fx.Node, Any], sizes: Sizes) -> torch.Tensor:
         zeros = _blank(node, sizes).zero_()
-        for addend in _addend(node):
+        for addend in addends(node):
             zeros = zeros + env[addend] * node.kwargs.get("beta", 1)
         return zeros
+
+
+def _frozen(value: Any, number: Mapping[fx.Node, int]) -> Hashable:
+    """Arguments as something that can be hashed; nodes by number."""
+    if isinstance(value, fx.Node):
+        return ("node", number.get(value, str(value.meta.get("val"))))
+    if isinstance(value, list | tuple):
+        return tuple(_frozen(v, number) for v in value)
+    if isinstance(value, dict):
+        return tuple((k, _frozen(v, number)) for k, v in value.items())
+    return value if isinstance(value, Hashable) else repr(value)
 
 
 def _blank(node: fx.Node, sizes: Sizes) -> torch.Tensor:
@@ -158,13 +199,16 @@ def _blank(node: fx.Node, sizes: Sizes) -> torch.Tensor:
     return torch.empty([value(s, sizes) for s in held.shape], dtype=held.dtype, device=held.device)
 
 
+def addends(node: fx.Node) -> list[fx.Node]:
+    """What a product of data adds to the product."""
+    first = node.args[0] if opname(node) in ("baddbmm", "addmm") else None
+    return [first] if isinstance(first, fx.Node) else []
+
+
 def _is_size(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool | int | float)
 
 
-def _addend(node: fx.Node) -> list[fx.Node]:
-    first = node.args[0] if opname(node) in ("baddbmm", "addmm") else None
-    return [first] if isinstance(first, fx.Node) else []
 
 
 def _needed_inputs(node: fx.Node) -> list[fx.Node]:

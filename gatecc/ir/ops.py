@@ -10,9 +10,9 @@ from torch._ops import OpOverload
 
 # Elements stay as they are; only their places change (or some are dropped or repeated).
 VIEWS = frozenset(
-    "view reshape _unsafe_view view_as reshape_as permute transpose t numpy_T mT adjoint swapaxes swapdims movedim moveaxis "
-    "unsqueeze squeeze expand expand_as contiguous clone alias detach detach_ lift_fresh_copy lift_fresh flatten unflatten "
-    "slice select narrow split split_with_sizes chunk unbind tensor_split getitem repeat repeat_interleave tile "
+    "view reshape _unsafe_view view_as reshape_as permute transpose t numpy_T mT adjoint swapaxes swapdims movedim "
+    "moveaxis unsqueeze squeeze expand expand_as contiguous clone alias detach lift_fresh_copy lift_fresh flatten "
+    "unflatten slice select narrow split split_with_sizes chunk unbind tensor_split getitem repeat repeat_interleave tile "
     "broadcast_to unfold index_select index gather roll flip".split()
 )
 RESHAPES = frozenset("view reshape _unsafe_view view_as reshape_as flatten unflatten".split())
@@ -30,16 +30,16 @@ CONTRACTIONS = frozenset(
 SOFTMAXES = frozenset("softmax _softmax _safe_softmax special_softmax".split())
 
 # Finite in, finite out, and no decision is taken on the elements: safe for values that are not known.
-FINITE = VIEWS | CASTS | DROPOUTS | CONTRACTIONS
-FINITE |= frozenset(
-    "add sub rsub mul neg tanh clamp clamp_min clamp_max clip maximum minimum max amax sigmoid cat stack pad constant_pad_nd "
-    "relu gelu silu tril triu nan_to_num sum mean copy slice_scatter select_scatter index_put".split()
+_ARITHMETIC = frozenset(
+    "add sub rsub mul neg tanh clamp clamp_min clamp_max clip maximum minimum max amax sigmoid cat stack pad "
+    "constant_pad_nd relu gelu silu tril triu nan_to_num sum mean copy slice_scatter select_scatter index_put".split()
 )
+FINITE = VIEWS | CASTS | DROPOUTS | CONTRACTIONS | _ARITHMETIC
 
 # Only the shape, dtype and device of the first argument matter.
 SHAPE_ONLY = frozenset(
-    "sym_size sym_numel sym_stride sym_storage_offset new_ones new_zeros new_full new_empty zeros_like ones_like full_like "
-    "empty_like size".split()
+    "sym_size sym_numel sym_stride sym_storage_offset new_ones new_zeros new_full new_empty zeros_like ones_like "
+    "full_like empty_like size".split()
 )
 
 
@@ -60,6 +60,11 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
     if position < len(node.args):
         return node.args[position]
     return node.kwargs.get(name, default)
+
+
+def operands(node: fx.Node) -> list[Any]:
+    """The positional arguments."""
+    return list(node.args)
 
 
 def mutates(node: fx.Node) -> bool:

@@ -20,14 +20,14 @@ class UnknownSizeError(Exception):
     """A size depends on the data, not on the inputs' sizes alone."""
 
 
-def expression(size: Any) -> sympy.Expr:
+def expression(size: Any) -> Any:
     """The size as a sympy expression, equal for sizes that are always equal."""
     if isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool):
         return size.node.expr
     return sympy.sympify(size)
 
 
-def numel(sizes: Iterable[Size]) -> sympy.Expr:
+def numel(sizes: Iterable[Size]) -> Any:
     """The number of elements of a shape."""
     return prod((expression(size) for size in sizes), start=sympy.Integer(1))
 
@@ -41,14 +41,14 @@ def same(one: Size, other: Size) -> bool:
 
 def symbols(size: Any) -> set[sympy.Symbol]:
     """The free symbols of a size."""
-    return set() if isinstance(size, int) else set(expression(size).free_symbols)
+    return set() if isinstance(size, int) else {s for s in expression(size).free_symbols if isinstance(s, sympy.Symbol)}
 
 
 def value(size: Any, sizes: Sizes) -> Any:
     """The size as a Python number; raises UnknownSizeError if a symbol has no value."""
     if not isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool):
         return size
-    result = sympy.sympify(expression(size).xreplace({s: sympy.Integer(v) for s, v in sizes.items()}))
+    result: Any = sympy.sympify(expression(size).xreplace({s: sympy.Integer(v) for s, v in sizes.items()}))
     if result.free_symbols:
         raise UnknownSizeError(f"the size {result} depends on the data")
     if isinstance(size, torch.SymBool):

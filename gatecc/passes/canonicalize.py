@@ -8,22 +8,22 @@ graph with their outputs detached, and no dead node is left. Outputs and gradien
 from __future__ import annotations
 
 import operator
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
 from torch import fx
-from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_enabled  # pyright: ignore[reportAttributeAccessIssue]
+from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_enabled
 from torch._ops import OpOverload
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from gatecc.ir.ops import mutates, opname
+from gatecc.ir.ops import mutates, operands, opname
 from gatecc.ir.program import META, Program
 
 # What autocast leaves alone: a region of these computes the same with autocast on or off.
 _PLAIN = frozenset(
-    "to _to_copy add sub mul div neg view reshape _unsafe_view permute transpose unsqueeze squeeze expand contiguous clone "
-    "alias detach lift_fresh_copy slice select split chunk unbind getitem cat stack cos sin sigmoid tanh relu where "
+    "to _to_copy add sub mul div neg view reshape _unsafe_view permute transpose unsqueeze squeeze expand contiguous "
+    "clone alias detach lift_fresh_copy slice select split chunk unbind getitem cat stack cos sin sigmoid tanh relu where "
     "masked_fill arange zeros ones full eq ne le lt ge gt".split()
 )
 _ASSERTIONS = frozenset(
@@ -47,7 +47,7 @@ def canonicalize(program: Program) -> None:
 # --- arguments --------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=None)
+@cache
 def _signature(target: OpOverload) -> tuple[tuple[tuple[str, bool, Any], ...], dict[str, Any]]:
     """The positional arguments as (name, has a default, default), and the defaults of the keyword-only ones."""
     arguments = target._schema.arguments
@@ -131,9 +131,7 @@ def _can_detach(region: fx.GraphModule) -> bool:
             return False
         if mutates(node) and node.args[0] not in inner:
             return False
-        if node.op == "call_function" and not _may_alias(node):
-            inner.add(node)
-        elif mutates(node):
+        if (node.op == "call_function" and not _may_alias(node)) or mutates(node):
             inner.add(node)
     return True
 
@@ -167,11 +165,11 @@ def _splice(program: Program, call: fx.Node, region: fx.GraphModule, inputs: lis
             elif node.op == "call_function":
                 values[node] = graph.node_copy(node, values.__getitem__)
                 values[node].meta.setdefault(META, call.meta.get(META))
-        outputs = [values[n] if isinstance(n, fx.Node) else n for n in region.graph.output_node().args[0]]  # type: ignore[union-attr]
+        outputs = [values[n] if isinstance(n, fx.Node) else n for n in operands(region.graph.output_node())[0]]
         if detach:
             outputs = [_detached(graph, output) for output in outputs]
     for reader in list(call.users):
-        output = outputs[reader.args[1]]  # type: ignore[index]
+        output = outputs[operands(reader)[1]]
         reader.replace_all_uses_with(output)
         graph.erase_node(reader)
     graph.erase_node(call)

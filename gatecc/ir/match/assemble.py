@@ -15,7 +15,7 @@ from gatecc.ir.match.mask_eval import MaskClassifier, MaskGraph
 from gatecc.ir.match.normalisation import Normalisation
 from gatecc.ir.match.product import Product
 from gatecc.ir.match.qkv import Origins, Projection, find_output, find_projection, rows_of, unflattened, weight_of
-from gatecc.ir.match.scores import Scores, constant, mask_operand, scale_of, scalar_factor, soft_cap, unshifted
+from gatecc.ir.match.scores import Scores, constant, mask_operand, scalar_factor, scale_of, soft_cap, unshifted
 from gatecc.ir.match.stream import same_stream
 from gatecc.ir.match.values import Weighing, dropout_of
 from gatecc.ir.ops import CASTS, RESHAPES, TRANSPOSES, argument, opname
@@ -102,7 +102,11 @@ class Assembler:
         """The letters of queries and keys; batch axes are named by their sizes."""
         product = parts.product
         contracted = "d" if parts.spelling == "sdpa" else product.contracted
-        own = [a for a in q_axes if a in product.axes and a not in (product.right_axes if q_node is product.left else product.left_axes)]
+        own = [
+            a
+            for a in q_axes
+            if a in product.axes and a not in (product.right_axes if q_node is product.left else product.left_axes)
+        ]
         query = "n" if parts.spelling == "sdpa" else own[-1]
         roles = {parts.keys: "m", query: "n"} | dict.fromkeys(contracted, "d")
         batch = [a for a in product.axes if a not in roles]
@@ -249,7 +253,8 @@ class Assembler:
         q, k = node_shape(parts.product.left) or (), node_shape(parts.product.right) or ()
         if parts.scores is None or parts.weighing is None or parts.softmax is None:
             mask = _node(argument(parts.core, 3, "attn_mask"))
-            return MaskGraph(q[-2], k[-2], mask, is_causal=bool(argument(parts.core, 5, "is_causal")))
+            queries, keys = q[len(q) - 2], k[len(k) - 2]
+            return MaskGraph(queries, keys, mask, is_causal=bool(argument(parts.core, 5, "is_causal")))
         product = parts.product
         sizes = dict(zip(product.left_axes, q, strict=True)) | dict(zip(product.right_axes, k, strict=True))
         roles = self._roles(parts, *self._query(parts))
@@ -305,8 +310,11 @@ def _only_last_two(order: list[int]) -> bool:
 
 def _is_edited(parts: Parts) -> bool:
     """Whether weights are zeroed after the softmax (or after the exponential of a written-out one)."""
-    assert parts.weighing is not None and parts.softmax is not None
-    return parts.softmax.exponential is not None or any(opname(n) in ("mul", "where", "masked_fill") for n in parts.weighing.path)
+    if parts.weighing is None or parts.softmax is None:
+        return False
+    return parts.softmax.exponential is not None or any(
+        opname(n) in ("mul", "where", "masked_fill") for n in parts.weighing.path
+    )
 
 
 def _unmerged(node: fx.Node, source: fx.Node, axes: str) -> tuple[fx.Node, str, float] | None:
@@ -332,7 +340,7 @@ def _batch_letters(sizes: list[Size], node: fx.Node, origins: Origins | None) ->
     """The letters of the batch axes of queries: b batch, h heads, w windows, r heads that share a key, g merged."""
     heads = _heads_by_size(node, origins)
     if len(sizes) == 1:
-        merged = heads is not None and heads > 1 or (heads is None and _is_merged(node))
+        merged = (heads is not None and heads > 1) or (heads is None and _is_merged(node))
         return "g" if merged else "b"
     if len(sizes) == 2:
         return "hb" if heads is not None and same(sizes[0], heads) and not same(sizes[1], heads) else "bh"
@@ -343,7 +351,9 @@ def _batch_letters(sizes: list[Size], node: fx.Node, origins: Origins | None) ->
 
 
 def _is_merged(node: fx.Node) -> bool:
-    while opname(node) in TRANSPOSES | CASTS | frozenset(("mul", "div", "contiguous")) and isinstance(node.args[0], fx.Node):
+    while opname(node) in TRANSPOSES | CASTS | frozenset(("mul", "div", "contiguous")) and isinstance(
+        node.args[0], fx.Node
+    ):
         node = node.args[0]
     return opname(node) in RESHAPES and _rank(node) == 3
 
@@ -365,10 +375,17 @@ def _stream(node: fx.Node, operand: _Operand, token: str) -> Value:
         first = any(letter in sizes and same(shape[at], sizes[letter]) for at, letter in ((0, token), (1, "b")))
         usual = any(letter in sizes and same(shape[at], sizes[letter]) for at, letter in ((1, token), (0, "b")))
         return Value(node, "nbc" if first and not usual else "bnc")
-    return Value(node, "nc" if len(shape) == 2 and token in sizes and same(shape[0], sizes[token]) else "bc" if len(shape) == 2 else "")
+    return Value(
+        node,
+        "nc"
+        if len(shape) == 2 and token in sizes and same(shape[0], sizes[token])
+        else "bc"
+        if len(shape) == 2
+        else "",
+    )
 
 
 def _feeds_conv(node: fx.Node) -> bool:
-    return opname(node).startswith("conv") or any(opname(u).startswith("conv") and u.args[0] is node for u in node.users)
-
-
+    return opname(node).startswith("conv") or any(
+        opname(u).startswith("conv") and u.args[0] is node for u in node.users
+    )

@@ -19,7 +19,7 @@ from gatecc.ir.match.normalisation import Normalisation, normalisation
 from gatecc.ir.match.product import Product
 from gatecc.ir.match.scores import find_scores
 from gatecc.ir.match.values import Blocked, Weighing, find_values
-from gatecc.ir.ops import CONTRACTIONS, opname
+from gatecc.ir.ops import CONTRACTIONS, operands, opname
 from gatecc.ir.program import Program, origin
 from gatecc.ir.refusals import refuse
 from gatecc.ir.site import Attention, Refusal
@@ -27,8 +27,9 @@ from gatecc.ir.sizes import node_shape
 
 _OPAQUE = frozenset(
     "flex_attention flex_attention_backward _transformer_encoder_layer_fwd _native_multi_head_attention "
-    "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention _scaled_dot_product_flash_attention_for_cpu "
-    "_scaled_dot_product_cudnn_attention _scaled_dot_product_fused_attention_overrideable _flash_attention_forward".split()
+    "_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu _flash_attention_forward "
+    "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
+    "_scaled_dot_product_fused_attention_overrideable".split()
 )
 
 
@@ -66,8 +67,7 @@ def _read(node: fx.Node, flow: Flow) -> Parts | Refusal | None:
 
 
 def _fused(node: fx.Node) -> Parts | Refusal:
-    query, key = node.args[0], node.args[1]
-    assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
+    query, key, *_ = operands(node)
     rank = len(node_shape(query) or ())
     batch = "ABCDEF"[: rank - 2]
     product = Product(node, query, key, batch + "nd", batch + "md", batch + "nm")
@@ -102,5 +102,3 @@ def common_owner(one: str, other: str) -> str:
     """The innermost module that holds both owners."""
     pairs = zip(one.split("."), other.split("."), strict=False)
     return ".".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-

@@ -49,7 +49,7 @@ def _movedim(node: fx.Node, rank: int) -> list[int]:
 
 
 def axis_map(node: fx.Node, source: fx.Node) -> list[int | None] | None:
-    """For every axis of the node's output, the axis of ``source`` that it runs along; None where there is no such axis."""
+    """For every axis of the node's output, the axis of ``source`` that it runs along; None where there is none."""
     out, into = node_shape(node), node_shape(source)
     if out is None or into is None:
         return None

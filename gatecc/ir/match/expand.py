@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from gatecc.ir.ops import RESHAPES, argument, opname
-from gatecc.ir.sizes import node_shape, numel, same
+from gatecc.ir.sizes import Size, node_shape, numel, same
 
 _FAR = 1 << 40
 
@@ -27,22 +27,21 @@ def unexpanded(node: fx.Node, axes: str) -> fx.Node | None:
     if name == "expand" and len(into) == len(shape) and _differ_only(shape, into, at) and same(into[at], 1):
         return source
     if is_identity(node) and same(shape[at], into[at]):
-        below = unexpanded(source, axes)
-        return below
+        return unexpanded(source, axes)
     if name in RESHAPES and len(into) == len(shape) + 1:
         return _grouped(source, shape, at)
     return None
 
 
-def _differ_only(one: tuple[object, ...], other: tuple[object, ...], at: int) -> bool:
-    return all(i == at or same(a, b) for i, (a, b) in enumerate(zip(one, other, strict=True)))  # type: ignore[arg-type]
+def _differ_only(one: tuple[Size, ...], other: tuple[Size, ...], at: int) -> bool:
+    return all(i == at or same(a, b) for i, (a, b) in enumerate(zip(one, other, strict=True)))
 
 
-def _grouped(node: fx.Node, shape: tuple[object, ...], at: int) -> fx.Node | None:
+def _grouped(node: fx.Node, shape: tuple[Size, ...], at: int) -> fx.Node | None:
     """From (b, kv, r, n, d) back over expand, slices and unsqueeze to (b, kv, n, d)."""
     wide = node_shape(node) or ()
-    merged = numel(wide[at : at + 2])  # type: ignore[arg-type]
-    if merged != numel(shape[at : at + 1]) or not all(map(same, wide[at + 2 :], shape[at + 1 :])):  # type: ignore[arg-type]
+    merged = numel(wide[at : at + 2])
+    if merged != numel(shape[at : at + 1]) or not all(map(same, wide[at + 2 :], shape[at + 1 :])):
         return None
     expanded = False
     for _ in range(12):

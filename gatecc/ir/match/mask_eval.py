@@ -5,17 +5,17 @@ Nothing is concluded from names. What the evaluations do not determine is ``unkn
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product as combinations
 
 import sympy
 import torch
 from torch import fx
-from torch.fx.node import map_aggregate
+from torch.utils._pytree import tree_leaves
 
 from gatecc.ir.dataflow import Flow
-from gatecc.ir.evaluate import Evaluator, Slice, UnprovableError
+from gatecc.ir.evaluate import Evaluator, Slice, UnprovableError, addends
 from gatecc.ir.mask import Mask
 from gatecc.ir.sizes import Size, example_sizes, expression, symbols, upper_bound, value
 
@@ -60,7 +60,7 @@ class MaskClassifier:
     """Classifies the masks of one program; masks that several layers share are evaluated once."""
 
     flow: Flow
-    known: dict[tuple[object, ...], Mask] = field(default_factory=dict[tuple[object, ...], Mask])
+    known: dict[Hashable, Mask] = field(default_factory=dict[Hashable, Mask])
 
     def __post_init__(self) -> None:
         self.evaluator = Evaluator(self.flow)
@@ -68,16 +68,14 @@ class MaskClassifier:
 
     def classify(self, graph: MaskGraph) -> Mask:
         """The kind of one mask."""
-        key = (graph.target, graph.is_causal, graph.content, graph.post, str(graph.queries), str(graph.keys))
-        if key not in self.known:
-            self.known[key] = self._classify(graph)
-        return self.known[key]
-
-    def _classify(self, graph: MaskGraph) -> Mask:
         if graph.target is None:
             return Mask("causal" if graph.is_causal else "bidirectional")
         try:
-            return _Proof(self, graph).mask()
+            proof = _Proof(self, graph)
+            key = proof.key()
+            if key not in self.known:
+                self.known[key] = proof.mask()
+            return self.known[key]
         except UnprovableError as e:
             return Mask("unknown", reason=str(e))
 
@@ -95,19 +93,33 @@ class _Proof:
         self.inputs = sorted({n for p in parts for n in p.inputs}, key=self.flow.order.__getitem__)
         self.content_bias = self.part is not None and len(self.part.content - zero) > 0
 
+    def key(self) -> Hashable:
+        """Equal for masks that need one proof."""
+        graph = self.graph
+        parts = tuple(self.evaluator.signature(p) for p in (self.part, self.post) if p is not None)
+        sizes = str(graph.queries), str(graph.keys), graph.query_axis, graph.key_axis
+        return parts, sizes, graph.is_causal, graph.post is None
+
     # --- the verdict ---
 
     def mask(self) -> Mask:
         masks = [self._at(sizes, {}) for sizes in self._sizes(_SMALL)]
         note = self._note()
         constants = self._constants()
-        for sizes in self._sizes(tuple(sorted({c + 3 for c in constants if c <= _LARGE}))[-2:]):
-            masks.append(self._at(sizes, {}))
+        for constant in [c for c in constants if c <= _LARGE][-2:]:
+            masks += self._beyond(constant)
         result = _agree(masks)
         large = [c for c in constants if c > _LARGE]
         if large and result.kind != "unknown" and self._lengths():
             result = self._with_stand_ins(result, large)
         return replace(result, reason=result.reason or note, bias=result.bias or self.content_bias)
+
+    def _beyond(self, constant: int) -> list[Mask]:
+        """The mask at a length that exceeds a constant; at the constant itself if the graph allows no more (a table)."""
+        try:
+            return [self._at(sizes, {}) for sizes in self._sizes((constant + 3,))]
+        except UnprovableError:
+            return [self._at(sizes, {}) for sizes in self._sizes((constant,))]
 
     def _with_stand_ins(self, result: Mask, large: list[int]) -> Mask:
         """Replace a constant that is too large to be exceeded by a small one: if it is a window, the mask follows it."""
@@ -167,9 +179,9 @@ class _Proof:
             for node in part.nodes if part is not None else ():
                 if node.op == "get_attr":
                     held = node.meta.get("val")
-                    found |= {int(s) for s in held.shape if isinstance(s, int)} if isinstance(held, torch.Tensor) else set()
-                elif node not in part.content:  # type: ignore[union-attr]
-                    map_aggregate((node.args, node.kwargs), lambda x: found.add(abs(x)) if type(x) is int else None)
+                    found |= set(map(int, held.shape)) if isinstance(held, torch.Tensor) else set()
+                else:
+                    found |= {abs(x) for x in tree_leaves((node.args, node.kwargs)) if type(x) is int}
         return sorted(c for c in found if max(_SMALL) < c < 1 << 40)
 
     # --- one size ---
@@ -204,13 +216,28 @@ class _Proof:
         queries, keys = value(self.graph.queries, sizes), value(self.graph.keys, sizes)
         visible, bias = torch.ones(queries, keys, dtype=torch.bool), False
         if self.part is not None:
-            additive = self._square(self.evaluator.run(self.part, sizes, inputs, constants))
-            visible, bias = _read(additive)
+            visible, bias = _read(self._square(self._scores(self.part, sizes, inputs, constants)))
         if self.graph.is_causal:
             visible = visible & torch.ones(queries, keys, dtype=torch.bool).tril()
         if self.post is not None and self.graph.post_given is not None:
             visible = visible & self._post(self.post, self.graph.post_given, sizes, inputs, constants)
         return _View(visible.expand(*visible.shape[:-2], queries, keys), bias)
+
+    def _scores(
+        self, part: Slice, sizes: dict[sympy.Symbol, int], inputs: Inputs, constants: Mapping[int, int]
+    ) -> torch.Tensor:
+        """The additive scores; the zeros that stand for queries times keys get no batch and head axes if that works."""
+        content = self.graph.content
+        if content is None or addends(content):
+            return self.evaluator.run(part, sizes, inputs, constants)
+        held = content.meta["val"]
+        kept = {held.ndim + self.graph.query_axis, held.ndim + self.graph.key_axis}
+        shape = [value(s, sizes) if i in kept else 1 for i, s in enumerate(held.shape)]
+        try:
+            thin = torch.zeros(shape, dtype=held.dtype, device=held.device)
+            return self.evaluator.run(part, sizes, {**inputs, content: thin}, constants)
+        except UnprovableError:
+            return self.evaluator.run(part, sizes, inputs, constants)
 
     def _post(
         self, post: Slice, given: fx.Node, sizes: dict[sympy.Symbol, int], inputs: Inputs, constants: Mapping[int, int]
@@ -314,7 +341,9 @@ def _probes(node: fx.Node, neutral: torch.Tensor, visible: torch.Tensor) -> Iter
         for start in (keys - 2, 1):  # the end of the sequence, or all but its start; rows differ
             changed = torch.arange(keys).expand(batch, keys) >= start + torch.arange(batch)[:, None] % 2
             changed = changed & (flat != other)
-            yield _Probe(torch.where(changed, torch.tensor(other, dtype=neutral.dtype), flat).reshape(neutral.shape), changed)
+            yield _Probe(
+                torch.where(changed, torch.tensor(other, dtype=neutral.dtype), flat).reshape(neutral.shape), changed
+            )
     if neutral.dtype in (torch.int64, torch.int32):
         segments = (torch.arange(keys) >= keys // 2).to(neutral.dtype)
         restart = torch.cat([torch.arange(keys // 2), torch.arange(keys - keys // 2)]).to(neutral.dtype)
@@ -332,11 +361,13 @@ def _judge(mask: Mask, base: torch.Tensor, probes: list[_Probe], shown: list[tor
         return replace(mask, kind="packed")
     if {effect for packed, effect in found if not packed} <= {"none", "padding"} and (False, "padding") in found:
         return replace(mask, padding=True)
-    return Mask("unknown", bias=mask.bias, reason=f"it depends on the values of the input {node.name} in a way without a name")
+    return Mask(
+        "unknown", bias=mask.bias, reason=f"it depends on the values of the input {node.name} in a way without a name"
+    )
 
 
 def _effect(base: torch.Tensor, probe: _Probe, shown: torch.Tensor) -> str:
-    """"none", "padding" (the changed keys are hidden), "packed" (other segments are hidden) or "other"."""
+    """ "none", "padding" (the changed keys are hidden), "packed" (other segments are hidden) or "other"."""
     if _matches(shown, base):
         return "none"
     if probe.segments is not None:

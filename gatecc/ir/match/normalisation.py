@@ -8,9 +8,6 @@ from typing import Literal
 
 from torch import fx
 
-from gatecc.ir.dataflow import Flow
-from gatecc.ir.match.scores import constant
-from gatecc.ir.match.values import is_binary
 from gatecc.ir.ops import CASTS, SOFTMAXES, VIEWS, argument, opname
 
 

@@ -11,10 +11,10 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 from gatecc.ir.dataflow import Flow
-from gatecc.ir.evaluate import Evaluator, Slice, UnprovableError
-from gatecc.ir.ops import CASTS, CONTRACTIONS, DROPOUTS, RESHAPES, VIEWS, argument, opname
+from gatecc.ir.evaluate import Evaluator, UnprovableError
+from gatecc.ir.ops import CASTS, CONTRACTIONS, DROPOUTS, RESHAPES, VIEWS, argument, operands, opname
 from gatecc.ir.site import Weight
-from gatecc.ir.sizes import node_shape, numel, symbols, value
+from gatecc.ir.sizes import Sizes, node_shape, numel, same, symbols, value
 
 Orientation = Literal["out_in", "in_out", "conv"]
 _ELEMENTWISE = frozenset(
@@ -56,8 +56,8 @@ def projection(node: fx.Node, flow: Flow) -> Projection | None:
         return _make(node, node.args[1], node.args[2], node.args[0], "in_out", -1, flow)
     if name in ("mm", "matmul", "bmm"):
         return _make(node, node.args[0], node.args[1], None, "in_out", -1, flow)
-    if name == "einsum" and len(node.args[1]) == 2:  # type: ignore[arg-type]
-        source, weight = node.args[1]  # type: ignore[misc]
+    if name == "einsum" and len(operands(node)[1]) == 2:
+        source, weight = operands(node)[1]
         return _make(node, source, weight, None, "in_out", -1, flow)
     return None
 
@@ -110,10 +110,13 @@ def _rows_read(held: fx.Node, steps: list[fx.Node], out_axis: int) -> tuple[Orie
     if len(shape) != 2 or any(symbols(s) for s in shape):
         return None
     for axis in (0, 1):
-        env: dict[fx.Node, Any] = {held: torch.arange(int(shape[axis])).unsqueeze(1 - axis).expand([int(s) for s in shape])}
+        env: dict[fx.Node, Any] = {
+            held: torch.arange(int(shape[axis])).unsqueeze(1 - axis).expand([int(s) for s in shape])
+        }
         try:
             for step in steps:
-                env[step] = step.target(*map_arg(step.args, env.__getitem__), **step.kwargs)  # type: ignore[operator]
+                assert callable(step.target)
+                env[step] = step.target(*map_arg(step.args, env.__getitem__), **step.kwargs)
         except (KeyError, RuntimeError, TypeError):
             return None
         numbers = env[steps[-1]].movedim(out_axis, 0)
@@ -184,7 +187,7 @@ def _has_rotary(between: list[fx.Node], node: fx.Node) -> bool:
             continue
         others = [n for n in current.all_input_nodes if n not in own]
         shape = node_shape(others[0]) if others else None
-        wide = shape is not None and len(shape) >= 2 and sum(s != 1 for s in shape) >= 2
+        wide = shape is not None and sum(not same(s, 1) for s in shape) >= 2
         if wide and (others[0].op != "get_attr"):
             return True
     return False
@@ -201,17 +204,17 @@ class Rows:
     range: tuple[int, int] | None
 
 
-def rows_of(origins: Origins, flow: Flow, evaluator: Evaluator, sizes: dict[object, int]) -> Rows | None:
+def rows_of(origins: Origins, flow: Flow, evaluator: Evaluator, sizes: Sizes) -> Rows | None:
     """Which rows of a (fused) weight make the value, found by sending row numbers through the views that split it."""
     source = origins.projection
     chain = _view_chain(source.node, origins.between)
     if not chain:
         return Rows(source.features, (0, source.features))
-    part = Slice(chain[-1], [source.node, *chain], [], frozenset())
-    for values in ({s: 1 for s in sizes}, sizes):
+    part = evaluator.slice(chain[-1], given=frozenset({source.node}))
+    for values in (dict.fromkeys(sizes, 1), sizes):
         try:
             numbers = _numbered(source, values)
-            seen = evaluator.run(part, values, {source.node: numbers}).unique()  # type: ignore[arg-type]
+            seen = evaluator.run(part, values, {source.node: numbers}).unique()
         except (UnprovableError, RuntimeError):
             continue
         first, last = int(seen[0]), int(seen[-1]) + 1
@@ -219,11 +222,10 @@ def rows_of(origins: Origins, flow: Flow, evaluator: Evaluator, sizes: dict[obje
     return None
 
 
-def _numbered(source: Projection, sizes: dict[object, int]) -> torch.Tensor:
+def _numbered(source: Projection, sizes: Sizes) -> torch.Tensor:
     """A tensor of the projection's shape that holds the number of its output feature everywhere."""
-    from gatecc.ir.sizes import value
 
-    shape = [value(s, sizes) for s in source.node.meta["val"].shape]  # type: ignore[arg-type]
+    shape = [value(s, sizes) for s in source.node.meta["val"].shape]
     if source.orientation == "conv":
         return torch.arange(shape[1]).reshape(1, -1, *[1] * (len(shape) - 2)).expand(shape)
     tail = len(shape)
@@ -281,7 +283,7 @@ def _reads(made: Projection, features: int) -> bool:
     width = shape[1 if made.orientation == "conv" else -1] if shape else 0
     if opname(made.node) == "einsum":
         return True
-    return not features or width == features
+    return not features or same(width, features)
 
 
 def unflattened(node: fx.Node, forward: bool) -> fx.Node:

@@ -61,7 +61,7 @@ def find_scores(start: fx.Node, axis: int, flow: Flow) -> Scores | None:
     if computed_sides(source, flow) < 2 or (letter in source.left_axes) == (letter in source.right_axes):
         return None
     path = [*reversed(visit.path)]
-    others = [p.node for v, p in found if p.node is not source.node]
+    others = [p.node for _, p in found if p.node is not source.node]
     cat = next((i for i, n in enumerate(path) if opname(n) == "cat" and _widens(n, axis)), None)
     if cat is None:
         return Scores(source, letter, start, path, False, others)

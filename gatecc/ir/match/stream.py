@@ -8,10 +8,15 @@ from gatecc.ir.dataflow import Flow, value_inputs
 from gatecc.ir.ops import CASTS, DROPOUTS, VIEWS, opname
 
 # What prepares a stream for a projection: norms, positions, pooling, splitting into windows.
-_PREPARES = VIEWS | CASTS | DROPOUTS | frozenset(
-    "add mul sub div pow rsqrt mean sum var layer_norm rms_norm batch_norm group_norm instance_norm conv1d conv2d conv3d "
-    "linear addmm cat pad constant_pad_nd avg_pool1d avg_pool2d max_pool2d adaptive_avg_pool2d gelu silu relu sigmoid "
-    "upsample_nearest2d neg sqrt".split()
+_PREPARES = (
+    VIEWS
+    | CASTS
+    | DROPOUTS
+    | frozenset(
+        "add mul sub div pow rsqrt mean sum var layer_norm rms_norm batch_norm group_norm instance_norm conv1d conv2d conv3d "
+        "linear addmm cat pad constant_pad_nd avg_pool1d avg_pool2d max_pool2d adaptive_avg_pool2d gelu silu relu sigmoid "
+        "upsample_nearest2d neg sqrt".split()
+    )
 )
 _STEPS = 24
 
