@@ -37,18 +37,21 @@ class Cost:
         return Cost(self.flops + other.flops, self.bytes + other.bytes, self.uncounted | other.uncounted)
 
 
-def cost(graph: Program | fx.Graph) -> Cost:
+def cost(graph: Program | fx.GraphModule) -> Cost:
     """The cost of one run of a whole graph, forward only; the nodes carry their fake values in ``meta["val"]``."""
-    nodes = graph.graph.nodes if isinstance(graph, Program) else graph.nodes
-    return _total(node_cost(node) for node in nodes)
+    owner = graph.graph_module if isinstance(graph, Program) else graph
+    return _total(node_cost(node, owner) for node in owner.graph.nodes)
 
 
-def node_cost(node: fx.Node) -> Cost:
-    """The cost of one node. A branch costs as much as its dearest side, any other body as much as its graph."""
+def node_cost(node: fx.Node, owner: fx.GraphModule) -> Cost:
+    """The cost of one node. A branch costs as much as its dearest side, any other body as much as its graph.
+
+    ``owner`` holds the bodies of higher-order operators (the graph of a Program does not know its module).
+    """
     if node.op != "call_function":
         return Cost()
     if isinstance(node.target, HigherOrderOperator):
-        return _body_cost(node)
+        return _body_cost(node, owner)
     if not isinstance(node.target, OpOverload):
         return Cost()  # operator.getitem, arithmetic on sizes
     args, kwargs = tree_map(_spec, (node.args, node.kwargs))
@@ -61,10 +64,9 @@ def _total(costs: Iterable[Cost]) -> Cost:
     return sum(costs, Cost())
 
 
-def _body_cost(node: fx.Node) -> Cost:
-    owner = node.graph.owning_module
+def _body_cost(node: fx.Node, owner: fx.GraphModule) -> Cost:
     bodies = [getattr(owner, str(a.target), None) for a in node.all_input_nodes if a.op == "get_attr"]
-    costs = [cost(body.graph) for body in bodies if isinstance(body, fx.GraphModule)]
+    costs = [cost(body) for body in bodies if isinstance(body, fx.GraphModule)]
     if node.target is torch.ops.higher_order.cond:
         return max(costs, key=lambda c: (c.flops, c.bytes), default=Cost())
     return _total(costs) if costs else Cost(uncounted=frozenset({str(node.target)}))

@@ -101,7 +101,7 @@ def test_views_are_free_gathers_read_rows_and_expanded_axes_count_once() -> None
             return self.table(ids).transpose(0, 1) * scale.expand(4, 3)
 
     program = capture(Tables(), (torch.zeros(3, dtype=torch.long), torch.ones(1, 3)), dynamic="none")
-    moved = {str(n.target): node_cost(n).bytes for n in program.calls()}
+    moved = {str(n.target): node_cost(n, program.graph_module).bytes for n in program.calls()}
     assert moved["aten.embedding.default"] == 4 * (12 + 12) + 8 * 3
     assert moved["aten.transpose.int"] == moved["aten.expand.default"] == 0
     assert moved["aten.mul.Tensor"] == 4 * (12 + 3 + 12)
