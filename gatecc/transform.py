@@ -15,7 +15,7 @@ from gatecc.analysis import Analysis, Inputs, analyse, check_model, evaluation, 
 from gatecc.capture.record import RecordedCall, record_calls
 from gatecc.capture.signature import OpaqueArgumentError
 from gatecc.check import Checked, check, reference
-from gatecc.errors import ArgumentError, CaptureError, EmptySelectionError
+from gatecc.errors import ArgumentError, CaptureError, EmptySelectionError, GraphError
 from gatecc.ir.edit import CONTAINERS, NewModule, WeightStep
 from gatecc.ir.program import Program, origin
 from gatecc.ir.rewrite import Recipe, Rewrite
@@ -191,7 +191,7 @@ def called_modules(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _plans(model: nn.Module, recipe: Recipe, analysis: Analysis, scope: str, called: set[str]) -> list[_Plan]:
-    plans: dict[str, _Plan] = {}
+    wanted: list[tuple[Rewrite, dict[str, list[Site]]]] = []
     for rewrite in recipe.rewrites:
         chosen: dict[str, list[Site]] = {}
         for site in select(rewrite.site, analysis.sites, analysis.refusals):
@@ -199,13 +199,25 @@ def _plans(model: nn.Module, recipe: Recipe, analysis: Analysis, scope: str, cal
             whole = scope == "model" or rewrite.whole_model(site)
             fqn = program.fqn if whole else _scope_of(rewrite, site, model, called, program)
             chosen.setdefault(fqn, []).append(site)
+        wanted.append((rewrite, chosen))
+    if not wanted:
+        raise EmptySelectionError("the recipe has no rewrite", where=recipe.name)
+    outer = _outermost({fqn for _, chosen in wanted for fqn in chosen})
+    plans: dict[str, _Plan] = {}
+    for rewrite, chosen in wanted:
+        merged: dict[str, list[Site]] = {}
         for fqn, sites in chosen.items():
+            merged.setdefault(outer[fqn], []).extend(sites)
+        for fqn, sites in merged.items():
             places = dict.fromkeys((_relative(s.owner, fqn), s.ordinal) for s in sites)
             _check_calls(rewrite, sites, analysis.sites)
             plans.setdefault(fqn, _Plan(fqn)).applied.append(Application(rewrite, tuple(places)))
-    if not plans:
-        raise EmptySelectionError("the recipe has no rewrite", where=recipe.name)
     return list(plans.values())
+
+
+def _outermost(scopes: set[str]) -> dict[str, str]:
+    """The scope that each scope lies in, if any: rewrites of one recipe that meet are done in one graph, in order."""
+    return {fqn: min((o for o in scopes if not o or f"{fqn}.".startswith(f"{o}.")), key=len) for fqn in scopes}
 
 
 def _check_calls(rewrite: Rewrite, chosen: list[Site], sites: list[Site]) -> None:
@@ -342,6 +354,7 @@ class _Installer:
         if names & self.done:
             return {}
         self.done |= names
+        self._refuse_tied(state, steps)
         new = [s for s in steps if isinstance(s, NewModule) and s.path not in state.own]
         self.undo.weights.extend((module, s) for s in new)
         made = install_weights(module, steps)
@@ -357,6 +370,19 @@ class _Installer:
             else:
                 self.scaled.append((state_path(state, step), step.factor))
         return made
+
+    def _refuse_tied(self, state: Scope, steps: list[WeightStep]) -> None:
+        """A weight that another module reads too must not be changed for one of them."""
+        for fqn in (state_path(state, step) for step in steps if not isinstance(step, NewModule)):
+            weight = self.model.get_parameter(fqn)
+            others = [n for n, p in self.model.named_parameters(remove_duplicate=False) if p is weight and n != fqn]
+            if others:
+                raise GraphError(
+                    "the rewrite changes a weight that is tied to another",
+                    where=fqn,
+                    found=f"the same parameter is {', '.join(others)}",
+                    do='use init="identity", which changes no weight of the model, or untie them first',
+                )
 
     def _rows(self, plan: _Plan, made: dict[str, int], ms: float) -> None:
         sites = [(a, place) for a in plan.applied for place in a.sites]

@@ -77,7 +77,7 @@ def resolve(value: str | Recipe | Rewrite | Sequence[Rewrite]) -> Recipe:
         return value
     if isinstance(value, str):
         return build(value)
-    rewrites: tuple[Any, ...] = (value,) if isinstance(value, Rewrite) else tuple(value)
+    rewrites: tuple[Any, ...] = tuple(value) if isinstance(value, Sequence) else (value,)
     if not rewrites or not all(isinstance(r, Rewrite) for r in rewrites):
         raise ArgumentError(
             "not a recipe",

@@ -1,4 +1,4 @@
-"""build: from one call of a scope to an entry of its family: capture, canonicalize, find the sites again, rewrite, verify."""
+"""build: from one call of a scope to an entry of its family: capture, canonicalize, find the sites, rewrite, verify."""
 
 from __future__ import annotations
 

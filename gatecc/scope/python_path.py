@@ -1,4 +1,4 @@
-"""The Python path: the same edits on a running Python call, for calls that no graph can hold (a KV cache object, hooks).
+"""The Python path: the same edits on a running Python call, for calls that no graph can hold (a KV cache, hooks).
 
 Only values that are visible from outside can be edited there: the operands and the result of an attention core, the
 output of a submodule; sources may also be arguments of the scope. What cannot be said raises; it is never left out.
@@ -35,7 +35,7 @@ class Anchor:
 
 @dataclass(frozen=True)
 class Op:
-    """``slot = function(*arguments)`` or, with ``path``, a call of that submodule. Arguments: Anchor, slot number or constant."""
+    """``slot = function(*arguments)``, or a call of the submodule ``path``. Arguments: Anchor, Slot or constant."""
 
     function: Callable[..., torch.Tensor] | None
     path: str | None
@@ -64,7 +64,7 @@ class PythonPath:
     """Every edit of a scope in the form that runs on Python calls; ``refused`` says why there is none."""
 
     edits: tuple[PythonEdit, ...] = ()
-    cores: int = 0
+    cores: tuple[int, ...] = ()  # the query heads of each attention core, 0 if unknown
     refused: str = ""
     wants: frozenset[tuple[Any, ...]] = field(
         default_factory=frozenset[tuple[Any, ...]]
@@ -96,7 +96,7 @@ def python_path(
     wants = frozenset(
         a.path for e in edits for op in e.ops for a in op.arguments if isinstance(a, Anchor) and a.what == "output"
     )
-    return PythonPath(tuple(edits), len(cores), "", wants)
+    return PythonPath(tuple(edits), tuple(site.heads for site in cores), "", wants)
 
 
 def _reference(argument: Any, slots: Mapping[fx.Node, Slot], anchors: _Anchors) -> Any:
@@ -128,7 +128,7 @@ class _Anchors:
         return self._operand(node)
 
     def _operand(self, node: fx.Node) -> Anchor | None:
-        """An operand of a fused core: what q, k and v are just before the call. Keys and values are cached earlier: no."""
+        """The query of a fused core, just before the call. Keys and values are cached before that: they have none."""
         for i, site in enumerate(self.cores):
             if site.spelling == "sdpa" and node is site.core.args[0]:
                 return Anchor("operand", core=i, operand=0)
@@ -160,7 +160,7 @@ class _Run(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            q = self.edited(Anchor("operand", core=self.core), args[0] if args else kwargs.pop("query"))
+            q = self._by_head(Anchor("operand", core=self.core), args[0] if args else kwargs.pop("query"))
             return self._core(func(q, *args[1:], **kwargs))
         if func in self.PRODUCT and any(args[0] is w for w in self.weights):
             return self._core(func(*args, **kwargs))
@@ -171,9 +171,20 @@ class _Run(TorchFunctionMode):
 
     def _core(self, out: torch.Tensor) -> torch.Tensor:
         self.weights.clear()
-        out = self.edited(Anchor("core", core=self.core), out)
+        out = self._by_head(Anchor("core", core=self.core), out)
         self.core += 1
         return out
+
+    def _by_head(self, anchor: Anchor, value: torch.Tensor) -> torch.Tensor:
+        """Edit a (b, h, n, d) value, also where the call merges the heads of a group into tokens: (b, h/g, g*n, d).
+
+        transformers does so when it decodes one token with grouped heads.
+        """
+        heads = self.path.cores[anchor.core] if anchor.core < len(self.path.cores) else 0
+        if not heads or value.dim() != 4 or value.shape[1] == heads or heads % value.shape[1]:
+            return self.edited(anchor, value)
+        apart = value.reshape(value.shape[0], heads, -1, value.shape[-1])
+        return self.edited(anchor, apart).reshape(value.shape)
 
     def edited(self, anchor: Anchor, value: torch.Tensor) -> torch.Tensor:
         """The value that takes the place of the one at an anchor."""
@@ -211,7 +222,7 @@ def run_python(
     kwargs: dict[str, Any],
     where: str,
 ) -> Any:
-    """Run ``forward(*args, **kwargs)`` with the edits applied. Raises CallNotCapturedError if one of them found no place."""
+    """Run ``forward(*args, **kwargs)`` with the edits. Raises CallNotCapturedError if one of them found no place."""
     if path.refused:
         raise _refusal(where, path.refused)
     bound = inspect.signature(forward).bind(*args, **kwargs)
@@ -224,10 +235,10 @@ def run_python(
             stack.callback(handle.remove)
         with run:
             out = forward(*args, **kwargs)
-    if run.core != path.cores or len(run.done) != len(path.edits):
+    if run.core != len(path.cores) or len(run.done) != len(path.edits):
         raise _refusal(
             where,
-            f"{run.core} attention cores ran, the graph has {path.cores}; "
+            f"{run.core} attention cores ran, the graph has {len(path.cores)}; "
             f"{len(run.done)} of {len(path.edits)} edits found their value",
         )
     return out

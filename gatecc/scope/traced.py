@@ -49,7 +49,7 @@ def outside(
 
 
 def _real(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Noise for floats (on zeros most layers are alike), True for booleans (no mask hides everything), 0 for indices."""
+    """Noise for floats (on zeros most layers are alike), True for booleans (no mask hides all), 0 for indices."""
     sizes = [s if type(s) is int else cast("int", cast("torch.SymInt", s).node.hint) for s in x.shape]
     if x.is_floating_point():
         return torch.randn(sizes, generator=generator).to(x.dtype).to(x.device)

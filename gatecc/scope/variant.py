@@ -21,7 +21,7 @@ from gatecc.ir.program import Program
 
 
 class Variant:
-    """``variant(module, leaves)`` computes the module's output; ``accepts(leaves)`` checks the sizes that it bakes in."""
+    """``variant(module, leaves)`` is the module's output; ``accepts(leaves)`` checks the sizes that it bakes in."""
 
     def __init__(self, program: Program, reads: tuple[Read, ...]) -> None:
         """Freeze the program's present graph; later edits of the program do not reach the variant."""
@@ -38,7 +38,7 @@ class Variant:
 
 
 def _function(program: Program) -> tuple[str, Callable[..., Any], tuple[Any, ...]]:
-    """Print the graph as ``forward(self, *leaves, *extra)``; extra are its constants and higher-order operator bodies."""
+    """Print the graph as ``forward(self, *leaves, *extra)``; extra: constants and bodies of higher-order operators."""
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     extra: dict[str, fx.Node] = {}
