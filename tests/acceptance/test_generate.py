@@ -68,7 +68,9 @@ class _Gated(TorchFunctionMode):
             return out
         self.weights = None
         z = F.linear(self.hidden, self.gate.get_parameter("weight"), self.gate.get_parameter("bias"))
-        return out * (2 * torch.sigmoid(z)).transpose(1, 2).unsqueeze(-1)
+        gate = (2 * torch.sigmoid(z)).transpose(1, 2).unsqueeze(-1)  # (b, h, n, 1)
+        apart = out.reshape(*gate.shape[:3], out.shape[-1])  # decoding merges the heads of a group into tokens
+        return (apart * gate).reshape(out.shape)
 
 
 def reference(model: Any, gated: Any, owners: list[str]) -> Any:
