@@ -168,7 +168,7 @@ def _record_origins(graph: fx.Graph, fqn: str) -> None:
 
 
 def _line(trace: str | None) -> str:
-    frames = _FRAME.findall(trace or "")
+    frames = [f for f in _FRAME.findall(trace or "") if f[0] != __file__]
     own = [f for f in frames if "/torch/" not in f[0]] or frames
     return _short(*own[-1]) if own else ""
 
@@ -180,10 +180,11 @@ def _short(path: str, line: str) -> str:
 @contextmanager
 def _quiet() -> Generator[None]:
     """torch.export prints notices about specialised dimensions; gatecc says what matters in its own report."""
-    loggers = [logging.getLogger(name) for name in ("torch._export", "torch.export", "torch.fx", "torch._dynamo")]
+    names = ("torch._export", "torch.export", "torch.fx", "torch._dynamo", "torch._subclasses")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)  # what torch logs as an error it also raises, and CaptureError says it
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
