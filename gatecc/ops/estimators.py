@@ -47,7 +47,8 @@ def reinforce_backward(
 ) -> Tensor:
     """(b - p) · (L - baseline) · weight of a sample, of the shape of logit.
 
-    ``gradient`` is an argument so that compilers cannot move this operator into the forward pass, where no loss is known.
+    ``gradient`` is an argument so that compilers cannot move this operator into the forward pass, where no loss is
+    known.
     """
     loss = _losses(logit, reward, count)
     score = sample.float() - torch.sigmoid(logit.float())
@@ -56,7 +57,9 @@ def reinforce_backward(
 
 
 @reinforce_backward.register_fake
-def _(gradient: Tensor, logit: Tensor, sample: Tensor, reward: Tensor, count: Tensor, state: Tensor, baseline: str) -> Tensor:
+def _(
+    gradient: Tensor, logit: Tensor, sample: Tensor, reward: Tensor, count: Tensor, state: Tensor, baseline: str
+) -> Tensor:
     return torch.empty_like(logit)
 
 

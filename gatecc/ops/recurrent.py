@@ -33,7 +33,7 @@ def recurrent_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x and the four weights; the forward pass is run again rather than kept."""
     # Inside an operator autograd is off; torch.func brings its own.
-    _, pull = torch.func.vjp(lambda *leaves: _run(leaves[0], leaves[1:], cell), x, w_in, w_state, b_in, b_state)
+    pull = torch.func.vjp(lambda *leaves: _run(leaves[0], leaves[1:], cell), x, w_in, w_state, b_in, b_state)[1]
     gx, gw, gs, gb, gt = (g.contiguous() for g in pull(grad))
     return gx, gw, gs, gb, gt.clone()
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import fx, nn
 
-import gatecc.ops  # noqa: F401  (gates call gatecc:: operators by name: ir lies below ops)
+from gatecc import ops as ops  # registers the operators that gates call by name, for ir lies below ops
 from gatecc.errors import SiteRefusedError
 from gatecc.ir.contract import Contract
 from gatecc.ir.edit import Editor

@@ -114,7 +114,7 @@ def test_the_operators_are_well_formed() -> None:
     torch.library.opcheck(torch.ops.gatecc.inject_bce.default, (logit, torch.ones(3, 2), 0.5))
 
 
-# -- in a module, eager and captured ---------------------------------------------------------------------------------------
+# -- in a module, eager and captured -----------------------------------------------------------------------------------
 
 
 class Units(nn.Module):
@@ -184,7 +184,7 @@ def test_reinforce_learns() -> None:
     assert model.eval()(ones, x).mean() < 4.2
 
 
-# -- injected labels -------------------------------------------------------------------------------------------------------
+# -- injected labels ---------------------------------------------------------------------------------------------------
 
 
 def test_injected_labels_have_the_gradient_of_their_loss() -> None:

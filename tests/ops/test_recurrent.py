@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from gatecc.errors import ArgumentError
 from gatecc.ops.recurrent import recurrent
 
+NAMES = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+
 
 def cell(kind: str) -> tuple[nn.RNNBase, list[Tensor]]:
     module = (nn.GRU if kind == "gru" else nn.LSTM)(4, 6, batch_first=True, dtype=torch.float64)
-    return module, [module.weight_ih_l0, module.weight_hh_l0, module.bias_ih_l0, module.bias_hh_l0]
+    return module, [module.get_parameter(name) for name in NAMES]
 
 
 @pytest.mark.parametrize("kind", ["gru", "lstm"])

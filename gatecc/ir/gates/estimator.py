@@ -154,7 +154,7 @@ class Reinforce(Estimator, tag="reinforce"):
 
 @dataclass(frozen=True)
 class TimesSmooth(Estimator, tag="times_smooth"):
-    """b · √p with b ~ Bernoulli(√p), whose mean is p; the smooth factor has the gradient. In eval 1[p > ½] · √p."""
+    """b · √p with b ~ Bernoulli(√p), whose mean is p; the smooth factor has the gradient. In eval 1[√p > ½] · √p."""
 
     binary: ClassVar[bool] = True
 
@@ -163,7 +163,8 @@ class TimesSmooth(Estimator, tag="times_smooth"):
         return _bernoulli(root) * root
 
     def decide(self, z: Tensor, activation: Activation) -> Tensor:
-        return _on(z, activation) * torch.sqrt(torch.sigmoid(_logit(z, activation)))
+        root = torch.sqrt(torch.sigmoid(_logit(z, activation)))
+        return (root > activation.cut).to(z.dtype) * root
 
 
 @dataclass(frozen=True)

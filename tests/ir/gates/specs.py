@@ -28,8 +28,26 @@ VALUES: dict[str, tuple[int, ...]] = {
 }
 VALUE_AXES = sorted(VALUES)
 
-SOURCES = ("hidden", "self", "param", "pool(hidden)", "pool(hidden, kind=max)", "hidden+self", "cond(t)", "pool(self)+cond(t)")
-SCORERS = ("linear", "linear(bias=False)", "lowrank(2)", "mlp(3, activation=silu)", "attn", "recurrent(3)", "conv(3)", "none")
+SOURCES = (
+    "hidden",
+    "self",
+    "param",
+    "pool(hidden)",
+    "pool(hidden, kind=max)",
+    "hidden+self",
+    "cond(t)",
+    "pool(self)+cond(t)",
+)
+SCORERS = (
+    "linear",
+    "linear(bias=False)",
+    "lowrank(2)",
+    "mlp(3, activation=silu)",
+    "attn",
+    "recurrent(3)",
+    "conv(3)",
+    "none",
+)
 GRANULARITIES = ("head", "element", "channel", "token", "scalar", "sample", "token*head", "expert")
 ACTIVATIONS = (
     "sigmoid",

@@ -44,7 +44,6 @@ def test_bad_names(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "axes"), [("pixel", "bnc"), ("edge", "bhnd"), ("channel", "bnm")])
 def test_values_without_the_axis(name: str, axes: str) -> None:
+    granularity, shape = Granularity.coerce(name), GateShape(axes, SIZES)
     with pytest.raises(ArgumentError, match="value has no"):
-        granularity, shape = Granularity.coerce(name), GateShape(axes, SIZES)
-        granularity.features(shape)
-        granularity.positions(shape)
+        _ = granularity.features(shape), granularity.positions(shape)

@@ -40,7 +40,11 @@ def test_text_and_json_are_inverse(spec: GateSpec) -> None:
         (Source, "pool(in, kind=max)", Pool(Stage("in"), "max")),
         (Source, "pool(skip)+branch+cond(class)", Concat((Pool(Stage("skip")), Stage("branch"), Cond("class")))),
         (Source, "stage(logits)", Stage("logits")),
-        (Estimator, "supervised(label=topk_mass(r=0.5))", Estimator.from_json({"type": "supervised", "label": TopKMass(0.5)})),
+        (
+            Estimator,
+            "supervised(label=topk_mass(r=0.5))",
+            Estimator.from_json({"type": "supervised", "label": TopKMass(0.5)}),
+        ),
     ],
 )
 def test_spellings(slot: type[Option], text: str, option: Option) -> None:
@@ -78,7 +82,9 @@ def test_a_whole_gate_as_text() -> None:
     assert str(spec) == "hidden, linear, head, sigmoid, init=identity(how=fold), fuse_into=q_proj"
 
 
-@pytest.mark.parametrize("text", ["", "hidden, linear, head, sigmoid, exact, zero, q, more", "hidden, colour=red", "hidden)"])
+@pytest.mark.parametrize(
+    "text", ["", "hidden, linear, head, sigmoid, exact, zero, q, more", "hidden, colour=red", "hidden)"]
+)
 def test_a_bad_gate_as_text(text: str) -> None:
-    with pytest.raises(ArgumentError, match="source, scorer|a name"):
+    with pytest.raises(ArgumentError, match=r"source, scorer|a name"):
         GateSpec.parse(text)

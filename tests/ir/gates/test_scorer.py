@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import gatecc.ops  # noqa: F401  (registers gatecc::recurrent)
 from gatecc.errors import ArgumentError
 from gatecc.ir.gate import GateModule, GateShape, GateSpec, SourceShape
 
@@ -73,7 +72,7 @@ def test_least_squares_recovers_a_linear_map() -> None:
         gate("linear").fit(value, value, x)
 
 
-# -- the schedule of DTR ---------------------------------------------------------------------------------------------------
+# -- the schedule of DTR -----------------------------------------------------------------------------------------------
 
 
 def window(t: Tensor, beta: float, features: int = 64) -> Tensor:

@@ -57,7 +57,9 @@ def test_the_statistics_of_logits() -> None:
     assert not got.requires_grad
     entropy = 1.5 * math.log(2) / math.log(3)
     powered = -(2 / 3 * math.log(2 / 3) + 2 / 6 * math.log(1 / 6)) / math.log(3)
-    torch.testing.assert_close(got, torch.tensor([[0.5, entropy, 0.25, powered], [1.0, 0.0, 1.0, 0.0]]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        got, torch.tensor([[0.5, entropy, 0.25, powered], [1.0, 0.0, 1.0, 0.0]]), atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize(
