@@ -18,17 +18,21 @@ _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
 def match_block(facts: Facts) -> Iterator[Block | Refusal]:
-    """One site a call of a repeated unit that maps a value to one of its shape, in execution order (or GCC170-171)."""
+    """One site a call of a repeated unit that maps a value to one of its shape, in execution order (or GCC170-171).
+
+    A convolution with its norm and activation is one layer, not a unit.
+    """
     units = _repeated(facts)
     found = regions(facts, units)
     calls = Counter(region.owner for region in found)
     for region in found:
-        if units[region.owner] > 1 or calls[region.owner] > 1:
+        layers = sum(node in facts.projections for node in region.nodes)
+        if layers > 1 and (units[region.owner] > 1 or calls[region.owner] > 1):
             yield _block(facts, region)
 
 
 def _repeated(facts: Facts) -> dict[str, int]:
-    """The FQNs of container children that are more than one layer, with the number of siblings of their class."""
+    """The FQNs of container children that hold modules, with the number of siblings of their class."""
     units: dict[str, int] = {}
     for path, module in facts.program.module.named_modules():
         if not isinstance(module, _CONTAINERS):

@@ -15,7 +15,7 @@ _AFTER = (
     VIEWS
     | CASTS
     | SOFTMAXES
-    | frozenset("log_softmax mul div neg exp clamp dropout upsample_bilinear2d _upsample".split())
+    | frozenset("log_softmax add mul div neg exp clamp dropout upsample_bilinear2d _upsample".split())
 )
 
 
@@ -27,11 +27,7 @@ def match_head(facts: Facts) -> Iterator[Head | Refusal]:
     if facts.program.fqn:
         return  # the outputs of a submodule are not those of the model
     leaves = [leaf for leaf in facts.program.outputs if isinstance(leaf, fx.Node) and leaf in facts.data]
-    heads: dict[fx.Node, None] = {}
-    for leaf in leaves:
-        node = _last_projection(facts, leaf)
-        if node is not None:
-            heads[node] = None
+    heads = {node for leaf in leaves for node in _last_projections(facts, leaf)}
     for node in sorted(heads):
         projection = facts.projections[node]
         values = {"in": facts.value(projection.inp), "out": facts.value(projection.out)}
@@ -40,14 +36,22 @@ def match_head(facts: Facts) -> Iterator[Head | Refusal]:
         yield refuse("GCC161", "head", leaves[0], f"the first output comes from {opname(leaves[0])}", owner="")
 
 
-def _last_projection(facts: Facts, node: fx.Node) -> fx.Node | None:
-    """The projection behind an output, through views and element-wise functions of it alone."""
-    while node not in facts.projections:
-        if node in facts.nonlinearities:
-            node = facts.nonlinearities[node].inp
+def _last_projections(facts: Facts, leaf: fx.Node) -> list[fx.Node]:
+    """The projections behind an output, through views and element-wise functions of them alone.
+
+    Several if their outputs are added (LeViT averages a classifier and a distilled one); none if anything else is read.
+    """
+    found: list[fx.Node] = []
+    stack = [leaf]
+    while stack:
+        node = stack.pop()
+        if node in facts.projections:
+            found.append(node)
             continue
-        sources = [source for source in node.all_input_nodes if source in facts.data and source in facts.source]
-        if opname(node) not in _AFTER or len(sources) != 1:
-            return None
-        node = sources[0]
-    return node
+        sources = [source for source in facts.inputs[node] if source in facts.source]
+        if node in facts.nonlinearities:
+            sources = [facts.nonlinearities[node].inp]
+        elif node in facts.residuals or opname(node) not in _AFTER or (len(sources) > 1 and opname(node) != "add"):
+            return []
+        stack += sources
+    return found

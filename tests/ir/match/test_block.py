@@ -50,7 +50,9 @@ def test_a_single_layer_is_no_block_unless_it_runs_again() -> None:
     check(found, model, X)
 
 
-def test_plain_layers_of_torch_are_no_blocks() -> None:
+def test_single_layers_are_no_blocks() -> None:
+    normed = nn.Sequential(*[nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.ReLU()) for _ in range(2)])
+    assert not find(normed, X).sites("block")
     assert not find(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU()), X).sites("block")
 
 

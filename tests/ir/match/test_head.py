@@ -30,6 +30,11 @@ def test_two_outputs_of_one_head_are_one_site() -> None:
     assert found.owners("head") == ["a"]
 
 
+def test_averaged_heads_are_two_sites() -> None:
+    found = find(Lambda(lambda m, x: (m.a(x) + m.b(x)) / 2, a=nn.Linear(6, 3), b=nn.Linear(6, 3)), X)
+    assert found.owners("head") == ["a", "b"]
+
+
 def test_a_model_without_a_head_is_refused_once() -> None:
     found = find(Lambda(lambda m, x: (m.norm(x + m.a(x)), x.mean()), a=nn.Linear(6, 6), norm=nn.LayerNorm(6)), X)
     assert not found.sites("head")
