@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from gatecc.capture.reads import same_reads
 from gatecc.capture.signature import Key
 from gatecc.scope.variant import Variant
 
-LIMIT = 64  # variants kept per family; the least recently used goes first
+LIMIT = 64  # kinds of call kept per family; the oldest goes first
 
 
 @dataclass(eq=False)
@@ -36,9 +37,10 @@ class Family:
         self.entries.setdefault(key, []).append(entry)
         if len(self.entries) > LIMIT:
             self.entries.popitem(last=False)
+            warnings.warn(f"a scope was called in more than {LIMIT} ways; old captures are dropped", stacklevel=2)
 
     def find(self, key: Key, leaves: Sequence[torch.Tensor]) -> list[Entry]:
-        """The entries whose sizes fit, most recent call first."""
+        """The entries whose sizes fit, in the order of their captures."""
         return [e for e in self.entries.get(key, ()) if e.variant.accepts(leaves)]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Family:
