@@ -26,7 +26,8 @@ T = TypeVar("T")
 
 @dataclass
 class Analysis:
-    """Everything that is known of a model before a rewrite: captured programs, sites, refusals, and how they were had."""
+    """Everything that is known of a model before a rewrite: captured programs, sites, refusals, and how they were
+    had."""
 
     programs: list[Program] = field(default_factory=list[Program])
     sites: list[Site] = field(default_factory=list[Site])

@@ -37,7 +37,8 @@ class Checked:
 
 
 def reference(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reference:
-    """Run the original once on the example inputs and once on other sizes. Raises ExampleInputsError if it does not run."""
+    """Run the original once on the example inputs and once on other sizes. Raises ExampleInputsError if it does not
+    run."""
     made = Reference([(args, kwargs)], [_run(model, args, kwargs)])
     other = other_sizes(args, kwargs)
     if other is None:

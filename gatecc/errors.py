@@ -133,7 +133,8 @@ class ArgumentError(GateccError, ValueError):
 
 
 class CheckpointError(GateccError):
-    """A checkpoint cannot be written or loaded: a file is damaged, the format unknown, or the base model is another one.
+    """A checkpoint cannot be written or loaded: a file is damaged, the format unknown, or the base model is another
+    one.
 
     A message about the base model names the parameters, with what the checkpoint holds and what the model has. The base
     model is left unchanged.
@@ -148,7 +149,8 @@ class CheckpointError(GateccError):
 class SiteRefusedError(GateccError):
     """A rewrite cannot be done at a site that was selected for it, though the site exists.
 
-    The site lacks the value that is gated, its mask is not one that the rewrite understands, a weight has other uses, or
+    The site lacks the value that is gated, its mask is not one that the rewrite understands, a weight has other uses,
+    or
     the gate has parameters for another number of tokens than the call has. Nothing was changed.
 
     Fails: ``transform(bert, "affine-attention", inputs_with_a_padding_mask)``: the keys that are summed would include
@@ -157,3 +159,26 @@ class SiteRefusedError(GateccError):
     """
 
     code = "GCC011"
+
+
+class ExportError(GateccError):
+    """The model cannot be written as ONNX, or the graph does not compute what the model does. Nothing was written.
+
+    The graph is checked, loaded in ONNX Runtime and compared with torch at several batch sizes and lengths; the message
+    names the sizes and the output that differ most.
+
+    Fails: a model in bfloat16, for which ONNX Runtime has no kernels on a CPU.
+    Mended: ``gatecc.export(model.float(), folder, inputs)``.
+    """
+
+    code = "GCC012"
+
+
+class MissingPackageError(GateccError, ImportError):
+    """An optional package is not installed.
+
+    Fails: ``gatecc.export(...)`` after ``pip install gatecc``.
+    Mended: ``pip install 'gatecc[onnx,ort]'``.
+    """
+
+    code = "GCC013"

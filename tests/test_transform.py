@@ -155,7 +155,8 @@ def test_folding_into_a_tied_weight_is_refused(x: Tensor) -> None:
     assert torch.equal(first.attention.o.weight, before)
 
 
-# --- bad input: one clear error each, the model unchanged -----------------------------------------------------------------
+# --- bad input: one clear error each, the model unchanged
+# -----------------------------------------------------------------
 
 
 class Quantised(nn.Module):
@@ -211,7 +212,7 @@ def test_bad_input_gets_one_clear_error(case: str, x: Tensor) -> None:
 
 def test_a_call_with_another_signature(model: nn.Module, x: Tensor) -> None:
     gated = gatecc.transform(model, RECIPE, (x,))
-    with pytest.raises(TypeError, match="unexpected|nonsense"):
+    with pytest.raises(TypeError, match=r"unexpected|nonsense"):
         gated(x, nonsense=3)
     with pytest.raises(TypeError):
         gated()

@@ -1,7 +1,9 @@
 """Adapters: the documented changes that gatecc makes to a library's behaviour while it captures, all undone afterwards.
 
-- transformers: ``config.use_cache`` is False, so that no Cache object enters a graph (a captured cache loses its update).
-- torch: the fused fast path of nn.TransformerEncoder and nn.MultiheadAttention is off: it hides attention in one operator.
+- transformers: ``config.use_cache`` is False, so that no Cache object enters a graph (a captured cache loses its
+update).
+- torch: the fused fast path of nn.TransformerEncoder and nn.MultiheadAttention is off: it hides attention in one
+operator.
 """
 
 from __future__ import annotations

@@ -59,7 +59,8 @@ def capture(
 
     ``fqn`` is the module's place in the model and prefixes every owner. ``forward`` stands in for ``module.__call__``
     (an unbound forward with the module bound to it). With ``dynamic="auto"`` every dimension of size 2 or more is
-    dynamic unless the model specialises it; the guards say which. Train or eval, and the grad mode, are as they are now.
+    dynamic unless the model specialises it; the guards say which. Train or eval, and the grad mode, are as they are
+    now.
 
     Raises CaptureError with torch's reason; the module is left as it was.
     """

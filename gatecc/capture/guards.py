@@ -20,7 +20,8 @@ Check = Callable[[Sequence[torch.Tensor]], bool]
 
 
 def size_guards(exported: ExportedProgram, placeholders: Sequence[torch.fx.Node]) -> list[str]:
-    """The guards of an exported program whose only inputs are ``*leaves``: static sizes, equal sizes, bounds, relations."""
+    """The guards of an exported program whose only inputs are ``*leaves``: static sizes, equal sizes, bounds,
+    relations."""
     code: list[str] = list(exported._guards_code)
     for i, node in enumerate(placeholders):
         value = node.meta.get("val")

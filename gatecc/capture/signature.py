@@ -1,7 +1,8 @@
 """Signature of a call: everything about its arguments that a captured graph bakes in, and the tensors that it does not.
 
 torch.export does not guard None against a tensor, nor the value of a Python constant against another: the key made here
-does. Two calls with equal keys may differ in the sizes of tensor dimensions only, and of those never between 0, 1 and more.
+does. Two calls with equal keys may differ in the sizes of tensor dimensions only, and of those never between 0, 1 and
+more.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ class OpaqueArgumentError(Exception):
 
 
 def flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Key, list[torch.Tensor]]:
-    """The key of a call and its tensor leaves in order. Raises OpaqueArgumentError. Written so that Dynamo can trace it."""
+    """The key of a call and its tensor leaves in order. Raises OpaqueArgumentError. Written so that Dynamo can trace
+    it."""
     leaves: list[torch.Tensor] = []
     positional = tuple([_walk(x, leaves) for x in args])
     keyword = tuple([(name, _walk(x, leaves)) for name, x in kwargs.items()])

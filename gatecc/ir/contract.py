@@ -12,7 +12,8 @@ ROUNDING = 1e-6
 class Contract:
     """``exact`` and ``within`` promise it for any parameters, ``identity_at_init`` for freshly made ones.
 
-    ``tolerance`` is the largest absolute difference of an output that the promise allows, relative to max(1, max|output|).
+    ``tolerance`` is the largest absolute difference of an output that the promise allows, relative to max(1,
+    max|output|).
     That of ``identity_at_init`` is the residual of one gate if that is more than rounding.
     """
 
@@ -25,7 +26,8 @@ class Contract:
         return self.kind != "changes_function"
 
     def allowed(self, sites: int) -> float:
-        """The tolerance for so many sites. A residual grows on its way to the output: four times it a site is allowed."""
+        """The tolerance for so many sites. A residual grows on its way to the output: four times it a site is
+        allowed."""
         residual = self.kind == "identity_at_init" and self.tolerance > ROUNDING
         return 4 * self.tolerance * sites if residual else self.tolerance
 

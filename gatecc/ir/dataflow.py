@@ -39,7 +39,7 @@ class Flow:
             self.raw.add(node)
         viewed = _aliased(node)
         self.base[node] = self.base[viewed] if viewed is not None else node
-        if not mutates(node):
+        if not mutates(node) or name == "detach":
             return
         target = self.base[next(iter(node.all_input_nodes))]
         self.writers.setdefault(target, []).append(node)

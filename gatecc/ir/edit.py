@@ -1,4 +1,5 @@
-"""Editor: the hands of a rewrite. It inserts traced calls, replaces values, and makes the modules that hold new parameters.
+"""Editor: the hands of a rewrite. It inserts traced calls, replaces values, and makes the modules that hold new
+parameters.
 
 Everything that an editor does is recorded as well (`Step`), because the same edit must be possible on a running Python
 call where no graph can be had (see gatecc.scope_python), and on every layer that shares the graph.
@@ -170,14 +171,16 @@ class Editor:
         uses = [u for n in self.program.graph.find_nodes(op="get_attr", target=node.target) for u in n.users]
         live = self.program.parameter(node)
         names = [n for n, p in self.program.module.named_parameters(remove_duplicate=False) if p is live]
-        if uses != [linear] or len(names) != 1:
+        size = node.meta["val"].shape
+        taken = live is not None and tuple(live.shape) != tuple(size)
+        if uses != [linear] or len(names) != 1 or taken:
+            used = f"it has {len(uses)} uses under the names {', '.join(names) or 'of a constant'}"
             raise SiteRefusedError(
                 f"the matrix {node.target} cannot take rows of a gate",
                 where=f"{self.site.owner} {self.site.line}".strip(),
-                found=f"it has {len(uses)} uses under the names {', '.join(names) or 'of a constant'}",
+                found="it holds those of another gate already" if taken else used,
                 do="leave fuse_into out: the gate then has a matrix of its own",
             )
-        size = node.meta["val"].shape
         node.meta["val"] = node.meta["val"].new_empty((rows.groups * (rows.old + rows.new), *size[1:]))
         self.weights.append(WidenWeight(str(node.target), rows, fill))
 
@@ -273,7 +276,8 @@ def _tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def _trace(function: Callable[..., torch.Tensor], arguments: Sequence[Any]) -> fx.Graph:
-    """The ATen graph of a call on fake tensors. Placeholders: a module's parameters and buffers, then the node arguments."""
+    """The ATen graph of a call on fake tensors. Placeholders: a module's parameters and buffers, then the node
+    arguments."""
     values = [fake(a) for a in arguments if isinstance(a, fx.Node)]
     tensors = _tensors(function) if isinstance(function, nn.Module) else []
     mode = detect_fake_mode([v for v in values if v is not None])

@@ -1,6 +1,7 @@
 """Evaluator: compute one node of a program at sizes of one's choice, without running the model.
 
-Only the node's ancestors run, and sizes come from the symbolic shapes, so that no node runs for its size alone. Products
+Only the node's ancestors run, and sizes come from the symbolic shapes, so that no node runs for its size alone.
+Products
 of data (the content of the model) are replaced with zeros, and an evaluation in which something other than finite
 arithmetic is done to them is refused: the result then holds for any content.
 """
@@ -50,7 +51,8 @@ class Evaluator:
     ) -> Slice:
         """What ``target`` needs. The nodes in ``zero`` count as content; those in ``given`` will be given.
 
-        Raises UnprovableError if a decision is taken on content, if a random operator runs, or if a size depends on data.
+        Raises UnprovableError if a decision is taken on content, if a random operator runs, or if a size depends on
+        data.
         """
         content: set[fx.Node] = set()
         needed: set[fx.Node] = set()
@@ -207,8 +209,6 @@ def addends(node: fx.Node) -> list[fx.Node]:
 
 def _is_size(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool | int | float)
-
-
 
 
 def _needed_inputs(node: fx.Node) -> list[fx.Node]:

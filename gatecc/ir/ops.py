@@ -12,7 +12,8 @@ from torch._ops import OpOverload
 VIEWS = frozenset(
     "view reshape _unsafe_view view_as reshape_as permute transpose t numpy_T mT adjoint swapaxes swapdims movedim "
     "moveaxis unsqueeze squeeze expand expand_as contiguous clone alias detach lift_fresh_copy lift_fresh flatten "
-    "unflatten slice select narrow split split_with_sizes chunk unbind tensor_split getitem repeat repeat_interleave tile "
+    "unflatten slice select narrow split split_with_sizes chunk unbind tensor_split getitem repeat "
+    "repeat_interleave tile "
     "broadcast_to unfold index_select index gather roll flip".split()
 )
 RESHAPES = frozenset("view reshape _unsafe_view view_as reshape_as flatten unflatten".split())

@@ -1,6 +1,7 @@
 """Program: the graph of one captured module, with everything that a rewrite needs to know about where it came from.
 
-The graph is a flat function of tensors. Its placeholders are the tensor leaves of ``(args, kwargs)`` in pytree order, its
+The graph is a flat function of tensors. Its placeholders are the tensor leaves of ``(args, kwargs)`` in pytree order,
+its
 output is the flat tuple of output leaves. Parameters and buffers are ``get_attr`` nodes whose target is relative to
 ``module``; the program holds no copy of them. Constants that tracing created live in ``constants``.
 """

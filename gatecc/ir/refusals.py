@@ -28,14 +28,17 @@ _ATTENTION: tuple[Cause, ...] = (
     Cause(
         "GCC101",
         "the weights are changed between the softmax and the values",
-        "CaiT's talking heads put a Linear over the heads there, DeepViT a convolution, differential attention subtracts "
-        "two softmaxes. What meets the values is no softmax any more, and nothing that assumes one can be done with it.",
+        "CaiT's talking heads put a Linear over the heads there, DeepViT a convolution, differential attention "
+        "subtracts "
+        "two softmaxes. What meets the values is no softmax any more, and nothing that assumes one can be done "
+        "with it.",
         "rewrite the owner's projections or its output (Linear sites)",
     ),
     Cause(
         "GCC102",
         "no product of queries and keys",
-        "The softmax weighs values, but its input is no product of two computed tensors: learned-query pooling, additive "
+        "The softmax weighs values, but its input is no product of two computed tensors: learned-query pooling, "
+        "additive "
         "attention, linear attention (softmax over features) and dense routing look so.",
         "none is needed for a router or a pooling; else compute both queries and keys with a layer",
     ),
@@ -61,7 +64,8 @@ _ATTENTION: tuple[Cause, ...] = (
     Cause(
         "GCC106",
         "the axes of a product are unclear",
-        "The product of queries and keys, or of weights and values, has a form whose axes gatecc cannot name, such as an "
+        "The product of queries and keys, or of weights and values, has a form whose axes gatecc cannot name, "
+        "such as an "
         "einsum of three operands.",
         "write the product with matmul, bmm or an einsum of two operands",
     ),
@@ -79,7 +83,8 @@ _OTHERS: tuple[Cause, ...] = (
     Cause(
         "GCC131",
         "a stack of weights",
-        "A product with a parameter of three or more axes, usually a matrix per expert or head; Linear means one matrix.",
+        "A product with a parameter of three or more axes, usually a matrix per expert or head; Linear means one "
+        "matrix.",
         "select the MLP or Attention site that holds it",
     ),
     Cause(

@@ -53,7 +53,8 @@ class Rewrite(ABC):
         return [] if value is None else [value.node]
 
     def whole_model(self, site: Site) -> bool:
-        """Whether the edit must see the whole model as one graph: it reads an input of the model, or a distant value."""
+        """Whether the edit must see the whole model as one graph: it reads an input of the model, or a distant
+        value."""
         return False
 
     def to_json(self) -> dict[str, Any]:

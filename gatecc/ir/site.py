@@ -1,6 +1,7 @@
 """Sites: the typed places of a graph that a rewrite can name, and refusals: places that look like one but are not.
 
-A matcher answers with a site or with a refusal, never with silence. A site holds its values (graph nodes with named axes),
+A matcher answers with a site or with a refusal, never with silence. A site holds its values (graph nodes with named
+axes),
 its weights (with orientation) and its place in the model. Axes are one letter each, in order:
 
     b batch   n query token   m key token   h head   d head dimension   c channel   t y x time or depth, height, width
@@ -56,7 +57,8 @@ class _Kind(type):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Site(metaclass=_Kind):
-    """A place in a graph. ``key`` is unique within a model: owner, ordinal, and the call if the owner runs repeatedly."""
+    """A place in a graph. ``key`` is unique within a model: owner, ordinal, and the call if the owner runs
+    repeatedly."""
 
     kind: ClassVar[str] = "site"
     stages: ClassVar[tuple[str, ...]] = ()  # the value names that this kind can expose

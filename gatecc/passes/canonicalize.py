@@ -23,7 +23,8 @@ from gatecc.ir.program import META, Program
 # What autocast leaves alone: a region of these computes the same with autocast on or off.
 _PLAIN = frozenset(
     "to _to_copy add sub mul div neg view reshape _unsafe_view permute transpose unsqueeze squeeze expand contiguous "
-    "clone alias detach lift_fresh_copy slice select split chunk unbind getitem cat stack cos sin sigmoid tanh relu where "
+    "clone alias detach lift_fresh_copy slice select split chunk unbind getitem cat stack cos sin sigmoid tanh "
+    "relu where "
     "masked_fill arange zeros ones full eq ne le lt ge gt".split()
 )
 _ASSERTIONS = frozenset(

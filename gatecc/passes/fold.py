@@ -1,4 +1,4 @@
-"""fold_into_next: move a constant factor of a value into the weight that reads it, so that it costs nothing at run time."""
+"""fold_into_next: move a constant factor of a value into the weight that reads it: it costs nothing at run time."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _A = torch.ops.aten
 TRANSPARENT = frozenset(
     {
         _A.view.default, _A.reshape.default, _A._unsafe_view.default, _A.transpose.int, _A.permute.default,
-        _A.contiguous.default, _A.clone.default, _A.flatten.using_ints, _A.unflatten.int, _A.squeeze.dim, _A.unsqueeze.default,
-        _A.dropout.default, _A.slice.Tensor, _A.expand.default,
+        _A.contiguous.default, _A.clone.default, _A.flatten.using_ints, _A.unflatten.int, _A.squeeze.dim,
+        _A.unsqueeze.default, _A.dropout.default, _A.slice.Tensor, _A.expand.default,
     }
 )  # fmt: skip
 WEIGHT_ARGUMENT: dict[Any, int] = {

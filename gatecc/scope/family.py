@@ -94,7 +94,8 @@ def same_outputs(a: Any, b: Any, tolerance: float) -> bool:
 
 
 def close(x: Any, y: Any, tolerance: float) -> bool:
-    """Tensors: same shape and dtype, small difference where finite, NaN and infinity at the same places. Else: equal."""
+    """Tensors: same shape and dtype, small difference where finite, NaN and infinity at the same places. Else:
+    equal."""
     if not (isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)):
         return bool(type(x) is type(y) and (x is y or x == y))
     if x.shape != y.shape or x.dtype != y.dtype:

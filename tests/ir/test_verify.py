@@ -1,4 +1,5 @@
-"""Graph faults injected on purpose: each is caught, naming the rewrite, the site and its line; the model is unchanged."""
+"""Graph faults injected on purpose: each is caught, naming the rewrite, the site and its line; the model is
+unchanged."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ def test_a_changed_attribute_is_not_stale(gated: nn.Module, x: Tensor) -> None:
 
 def test_a_swapped_submodule_is_seen(gated: nn.Module, x: Tensor) -> None:
     class Doubled(nn.Linear):
-        def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        def forward(self, input: Tensor) -> Tensor:
             return 2 * super().forward(input)
 
     layer: Any = gated.get_submodule("layers.0")

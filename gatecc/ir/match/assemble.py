@@ -193,14 +193,14 @@ class Assembler:
         if parts.softmax is None or parts.scores is None or parts.weighing is None:
             return {}
         axes = _named(parts.product.axes, roles)
-        scores = parts.scores.final
-        result = {"scores": Value(scores, axes)} if _rank(scores) == len(axes) else {}
-        weights = parts.softmax.output
+        nodes, weights = {"scores": parts.scores.final}, parts.softmax.output
         for node in parts.weighing.path:  # after casts and after the sink column is cut off, before dropout and merging
             if opname(node) not in CASTS and not (parts.scores.sinks and opname(node) == "slice"):
                 break
             weights = node
-        return result | ({"weights": Value(weights, axes)} if _rank(weights) == len(axes) else {})
+        nodes["weights"] = weights
+        fitting = {name: (node, _fitted(axes, _rank(node))) for name, node in nodes.items()}
+        return {name: Value(node, fit) for name, (node, fit) in fitting.items() if fit}
 
     def _streams(self, q: _Operand, k: _Operand, v: _Operand, output: Projection | None) -> dict[str, Value]:
         result: dict[str, Value] = {}
@@ -260,7 +260,7 @@ class Assembler:
         roles = self._roles(parts, *self._query(parts))
         query = next(a for a in product.axes if roles[a] == "n")
         post = parts.weighing.operand if _is_edited(parts) else None
-        given = parts.softmax.exponential or parts.softmax.output
+        given = tuple(n for n in (parts.softmax.exponential, parts.softmax.total) if n is not None)
         key_axis = product.axes.index(parts.keys) - len(product.axes)
         return MaskGraph(
             sizes[query],
@@ -270,7 +270,7 @@ class Assembler:
             product.axes.index(query) - len(product.axes),
             key_axis,
             post=post,
-            post_given=given if post is not None else None,
+            post_given=given or (parts.softmax.output,),
         )
 
     def _query(self, parts: Parts) -> tuple[fx.Node, str]:
@@ -302,6 +302,15 @@ def _named(letters: str, roles: Roles) -> str:
 
 def _rank(node: fx.Node) -> int:
     return len(node_shape(node) or ())
+
+
+def _fitted(axes: str, rank: int) -> str:
+    """The axes of a tensor in which merged heads may have been taken apart, or put together; "" if that is unclear."""
+    if rank == len(axes):
+        return axes
+    if rank == len(axes) + 1 and axes[0] == "g":
+        return "bh" + axes[1:]
+    return "g" + axes[2:] if rank == len(axes) - 1 and axes[:2] == "bh" else ""
 
 
 def _only_last_two(order: list[int]) -> bool:

@@ -13,8 +13,10 @@ _PREPARES = (
     | CASTS
     | DROPOUTS
     | frozenset(
-        "add mul sub div pow rsqrt mean sum var layer_norm rms_norm batch_norm group_norm instance_norm conv1d conv2d conv3d "
-        "linear addmm cat pad constant_pad_nd avg_pool1d avg_pool2d max_pool2d adaptive_avg_pool2d gelu silu relu sigmoid "
+        "add mul sub div pow rsqrt mean sum var layer_norm rms_norm batch_norm group_norm instance_norm conv1d "
+        "conv2d conv3d "
+        "linear addmm cat pad constant_pad_nd avg_pool1d avg_pool2d max_pool2d adaptive_avg_pool2d gelu silu "
+        "relu sigmoid "
         "upsample_nearest2d neg sqrt".split()
     )
 )
@@ -29,7 +31,8 @@ def same_stream(one: fx.Node, other: fx.Node, flow: Flow) -> bool:
 
 
 def _prepared_from(node: fx.Node, flow: Flow) -> set[fx.Node]:
-    """The tensors that hold data and that ``node`` is prepared from, itself included, stopping at sums of two streams."""
+    """The tensors that hold data and that ``node`` is prepared from, itself included, stopping at sums of two
+    streams."""
     reached: set[fx.Node] = set()
     frontier = [node]
     while frontier and len(reached) < _STEPS:

@@ -52,7 +52,8 @@ class Blocked:
 
 
 def find_values(weights: fx.Node, axis: int, flow: Flow) -> Weighing | Blocked | None:
-    """The product in which ``weights`` (normalised over ``axis``) weigh values; None if they are only read otherwise."""
+    """The product in which ``weights`` (normalised over ``axis``) weigh values; None if they are only read
+    otherwise."""
     rank = len(node_shape(weights) or ())
     queue: deque[tuple[fx.Node, int | None, tuple[fx.Node, ...]]] = deque([(weights, axis % rank, ())])
     seen: set[fx.Node] = {weights}
