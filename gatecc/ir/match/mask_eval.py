@@ -28,8 +28,10 @@ _NOTHING = -1000.0  # no best score is this low unless all are masked
 
 @dataclass(frozen=True, eq=False)
 class MaskGraph:
-    """What masks one attention. ``target`` holds additive scores (or booleans, True = visible) whose axes ``query_axis``
-    and ``key_axis`` (from the right, negative) are queries and keys; None if there is no mask. ``post`` are weights that
+    """What masks one attention. ``target`` holds additive scores (or booleans, True = visible) whose axes
+    ``query_axis``
+    and ``key_axis`` (from the right, negative) are queries and keys; None if there is no mask. ``post`` are weights
+    that
     are zeroed after the softmax, given that ``post_given`` holds ones.
     """
 
@@ -41,7 +43,7 @@ class MaskGraph:
     key_axis: int = -1
     is_causal: bool = False
     post: fx.Node | None = None
-    post_given: fx.Node | None = None
+    post_given: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class _Proof:
         self.graph, self.evaluator, self.flow, self.example = graph, owner.evaluator, owner.flow, owner.example
         zero = frozenset({graph.content} if graph.content is not None else ())
         self.part = self.evaluator.slice(graph.target, zero) if graph.target is not None else None
-        given = frozenset({graph.post_given} if graph.post_given is not None else ())
+        given = frozenset(graph.post_given)
         self.post = self.evaluator.slice(graph.post, given=given) if graph.post is not None else None
         parts = [p for p in (self.part, self.post) if p is not None]
         self.inputs = sorted({n for p in parts for n in p.inputs}, key=self.flow.order.__getitem__)
@@ -115,14 +117,16 @@ class _Proof:
         return replace(result, reason=result.reason or note, bias=result.bias or self.content_bias)
 
     def _beyond(self, constant: int) -> list[Mask]:
-        """The mask at a length that exceeds a constant; at the constant itself if the graph allows no more (a table)."""
+        """The mask at a length that exceeds a constant; at the constant itself if the graph allows no more (a
+        table)."""
         try:
             return [self._at(sizes, {}) for sizes in self._sizes((constant + 3,))]
         except UnprovableError:
             return [self._at(sizes, {}) for sizes in self._sizes((constant,))]
 
     def _with_stand_ins(self, result: Mask, large: list[int]) -> Mask:
-        """Replace a constant that is too large to be exceeded by a small one: if it is a window, the mask follows it."""
+        """Replace a constant that is too large to be exceeded by a small one: if it is a window, the mask follows
+        it."""
         for constant in large:
             shifts: set[int | None] = set()
             for stand_in in _STAND_INS:
@@ -219,8 +223,8 @@ class _Proof:
             visible, bias = _read(self._square(self._scores(self.part, sizes, inputs, constants)))
         if self.graph.is_causal:
             visible = visible & torch.ones(queries, keys, dtype=torch.bool).tril()
-        if self.post is not None and self.graph.post_given is not None:
-            visible = visible & self._post(self.post, self.graph.post_given, sizes, inputs, constants)
+        if self.post is not None:
+            visible = visible & self._post(self.post, sizes, inputs, constants)
         return _View(visible.expand(*visible.shape[:-2], queries, keys), bias)
 
     def _scores(
@@ -240,11 +244,13 @@ class _Proof:
             return self.evaluator.run(part, sizes, inputs, constants)
 
     def _post(
-        self, post: Slice, given: fx.Node, sizes: dict[sympy.Symbol, int], inputs: Inputs, constants: Mapping[int, int]
+        self, post: Slice, sizes: dict[sympy.Symbol, int], inputs: Inputs, constants: Mapping[int, int]
     ) -> torch.Tensor:
-        held = given.meta["val"]
-        ones = torch.ones([value(s, sizes) for s in held.shape], dtype=held.dtype)
-        return self._square(self.evaluator.run(post, sizes, {**inputs, given: ones}, constants)) != 0
+        given = dict(inputs)
+        for node in self.graph.post_given:
+            held = node.meta["val"]
+            given[node] = torch.ones([value(s, sizes) for s in held.shape], dtype=held.dtype, device=held.device)
+        return self._square(self.evaluator.run(post, sizes, given, constants)) != 0
 
     def _square(self, tensor: torch.Tensor) -> torch.Tensor:
         """Queries second to last, keys last. -> (..., n, m) on the CPU; missing axes are broadcast."""
@@ -386,7 +392,8 @@ def _matches(shown: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def _per_key(keep: torch.Tensor, visible: torch.Tensor) -> torch.Tensor | None:
-    """(B, m) -> broadcastable to visible (B, ..., m), or (B * heads, n, m); None if the batch axis is not to be seen."""
+    """(B, m) -> broadcastable to visible (B, ..., m), or (B * heads, n, m); None if the batch axis is not to be
+    seen."""
     batch, keys = keep.shape
     if visible.ndim == 2:
         return keep if batch == 1 else None

@@ -13,13 +13,14 @@ from gatecc.ir.ops import CASTS, SOFTMAXES, VIEWS, argument, opname
 
 @dataclass(frozen=True, eq=False)
 class Normalisation:
-    """``output = softmax(input, axis)``. ``exponential`` is the exp node of a written-out one."""
+    """``output = softmax(input, axis)``. ``exponential`` and ``total`` are the exp and the sum of a written-out one."""
 
     output: fx.Node
     input: fx.Node
     axis: int
     spelling: Literal["softmax", "manual"]
     exponential: fx.Node | None = None
+    total: fx.Node | None = None
 
 
 def normalisation(node: fx.Node) -> Normalisation | None:
@@ -61,13 +62,13 @@ def _quotient(node: fx.Node) -> Normalisation | None:
     """``e / e.sum(axis)`` with e made of an exponential; also ``e * (1 / e.sum(axis))``."""
     for top, bottom in _quotient_operands(node):
         total = _through(bottom, VIEWS | CASTS | _GUARDS)
-        if opname(total) != "sum" or total.args[0] is not top or len(total.args) < 2:
+        if opname(total) != "sum" or len(total.args) < 2 or not _equal(total.args[0], top):
             continue
         axis, exponential = _single(total.args[1]), _exponential(top)
         if axis is not None and exponential is not None:
             source = exponential.args[0]
             assert isinstance(source, fx.Node)
-            return Normalisation(node, source, axis, "manual", exponential)
+            return Normalisation(node, source, axis, "manual", exponential, total)
     return None
 
 
@@ -85,6 +86,13 @@ def _quotient_operands(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
         inverse = _through(bottom, VIEWS | CASTS)
         if opname(inverse) == "reciprocal" or (opname(inverse) == "pow" and inverse.args[1] in (-1, -1.0)):
             yield top, bottom
+
+
+def _equal(one: object, other: fx.Node) -> bool:
+    """One node, or the same call written twice: ``s.exp() / s.exp().sum(-1)``."""
+    if not isinstance(one, fx.Node) or one is other:
+        return one is other
+    return one.target == other.target and one.args == other.args and one.kwargs == other.kwargs and opname(one) != ""
 
 
 def _through(node: fx.Node, names: frozenset[str]) -> fx.Node:

@@ -19,7 +19,8 @@ from gatecc.ir.sizes import Sizes, node_shape, numel, same, symbols, value
 Orientation = Literal["out_in", "in_out", "conv"]
 _ELEMENTWISE = frozenset(
     "add sub mul div neg cat stack pow rsqrt sqrt mean sum norm linalg_vector_norm clamp_min clamp layer_norm rms_norm "
-    "batch_norm group_norm sigmoid relu gelu silu view_as_complex view_as_real complex expand_as pad constant_pad_nd".split()
+    "batch_norm group_norm sigmoid relu gelu silu view_as_complex view_as_real complex expand_as pad "
+    "constant_pad_nd".split()
 )
 _BETWEEN = VIEWS | CASTS | DROPOUTS | _ELEMENTWISE
 _AFTER = VIEWS | CASTS | DROPOUTS | frozenset("mul layer_norm rms_norm batch_norm sigmoid relu gelu silu div".split())
@@ -162,7 +163,7 @@ def find_projection(node: fx.Node, flow: Flow) -> Origins | None:
     if len(found) != 1 or len(seen) >= _BUDGET:
         return None
     between = _between(found[0].node, seen, flow)
-    return Origins(found[0], between, _has_rotary(between, node))
+    return Origins(found[0], between, _has_rotary(found[0].node, between))
 
 
 def _between(start: fx.Node, seen: set[fx.Node], flow: Flow) -> list[fx.Node]:
@@ -177,9 +178,10 @@ def _between(start: fx.Node, seen: set[fx.Node], flow: Flow) -> list[fx.Node]:
     return result
 
 
-def _has_rotary(between: list[fx.Node], node: fx.Node) -> bool:
-    """Whether the value is multiplied by a table that varies with position and feature, or turned as complex numbers."""
-    own = set(between)
+def _has_rotary(start: fx.Node, between: list[fx.Node]) -> bool:
+    """Whether the value is multiplied by a table that varies with position and feature, or turned as complex
+    numbers."""
+    own = {start, *between}
     if any(opname(n) == "view_as_complex" for n in between):
         return True
     for current in between:
