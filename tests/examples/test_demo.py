@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 import gatecc
-from examples import demo
+from examples import demo, sentences
 from examples.docstrings import pairs
 
 SOURCE = """
@@ -58,7 +58,9 @@ def run(*words: str, code: int = 0) -> str:
     return result.output
 
 
-def test_the_encoder_goes_all_the_way(tmp_path: Path) -> None:
+@pytest.mark.timeout(900)  # minutes where other work takes the cores
+def test_the_encoder_goes_all_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sentences, "HELD_OUT", 32)
     text = run("--seconds", "2", "--out", str(tmp_path / "out"))
     assert "6 attention" in text
     assert "every promise held" in text
@@ -71,7 +73,7 @@ def test_the_encoder_goes_all_the_way(tmp_path: Path) -> None:
     assert {"report.html", "checkpoint/recipe.json", "checkpoint/model.safetensors", "onnx/model.onnx"} <= written
 
 
-@pytest.mark.parametrize(("factory", "gates"), [("attention", "gated-attention"), ("plain", "gates on mlp sites")])
+@pytest.mark.parametrize(("factory", "gates"), [("attention", "gated-attention"), ("plain", "gates on linear sites")])
 def test_a_model_of_ones_own(models: Path, tmp_path: Path, factory: str, gates: str) -> None:
     text = run("--model", f"{models}:{factory}", "--seconds", "1", "--out", str(tmp_path / "out"))
     assert gates in text

@@ -1,0 +1,92 @@
+"""The pages are what the code says, their links lead somewhere, and their Python runs.
+
+A block marked ``python`` runs in the namespace of its page, where ``model`` and ``example_inputs`` are a tiny
+transformer.
+After the word stands what is meant to happen: ``raises=GCC007``, ``refused=GCC132`` (by an inspection of ``model``) or
+``not-refused=GCC132``.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+import gatecc
+from tests.recipes.tiny import tiny
+from tools import docs
+
+PAGES = [docs.ROOT / "README.md", *sorted(docs.DOCS.rglob("*.md"))]
+_BLOCK = re.compile(r"^```python([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"(?<!`)\]\(([^)#\s]+)[^)]*\)")
+
+
+class Block(NamedTuple):
+    """``meant``: the words after ``python``."""
+
+    meant: str
+    code: str
+
+
+def blocks(page: Path) -> list[Block]:
+    """The Python of a page, top to bottom."""
+    return [Block(meant.strip(), code) for meant, code in _BLOCK.findall(page.read_text())]
+
+
+def namespace() -> dict[str, Any]:
+    """What every page may use."""
+    torch.manual_seed(0)
+    inputs = (torch.randn(2, 6, 16), torch.tensor([10, 500]))
+    return {"gatecc": gatecc, "torch": torch, "nn": nn, "model": tiny(), "example_inputs": inputs}
+
+
+def run(block: Block, names: dict[str, Any]) -> None:
+    """Run a block; raises if something else happens than is meant to."""
+    word, _, code = block.meant.partition("=")
+    if word == "raises":
+        with pytest.raises(gatecc.GateccError) as raised:
+            exec(block.code, names)
+        assert raised.value.code == code
+        return
+    exec(block.code, names)
+    if word in ("refused", "not-refused"):
+        refusals = gatecc.inspect(names["model"], names["example_inputs"]).refusals
+        assert (code in {r.code for r in refusals}) == (word == "refused"), refusals
+        return
+    assert not word, f"unknown: {block.meant}"
+
+
+def test_generated_pages_are_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
+    assert docs.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_a_stale_page_is_noticed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(docs, "index", lambda: "# another")
+    assert docs.main(["--check"]) == 1
+    assert "stale: docs/README.md" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.relative_to(docs.ROOT).as_posix())
+def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = namespace()
+    for block in blocks(page):
+        run(block, names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(docs.ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    local = [link for link in _LINK.findall(page.read_text()) if not link.startswith(("http:", "https:"))]
+    missing = [link for link in local if not (page.parent / link).exists()]
+    assert not missing
+
+
+def test_a_block_that_fails_is_noticed() -> None:
+    with pytest.raises(NameError):
+        run(Block("", "nothing"), {})
+    with pytest.raises(pytest.fail.Exception):
+        run(Block("raises=GCC009", "pass"), {})
