@@ -1,0 +1,122 @@
+"""Leaves: a model's call as a function from named tensors to named tensors, which is what an ONNX graph is.
+
+Inputs are the tensor leaves of ``(args, kwargs)``, named after the forward's parameters; constants and None are closed
+over. Outputs are the tensor leaves of what the model returns, named after its keys or positions.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from gatecc.capture import signature
+from gatecc.errors import ExampleInputsError
+
+
+class Flat(nn.Module):
+    """The model as ``flat(*tensors) -> tuple of tensors``."""
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.m = model
+        self.training = model.training
+        self._template = (args, kwargs)
+
+    def forward(self, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        args, kwargs = signature.rebuild(self._template, iter(leaves))
+        return tuple(x for x in pytree.tree_leaves(self.m(*args, **kwargs)) if isinstance(x, torch.Tensor))
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a model in flat form. ``inputs[i]`` is the name of ``leaves[i]``, ``outputs[i]`` of
+    ``results[i]``."""
+
+    flat: Flat
+    leaves: tuple[torch.Tensor, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    results: tuple[torch.Tensor, ...]
+
+
+def flat_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """The flat form of ``model(*args, **kwargs)``, which is run once. Raises ExampleInputsError."""
+    try:
+        _, leaves = signature.flatten(args, kwargs)
+    except signature.OpaqueArgumentError as e:
+        raise ExampleInputsError(
+            "an ONNX graph takes tensors alone", found=str(e), do="leave that argument out of the example inputs"
+        ) from e
+    inputs = _input_names(model, args, kwargs)
+    result = _run(model, args, kwargs)
+    outputs = _output_names(result, inputs)
+    if not outputs or not leaves:
+        raise ExampleInputsError(
+            "an ONNX graph needs tensors on both sides", found=f"{len(leaves)} inputs, {len(outputs)} outputs"
+        )
+    results = tuple(x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor))
+    return Call(Flat(model, args, kwargs), tuple(leaves), inputs, outputs, results)
+
+
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    try:
+        return model(*args, **kwargs)
+    except Exception as e:
+        raise ExampleInputsError(
+            "the model does not run on the example inputs",
+            where=type(model).__name__,
+            found=f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}",
+            do="call the model with them once by hand; a tuple is positional, a dict is keyword arguments",
+        ) from e
+
+
+def _input_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
+    parameters = _parameter_names(model, len(args))
+    return _unique(["_".join(map(str, path)) for path in signature.leaf_paths(args, kwargs, parameters)], ())
+
+
+def _parameter_names(model: nn.Module, positional: int) -> list[str]:
+    """The names of the positional parameters; those of ``*args`` are numbered."""
+    names: list[str] = []
+    for p in inspect.signature(model.forward).parameters.values():
+        if p.kind is p.VAR_POSITIONAL:
+            names += [f"{p.name}_{i}" for i in range(positional - len(names))]
+        elif p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD):
+            names.append(p.name)
+    return names
+
+
+def _output_names(result: Any, inputs: Sequence[str]) -> tuple[str, ...]:
+    names: list[str] = []
+    for path, leaf in pytree.tree_flatten_with_path(result)[0]:
+        if isinstance(leaf, torch.Tensor):
+            steps = [_step(key) for key in path]
+            keyed = bool(steps) and not steps[0].isdigit()
+            names.append("_".join(steps if keyed else ["output", *steps]))
+    return _unique(names, inputs)
+
+
+def _step(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def _unique(names: Sequence[str], taken: Sequence[str]) -> tuple[str, ...]:
+    """Identifiers; a name that is taken gets a suffix."""
+    result: list[str] = []
+    for name in names:
+        plain = re.sub(r"\W", "_", name)
+        candidate = plain if plain not in taken else f"{plain}_out"
+        while candidate in result or candidate in taken:
+            candidate += "_"
+        result.append(candidate)
+    return tuple(result)
