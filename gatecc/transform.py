@@ -9,26 +9,24 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch import fx, nn
+from torch import nn
 
-from gatecc.analysis import Analysis, Inputs, analyse, check_model, evaluation, parameter_count, report_of, split_inputs
+from gatecc.analysis import Inputs, analyse, check_model, evaluation, parameter_count, report_of, split_inputs
 from gatecc.capture.record import RecordedCall, record_calls
 from gatecc.capture.signature import OpaqueArgumentError
 from gatecc.check import Checked, check, reference
-from gatecc.errors import ArgumentError, CaptureError, EmptySelectionError, GraphError
-from gatecc.ir.edit import CONTAINERS, NewModule, WeightStep
-from gatecc.ir.program import Program, origin
+from gatecc.errors import ArgumentError, CaptureError, GraphError
+from gatecc.ir.edit import NewModule, WeightStep
 from gatecc.ir.rewrite import Recipe, Rewrite
-from gatecc.ir.select import select
-from gatecc.ir.site import Site
 from gatecc.ir.widen import Rows, WidenWeight
+from gatecc.planning import Plan, called_modules, plans_of
 from gatecc.recipes import resolve
 from gatecc.report import GraphDump, GraphPair, PassRow, Report, RewriteRow
 from gatecc.scope.build import Built, build, install_weights, scale
 from gatecc.scope.family import Family, proves, structure
 from gatecc.scope.scope import (
-    Application,
     Scope,
+    base_class,
     base_forward,
     call_key,
     install,
@@ -55,14 +53,6 @@ class Step:
 
 
 @dataclass
-class _Plan:
-    """What is to be done in one scope."""
-
-    fqn: str
-    applied: list[Application] = field(default_factory=list[Application])
-
-
-@dataclass
 class _Undo:
     """How to leave an in-place model as it was if something fails half-way."""
 
@@ -70,12 +60,15 @@ class _Undo:
     weights: list[tuple[nn.Module, WeightStep]] = field(default_factory=list[tuple[nn.Module, WeightStep]])
 
     def run(self) -> None:
+        """Take everything back."""
         for module, step in reversed(self.weights):
             undo_weight(module, step)
         for module, state in reversed(self.states):
             remove(module)
             if state is not None:
                 install(module, state)
+        self.weights.clear()
+        self.states.clear()
 
 
 def transform(
@@ -169,11 +162,17 @@ def _transform(
     report = report_of(model, analysis)
     report.recipe = recipe.name
     parameters = parameter_count(model)
-    plans = _plans(model, recipe, analysis, scope, called_modules(model, args, kwargs))
-    calls, _ = record_calls(model, [p.fqn for p in plans], args, kwargs)
-    work = _Installer(model, recipe, undo, report)
-    for plan in sorted(plans, key=lambda p: -p.fqn.count(".") - bool(p.fqn)):
-        work.install(plan, calls[plan.fqn])
+    called = called_modules(model, args, kwargs)
+    too_small: set[str] = set()
+    while True:
+        plans = plans_of(model, recipe, analysis, scope, called - too_small)
+        work = _Installer(model, recipe, undo, report)
+        failed = _install(work, plans, {p.fqn for p in analysis.programs}, args, kwargs)
+        if not failed:
+            break
+        too_small |= failed
+        undo.run()
+        report.rewrites.clear()
     report.graphs = work.graphs()
     report.passes = [*report.passes, *work.pass_rows()]
     report.totals = replace(
@@ -184,82 +183,24 @@ def _transform(
     )
 
 
-def called_modules(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
-    """The FQNs of the modules whose forward runs (containers such as ModuleList are never called)."""
-    calls, _ = record_calls(model, [name for name, _ in model.named_modules()], args, kwargs)
-    return {name for name, seen in calls.items() if seen}
+def _install(
+    work: _Installer, plans: list[Plan], largest: set[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> set[str]:
+    """Install all plans. Returns the scopes that turned out too small: one that failed, and the others of its class.
 
-
-def _plans(model: nn.Module, recipe: Recipe, analysis: Analysis, scope: str, called: set[str]) -> list[_Plan]:
-    wanted: list[tuple[Rewrite, dict[str, list[Site]]]] = []
-    for rewrite in recipe.rewrites:
-        chosen: dict[str, list[Site]] = {}
-        for site in select(rewrite.site, analysis.sites, analysis.refusals):
-            program = analysis.program_of(site)
-            whole = scope == "model" or rewrite.whole_model(site)
-            fqn = program.fqn if whole else _scope_of(rewrite, site, model, called, program)
-            chosen.setdefault(fqn, []).append(site)
-        wanted.append((rewrite, chosen))
-    if not wanted:
-        raise EmptySelectionError("the recipe has no rewrite", where=recipe.name)
-    outer = _outermost({fqn for _, chosen in wanted for fqn in chosen})
-    plans: dict[str, _Plan] = {}
-    for rewrite, chosen in wanted:
-        merged: dict[str, list[Site]] = {}
-        for fqn, sites in chosen.items():
-            merged.setdefault(outer[fqn], []).extend(sites)
-        for fqn, sites in merged.items():
-            places = dict.fromkeys((_relative(s.owner, fqn), s.ordinal) for s in sites)
-            _check_calls(rewrite, sites, analysis.sites)
-            plans.setdefault(fqn, _Plan(fqn)).applied.append(Application(rewrite, tuple(places)))
-    return list(plans.values())
-
-
-def _outermost(scopes: set[str]) -> dict[str, str]:
-    """The scope that each scope lies in, if any: rewrites of one recipe that meet are done in one graph, in order."""
-    return {fqn: min((o for o in scopes if not o or f"{fqn}.".startswith(f"{o}.")), key=len) for fqn in scopes}
-
-
-def _check_calls(rewrite: Rewrite, chosen: list[Site], sites: list[Site]) -> None:
-    """A module that runs several times is one module: all of its calls are rewritten, or none."""
-    for site in chosen:
-        same = [s for s in sites if (s.kind, s.owner, s.ordinal) == (site.kind, site.owner, site.ordinal)]
-        if any(s not in chosen for s in same):
-            raise EmptySelectionError(
-                f"{rewrite} selects some calls of a module that runs {len(same)} times",
-                where=site.owner,
-                found=f"{site.key} alone",
-                do="select the owner by its FQN: its calls share one set of weights",
-            )
-
-
-def _scope_of(rewrite: Rewrite, site: Site, model: nn.Module, called: set[str], program: Program) -> str:
-    """The smallest called module whose graph holds everything that the rewrite touches at a site."""
-    fqn = site.owner
-    for node in rewrite.footprint(site):
-        fqn = _common(fqn, _nearest(node, site.owner))
-    while fqn and (fqn not in called or isinstance(model.get_submodule(fqn), CONTAINERS)):
-        fqn = fqn.rpartition(".")[0]
-    return fqn if program.inside(fqn) else program.fqn
-
-
-def _nearest(node: fx.Node, owner: str) -> str:
-    """Where the scope can get hold of a value: the owner that makes it, or the nearest one that reads it."""
-    owners = [origin(n).owner for n in (node, *node.users) if n.op == "call_function"]
-    return max(owners, key=lambda o: len(_common(o, owner)), default="")
-
-
-def _common(a: str, b: str) -> str:
-    parts: list[str] = []
-    for x, y in zip(a.split("."), b.split("."), strict=False):
-        if x != y:
-            break
-        parts.append(x)
-    return ".".join(parts)
-
-
-def _relative(owner: str, fqn: str) -> str:
-    return owner[len(fqn) :].lstrip(".") if fqn else owner
+    A submodule on its own can hide what its surroundings prove: sizes that are constants of the model become inputs.
+    """
+    calls, _ = record_calls(work.model, [p.fqn for p in plans], args, kwargs)
+    for plan in sorted(plans, key=lambda p: -p.fqn.count(".") - bool(p.fqn)):
+        try:
+            work.install(plan, calls[plan.fqn])
+        except CaptureError as e:
+            if plan.fqn in largest:
+                raise
+            work.report.notes.append(f"{plan.fqn}: rewritten in a larger scope, for on its own {e.found}")
+            cls = base_class(work.model.get_submodule(plan.fqn))
+            return {p.fqn for p in plans if base_class(work.model.get_submodule(p.fqn)) is cls} - largest
+    return set()
 
 
 @dataclass
@@ -280,7 +221,7 @@ class _Installer:
     widened: dict[str, Rows] = field(default_factory=dict[str, Rows])
     done: set[tuple[type, str]] = field(default_factory=set[tuple[type, str]])  # weight steps by kind and FQN
 
-    def install(self, plan: _Plan, calls: list[RecordedCall]) -> None:
+    def install(self, plan: Plan, calls: list[RecordedCall]) -> None:
         """Make one planned scope."""
         clock = time.process_time()
         module = self.model.get_submodule(plan.fqn)
@@ -384,7 +325,7 @@ class _Installer:
                     do='use init="identity", which changes no weight of the model, or untie them first',
                 )
 
-    def _rows(self, plan: _Plan, made: dict[str, int], ms: float) -> None:
+    def _rows(self, plan: Plan, made: dict[str, int], ms: float) -> None:
         sites = [(a, place) for a in plan.applied for place in a.sites]
         for application, (owner, ordinal) in sites:
             full = ".".join(p for p in (plan.fqn, owner) if p)

@@ -32,7 +32,10 @@ LAYERS = (
     Layer(("capture", "ops")),
     Layer(("passes", "codegen")),
     Layer(("recipes", "train", "parallel")),
-    Layer(("analysis", "check", "scope", "transform", "decoder", "backend", "checkpoint", "report", "export"), peers=True),
+    Layer(
+        ("analysis", "check", "planning", "scope", "transform", "decoder", "backend", "checkpoint", "report", "export"),
+        peers=True,
+    ),
     Layer(("__init__",)),
     Layer(("cli", "__main__"), peers=True),
 )

@@ -54,7 +54,6 @@ class PrefixSum(Body, tag="prefix_sum"):
         arguments = (have, value.axes, site.heads, site.kv_heads)
         return total if have == value.axes and site.heads == site.kv_heads else edit.call(arranged, total, *arguments)
 
-
     def whole_model(self, site: Site) -> bool:
         """A mask that the attention is given as a tensor is proved where it is made."""
         return isinstance(site, Attention) and site.mask_node is not None

@@ -17,16 +17,20 @@ from gatecc.ir.edit import NewModule, ScaleWeight, WeightStep
 from gatecc.ir.match import find_sites
 from gatecc.ir.printer import graph_text
 from gatecc.ir.program import Program
-from gatecc.ir.rewrite import REWRITES, Rewrite
+from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.select import Selector, select
-from gatecc.passes import branch, bypass, fuse, gate  # noqa: F401  (they register their rewrites)
+from gatecc.passes.branch import Branch
+from gatecc.passes.bypass import Bypass
 from gatecc.passes.canonicalize import canonicalize
+from gatecc.passes.fuse import Fuse
+from gatecc.passes.gate import Gate
 from gatecc.scope.build import Sites, apply, install_weights
 from gatecc.scope.family import difference
 from gatecc.scope.variant import Variant
 from tests.golden.reader import Reader
 
 FOLDER = Path(__file__).parent
+PASSES: dict[str, type[Rewrite]] = {cls.name: cls for cls in (Gate, Branch, Fuse, Bypass)}
 HEADINGS = ("pipeline", "before", "after", "weights", "contract")
 
 
@@ -52,7 +56,7 @@ class Case:
                 continue
             parts[at].append(line)
         found = {name: textwrap.dedent("\n".join(rows)).strip("\n") for name, rows in parts.items()}
-        return cls(**{**found, "pipeline": found["pipeline"].splitlines()})  # type: ignore[arg-type]
+        return cls(pipeline=found.pop("pipeline").splitlines(), **found)
 
     def __str__(self) -> str:
         rows = [self.intro]
@@ -93,7 +97,7 @@ class Case:
 def rewrite_from_text(line: str) -> Rewrite:
     """``gate(site="mlp[...].out", gate="self, linear, token, sigmoid")``"""
     name = line.partition("(")[0]
-    cls = REWRITES[name]
+    cls = PASSES[name]
     options: dict[str, Any] = eval(line, {"__builtins__": {}, name: dict})
     hints = get_type_hints(cls)
     known = {f.name for f in fields(cls)}
@@ -120,7 +124,9 @@ def _step_text(step: WeightStep, program: Program) -> str:
 def _contract(contracts: list[str], expected: tuple[Any, ...], got: tuple[Any, ...]) -> str:
     declared = contracts[-1]
     error = max(difference(a, b) for a, b in zip(expected, got, strict=True))
-    tolerance = {"exact": 1e-6}.get(declared) or float(declared.rpartition("(")[2].rstrip(")") if "(" in declared else "inf")
+    tolerance = {"exact": 1e-6}.get(declared) or float(
+        declared.rpartition("(")[2].rstrip(")") if "(" in declared else "inf"
+    )
     if declared == "changes_function":
         return "changes_function" if error > 1e-3 else "changes_function: and it does not"
     return f"{declared}: {'held' if error <= tolerance else f'broken, {error:.2g}'}{', bitwise' if error == 0 else ''}"

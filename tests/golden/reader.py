@@ -32,8 +32,7 @@ class Reader:
         for line in filter(None, map(str.strip, text.splitlines())):
             code, _, comment = line.partition("#")
             self._line(code.strip(), comment.strip())
-        outputs = len(self.graph.output_node().args[0])  # type: ignore[arg-type]
-        spec = pytree.tree_flatten((0,) * outputs)[1]
+        spec = pytree.tree_flatten(self.graph.output_node().args[0])[1]
         paths: list[tuple[Any, ...]] = [(n.name,) for n in self.graph.nodes if n.op == "placeholder"]
         self.program = Program(self.module, fx.GraphModule(self.module, self.graph), "", self.example, spec, paths)
         self.graph = self.program.graph

@@ -1,0 +1,105 @@
+"""Planning: which submodule is rewritten by which rewrites at which sites."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+
+from gatecc.analysis import Analysis
+from gatecc.capture.record import record_calls
+from gatecc.errors import EmptySelectionError
+from gatecc.ir.edit import CONTAINERS
+from gatecc.ir.program import Program, origin
+from gatecc.ir.rewrite import Recipe, Rewrite
+from gatecc.ir.select import select
+from gatecc.ir.site import Site
+from gatecc.scope.scope import Application
+
+
+@dataclass
+class Plan:
+    """What is to be done in one scope."""
+
+    fqn: str
+    applied: list[Application] = field(default_factory=list[Application])
+
+
+def called_modules(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
+    """The FQNs of the modules whose forward runs (containers such as ModuleList are never called)."""
+    calls, _ = record_calls(model, [name for name, _ in model.named_modules()], args, kwargs)
+    return {name for name, seen in calls.items() if seen}
+
+
+def plans_of(model: nn.Module, recipe: Recipe, analysis: Analysis, scope: str, called: set[str]) -> list[Plan]:
+    """The scopes of a recipe: for each rewrite and site the smallest called module that holds all of the edit."""
+    wanted: list[tuple[Rewrite, dict[str, list[Site]]]] = []
+    for rewrite in recipe.rewrites:
+        chosen: dict[str, list[Site]] = {}
+        for site in select(rewrite.site, analysis.sites, analysis.refusals):
+            program = analysis.program_of(site)
+            whole = scope == "model" or rewrite.whole_model(site)
+            fqn = program.fqn if whole else _scope_of(rewrite, site, model, called, program)
+            chosen.setdefault(fqn, []).append(site)
+        wanted.append((rewrite, chosen))
+    if not wanted:
+        raise EmptySelectionError("the recipe has no rewrite", where=recipe.name)
+    outer = _outermost({fqn for _, chosen in wanted for fqn in chosen})
+    plans: dict[str, Plan] = {}
+    for rewrite, chosen in wanted:
+        merged: dict[str, list[Site]] = {}
+        for fqn, sites in chosen.items():
+            merged.setdefault(outer[fqn], []).extend(sites)
+        for fqn, sites in merged.items():
+            places = dict.fromkeys((_relative(s.owner, fqn), s.ordinal) for s in sites)
+            _check_calls(rewrite, sites, analysis.sites)
+            plans.setdefault(fqn, Plan(fqn)).applied.append(Application(rewrite, tuple(places)))
+    return list(plans.values())
+
+
+def _outermost(scopes: set[str]) -> dict[str, str]:
+    """The scope that each scope lies in, if any: rewrites of one recipe that meet are done in one graph, in order."""
+    return {fqn: min((o for o in scopes if not o or f"{fqn}.".startswith(f"{o}.")), key=len) for fqn in scopes}
+
+
+def _check_calls(rewrite: Rewrite, chosen: list[Site], sites: list[Site]) -> None:
+    """A module that runs several times is one module: all of its calls are rewritten, or none."""
+    for site in chosen:
+        same = [s for s in sites if (s.kind, s.owner, s.ordinal) == (site.kind, site.owner, site.ordinal)]
+        if any(s not in chosen for s in same):
+            raise EmptySelectionError(
+                f"{rewrite} selects some calls of a module that runs {len(same)} times",
+                where=site.owner,
+                found=f"{site.key} alone",
+                do="select the owner by its FQN: its calls share one set of weights",
+            )
+
+
+def _scope_of(rewrite: Rewrite, site: Site, model: nn.Module, called: set[str], program: Program) -> str:
+    """The smallest called module whose graph holds everything that the rewrite touches at a site."""
+    fqn = site.owner
+    for node in rewrite.footprint(site):
+        fqn = _common(fqn, _nearest(node, site.owner))
+    while fqn and (fqn not in called or isinstance(model.get_submodule(fqn), CONTAINERS)):
+        fqn = fqn.rpartition(".")[0]
+    return fqn if program.inside(fqn) else program.fqn
+
+
+def _nearest(node: fx.Node, owner: str) -> str:
+    """Where the scope can get hold of a value: the owner that makes it, or the nearest one that reads it."""
+    owners = [origin(n).owner for n in (node, *node.users) if n.op == "call_function"]
+    return max(owners, key=lambda o: len(_common(o, owner)), default="")
+
+
+def _common(a: str, b: str) -> str:
+    parts: list[str] = []
+    for x, y in zip(a.split("."), b.split("."), strict=False):
+        if x != y:
+            break
+        parts.append(x)
+    return ".".join(parts)
+
+
+def _relative(owner: str, fqn: str) -> str:
+    return owner[len(fqn) :].lstrip(".") if fqn else owner
