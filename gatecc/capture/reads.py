@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
@@ -47,7 +47,7 @@ def recorded_reads(root: nn.Module) -> Generator[dict[tuple[str, str], Any]]:
 
 
 def _recording(cls: type, paths: dict[int, str], seen: dict[tuple[str, str], Any]) -> type:
-    read: Callable[[Any, str], Any] = cls.__getattribute__
+    read = cast("Callable[[Any, str], Any]", cls.__getattribute__)
 
     def __getattribute__(self: Any, name: str) -> Any:  # noqa: N807
         value = read(self, name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def reference(gated: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """What the gated model must compute, with the gates applied in Python."""
     x, mask = args[0], kwargs.get("mask", args[1] if len(args) > 1 else None)
     for layer in gated.get_submodule("layers").children():
-        y = Mlp.forward(layer, x, mask, double=kwargs.get("double", False))
+        y = Mlp.forward(cast("Mlp", layer), x, mask, double=kwargs.get("double", False))
         gate = layer.get_submodule("gate")
         x = x + y * gate(y, x)
     return x
@@ -136,8 +136,8 @@ def test_a_swapped_submodule_is_seen(gated: nn.Module, x: Tensor) -> None:
 
 
 def test_hooks_inside_a_scope_run(gated: nn.Module, x: Tensor) -> None:
-    seen: list[Tensor] = []
-    handle = gated.get_submodule("layers.0.up").register_forward_hook(lambda m, a, o: seen.append(o))
+    seen: list[object] = []
+    handle = gated.get_submodule("layers.0.up").register_forward_pre_hook(lambda m, a: seen.append(a))
     assert same(gated, x)
     assert seen
     handle.remove()
