@@ -47,13 +47,19 @@ class Evaluator:
         self._tables: list[torch.Tensor] = []
 
     def slice(
-        self, target: fx.Node, zero: frozenset[fx.Node] = frozenset(), given: frozenset[fx.Node] = frozenset()
+        self,
+        target: fx.Node,
+        zero: frozenset[fx.Node] = frozenset(),
+        given: frozenset[fx.Node] = frozenset(),
+        until: fx.Node | None = None,
     ) -> Slice:
-        """What ``target`` needs. The nodes in ``zero`` count as content; those in ``given`` will be given.
+        """What ``target`` needs to be what ``until`` reads (writes in place may come between). The nodes in ``zero``
+        count as content; those in ``given`` will be given.
 
         Raises UnprovableError if a decision is taken on content, if a random operator runs, or if a size depends on
         data.
         """
+        end = self.flow.order[until or target]
         content: set[fx.Node] = set()
         needed: set[fx.Node] = set()
         stack = [target]
@@ -65,7 +71,7 @@ class Evaluator:
             stack.extend(
                 w
                 for w in self.flow.writers.get(self.flow.base[node], ())
-                if self.flow.order[w] < self.flow.order[target]
+                if self.flow.order[w] < end
             )
             if node in given:
                 continue

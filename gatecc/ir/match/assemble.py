@@ -158,7 +158,7 @@ class Assembler:
             return source, axes, 1.0
         if scale and name in ("mul", "div") and constant(node.args[1], self.flow) is not None:
             return source, axes, scalar_factor(node, source, self.flow) or 1.0
-        order = permutation(node, len(axes)) if name in TRANSPOSES else None
+        order = permutation(node, len(axes)) if name in TRANSPOSES and axes[-1] != "d" else None
         if order is not None and _only_last_two(order):
             return source, "".join(axes[order.index(i)] for i in range(len(axes))), 1.0
         if name in RESHAPES and axes[0] == "g":
@@ -254,7 +254,7 @@ class Assembler:
         if parts.scores is None or parts.weighing is None or parts.softmax is None:
             mask = _node(argument(parts.core, 3, "attn_mask"))
             queries, keys = q[len(q) - 2], k[len(k) - 2]
-            return MaskGraph(queries, keys, mask, is_causal=bool(argument(parts.core, 5, "is_causal")))
+            return MaskGraph(queries, keys, mask, parts.core, is_causal=bool(argument(parts.core, 5, "is_causal")))
         product = parts.product
         sizes = dict(zip(product.left_axes, q, strict=True)) | dict(zip(product.right_axes, k, strict=True))
         roles = self._roles(parts, *self._query(parts))
@@ -266,6 +266,7 @@ class Assembler:
             sizes[query],
             sizes[parts.keys],
             unshifted(parts.scores.final),
+            parts.softmax.output,
             product.node,
             product.axes.index(query) - len(product.axes),
             key_axis,

@@ -38,6 +38,7 @@ class MaskGraph:
     queries: Size
     keys: Size
     target: fx.Node | None = None
+    until: fx.Node | None = None  # what reads the target
     content: fx.Node | None = None  # the product of queries and keys, taken as zero
     query_axis: int = -2
     key_axis: int = -1
@@ -88,7 +89,7 @@ class _Proof:
     def __init__(self, owner: MaskClassifier, graph: MaskGraph) -> None:
         self.graph, self.evaluator, self.flow, self.example = graph, owner.evaluator, owner.flow, owner.example
         zero = frozenset({graph.content} if graph.content is not None else ())
-        self.part = self.evaluator.slice(graph.target, zero) if graph.target is not None else None
+        self.part = self.evaluator.slice(graph.target, zero, until=graph.until) if graph.target is not None else None
         given = frozenset(graph.post_given)
         self.post = self.evaluator.slice(graph.post, given=given) if graph.post is not None else None
         parts = [p for p in (self.part, self.post) if p is not None]
@@ -119,10 +120,11 @@ class _Proof:
     def _beyond(self, constant: int) -> list[Mask]:
         """The mask at a length that exceeds a constant; at the constant itself if the graph allows no more (a
         table)."""
+        bound = self._bound()
         try:
-            return [self._at(sizes, {}) for sizes in self._sizes((constant + 3,))]
+            return [self._at(sizes, {}) for sizes in self._sizes((min(constant + 3, bound),))]
         except UnprovableError:
-            return [self._at(sizes, {}) for sizes in self._sizes((constant,))]
+            return [self._at(sizes, {}) for sizes in self._sizes((min(constant, bound),))]
 
     def _with_stand_ins(self, result: Mask, large: list[int]) -> Mask:
         """Replace a constant that is too large to be exceeded by a small one: if it is a window, the mask follows
@@ -169,12 +171,16 @@ class _Proof:
         ends = [size for size in (self.graph.queries, self.graph.keys) if symbols(size)]
         if not all((expression(size) - s).is_Integer for size in ends for s in symbols(size)):
             own = []
-        bound = min((upper_bound(size) for size in ends), default=0)
+        bound = self._bound()
         fitting = [length for length in lengths if own and length <= bound]
         if not fitting and lengths is _SMALL:
             yield self.example
         for length in fitting:
             yield {**self.example, **{s: length + 2 * i for i, s in enumerate(own)}}
+
+    def _bound(self) -> int:
+        """The largest length that the capture allows."""
+        return min((upper_bound(s) for s in (self.graph.queries, self.graph.keys) if symbols(s)), default=0)
 
     def _constants(self) -> list[int]:
         """The integers in the mask graph, and the lengths of the tables that it reads, which might be a window."""
@@ -191,30 +197,33 @@ class _Proof:
     # --- one size ---
 
     def _at(self, sizes: dict[sympy.Symbol, int], constants: Mapping[int, int]) -> Mask:
-        neutral, base = self._neutral(sizes, constants)
-        mask = _pattern(base)
-        if mask.kind == "unknown":
-            return mask
-        for node in self.inputs:
-            probes = list(_probes(node, neutral[node], base.visible))
-            shown = [self._view(sizes, {**neutral, node: p.tensor}, constants).visible for p in probes]
-            mask = _judge(mask, base.visible, probes, shown, node)
-        return mask
-
-    def _neutral(self, sizes: dict[sympy.Symbol, int], constants: Mapping[int, int]) -> tuple[Inputs, _View]:
-        """The values of the inputs that hide least."""
+        """The mask at one size: what the inputs' values that hide least show, if other values can be explained by it."""
         if len(self.inputs) > 3:
             raise UnprovableError(f"it depends on {len(self.inputs)} inputs: {', '.join(n.name for n in self.inputs)}")
-        best: tuple[Inputs, _View] | None = None
-        choices = [list(_fills(node, sizes)) for node in self.inputs]
-        for chosen in combinations(*choices):
-            inputs = dict(zip(self.inputs, chosen, strict=True))
-            shown = self._view(sizes, inputs, constants)
-            if best is None or shown.visible.sum() > best[1].visible.sum():
-                best = inputs, shown
-        if best is None:
-            raise UnprovableError(f"it depends on the values of the input {self.inputs[0].name}")
-        return best
+        choices = combinations(*(list(_fills(node, sizes)) for node in self.inputs))
+        starts = [dict(zip(self.inputs, chosen, strict=True)) for chosen in choices]
+        views = [(inputs, self._view(sizes, inputs, constants)) for inputs in starts]
+        views.sort(key=lambda pair: -int(pair[1].visible.sum()))
+        verdicts = (self._explained(inputs, base, sizes, constants) for inputs, base in views)
+        first = next(verdicts)
+        return first if first.kind != "unknown" else next((m for m in verdicts if m.kind != "unknown"), first)
+
+    def _explained(
+        self, neutral: Inputs, base: _View, sizes: dict[sympy.Symbol, int], constants: Mapping[int, int]
+    ) -> Mask:
+        """The pattern under the neutral values, and what other values of the inputs do to it."""
+        mask = _pattern(base)
+        for node in self.inputs:
+            if mask.kind == "unknown":
+                return mask
+            for values in _PROBED[neutral[node].dtype.is_floating_point]:
+                probes = list(_probes(node, neutral[node], values, base.visible))
+                shown = [self._view(sizes, {**neutral, node: p.tensor}, constants).visible for p in probes]
+                effects = {(p.segments is not None, _effect(base.visible, p, s)) for p, s in zip(probes, shown, strict=True)}
+                if {effect for _, effect in effects} != {"none"}:
+                    mask = _judge(mask, effects, node)
+                    break
+        return mask
 
     def _view(self, sizes: dict[sympy.Symbol, int], inputs: Inputs, constants: Mapping[int, int]) -> _View:
         queries, keys = value(self.graph.queries, sizes), value(self.graph.keys, sizes)
@@ -225,6 +234,8 @@ class _Proof:
             visible = visible & torch.ones(queries, keys, dtype=torch.bool).tril()
         if self.post is not None:
             visible = visible & self._post(self.post, sizes, inputs, constants)
+        if visible.shape[-2] not in (1, queries) or visible.shape[-1] not in (1, keys):
+            raise UnprovableError(f"it has the shape {tuple(visible.shape)} for {queries} queries and {keys} keys")
         return _View(visible.expand(*visible.shape[:-2], queries, keys), bias)
 
     def _scores(
@@ -284,6 +295,8 @@ def _pattern(view: _View) -> Mask:
         return Mask("unknown", bias=view.bias, reason="it differs between samples, heads or windows")
     one = rows[0]
     queries, keys = one.shape
+    if not bool(one.any()):
+        return Mask("unknown", reason="it hides everything")
     if bool(one.all()):
         return Mask("bidirectional", bias=view.bias)
     distance = torch.arange(queries)[:, None] - torch.arange(keys)
@@ -314,6 +327,13 @@ def _agree(masks: list[Mask]) -> Mask:
 # --- inputs -----------------------------------------------------------------------------------------------------------
 
 
+# Values that hide a key, tried until one has an effect: those of a 0/1 mask, then others. False: integers; True: floats.
+_PROBED: dict[bool, tuple[tuple[float, ...], ...]] = {
+    False: ((0, 1), (2, -1)),
+    True: ((0.0, 1.0), (-1e4, -torch.inf)),
+}
+
+
 @dataclass(frozen=True)
 class _Probe:
     """``tensor`` differs from the neutral value where ``changed`` (B, m) is True, or restarts at ``segments`` (m,)."""
@@ -333,16 +353,15 @@ def _fills(node: fx.Node, sizes: dict[sympy.Symbol, int]) -> Iterator[torch.Tens
         yield torch.arange(shape[-1], dtype=held.dtype).expand(shape).contiguous()
 
 
-def _probes(node: fx.Node, neutral: torch.Tensor, visible: torch.Tensor) -> Iterator[_Probe]:
+def _probes(
+    node: fx.Node, neutral: torch.Tensor, others: tuple[float, ...], visible: torch.Tensor
+) -> Iterator[_Probe]:
     """Other values of an input: some keys hidden, and sequences packed into one."""
     keys = visible.shape[-1]
     if not neutral.ndim or neutral.shape[-1] != keys or neutral.numel() != neutral.shape[0] * keys:
         raise UnprovableError(f"it is the input {node.name}, or made of its values")
     batch = neutral.shape[0] if neutral.ndim > 1 else 1
     flat = neutral.reshape(batch, keys)
-    others = (True, False) if neutral.dtype == torch.bool else (0, 1, 2, -1)
-    if neutral.dtype.is_floating_point:
-        others = (0, 1, 0.5, -1e4, float("-inf"))
     for other in others:
         for start in (keys - 2, 1):  # the end of the sequence, or all but its start; rows differ
             changed = torch.arange(keys).expand(batch, keys) >= start + torch.arange(batch)[:, None] % 2
@@ -357,19 +376,13 @@ def _probes(node: fx.Node, neutral: torch.Tensor, visible: torch.Tensor) -> Iter
         yield _Probe((segments + 1).expand(batch, keys).reshape(neutral.shape).clone(), segments=segments)
 
 
-def _judge(mask: Mask, base: torch.Tensor, probes: list[_Probe], shown: list[torch.Tensor], node: fx.Node) -> Mask:
-    """What the probes of one input say about the mask that the neutral inputs show."""
-    found = {(p.segments is not None, _effect(base, p, seen)) for p, seen in zip(probes, shown, strict=True)}
-    effects = {effect for _, effect in found}
-    if effects == {"none"}:
-        return mask
-    if (True, "packed") in found and mask.causal:
+def _judge(mask: Mask, effects: set[tuple[bool, str]], node: fx.Node) -> Mask:
+    """What the probes of one input, (packed or not, effect), say about the mask that the neutral inputs show."""
+    if (True, "packed") in effects and mask.causal:
         return replace(mask, kind="packed")
-    if {effect for packed, effect in found if not packed} <= {"none", "padding"} and (False, "padding") in found:
+    if {effect for packed, effect in effects if not packed} <= {"none", "padding"} and (False, "padding") in effects:
         return replace(mask, padding=True)
-    return Mask(
-        "unknown", bias=mask.bias, reason=f"it depends on the values of the input {node.name} in a way without a name"
-    )
+    return Mask("unknown", bias=mask.bias, reason=f"it depends on the values of the input {node.name} in a way without a name")
 
 
 def _effect(base: torch.Tensor, probe: _Probe, shown: torch.Tensor) -> str:
