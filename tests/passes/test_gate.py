@@ -158,4 +158,4 @@ def test_rows_of_a_group_lie_behind_its_queries() -> None:
     assert wide.rows == Rows(groups=2, old=4, new=2)
     assert isinstance(module, NewModule)
     assert not list(result.program.module.get_submodule(module.path).parameters()), "its rows are its parameters"
-    assert result.error == 0
+    assert result.error <= 1e-6
