@@ -10,7 +10,7 @@ from torch import fx
 from gatecc.ir.dataflow import Flow
 from gatecc.ir.match.joins import residual_joins
 from gatecc.ir.match.nonlinearity import Nonlinearity, nonlinearities
-from gatecc.ir.match.projection import Projection, axes, projection
+from gatecc.ir.match.projection import LINEAR_OPS, Projection, axes, projection
 from gatecc.ir.ops import CONTRACTIONS, SOFTMAXES, argument, opname
 from gatecc.ir.program import Program, fake, origin, shape
 from gatecc.ir.site import Refusal, Value
@@ -22,6 +22,7 @@ _SECOND = frozenset(
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution "
     "batch_norm group_norm instance_norm".split()
 )  # the features are second, after the batch
+_STARTS = _LAST | _SECOND | frozenset(LINEAR_OPS) | {"einsum"}
 _PERMUTES = frozenset("permute transpose t mT movedim swapaxes swapdims".split())
 _REGROUPS = frozenset("view reshape _unsafe_view flatten unflatten view_as reshape_as".split())
 
@@ -96,10 +97,12 @@ class Facts:
             self.source[node] = next(iter(sources)) if len(sources) == 1 else node
 
     def _find_channel(self, node: fx.Node) -> int | None:
-        held = fake(node)
+        name = opname(node)
+        known = [n for n in self.inputs[node] if n in self.channel]
+        held = fake(node) if known or name in _STARTS else None
         if held is None:
             return None
-        name, rank = opname(node), held.dim()
+        rank = held.dim()
         if node in self.projections and not self.projections[node].conv:
             # On a transposed input a Linear mixes tokens, and the features stay where they are (MLP-Mixer).
             return self.channel.get(self.projections[node].x, rank - 1)
@@ -107,9 +110,9 @@ class Facts:
             return rank - 1
         if name in _SECOND:
             return 1 if rank > 1 else None
-        first = next((n for n in node.all_input_nodes if n in self.channel), None)
-        if first is None:
+        if not known:
             return None
+        first = max(known, key=lambda n: len(shape(n))) if len(known) > 1 else known[0]
         axis, old = self.channel[first], shape(first)
         if name in _PERMUTES:
             return _permuted(node, name, axis, len(old))

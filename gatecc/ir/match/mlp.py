@@ -75,9 +75,10 @@ class _Feeds:
         if bent is not None:
             feed = self._feed.get(bent.inp)
             return None if feed is None else frozenset((p, act or bent.function) for p, act in feed)
-        sources = [n for n in self._facts.inputs[node] if n in self._feed or self._is_stream(n)]
-        if not any(n in self._feed for n in sources):
+        inputs = self._facts.inputs[node]
+        if not any(n in self._feed for n in inputs):
             return None
+        sources = [n for n in inputs if n in self._feed or self._is_stream(n)]
         if opname(node) in _MIXERS and node not in self._facts.projections:
             return _OPAQUE
         feeds = {self._feed.get(n, _OPAQUE) for n in _widest(sources)}

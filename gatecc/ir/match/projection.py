@@ -11,7 +11,7 @@ from torch import fx
 from gatecc.ir.ops import CASTS, RESHAPES, SAME_SHAPE, TRANSPOSES, argument, opname
 from gatecc.ir.program import Program, attribute, fake, origin, shape
 from gatecc.ir.refusals import refuse
-from gatecc.ir.site import Refusal, Value, Weight
+from gatecc.ir.site import Refusal, Weight
 from gatecc.ir.sizes import same
 
 LINEAR_OPS = {"linear": (0, 1, 2), "addmm": (1, 2, 0), "mm": (0, 1, None), "matmul": (0, 1, None)}  # data, weight, bias
@@ -223,11 +223,6 @@ def _restored(node: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node]:
     full, back = shape(before), shape(users[0])
     leads = len(full) == len(back) > len(shape(x)) and all(map(same, full[:-1], back[:-1]))
     return (before, users[0]) if leads and same(full[-1], shape(x)[-1]) else (x, node)
-
-
-def value(node: fx.Node, channel: int | None) -> Value:
-    """A value with its axes named, given which axis holds the features."""
-    return Value(node, axes(len(shape(node)), channel))
 
 
 def axes(rank: int, channel: int | None) -> str:
