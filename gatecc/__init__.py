@@ -9,6 +9,9 @@ from gatecc.ir.gate import GateSpec
 from gatecc.ir.rewrite import Recipe, Rewrite
 from gatecc.ir.select import Selector
 from gatecc.ir.site import MLP, Activation, Attention, Block, Conv, Embedding, Head, Linear, Merge, Residual
+from gatecc.passes.branch import Branch
+from gatecc.passes.bypass import Bypass
+from gatecc.passes.fuse import Fuse
 from gatecc.passes.gate import Gate
 from gatecc.recipes.registry import build as recipe
 from gatecc.recipes.registry import recipes
@@ -20,9 +23,12 @@ __all__ = [
     "Activation",
     "Attention",
     "Block",
+    "Branch",
+    "Bypass",
     "Contract",
     "Conv",
     "Embedding",
+    "Fuse",
     "Gate",
     "GateSpec",
     "GateccError",
