@@ -76,8 +76,11 @@ class EmptySelectionError(GateccError):
 class CaptureError(GateccError):
     """``torch.export`` could not capture a module, on any rung of the ladder.
 
-    The message ends in the cause that torch gives for the lowest rung. Data-dependent control flow (``if x.sum() > 0``)
-    is the usual reason. Mend it with ``torch.where``/``torch.cond``, or select sites in other submodules.
+    The message ends in the cause that torch gives for the lowest rung. Control flow that depends on data is the usual
+    reason. Submodules without it can still be captured, and their sites selected.
+
+    Fails: ``if x.sum() > 0: x = -x`` in the forward of a module.
+    Mended: ``x = torch.where(x.sum() > 0, -x, x)``, or ``torch.cond`` for larger branches.
     """
 
     code = "GCC004"
@@ -111,6 +114,9 @@ class ContractError(GateccError):
 
     The message names the rewrite (found by replaying them one at a time), the site and the source line, and prints the
     graph around it.
+
+    Fails: a rewrite of your own that returns ``identity_at_init()`` from ``contract`` and doubles a value.
+    Mended: parameters that start where the value is unchanged, or ``changes_function()`` if it is meant.
     """
 
     code = "GCC007"
@@ -119,15 +125,21 @@ class ContractError(GateccError):
 class GraphError(GateccError):
     """A rewrite left an ill-formed graph: use before definition, wrong shape, a lost parameter, a changed output.
 
-    The message names the rewrite, the site and the source line, and prints the graph around the guilty node. A rewrite
-    of your own that reads a value computed later than its site is the usual reason.
+    The message names the rewrite, the site and the source line, and prints the graph around the guilty node.
+
+    Fails: a rewrite of your own that replaces a value by one that is computed from it later, or has another shape.
+    Mended: read what is computed before the value that you replace, and return a tensor of its shape.
     """
 
     code = "GCC008"
 
 
 class ArgumentError(GateccError, ValueError):
-    """An option has a value outside what it accepts. The message lists what is accepted."""
+    """An option has a value outside what it accepts. The message lists what is accepted.
+
+    Fails: ``gatecc.GateSpec("hidden", activation="sigmiod")``.
+    Mended: ``gatecc.GateSpec("hidden", activation="sigmoid")``.
+    """
 
     code = "GCC009"
 

@@ -17,8 +17,10 @@ import torch
 from torch import nn
 
 import gatecc
+from gatecc.ir.refusals import CAUSES
 from tests.recipes.tiny import tiny
 from tools import docs
+from tools.refusal_examples import EXAMPLES
 
 PAGES = [docs.ROOT / "README.md", *sorted(docs.DOCS.rglob("*.md"))]
 _BLOCK = re.compile(r"^```python([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -83,6 +85,12 @@ def test_links_lead_somewhere(page: Path) -> None:
     local = [link for link in _LINK.findall(page.read_text()) if not link.startswith(("http:", "https:"))]
     missing = [link for link in local if not (page.parent / link).exists()]
     assert not missing
+
+
+def test_every_code_has_an_example() -> None:
+    assert EXAMPLES.keys() == CAUSES.keys()
+    for cls in docs.failures():
+        assert {"Fails:", "Mended:"} <= {word for word in (cls.__doc__ or "").split() if word.endswith(":")}, cls.code
 
 
 def test_a_block_that_fails_is_noticed() -> None:

@@ -24,6 +24,7 @@ import gatecc  # noqa: E402
 from gatecc import errors  # noqa: E402
 from gatecc.ir.refusals import CAUSES, Cause  # noqa: E402
 from gatecc.ir.rewrite import REWRITES, Rewrite  # noqa: E402
+from tools.refusal_examples import EXAMPLES  # noqa: E402
 
 DOCS = ROOT / "docs"
 GOLDEN = ROOT / "tests" / "golden"
@@ -36,7 +37,7 @@ HAND_WRITTEN = (
     ("reports.md", "what a report holds, and its forms"),
 )
 # Recipes with an option that has no default need one in their example.
-EXAMPLES: dict[str, dict[str, str]] = {"context-gates": {"context": "activation[0].out", "sites": "activation[1]"}}
+OPTIONS: dict[str, dict[str, str]] = {"context-gates": {"context": "activation[0].out", "sites": "activation[1]"}}
 # What a call in a recipe's test file shows (tests/recipes/checks.py).
 CHECKS = {
     "zoo": ("T1", "T5", "T8"),
@@ -131,7 +132,7 @@ def cases(name: str) -> Iterator[str]:
 
 def built(info: Any) -> gatecc.Recipe:
     """A recipe with its defaults."""
-    return gatecc.recipe(info.name, **EXAMPLES.get(info.name, {}))
+    return gatecc.recipe(info.name, **OPTIONS.get(info.name, {}))
 
 
 def recipe_page(info: Any) -> str:
@@ -139,7 +140,7 @@ def recipe_page(info: Any) -> str:
     recipe = built(info)
     options = inspect.signature(info.builder).parameters.values()
     rows = [(f"`{p.name}`", f"`{p.annotation}`", "" if p.default is p.empty else f"`{p.default!r}`") for p in options]
-    given = "".join(f", {k}={v!r}" for k, v in EXAMPLES.get(info.name, {}).items())
+    given = "".join(f", {k}={v!r}" for k, v in OPTIONS.get(info.name, {}).items())
     name = f'gatecc.recipe("{info.name}"{given})' if given else f'"{info.name}"'
     return "".join(
         (
@@ -205,13 +206,12 @@ def refusal_page(cause: Cause) -> str:
 
 def refusal_example(code: str) -> str:
     """A model that is refused and the mended one; tests/test_docs.py inspects both."""
-    file = ROOT / "tests" / "refusals" / f"{code}.py"
-    if not file.exists():
+    example = EXAMPLES.get(code)
+    if example is None:
         return ""
-    fails, _, mended = file.read_text().partition("# mended\n")
-    body = fails.partition("# fails\n")[2]
-    blocks = [("Fails", f"refused={code}", body), ("Mended", f"not-refused={code}", mended)]
-    return "".join(f"\n## {head}\n\n```python {info}\n{text.strip()}\n```\n" for head, info, text in blocks)
+    fails = f"\n## Refused\n\n```python refused={code}\n{example.code(False)}\n```\n"
+    mended = f"\n## Mended\n\n```python not-refused={code}\n{example.code(True)}\n```\n" if example.mended else ""
+    return fails + mended
 
 
 # --- index and table --------------------------------------------------------------------------------------------------

@@ -64,7 +64,11 @@ class Program:
         """The live parameter or buffer behind a get_attr node; None for constants and other nodes."""
         if node.op != "get_attr" or str(node.target) in self.constants:
             return None
-        return attribute(self.module, str(node.target))
+        try:
+            value = attribute(self.module, str(node.target))
+        except AttributeError:  # the body of a higher-order operator, which lives in the graph module alone
+            return None
+        return value if isinstance(value, torch.Tensor) else None
 
     def full_name(self, relative: str) -> str:
         """FQN in the model of a name relative to the captured module."""
