@@ -69,10 +69,24 @@ def capture(
         _, leaves = signature.flatten(args, kwargs)
     except signature.OpaqueArgumentError as e:
         raise CaptureError("the call cannot become a graph", where=fqn, found=str(e)) from e
+    leaves = _apart(leaves)
     flat = _Flat(module, forward or module, args, kwargs)
     with adapted(module), _quiet():
         exported = _export(flat, leaves, fqn, dynamic)
     return _program(exported, module, leaves, fqn, _paths(module, args, kwargs))
+
+
+def _apart(leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The leaves with each repeated tensor as an object of its own.
+
+    export gives one tensor that is passed twice (query and key, say) one set of sizes, and guards nothing between them.
+    """
+    seen: set[int] = set()
+    apart: list[torch.Tensor] = []
+    for x in leaves:
+        apart.append(x.detach().requires_grad_(x.requires_grad) if id(x) in seen else x)
+        seen.add(id(x))
+    return apart
 
 
 def _export(flat: _Flat, leaves: list[torch.Tensor], fqn: str, dynamic: Literal["auto", "none"]) -> ExportedProgram:
