@@ -68,11 +68,7 @@ class Evaluator:
             if node in needed:
                 continue
             needed.add(node)
-            stack.extend(
-                w
-                for w in self.flow.writers.get(self.flow.base[node], ())
-                if self.flow.order[w] < end
-            )
+            stack.extend(w for w in self.flow.writers.get(self.flow.base[node], ()) if self.flow.order[w] < end)
             if node in given:
                 continue
             if node in zero or (opname(node) in CONTRACTIONS and node in self.flow.data):

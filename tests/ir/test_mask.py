@@ -1,4 +1,4 @@
-"""What a mask is, proved by evaluating it: every kind, in every way to write it, and no guess where it cannot be known."""
+"""What a mask is, proved by evaluating it: every kind, in every spelling, and no guess where it cannot be known."""
 
 from __future__ import annotations
 
@@ -181,12 +181,24 @@ def test_packed_by_numbers() -> None:
 @pytest.mark.parametrize(
     ("build", "inputs", "reason"),
     [
-        (lambda x, mask: mask, (torch.ones(N, N, dtype=torch.bool),), "values of the input inputs|it is the input inputs"),
-        (lambda x, mask: causal(x) & mask, (torch.ones(B, H, N, N, dtype=torch.bool),), "values of the input inputs|it is the input inputs"),
+        (
+            lambda x, mask: mask,
+            (torch.ones(N, N, dtype=torch.bool),),
+            "values of the input inputs|it is the input inputs",
+        ),
+        (
+            lambda x, mask: causal(x) & mask,
+            (torch.ones(B, H, N, N, dtype=torch.bool),),
+            "values of the input inputs|it is the input inputs",
+        ),
         (lambda x: x.sum(-1)[:, :, None] > 0, (), "activations|input x"),
         (lambda x: (x @ x.mT) > 0, (), "activations"),
         (lambda x: torch.rand(N, N) > 0.5, (), "rand"),
-        (lambda x, kind: causal(x) | (kind[:, None, None] == kind[:, None, :, None]), (torch.zeros(B, N).long(),), "values"),
+        (
+            lambda x, kind: causal(x) | (kind[:, None, None] == kind[:, None, :, None]),
+            (torch.zeros(B, N).long(),),
+            "values",
+        ),
     ],
 )
 def test_what_depends_on_data_is_unknown(build: Build, inputs: tuple[Tensor, ...], reason: str) -> None:

@@ -217,7 +217,7 @@ class Assembler:
         self, q: _Operand, k: _Operand, v: _Operand, output: Projection | None, heads: int, kv_heads: int
     ) -> dict[str, Weight]:
         result: dict[str, Weight] = {}
-        for name, operand, count in (("q", q, heads), ("k", k, kv_heads), ("v", v, kv_heads)):
+        for name, operand, count in zip("qkv", (q, k, v), (heads, kv_heads, kv_heads), strict=True):
             self._add_weight(result, name, operand, count)
         if output is not None:
             result["o"] = Weight(output.weight, output.orientation, output.bias)
