@@ -32,8 +32,13 @@ def called_modules(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     return {name for name, seen in calls.items() if seen}
 
 
-def plans_of(model: nn.Module, recipe: Recipe, analysis: Analysis, scope: str, called: set[str]) -> list[Plan]:
-    """The scopes of a recipe: for each rewrite and site the smallest called module that holds all of the edit."""
+def plans_of(
+    model: nn.Module, recipe: Recipe, analysis: Analysis, scope: str, called: set[str], too_small: set[str]
+) -> list[Plan]:
+    """The scopes of a recipe: for each rewrite and site the smallest called module that holds all of the edit.
+
+    Sites whose scope is ``too_small`` are rewritten in the largest graph that was captured: nothing between is tried.
+    """
     wanted: list[tuple[Rewrite, dict[str, list[Site]]]] = []
     for rewrite in recipe.rewrites:
         chosen: dict[str, list[Site]] = {}
@@ -41,7 +46,7 @@ def plans_of(model: nn.Module, recipe: Recipe, analysis: Analysis, scope: str, c
             program = analysis.program_of(site)
             whole = scope == "model" or rewrite.whole_model(site)
             fqn = program.fqn if whole else _scope_of(rewrite, site, model, called, program)
-            chosen.setdefault(fqn, []).append(site)
+            chosen.setdefault(program.fqn if fqn in too_small else fqn, []).append(site)
         wanted.append((rewrite, chosen))
     if not wanted:
         raise EmptySelectionError("the recipe has no rewrite", where=recipe.name)

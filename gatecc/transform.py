@@ -165,7 +165,7 @@ def _transform(
     called = called_modules(model, args, kwargs)
     too_small: set[str] = set()
     while True:
-        plans = plans_of(model, recipe, analysis, scope, called - too_small)
+        plans = plans_of(model, recipe, analysis, scope, called, too_small)
         work = _Installer(model, recipe, undo, report)
         failed = _install(work, plans, {p.fqn for p in analysis.programs}, args, kwargs)
         if not failed:
@@ -197,7 +197,7 @@ def _install(
         except CaptureError as e:
             if plan.fqn in largest:
                 raise
-            work.report.notes.append(f"{plan.fqn}: rewritten in a larger scope, for on its own {e.found}")
+            work.report.notes.append(f"{plan.fqn}: rewritten in the graph of the whole model; alone: {e.found}")
             cls = base_class(work.model.get_submodule(plan.fqn))
             return {p.fqn for p in plans if base_class(work.model.get_submodule(p.fqn)) is cls} - largest
     return set()

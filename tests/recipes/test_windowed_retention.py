@@ -32,6 +32,6 @@ def test_the_gate_is_elementwise_before_the_output_projection() -> None:
     reverted(model, plain, (X,))
 
 
-@pytest.mark.parametrize(("name", "export"), [("timm/swin-sdpa", True), ("hf/vit-sdpa", False)])
+@pytest.mark.parametrize(("name", "export"), [("timm/swin-eager", True), ("hf/vit-sdpa", False)])
 def test_real_models(name: str, export: bool) -> None:
     zoo(name, "windowed-retention-gate", export=export)
