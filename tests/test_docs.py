@@ -22,6 +22,7 @@ from tests.recipes.tiny import tiny
 from tools import docs
 from tools.refusal_examples import EXAMPLES
 
+pytestmark = pytest.mark.timeout(600)  # a page captures a dozen models
 PAGES = [docs.ROOT / "README.md", *sorted(docs.DOCS.rglob("*.md"))]
 _BLOCK = re.compile(r"^```python([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(?<!`)\]\(([^)#\s]+)[^)]*\)")
