@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable, without importing Dynamo for it
 
 from gatecc.capture.reads import Read
 from gatecc.capture.signature import Key, OpaqueArgumentError, flatten
@@ -130,17 +131,17 @@ def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     for entry in state.family.find(key, leaves):
         if entry in state.trusted and fresh(entry.variant.reads, module):
             return entry.variant(module, leaves)
-    return _first(module, state, key, args, kwargs, leaves)
+    return new_kind_of_call(module, state, key, args, kwargs, leaves)
 
 
-def _first(
+@_disable_dynamo
+def new_kind_of_call(
     module: nn.Module, state: Scope, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[torch.Tensor]
 ) -> Any:
-    """A call of a kind that this scope has not seen: share, capture, or take the Python path."""
-    if torch.compiler.is_dynamo_compiling():
-        if state.python.refused:
-            torch._dynamo.graph_break()
-        return _python(module, state, args, kwargs, "")
+    """A call of a kind that this scope has not seen: share, capture, or take the Python path.
+
+    Dynamo does not trace into it: the graph breaks here once, and the next call compiles the variant that is made now.
+    """
     if key in state.refused:
         return _python(module, state, args, kwargs, state.refused[key])
     if is_traced(leaves):
