@@ -21,9 +21,10 @@ from tests.zoo.spec import Case
 def case(name: str) -> Case:
     """A model of the zoo that no test changes; caches of keys and values are off."""
     made = find(name).build()
-    config: Any = getattr(made.model, "config", None)
-    if config is not None and hasattr(config, "use_cache"):
-        config.use_cache = False
+    for module in made.model.modules():  # a decoder inside may have a configuration of its own
+        config: Any = module.__dict__.get("config")
+        if hasattr(config, "use_cache"):
+            config.use_cache = False
     return made
 
 

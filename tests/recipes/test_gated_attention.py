@@ -62,7 +62,7 @@ def _hooked(plain: nn.Module, gated: nn.Module, attention: str, inner: str, oute
     """The plain model with the gate applied in Python: hooks on the modules around the attention core."""
     model = copy.deepcopy(plain)
     for name, module in list(model.named_modules()):
-        if not name.endswith(attention):
+        if name.rpartition(".")[2] != attention:
             continue
         gate = gated.get_submodule(f"{name}.gate")
         seen: dict[str, Tensor] = {}
