@@ -190,7 +190,7 @@ class Evaluator:
 def _frozen(value: Any, number: Mapping[fx.Node, int]) -> Hashable:
     """Arguments as something that can be hashed; nodes by number."""
     if isinstance(value, fx.Node):
-        return ("node", number.get(value, str(value.meta.get("val"))))
+        return ("node", number[value]) if value in number else ("size", str(value.meta.get("val")))
     if isinstance(value, list | tuple):
         return tuple(_frozen(v, number) for v in value)
     if isinstance(value, dict):

@@ -5,6 +5,7 @@ axes),
 its weights (with orientation) and its place in the model. Axes are one letter each, in order:
 
     b batch   n query token   m key token   h head   d head dimension   c channel   t y x time or depth, height, width
+    w window   r query heads that share one key head, where they have an axis of their own
     g batch*head merged   (b is the leading axis in general: flattened tokens and windows are b too)
 """
 

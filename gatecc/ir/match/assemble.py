@@ -5,23 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import sympy
 from torch import fx
 
 from gatecc.ir.dataflow import Flow
 from gatecc.ir.match.axes import permutation
 from gatecc.ir.match.expand import is_identity, unexpanded
+from gatecc.ir.match.heads import batch_letters, heads_by_size
 from gatecc.ir.match.mask_eval import MaskClassifier, MaskGraph
 from gatecc.ir.match.normalisation import Normalisation
 from gatecc.ir.match.product import Product
-from gatecc.ir.match.qkv import Origins, Projection, find_output, find_projection, rows_of, unflattened, weight_of
+from gatecc.ir.match.qkv import (
+    Origins,
+    Projection,
+    find_output,
+    find_projection,
+    row_numbers,
+    rows_of,
+    unflattened,
+    weight_of,
+)
 from gatecc.ir.match.scores import Scores, constant, mask_operand, scalar_factor, scale_of, soft_cap, unshifted
 from gatecc.ir.match.stream import same_stream
 from gatecc.ir.match.values import Weighing, dropout_of
 from gatecc.ir.ops import CASTS, RESHAPES, TRANSPOSES, argument, opname
 from gatecc.ir.program import origin
 from gatecc.ir.site import Attention, Value, Weight
-from gatecc.ir.sizes import Size, example_sizes, expression, node_shape, numel, same
+from gatecc.ir.sizes import example_sizes, node_shape, numel, same
 
 Roles = dict[str, str]  # from the letter of an axis in a product to its letter in a site
 
@@ -89,7 +98,7 @@ class Assembler:
             scale=self._scale(parts, q, k),
             soft_cap=soft_cap(parts.scores, flow) if parts.scores else None,
             sinks=bool(parts.scores and parts.scores.sinks),
-            mask=self.masks.classify(self._mask_graph(parts)),
+            mask=self.masks.classify(self._mask_graph(parts, roles)),
             mask_node=mask_operand(parts.scores) if parts.scores else _node(argument(parts.core, 3, "attn_mask")),
             dropout=self._dropout(parts),
             rotary=bool(q.origins and q.origins.rotary),
@@ -110,9 +119,10 @@ class Assembler:
         query = "n" if parts.spelling == "sdpa" else own[-1]
         roles = {parts.keys: "m", query: "n"} | dict.fromkeys(contracted, "d")
         batch = [a for a in product.axes if a not in roles]
-        sizes = dict(zip(q_axes, node_shape(q_node) or (), strict=True))
         origins = find_projection(q_node, self.flow)
-        return roles | dict(zip(batch, _batch_letters([sizes.get(a, 1) for a in batch], q_node, origins), strict=True))
+        numbers = row_numbers(origins, self.masks.evaluator, self.sizes) if origins is not None else None
+        places = [q_axes.index(a) if a in q_axes else len(q_axes) for a in batch]
+        return roles | dict(zip(batch, batch_letters(places, q_node, origins, numbers), strict=True))
 
     def _value_roles(self, parts: Parts, roles: Roles) -> Roles:
         """The letters of weights times values: those of the scores, found again by position."""
@@ -184,7 +194,7 @@ class Assembler:
             return int(heads) if heads.is_Integer else 0
         if "g" not in sizes:
             return 1
-        ratio = _heads_by_size(operand.node, operand.origins)
+        ratio = heads_by_size(operand.node, operand.origins)
         return ratio if ratio is not None else 0
 
     # --- parts of the site ---
@@ -226,7 +236,8 @@ class Assembler:
     def _add_weight(self, result: dict[str, Weight], name: str, operand: _Operand, count: int) -> None:
         if operand.origins is None:
             return
-        rows = rows_of(operand.origins, self.flow, self.masks.evaluator, self.sizes)
+        numbers = row_numbers(operand.origins, self.masks.evaluator, self.sizes)
+        rows = rows_of(numbers[1] if numbers is not None else None)
         width = dict(zip(operand.axes, node_shape(operand.node) or (), strict=False)).get("d")
         if rows is not None and count and isinstance(width, int) and rows.count < count * width:
             return
@@ -249,7 +260,7 @@ class Assembler:
         number = constant(given, self.flow)
         return None if number is None else number * outer
 
-    def _mask_graph(self, parts: Parts) -> MaskGraph:
+    def _mask_graph(self, parts: Parts, roles: Roles) -> MaskGraph:
         q, k = node_shape(parts.product.left) or (), node_shape(parts.product.right) or ()
         if parts.scores is None or parts.weighing is None or parts.softmax is None:
             mask = _node(argument(parts.core, 3, "attn_mask"))
@@ -257,7 +268,6 @@ class Assembler:
             return MaskGraph(queries, keys, mask, parts.core, is_causal=bool(argument(parts.core, 5, "is_causal")))
         product = parts.product
         sizes = dict(zip(product.left_axes, q, strict=True)) | dict(zip(product.right_axes, k, strict=True))
-        roles = self._roles(parts, *self._query(parts))
         query = next(a for a in product.axes if roles[a] == "n")
         post = parts.weighing.operand if _is_edited(parts) else None
         given = tuple(n for n in (parts.softmax.exponential, parts.softmax.total) if n is not None)
@@ -273,10 +283,6 @@ class Assembler:
             post=post,
             post_given=given or (parts.softmax.output,),
         )
-
-    def _query(self, parts: Parts) -> tuple[fx.Node, str]:
-        p = parts.product
-        return (p.left, p.left_axes) if parts.keys in p.right_axes else (p.right, p.right_axes)
 
     def _dropout(self, parts: Parts) -> float:
         if parts.weighing is not None:
@@ -333,39 +339,6 @@ def _unmerged(node: fx.Node, source: fx.Node, axes: str) -> tuple[fx.Node, str, 
     if len(into) != len(out) + 1 or not all(map(same, into[2:], out[1:])):
         return None
     return source, "bh" + axes[1:], 1.0
-
-
-def _heads_by_size(node: fx.Node, origins: Origins | None) -> int | None:
-    """Heads = elements of q per token and feature, in units of d. None if no projection tells what a token is."""
-    shape = node_shape(node)
-    if origins is None or shape is None:
-        return None
-    made = node_shape(origins.projection.node) or ()
-    channels = made[origins.projection.channels]
-    ratio = sympy.cancel(numel(shape) * expression(channels) / (expression(shape[-1]) * numel(made)))
-    return int(ratio) if ratio.is_Integer else None
-
-
-def _batch_letters(sizes: list[Size], node: fx.Node, origins: Origins | None) -> str:
-    """The letters of the batch axes of queries: b batch, h heads, w windows, r heads that share a key, g merged."""
-    heads = _heads_by_size(node, origins)
-    if len(sizes) == 1:
-        merged = (heads is not None and heads > 1) or (heads is None and _is_merged(node))
-        return "g" if merged else "b"
-    if len(sizes) == 2:
-        return "hb" if heads is not None and same(sizes[0], heads) and not same(sizes[1], heads) else "bh"
-    if len(sizes) == 3:
-        grouped = heads is not None and not same(sizes[2], heads) and numel(sizes[1:]) == heads
-        return "bhr" if grouped else "bwh"
-    return "bwhr"[: len(sizes)]
-
-
-def _is_merged(node: fx.Node) -> bool:
-    while opname(node) in TRANSPOSES | CASTS | frozenset(("mul", "div", "contiguous")) and isinstance(
-        node.args[0], fx.Node
-    ):
-        node = node.args[0]
-    return opname(node) in RESHAPES and _rank(node) == 3
 
 
 def _width(heads: Value, count: int) -> int:

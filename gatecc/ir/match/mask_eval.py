@@ -210,7 +210,7 @@ class _Proof:
     # --- one size ---
 
     def _at(self, sizes: dict[sympy.Symbol, int], constants: Mapping[int, int]) -> Mask:
-        """The mask at one size: what the inputs' values that hide least show, if other values can be explained by it."""
+        """The mask at one size: what inputs that hide least show, if the effect of other values can be explained."""
         if len(self.inputs) > 3:
             raise UnprovableError(f"it depends on {len(self.inputs)} inputs: {', '.join(n.name for n in self.inputs)}")
         filled = {node: list(fills(node, sizes)) for node in self.inputs}

@@ -83,7 +83,7 @@ def _make(
         features = _einsum_features(node)
     fqn = flow.program.full_name(str(held.target))
     width = int(features) if not symbols(features) else 0
-    return Projection(node, source, fqn, _bias_name(bias, flow), orientation, channels, width, rows)
+    return Projection(node, source, fqn, _bias_name(bias, rows, flow), orientation, channels, width, rows)
 
 
 def _einsum_features(node: fx.Node) -> int:
@@ -111,16 +111,11 @@ def _rows_read(held: fx.Node, steps: list[fx.Node], out_axis: int) -> tuple[Orie
     if len(shape) != 2 or any(symbols(s) for s in shape):
         return None
     for axis in (0, 1):
-        env: dict[fx.Node, Any] = {
-            held: torch.arange(int(shape[axis])).unsqueeze(1 - axis).expand([int(s) for s in shape])
-        }
-        try:
-            for step in steps:
-                assert callable(step.target)
-                env[step] = step.target(*map_arg(step.args, env.__getitem__), **step.kwargs)
-        except (KeyError, RuntimeError, TypeError):
+        numbered = torch.arange(int(shape[axis])).unsqueeze(1 - axis).expand([int(s) for s in shape])
+        read = _through(steps, {held: numbered})
+        if read is None:
             return None
-        numbers = env[steps[-1]].movedim(out_axis, 0)
+        numbers = read.movedim(out_axis, 0)
         if numbers.ndim == 2 and bool((numbers == numbers[:, :1]).all()) and len(numbers.unique()) == len(numbers):
             first, last = int(numbers[0, 0]), int(numbers[-1, 0]) + 1
             if last - first != len(numbers):
@@ -129,11 +124,30 @@ def _rows_read(held: fx.Node, steps: list[fx.Node], out_axis: int) -> tuple[Orie
     return None
 
 
-def _bias_name(bias: object, flow: Flow) -> str | None:
-    held, _ = _parameter_behind(bias) if isinstance(bias, fx.Node) else (None, [])
-    if held is None or held.op != "get_attr" or not isinstance(flow.program.parameter(held), nn.Parameter):
+def _bias_name(bias: object, rows: tuple[int, int] | None, flow: Flow) -> str | None:
+    """The bias parameter, if the same rows of it are read as of the weight."""
+    held, steps = _parameter_behind(bias) if isinstance(bias, fx.Node) else (None, [])
+    if held is None or held.op != "get_attr":
+        return None
+    parameter = flow.program.parameter(held)
+    if not isinstance(parameter, nn.Parameter) or parameter.ndim != 1:
+        return None
+    read = _through(steps, {held: torch.arange(len(parameter))})
+    first, last = rows or (0, len(parameter))
+    if read is None or not torch.equal(read, torch.arange(first, last)):
         return None
     return flow.program.full_name(str(held.target))
+
+
+def _through(steps: list[fx.Node], env: dict[fx.Node, Any]) -> torch.Tensor | None:
+    """The value of the last of some views, given that of the first one's input; None if they need more than that."""
+    try:
+        for step in steps:
+            assert callable(step.target)
+            env[step] = step.target(*map_arg(step.args, env.__getitem__), **step.kwargs)
+    except (KeyError, RuntimeError, TypeError):
+        return None
+    return list(env.values())[-1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,27 +220,34 @@ class Rows:
     range: tuple[int, int] | None
 
 
-def rows_of(origins: Origins, flow: Flow, evaluator: Evaluator, sizes: Sizes) -> Rows | None:
-    """Which rows of a (fused) weight make the value, found by sending row numbers through the views that split it."""
+def row_numbers(origins: Origins, evaluator: Evaluator, sizes: Sizes) -> tuple[fx.Node, torch.Tensor] | None:
+    """The number of the projection's output feature that every element of a value comes from.
+
+    They are sent through the views that split it; the node is the last of these views.
+    """
     source = origins.projection
     chain = _view_chain(source.node, origins.between)
-    if not chain:
-        return Rows(source.features, (0, source.features))
-    part = evaluator.slice(chain[-1], given=frozenset({source.node}))
-    for values in (dict.fromkeys(sizes, 1), sizes):
+    last = chain[-1] if chain else source.node
+    part = evaluator.slice(last, given=frozenset({source.node}))
+    for values in (dict.fromkeys(sizes, 1), sizes):  # one token is enough, unless the views mix tokens
         try:
-            numbers = _numbered(source, values)
-            seen = evaluator.run(part, values, {source.node: numbers}).unique()
+            return last, evaluator.run(part, values, {source.node: _numbered(source, values)})
         except (UnprovableError, RuntimeError):
             continue
-        first, last = int(seen[0]), int(seen[-1]) + 1
-        return Rows(len(seen), (first, last) if last - first == len(seen) else None)
     return None
+
+
+def rows_of(numbers: torch.Tensor | None) -> Rows | None:
+    """Which rows of a (fused) weight make the value."""
+    if numbers is None:
+        return None
+    seen = numbers.unique()
+    first, last = int(seen[0]), int(seen[-1]) + 1
+    return Rows(len(seen), (first, last) if last - first == len(seen) else None)
 
 
 def _numbered(source: Projection, sizes: Sizes) -> torch.Tensor:
     """A tensor of the projection's shape that holds the number of its output feature everywhere."""
-
     shape = [value(s, sizes) for s in source.node.meta["val"].shape]
     if source.orientation == "conv":
         return torch.arange(shape[1]).reshape(1, -1, *[1] * (len(shape) - 2)).expand(shape)

@@ -43,11 +43,12 @@ def ordered(value: Value, tensors: dict[fx.Node, Any], axes: str) -> Tensor:
     """A value with its axes in the order ``axes``, missing ones of size 1, windows and grouped heads merged."""
     tensor, have = tensors[value.node], value.axes
     assert tensor.ndim == len(have), (value.axes, tensor.shape)
-    for pair, into in (("bw", "b"), ("hr", "h")):
-        if pair[1] in have:
-            at = have.index(pair[0])
-            assert have[at + 1] == pair[1]
-            tensor, have = tensor.flatten(at, at + 1), have.replace(pair, into)
+    for first, second in ("bw", "hr"):
+        if second in have:
+            one, other = have.index(first), have.index(second)
+            at = one if other > one else one - 1  # where the first of the two stands once the second follows it
+            tensor = tensor.movedim(other, at + 1).flatten(at, at + 1)
+            have = have.replace(second, "")
     have = have.replace("g", "b")
     missing = [a for a in axes if a not in have]
     tensor = tensor.reshape(*tensor.shape, *(1,) * len(missing))
