@@ -85,7 +85,7 @@ class Attention(Site):
     Values (those that exist): hidden (b, n, c) what the query projection reads; hidden_kv likewise for keys; q, k, v
     after the head split and any rotary embedding (b, h, n, d); scores before softmax and weights after it (b, h, n, m),
     only when spelled out; heads = weights @ v (b, h, n, d); out = after the output projection (b, n, c).
-    Weights: q, k, v, o.
+    Weights: q, k, v, o; qkv instead where the rows of the three are interleaved in one matrix.
     """
 
     kind = "attention"

@@ -12,8 +12,8 @@ from gatecc.passes.canonicalize import canonicalize
 from tests.ir.match.attention_math import check, record
 from tests.zoo import Core, Spec, observe, variants
 
-# torch's symbolic sizes do not come to an end on Swin's window partition of an image of unknown size.
-STATIC = ("hf/swin-", "hf/swinv2-")
+# torch's symbolic sizes do not come to an end on the window partition of an image of unknown size.
+STATIC = ("hf/swin-", "hf/swinv2-", "timm/", "torchvision/")
 # The model decides by the values of its inputs: no whole graph exists, gatecc falls back to submodules.
 UNCAPTURABLE = ("hf/longformer-", "torch/decoder_detected")
 KINDS = {"bidirectional": "bidirectional", "causal": "causal"}
