@@ -24,6 +24,7 @@ from gatecc.ir.widen import Rows
 from gatecc.scope.family import Entry, Family, proves
 from gatecc.scope.python_path import PythonPath, run_python
 from gatecc.scope.traced import is_traced, outside
+from gatecc.scope.variant import Variant
 from gatecc.scope.widened import narrowed
 
 STATE = "_gatecc"
@@ -85,7 +86,14 @@ def scoped_class(base: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return run(self, args, kwargs)
+        found = lookup(self, args, kwargs)
+        if found is None:
+            return first_call(self, args, kwargs)
+        variant, leaves = found
+        return variant(self, leaves)
+
+    # Dynamo counts recompilations by code object: each class gets one of its own.
+    forward.__code__ = forward.__code__.replace(co_name=f"forward_of_{base.__name__}")  # pyright: ignore[reportAttributeAccessIssue]
 
     def reduce(self: nn.Module, protocol: Any = None) -> Any:
         return (_new, (base,), self.__getstate__() if hasattr(self, "__getstate__") else vars(self))
@@ -121,27 +129,32 @@ def base_forward(module: nn.Module) -> Callable[..., Any]:
     return functools.partial(base_class(module).forward, module)
 
 
-def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The forward of a scope."""
+def lookup(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Variant, list[torch.Tensor]] | None:
+    """The trusted variant for a call and the call's tensors, if there is one. Written so that Dynamo can trace it."""
+    state = cast("Scope", getattr(module, STATE))
+    try:
+        key, leaves = call_key(module, args, kwargs)
+    except OpaqueArgumentError:
+        return None
+    for entry in state.family.find(key, leaves):
+        if entry in state.trusted and fresh(entry.variant.reads, module):
+            return entry.variant, leaves
+    return None
+
+
+@_disable_dynamo
+def first_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call of a kind that this scope has not seen: share, capture, or take the Python path.
+
+    Dynamo does not trace into it: the graph breaks here once, and the next call compiles the variant that is made now.
+    """
     state = cast("Scope", getattr(module, STATE))
     try:
         key, leaves = call_key(module, args, kwargs)
     except OpaqueArgumentError as e:
         return _python(module, state, args, kwargs, str(e))
-    for entry in state.family.find(key, leaves):
-        if entry in state.trusted and fresh(entry.variant.reads, module):
-            return entry.variant(module, leaves)
-    return new_kind_of_call(module, state, key, args, kwargs, leaves)
-
-
-@_disable_dynamo
-def new_kind_of_call(
-    module: nn.Module, state: Scope, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[torch.Tensor]
-) -> Any:
-    """A call of a kind that this scope has not seen: share, capture, or take the Python path.
-
-    Dynamo does not trace into it: the graph breaks here once, and the next call compiles the variant that is made now.
-    """
     if key in state.refused:
         return _python(module, state, args, kwargs, state.refused[key])
     if is_traced(leaves):

@@ -1,0 +1,193 @@
+"""The torch.compile backend: canonical ATen graphs, nothing baked in, the same numbers and as few recompilations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import fx, nn
+from torch._ops import OpOverload
+from torch.utils.checkpoint import checkpoint
+
+from gatecc import backend
+from gatecc.errors import ArgumentError
+
+
+class Block(nn.Module):
+    """Attention and feed-forward over x: (B, N, 8), with dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.ffn = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Dropout(0.5), nn.Linear(16, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return x + self.ffn(x)
+
+
+def inputs(batch: int = 2, length: int = 5) -> torch.Tensor:
+    return torch.randn(batch, length, 8, generator=torch.Generator().manual_seed(batch * length))
+
+
+def step(function: Callable[..., torch.Tensor], model: nn.Module, *args: Any) -> tuple[torch.Tensor, ...]:
+    """Output and all gradients, from one random state."""
+    model.zero_grad()
+    torch.manual_seed(0)
+    output = function(*args)
+    output.pow(2).mean().backward()
+    return (output, *[p.grad for p in model.parameters() if p.grad is not None])
+
+
+def assert_same(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...], tolerance: float) -> None:
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a, b, atol=tolerance)
+
+
+def test_it_is_found_by_name() -> None:
+    assert "gatecc" in torch._dynamo.list_backends(None)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("mode", ["eager", "aot_eager"])
+def test_the_same_step_at_every_size(mode: str, training: bool) -> None:
+    model = Block().train(training)
+    compiled = torch.compile(model, backend="gatecc", mode=mode, fullgraph=True)
+    for size in ((2, 5), (3, 7), (1, 4)):
+        assert_same(step(compiled, model, inputs(*size)), step(model, model, inputs(*size)), 1e-6)
+
+
+def test_inductor_trains() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.GELU())
+    compiled = torch.compile(model, backend="gatecc", options={"compile_threads": 1})
+    assert_same(step(compiled, model, inputs()), step(model, model, inputs()), 1e-5)
+
+
+def test_transformers() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=29, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config)
+    compiled = torch.compile(model, backend="gatecc", mode="aot_eager")
+    ids = torch.randint(0, 29, (2, 5))
+
+    def logits(f: Any) -> Callable[[], torch.Tensor]:
+        return lambda: f(ids, use_cache=False).logits
+
+    assert_same(step(logits(compiled), model), step(logits(model), model), 1e-6)
+
+
+def lowered(function: Any, *args: Any) -> list[fx.GraphModule]:
+    """The graphs that the backend makes of a function."""
+    graphs: list[fx.GraphModule] = []
+
+    def spy(graph_module: fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(backend.lower(graph_module))
+        return graphs[-1].forward
+
+    expected = function(*args)
+    found = torch.compile(function, backend=spy)(*args)
+    assert torch.allclose(found, expected, atol=1e-6)
+    return graphs
+
+
+def test_the_graph_is_canonical_and_knows_its_owners() -> None:
+    (graph,) = lowered(Block().eval(), inputs())
+    calls = [n for n in graph.graph.nodes if n.op not in ("placeholder", "output")]
+    assert all(n.op == "call_function" for n in calls)
+    assert all(isinstance(n.target, OpOverload) or "getitem" in str(n.target) for n in calls)
+    attention = next(n for n in calls if n.target is torch.ops.aten.scaled_dot_product_attention.default)
+    assert attention.args[3:] == (None, 0.0, False)
+    linear = [n for n in calls if n.target is torch.ops.aten.linear.default]
+    assert [[*n.meta["nn_module_stack"].values()][-1][1] for n in linear] == [nn.Linear] * 4
+
+
+def no_grad_inside(x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        y = x * 2
+    return x * y
+
+
+def in_place(x: torch.Tensor) -> torch.Tensor:
+    y = x + 1
+    y[0].mul_(2)
+    return y.relu_()
+
+
+def autocast(x: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return (x @ x.mT).float()
+
+
+@pytest.mark.parametrize("function", [no_grad_inside, in_place, autocast])
+@pytest.mark.parametrize("mode", ["eager", "aot_eager"])
+def test_regions_and_writes(function: Callable[[torch.Tensor], torch.Tensor], mode: str) -> None:
+    compiled = torch.compile(function, backend="gatecc", mode=mode, fullgraph=True)
+    found, expected = (inputs().requires_grad_() for _ in range(2))
+    outputs = compiled(found), function(expected)
+    assert torch.equal(*outputs)
+    for output in outputs:
+        output.sum().backward()
+    assert found.grad is not None
+    assert expected.grad is not None
+    assert torch.equal(found.grad, expected.grad)
+
+
+def test_nested_graphs_go_on_as_they_are() -> None:
+    ffn = nn.Sequential(nn.Linear(8, 8), nn.GELU())
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(ffn, x, use_reentrant=False)
+
+    (graph,) = lowered(function, inputs())
+    assert any(isinstance(child, fx.GraphModule) for child in graph.children())
+    compiled = torch.compile(function, backend="gatecc", mode="aot_eager")
+    assert_same(step(compiled, ffn, inputs()), step(function, ffn, inputs()), 1e-6)
+
+
+def test_weights_are_not_baked_in() -> None:
+    """Two layers of one structure and a weight that changes: one graph serves all of them."""
+    layers = [nn.Linear(8, 8) for _ in range(2)]
+    graphs: list[Any] = []
+
+    def counting(graph_module: fx.GraphModule, example: Any) -> Any:
+        graphs.append(graph_module)
+        return backend.gatecc(graph_module, example, mode="aot_eager")
+
+    for layer in layers:
+        assert torch.equal(torch.compile(layer, backend=counting)(inputs()), layer(inputs()))
+    with torch.no_grad():
+        layers[0].weight.mul_(2)
+    assert torch.equal(torch.compile(layers[0], backend=counting)(inputs()), layers[0](inputs()))
+    assert len(graphs) == 1
+
+
+def test_no_more_recompilations_than_others() -> None:
+    counts: list[int] = []
+    for inner in ("eager", "gatecc"):
+        torch._dynamo.reset()
+        counter = torch._dynamo.testing.CompileCounterWithBackend(inner)
+        if inner == "gatecc":
+            counter = torch._dynamo.testing.CompileCounterWithBackend(
+                lambda g, e: backend.gatecc(g, e, mode="eager")  # pyright: ignore[reportArgumentType]
+            )
+        compiled = torch.compile(Block().eval(), backend=counter)
+        for size in ((2, 5), (3, 7), (4, 9), (1, 9), (1, 1)):
+            compiled(inputs(*size))
+        counts.append(counter.frame_count)
+    assert counts[1] == counts[0]
+
+
+def test_modes() -> None:
+    assert backend._settings("max-autotune", {"compile_threads": 1})["max_autotune"]
+    assert backend._settings(None, {"compile_threads": 1}) == {"compile_threads": 1}
+    with pytest.raises(ArgumentError, match=r"(?s)'fastest'.*reduce-overhead.*aot_eager"):
+        backend._settings("fastest", {})
