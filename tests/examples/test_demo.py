@@ -60,7 +60,8 @@ def run(*words: str, code: int = 0) -> str:
 
 @pytest.mark.timeout(900)  # minutes where other work takes the cores
 def test_the_encoder_goes_all_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sentences, "HELD_OUT", 32)
+    for name, small in (("HELD_OUT", 32), ("BATCH", 8), ("TOKENS", 16)):
+        monkeypatch.setattr(sentences, name, small)
     text = run("--seconds", "2", "--out", str(tmp_path / "out"))
     assert "6 attention" in text
     assert "every promise held" in text
