@@ -83,7 +83,9 @@ def _build(
     clock.lap("print")
     if observe:
         observe("after", program)
-    return Built(Entry(variant, plain), program, editors, path, before, clock.seconds)
+    entry = Entry(variant, plain)
+    entry.layers.add(module)
+    return Built(entry, program, editors, path, before, clock.seconds)
 
 
 def rewrite_program(program: Program, state: Scope, sites: list[Site]) -> list[list[Editor]]:

@@ -21,6 +21,7 @@ from gatecc.capture.signature import Key, OpaqueArgumentError, flatten
 from gatecc.errors import CallNotCapturedError, CaptureError
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.widen import Rows
+from gatecc.scope.dynamo import learn_while_tracing
 from gatecc.scope.family import Entry, Family, proves
 from gatecc.scope.python_path import PythonPath, run_python
 from gatecc.scope.traced import is_traced, outside
@@ -88,6 +89,8 @@ def scoped_class(base: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         found = lookup(self, args, kwargs)
         if found is None:
+            if torch.compiler.is_dynamo_compiling():
+                learn_while_tracing(self, args, kwargs, learn)
             return first_call(self, args, kwargs)
         variant, leaves = found
         return variant(self, leaves)
@@ -148,7 +151,7 @@ def lookup(
 def first_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A call of a kind that this scope has not seen: share, capture, or take the Python path.
 
-    Dynamo does not trace into it: the graph breaks here once, and the next call compiles the variant that is made now.
+    Dynamo does not trace into it: where `learn` found nothing to do, the graph breaks here.
     """
     state = cast("Scope", getattr(module, STATE))
     try:
@@ -173,16 +176,46 @@ def entry_for(
     """An entry of the family that is proved for this layer, or a new capture. Raises CaptureError."""
     from gatecc.scope.build import build
 
+    shared = _share(module, state, key, args, kwargs, leaves)
+    if shared is not None:
+        return shared
+    entry = build(module, state, args, kwargs).entry
+    state.family.add(key, entry)
+    state.trusted.append(entry)
+    return entry
+
+
+def _share(
+    module: nn.Module, state: Scope, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[torch.Tensor]
+) -> Entry | None:
+    """An entry that another layer of the family has made and that is proved for this one now."""
     for entry in state.family.find(key, leaves):
         with narrowed(module, state.widened):
             proved = entry not in state.trusted and proves(entry, module, base_forward(module), args, kwargs, leaves)
         if proved:
             state.trusted.append(entry)
             return entry
-    entry = build(module, state, args, kwargs).entry
-    state.family.add(key, entry)
-    state.trusted.append(entry)
-    return entry
+    return None
+
+
+def learn(root: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Make an entry for a call of a scope, and prove it for the layers that share captures with it.
+
+    Those are found under ``root``, and among the layers that the scope's entries were proved for: each layer may be
+    compiled by itself. Returns False if the scope knew this call: there is nothing to learn. Raises CaptureError.
+    """
+    state = cast("Scope", getattr(module, STATE))
+    if lookup(module, args, kwargs) is not None:
+        return False
+    like = {id(m): m for entry in state.trusted for m in entry.layers}
+    like |= {id(m): m for _, m, its in scopes(root) if its.family is state.family}
+    key, leaves = call_key(module, args, kwargs)
+    entry_for(module, state, key, args, kwargs, leaves)
+    for other in like.values():
+        its = scope_of(other)
+        if its is not None and its.family is state.family and lookup(other, args, kwargs) is None:
+            _share(other, its, call_key(other, args, kwargs)[0], args, kwargs, leaves)
+    return True
 
 
 def _python(module: nn.Module, state: Scope, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str) -> Any:

@@ -12,6 +12,7 @@ import torch._dynamo.testing
 from torch import nn
 
 import gatecc
+from gatecc.transform import history
 
 LAYERS = 12
 RESIDUAL = gatecc.Gate(gatecc.Residual[...].branch, gatecc.GateSpec("skip", "linear", "element", "sigmoid"))
@@ -104,19 +105,25 @@ def test_other_sizes_take_one_dynamic_graph(model: nn.Module) -> None:
     assert counter.frame_count == 2
 
 
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("grad", [True, False])
-def test_each_layer_compiled_by_itself(model: nn.Module, grad: bool) -> None:
-    per_layer = copy.deepcopy(model)
+def test_each_layer_compiled_by_itself(model: nn.Module, grad: bool, training: bool) -> None:
+    """Also in modes that no layer has run in: all layers learn from the first."""
+    recipe = history(model)[0].recipe
+    per_layer = gatecc.transform(Deep().eval(), recipe, (x(),), verify=False)
+    per_layer.load_state_dict(model.state_dict())
     counter = torch._dynamo.testing.CompileCounter()
-    layers = per_layer.get_submodule("layers")
-    assert isinstance(layers, nn.ModuleList)
+    for layer in per_layer.get_submodule("layers").children():
+        layer.compile(backend=counter, fullgraph=True)
+    model.train(training)
+    per_layer.train(training)
     with torch.set_grad_enabled(grad):
-        per_layer(x())
-        for layer in layers:
-            layer.compile(backend=counter, fullgraph=True)
-        expected, output = model(x()), per_layer(x())
+        torch.manual_seed(0)
+        expected = model(x())
+        torch.manual_seed(0)
+        output = per_layer(x())
     assert torch.equal(output, expected)
-    assert 1 <= counter.frame_count <= 2  # the first layer's input needs no gradient
+    assert 1 <= counter.frame_count <= 3  # the first layer has yet to learn, and its input needs no gradient
     if grad:
         assert all(map(torch.equal, learn(per_layer, output), learn(model, expected)))
 
@@ -132,16 +139,18 @@ def test_a_changed_gate_is_seen(model: nn.Module) -> None:
 
 
 def test_kinds_of_call_that_were_never_seen(model: nn.Module) -> None:
-    """Each is right the first time, and compiled the second time."""
-    compiled = torch.compile(model, backend="eager")
+    """Each is one graph, from the first call on."""
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
     mask = torch.ones(5, 5, dtype=torch.bool).tril()
     for args in ((x(), mask), (x(1, 5),), (x(2, 1),)):
         for _ in range(2):
             assert torch.equal(compiled(*args), model(*args))
+    assert counter.frame_count == 3
 
 
 def test_training_starts_compiled(model: nn.Module) -> None:
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     model.train()
     for _ in range(2):
         torch.manual_seed(0)
@@ -153,14 +162,23 @@ def test_training_starts_compiled(model: nn.Module) -> None:
         learn(model, output)
 
 
-def test_one_graph_in_a_mode_that_was_seen(model: nn.Module) -> None:
-    model.train()
-    model(x())
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    torch.manual_seed(0)
-    output = compiled(x())
-    torch.manual_seed(0)
-    assert torch.equal(output, model(x()))
+class Opaque:
+    """An object that neither a graph nor a key can hold."""
+
+
+class Taking(Layer):
+    """A layer with an argument that it passes by."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, cache: object = None) -> torch.Tensor:
+        return super().forward(x, mask)
+
+
+def test_an_argument_that_no_graph_holds_breaks_it() -> None:
+    model = gatecc.transform(Taking().eval(), "gated-attention", (x(),), verify=False)
+    nn.init.normal_(model.get_parameter("gate.weight"))
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(2):
+        assert torch.allclose(compiled(x(), None, Opaque()), model(x()), atol=1e-6)
 
 
 def test_export_without_gradients_keeps_every_gate(model: nn.Module) -> None:
