@@ -18,7 +18,7 @@ from gatecc.errors import GateccError
 from gatecc.scope.traced import outside
 
 Learn = Callable[[nn.Module, nn.Module, tuple[Any, ...], dict[str, Any]], bool]
-"""``learn(root, module, args, kwargs)`` makes a variant of this call, also for layers of root like it; False if none."""
+"""``learn(root, module, args, kwargs)`` makes a variant of this call, and for layers of root like it; False if none."""
 
 
 def learn_while_tracing(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], learn: Learn) -> None:
