@@ -137,7 +137,7 @@ def _program(
     for node, path in zip(placeholders, paths, strict=True):
         node._rename(re.sub(r"\W", "_", "_".join(str(p) for p in path)))
         node.target = node.name
-    _record_origins(graph, fqn)
+    _record_origins(graph, fqn, module)
     out_spec = exported.call_spec.out_spec
     assert out_spec is not None
     return Program(module, graph_module, fqn, list(leaves), out_spec, paths, guards, constants)
@@ -166,15 +166,20 @@ def _live(module: nn.Module, path: str) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
-def _record_origins(graph: fx.Graph, fqn: str) -> None:
-    """Write owner, call and source line of every node into its meta, from what export recorded."""
+def _record_origins(graph: fx.Graph, fqn: str, module: nn.Module) -> None:
+    """Write owner, call and source line of every node into its meta, from what export recorded.
+
+    A module that is registered under several names goes by its first one. Export leaves the prefix off these names.
+    """
+    first = {id(child): name for name, child in module.named_modules()}
+    names = {name: first[id(child)] for name, child in module.named_modules(remove_duplicate=False)}
     calls: dict[str, list[str]] = {}
     for node in graph.nodes:
         stack = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
         raw = "/".join(str(key) for key in node.meta.get("nn_module_stack", {}))  # a second call has "@1" in its key
         relative = _CALL_SUFFIX.sub("", stack[-1]) if stack else ""
-        inside = relative == "m" or relative.startswith("m.")
-        owner = ".".join(p for p in (fqn, relative[2:] if inside else "") if p)
+        relative = relative[2:] if relative == "m" or relative.startswith("m.") else relative
+        owner = ".".join(p for p in (fqn, names.get(relative, "")) if p)
         seen = calls.setdefault(owner, [])
         if node.op == "call_function" and raw and raw not in seen and _RUNTIME not in raw:
             seen.append(raw)
