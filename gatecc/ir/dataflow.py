@@ -45,6 +45,8 @@ class Flow:
         self.writers.setdefault(target, []).append(node)
         if node in self.data:
             self.data.add(target)
+        if any(s not in self.raw for s in sources):
+            self.raw.discard(target)
 
 
 def value_inputs(node: fx.Node) -> list[fx.Node]:

@@ -2,7 +2,8 @@
 
 After it: every operator call has one spelling (arguments positional with defaults filled in; keyword-only arguments
 only where they differ from the default), assertions about sizes and dtypes are gone, no-grad regions are part of the
-graph with their outputs detached, and no dead node is left. Outputs and gradients are bitwise the same.
+graph with their outputs detached, a tensor that is filled part by part is read through one node that holds it complete,
+and no dead node is left. Outputs and gradients are bitwise the same.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_
 from torch._ops import OpOverload
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from gatecc.ir.dataflow import Flow
 from gatecc.ir.ops import mutates, operands, opname
 from gatecc.ir.program import META, Program
 
@@ -41,6 +43,8 @@ def canonicalize(program: Program) -> None:
             program.graph.erase_node(node)
         elif node.op == "call_function" and isinstance(node.target, OpOverload):
             _normalise(node, node.target)
+    if any(mutates(node) for node in program.calls()):
+        _name_complete(program)
     _drop_dead(program.graph)
     _drop_unused_bodies(program)
 
@@ -197,6 +201,27 @@ def _detached(graph: fx.Graph, node: Any) -> Any:
     result = graph.call_function(torch.ops.aten.detach.default, (node,))
     result.meta = {**node.meta, "val": held.detach() if held.requires_grad else held}
     return result
+
+
+# --- writes -----------------------------------------------------------------------------------------------------------
+
+
+def _name_complete(program: Program) -> None:
+    """Give a tensor that is written to through views an alias after the last write, for its later readers.
+
+    Otherwise the one node stands for what it holds before, between and after the writes, and cannot be replaced.
+    """
+    flow = Flow(program)
+    for base, writers in flow.writers.items():
+        last = max(writers, key=flow.order.__getitem__)
+        readers = [user for user in base.users if flow.order[user] > flow.order[last]]
+        if base.op != "call_function" or not readers:
+            continue
+        with program.graph.inserting_after(last):
+            alias = program.graph.call_function(torch.ops.aten.alias.default, (base,))
+        alias.meta = dict(base.meta)
+        for reader in readers:
+            reader.replace_input_with(base, alias)
 
 
 def _drop_dead(graph: fx.Graph) -> None:

@@ -194,6 +194,24 @@ def test_dead_nodes_go_but_random_ones_and_writes_stay() -> None:
     assert "rand" in names(program)  # it moves the generator on
 
 
+class Filled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.new_empty(x.shape)
+        y[:, :3] = x[:, :3].sin()
+        y[:, 3:] = x[:, 3:].cos()
+        return y.mT @ y
+
+
+def test_a_tensor_that_is_filled_in_place_has_a_node_for_the_whole() -> None:
+    model, x = Filled(), torch.randn(3, 8)
+    program = canonical(model, x)
+    whole = next(n for n in program.calls() if opname(n) == "alias")
+    written = [n for n in program.calls() if opname(n) == "copy"]
+    assert len(written) == 2
+    assert {opname(user) for user in whole.users} == {"mT", "matmul"}
+    assert_same(model, program, x)
+
+
 class Deep(nn.Module):
     def __init__(self, layers: int) -> None:
         super().__init__()

@@ -231,9 +231,11 @@ def row_numbers(origins: Origins, evaluator: Evaluator, sizes: Sizes) -> tuple[f
     part = evaluator.slice(last, given=frozenset({source.node}))
     for values in (dict.fromkeys(sizes, 1), sizes):  # one token is enough, unless the views mix tokens
         try:
-            return last, evaluator.run(part, values, {source.node: _numbered(source, values)})
+            numbers = evaluator.run(part, values, {source.node: _numbered(source, values)})
         except (UnprovableError, RuntimeError):
             continue
+        if numbers.numel():
+            return last, numbers
     return None
 
 

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from gatecc.ir.ops import mutates
 from gatecc.ir.program import Program, attribute
 from gatecc.ir.site import Attention, Value
 
 
 def record(program: Program) -> dict[fx.Node, Any]:
-    """The value of every node on the example inputs, as it was when the node ran."""
+    """The value of every node on the example inputs, as it was when it was last read (it may be written to later)."""
     env: dict[fx.Node, Any] = {}
     seen: dict[fx.Node, Any] = {}
     leaves = iter(program.example)
@@ -27,8 +28,9 @@ def record(program: Program) -> dict[fx.Node, Any]:
                 assert callable(node.target)
                 args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
                 env[node] = node.target(*args, **kwargs)
-            held = env.get(node)
-            seen[node] = held.detach().clone() if isinstance(held, Tensor) else held
+            for known in (node, *([] if mutates(node) else node.all_input_nodes)):
+                held = env.get(known)
+                seen[known] = held.detach().clone() if isinstance(held, Tensor) else held
     return seen
 
 
