@@ -257,7 +257,7 @@ class _Proof:
         if self.graph.is_causal:
             visible = visible & torch.ones(queries, keys, dtype=torch.bool).tril()
         if self.post is not None:
-            visible = visible & self._post(self.post, sizes, inputs, constants)
+            visible = _both(visible, self._post(self.post, sizes, inputs, constants))
         if visible.shape[-2] not in (1, queries) or visible.shape[-1] not in (1, keys):
             raise UnprovableError(f"it has the shape {tuple(visible.shape)} for {queries} queries and {keys} keys")
         return View(visible.expand(*visible.shape[:-2], queries, keys), bias)
@@ -293,3 +293,13 @@ class _Proof:
         tensor = tensor.detach().cpu()
         tensor = tensor.reshape((1,) * (rank - tensor.ndim) + tuple(tensor.shape)) if tensor.ndim < rank else tensor
         return tensor.movedim((self.graph.query_axis, self.graph.key_axis), (-2, -1))
+
+
+def _both(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """What both leave visible; ``other`` may have batch and heads in one axis, if it is the same for all of them."""
+    if one.ndim == other.ndim or other.ndim == 2:
+        return one & other
+    rows = other.reshape(-1, *other.shape[-2:])
+    if not bool((rows == rows[:1]).all()):
+        raise UnprovableError("weights are zeroed after heads were merged, not the same for all of them")
+    return one & rows[0]
