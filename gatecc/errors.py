@@ -163,7 +163,8 @@ class SiteRefusedError(GateccError):
 
     The site lacks the value that is gated, its mask is not one that the rewrite understands, a weight has other uses,
     or
-    the gate has parameters for another number of tokens than the call has. Nothing was changed.
+    the gate has parameters for another number of tokens than the call has. Nothing was changed. Sites that lack a value
+    and were selected by ``...`` only are left out instead: the report lists them as refusals with this code.
 
     Fails: ``transform(bert, "affine-attention", inputs_with_a_padding_mask)``: the keys that are summed would include
     padding.

@@ -9,12 +9,12 @@ from torch import fx, nn
 
 from gatecc.analysis import Analysis
 from gatecc.capture.record import record_calls
-from gatecc.errors import EmptySelectionError
+from gatecc.errors import EmptySelectionError, SiteRefusedError
 from gatecc.ir.edit import CONTAINERS
 from gatecc.ir.program import Program, origin
 from gatecc.ir.rewrite import Recipe, Rewrite
 from gatecc.ir.select import select
-from gatecc.ir.site import Site
+from gatecc.ir.site import Refusal, Site
 from gatecc.scope.scope import Application
 
 
@@ -34,15 +34,19 @@ def called_modules(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 def plans_of(
     model: nn.Module, recipe: Recipe, analysis: Analysis, scope: str, called: set[str], too_small: set[str]
-) -> list[Plan]:
+) -> tuple[list[Plan], list[Refusal]]:
     """The scopes of a recipe: for each rewrite and site the smallest called module that holds all of the edit.
 
-    Sites whose scope is ``too_small`` are rewritten in the largest graph that was captured: nothing between is tried.
+    The refusals are those of sites that were not asked for by name and lack a value that a rewrite needs. Sites whose
+    scope is ``too_small`` are rewritten in the largest graph that was captured: nothing between is tried.
     """
     wanted: list[tuple[Rewrite, dict[str, list[Site]]]] = []
+    left_out: list[Refusal] = []
     for rewrite in recipe.rewrites:
         chosen: dict[str, list[Site]] = {}
-        for site in select(rewrite.site, analysis.sites, analysis.refusals):
+        fitting, refused = _fitting(rewrite, select(rewrite.site, analysis.sites, analysis.refusals))
+        left_out += refused
+        for site in fitting:
             program = analysis.program_of(site)
             whole = scope == "model" or rewrite.whole_model(site)
             fqn = program.fqn if whole else _scope_of(rewrite, site, model, called, program)
@@ -60,7 +64,34 @@ def plans_of(
             places = dict.fromkeys((_relative(s.owner, fqn), s.ordinal) for s in sites)
             _check_calls(rewrite, sites, analysis.sites)
             plans.setdefault(fqn, Plan(fqn)).applied.append(Application(rewrite, tuple(places)))
-    return list(plans.values())
+    return list(plans.values()), left_out
+
+
+def _fitting(rewrite: Rewrite, chosen: list[Site]) -> tuple[list[Site], list[Refusal]]:
+    """The sites that have what a rewrite reads, and refusals of the others.
+
+    Raises SiteRefusedError if none has, or if those sites were not selected by ``...`` but named.
+    """
+    refusals: list[Refusal] = []
+    fitting: list[Site] = []
+    for site in chosen:
+        missing = [name for name in dict.fromkeys(rewrite.reads()) if site.find(name) is None]
+        if not missing:
+            fitting.append(site)
+            continue
+        values = " and ".join(repr(name) for name in missing)
+        reason = f"{rewrite} needs {values}; this {site.kind} is spelled so that it has {', '.join(site.values)}"
+        remedy = "gate or read another stage of it"
+        refusals.append(Refusal(SiteRefusedError.code, site.kind, site.owner, site.line, reason, remedy))
+    if refusals and (not fitting or rewrite.site.where is not ...):
+        first = refusals[0]
+        raise SiteRefusedError(
+            "a selected site cannot take the rewrite",
+            where=f"{first.owner} {first.line}".strip(),
+            found=first.reason,
+            do=f"{first.remedy}, or select the sites that have it (... leaves the others out)",
+        )
+    return fitting, refusals
 
 
 def _outermost(scopes: set[str]) -> dict[str, str]:
@@ -84,8 +115,9 @@ def _check_calls(rewrite: Rewrite, chosen: list[Site], sites: list[Site]) -> Non
 def _scope_of(rewrite: Rewrite, site: Site, model: nn.Module, called: set[str], program: Program) -> str:
     """The smallest called module whose graph holds everything that the rewrite touches at a site."""
     fqn = site.owner
-    for node in rewrite.footprint(site):
-        fqn = _common(fqn, _nearest(node, site.owner))
+    for value in map(site.find, rewrite.reads()):
+        if value is not None:
+            fqn = _common(fqn, _nearest(value.node, site.owner))
     while fqn and (fqn not in called or isinstance(model.get_submodule(fqn), CONTAINERS)):
         fqn = fqn.rpartition(".")[0]
     return fqn if program.inside(fqn) else program.fqn

@@ -165,7 +165,7 @@ def _transform(
     called = called_modules(model, args, kwargs)
     too_small: set[str] = set()
     while True:
-        plans = plans_of(model, recipe, analysis, scope, called, too_small)
+        plans, left_out = plans_of(model, recipe, analysis, scope, called, too_small)
         work = _Installer(model, recipe, undo, report)
         failed = _install(work, plans, {p.fqn for p in analysis.programs}, args, kwargs)
         if not failed:
@@ -173,6 +173,7 @@ def _transform(
         too_small |= failed
         undo.run()
         report.rewrites.clear()
+    report.refusals = [*report.refusals, *left_out]
     report.graphs = work.graphs()
     report.passes = [*report.passes, *work.pass_rows()]
     report.totals = replace(

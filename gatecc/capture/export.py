@@ -59,8 +59,8 @@ def capture(
 
     ``fqn`` is the module's place in the model and prefixes every owner. ``forward`` stands in for ``module.__call__``
     (an unbound forward with the module bound to it). With ``dynamic="auto"`` every dimension of size 2 or more is
-    dynamic unless the model specialises it; the guards say which. Train or eval, and the grad mode, are as they are
-    now.
+    dynamic unless the model specialises it; the guards say which. Height and width of an image that enters the whole
+    model are not: see _dynamic_axes. Train or eval, and the grad mode, are as they are now.
 
     Raises CaptureError with torch's reason; the module is left as it was.
     """
@@ -90,9 +90,7 @@ def _apart(leaves: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _export(flat: _Flat, leaves: list[torch.Tensor], fqn: str, dynamic: Literal["auto", "none"]) -> ExportedProgram:
-    shapes = [
-        {i: Dim.AUTO for i, size in enumerate(x.shape) if size > 1} if dynamic == "auto" else None for x in leaves
-    ]
+    shapes = [_dynamic_axes(x, whole=not fqn) if dynamic == "auto" else None for x in leaves]
     try:
         return torch.export.export(flat, tuple(leaves), dynamic_shapes=(tuple(shapes),), strict=False)
     except Exception as e:
@@ -102,6 +100,16 @@ def _export(flat: _Flat, leaves: list[torch.Tensor], fqn: str, dynamic: Literal[
             found=_reason(e),
             do="select sites in submodules that do not hold this code, or write it with torch.where / torch.cond",
         ) from e
+
+
+def _dynamic_axes(x: torch.Tensor, whole: bool) -> dict[int, Any]:
+    """The axes of a tensor that may vary. An image that enters the whole model keeps its height and width.
+
+    With symbolic ones, windowed models (Swin) take minutes to capture instead of seconds; a call with another size of
+    image makes another capture.
+    """
+    image = whole and x.is_floating_point() and x.dim() >= 4
+    return {i: Dim.AUTO for i, size in enumerate(x.shape) if size > 1 and not (image and i >= 2)}
 
 
 def _reason(error: BaseException) -> str:

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, cast, get_type_hints
 
-from torch import fx
-
 from gatecc.errors import ArgumentError
 from gatecc.ir.contract import Contract
 from gatecc.ir.edit import Editor
@@ -27,7 +25,7 @@ class Rewrite(ABC):
     """One edit, done at every site that ``site`` selects.
 
     A subclass is registered under its ``name`` and documented from its docstring. Write ``contract`` and ``rewrite``;
-    override ``footprint`` only if the edit reads nodes that are no values of the site.
+    override ``reads`` if the edit needs more values of a site than the stage that is selected.
     """
 
     name: ClassVar[str]
@@ -47,10 +45,12 @@ class Rewrite(ABC):
     def rewrite(self, site: Site, edit: Editor) -> None:
         """Edit the graph at one site."""
 
-    def footprint(self, site: Site) -> Iterable[fx.Node]:
-        """The nodes that must lie in one graph for the edit: the scope is the smallest module that runs all of them."""
-        value = site.values.get(self.site.stage)
-        return [] if value is None else [value.node]
+    def reads(self) -> Iterable[str]:
+        """The values of a site that the edit needs: a site without one of them cannot take the rewrite.
+
+        The scope of the edit is the smallest module that runs all of them.
+        """
+        return (self.site.stage,)
 
     def whole_model(self, site: Site) -> bool:
         """Whether the edit must see the whole model as one graph: it reads an input of the model, or a distant

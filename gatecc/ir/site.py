@@ -77,6 +77,10 @@ class Site(metaclass=_Kind):
         """For example ``model.layers.0.self_attn#0`` (``@1`` appended for the second call of a shared module)."""
         return f"{self.owner}#{self.ordinal}" + (f"@{self.call}" if self.call else "")
 
+    def find(self, name: str) -> Value | None:
+        """A value by its name, None if the site has none. ``hidden_kv`` is ``hidden`` in self-attention."""
+        return self.values.get(name) or (self.values.get("hidden") if name == "hidden_kv" else None)
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Attention(Site):

@@ -45,10 +45,13 @@ def symbols(size: Any) -> set[sympy.Symbol]:
 
 
 def value(size: Any, sizes: Sizes) -> Any:
-    """The size as a Python number; raises UnknownSizeError if a symbol has no value."""
+    """The size as a Python number; raises UnknownSizeError if a symbol has no value, or the size none at these."""
     if not isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool):
         return size
-    result: Any = sympy.sympify(expression(size).xreplace({s: sympy.Integer(v) for s, v in sizes.items()}))
+    try:
+        result: Any = sympy.sympify(expression(size).xreplace({s: sympy.Integer(v) for s, v in sizes.items()}))
+    except ZeroDivisionError as e:
+        raise UnknownSizeError(f"the size {size} divides by zero at {sorted(map(str, sizes.values()))}") from e
     if result.free_symbols:
         raise UnknownSizeError(f"the size {result} depends on the data")
     if isinstance(size, torch.SymBool):

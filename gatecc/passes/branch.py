@@ -18,7 +18,7 @@ from gatecc.ir.gates.option import Option
 from gatecc.ir.mask import Mask
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.site import Attention, Site, Value
-from gatecc.passes.gate import gate_node, reads_afar
+from gatecc.passes.gate import gate_node, read_by, reads_afar
 from gatecc.passes.operands import place, stage
 
 
@@ -120,9 +120,8 @@ class Branch(Rewrite):
     def whole_model(self, site: Site) -> bool:
         return reads_afar(self.gate) or self.body.whole_model(site)
 
-    def footprint(self, site: Site) -> Iterable[fx.Node]:
-        names = [self.site.stage, *self.body.reads, *(r.stage for r in self.gate.sources if r.stage)]
-        yield from (site.values[name].node for name in names if name in site.values)
+    def reads(self) -> Iterable[str]:
+        return (self.site.stage, *self.body.reads, *read_by(self.gate))
 
     def rewrite(self, site: Site, edit: Editor) -> None:
         value = stage(site, self.site.stage)

@@ -6,14 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import fx
 
 from gatecc.ir.contract import Contract
 from gatecc.ir.edit import Editor
 from gatecc.ir.gate import GateSpec
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.site import Site
-from gatecc.passes.gate import gate_node, multiply, reads_afar
+from gatecc.passes.gate import gate_node, multiply, read_by, reads_afar
 from gatecc.passes.operands import readers, stage
 
 
@@ -41,9 +40,8 @@ class Bypass(Rewrite):
     def whole_model(self, site: Site) -> bool:
         return reads_afar(self.gate)
 
-    def footprint(self, site: Site) -> Iterable[fx.Node]:
-        names = ["in", "out", *(r.stage for r in self.gate.sources if r.stage and r.stage != "self")]
-        yield from (site.values[name].node for name in names if name in site.values)
+    def reads(self) -> Iterable[str]:
+        return ("in", "out", *read_by(self.gate))
 
     def rewrite(self, site: Site, edit: Editor) -> None:
         given, out = stage(site, "in"), stage(site, "out")

@@ -17,7 +17,7 @@ from gatecc.ir.gates.init import Zero
 from gatecc.ir.program import fake
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.site import Residual, Site
-from gatecc.passes.gate import gate_node, reads_afar
+from gatecc.passes.gate import gate_node, read_by, reads_afar
 from gatecc.passes.operands import place, stage
 
 _A = torch.ops.aten
@@ -56,9 +56,8 @@ class Fuse(Rewrite):
     def whole_model(self, site: Site) -> bool:
         return reads_afar(self.gate)
 
-    def footprint(self, site: Site) -> Iterable[fx.Node]:
-        names = [self.site.stage, *self.values, *(r.stage for r in self.gate.sources if r.stage and r.stage != "self")]
-        yield from (site.values[name].node for name in names if name in site.values)
+    def reads(self) -> Iterable[str]:
+        return (self.site.stage, *self.values, *read_by(self.gate))
 
     def rewrite(self, site: Site, edit: Editor) -> None:
         one, other = (stage(site, name) for name in self.values)

@@ -65,10 +65,8 @@ class Gate(Rewrite):
     def whole_model(self, site: Site) -> bool:
         return bool(self.where) or reads_afar(self.gate)
 
-    def footprint(self, site: Site) -> Iterable[fx.Node]:
-        names = [self.site.stage, *(r.stage for r in self.gate.sources if r.stage and r.stage != "self")]
-        names += [self.skip] if self.op == "lerp" else []
-        yield from (site.values[name].node for name in names if name in site.values)
+    def reads(self) -> Iterable[str]:
+        return (self.site.stage, *read_by(self.gate), *((self.skip,) if self.op == "lerp" else ()))
 
     def rewrite(self, site: Site, edit: Editor) -> None:
         value = stage(site, self.site.stage)
@@ -86,6 +84,11 @@ class Gate(Rewrite):
             return edit.call(multiply, value.node, gate, name=name)
         mask = condition(self.where, edit.program, value)
         return edit.call(multiply_where, value.node, gate, mask.node, positions(mask.axes), at, name=name)
+
+
+def read_by(spec: GateSpec) -> list[str]:
+    """The values of its own site that a gate reads, other than the gated one."""
+    return [ref.stage for ref in spec.sources if ref.stage and ref.stage != "self" and ref.at is None]
 
 
 def reads_afar(spec: GateSpec) -> bool:
@@ -126,4 +129,4 @@ def _check_size(module: GateModule, at: GateShape, site: Site) -> None:
         )
 
 
-__all__ = ["Gate", "blend", "gate_node", "multiply", "multiply_where", "reads_afar", "source_shape"]
+__all__ = ["Gate", "blend", "gate_node", "multiply", "multiply_where", "read_by", "reads_afar", "source_shape"]

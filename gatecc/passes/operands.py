@@ -22,14 +22,14 @@ INPUTS = ("in", "hidden", "hidden_kv")  # stages that others may read as well
 
 
 def stage(site: Site, name: str) -> Value:
-    """A value of the site. ``hidden_kv`` is ``hidden`` in self-attention. Raises SiteRefusedError."""
-    value = site.values.get(name) or (site.values.get("hidden") if name == "hidden_kv" else None)
+    """A value of the site. Raises SiteRefusedError."""
+    value = site.find(name)
     if value is None:
         raise SiteRefusedError(
             f"the site has no value {name!r}",
             where=place(site),
             found=f"this {site.kind} is spelled so that it has {', '.join(site.values)}",
-            do="select another stage, or sites that have it with a predicate",
+            do="select another stage, or sites that have it",
         )
     return value
 
@@ -91,7 +91,7 @@ def readers(site: Site, name: str) -> Collection[fx.Node] | None:
         return {site.add}
     if name not in INPUTS:
         return None
-    inside = {u for u in site.values[name].node.users if _within(origin(u).owner, site.owner)}
+    inside = {u for u in stage(site, name).node.users if _within(origin(u).owner, site.owner)}
     if not inside:
         raise SiteRefusedError(
             f"nothing at the site reads {name!r} directly", where=place(site), do="select another stage"

@@ -67,7 +67,9 @@ class Granularity:
             return "e"
         if set(self.names) & set(CHANNELS):
             return self._channels(shape)
-        return "h" * ("head" in self.names)
+        if "head" in self.names:
+            return "hr" if "r" in shape.axes else "h"
+        return ""
 
     def positions(self, shape: GateShape) -> str:
         """The positions over which the gate must vary."""

@@ -1,8 +1,9 @@
 """Layout: from tensors with named axes to features with the channels last, and from scores back to the value's axes.
 
-Axes are the letters of gatecc.ir.site. Two kinds matter here: *positions* ``b n m y x``, whose sizes change from call
-to call, and *features* ``h d c e``, whose sizes are static. ``g`` is b and h merged. A gate is computed as (*positions,
-F), F being its features flattened, and laid out to broadcast against the value only at the end: one view, no copy.
+Axes are the letters of gatecc.ir.site. Two kinds matter here: *positions* ``b w n m y x``, whose sizes change from
+call to call, and *features* ``h r d c e``, whose sizes are static. ``g`` is b and h merged. A gate is computed as
+(*positions, F), F being its features flattened, and laid out to broadcast against the value only at the end: one view,
+no copy.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from gatecc.errors import ArgumentError
 
-POSITIONS = "bnmyx"
-FEATURES = "hdce"
+POSITIONS = "bwnmyx"
+FEATURES = "hrdce"
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ class Assembler:
         q_node, q_axes = (product.left, product.left_axes) if is_left else (product.right, product.right_axes)
         k_node, k_axes = (product.right, product.right_axes) if is_left else (product.left, product.left_axes)
         v_node, v_letters = self._values(parts)
-        roles = self._roles(parts, q_node, q_axes)
+        roles = self._roles(parts, (q_node, q_axes), (k_node, k_axes))
         q = self._operand(q_node, _named(q_axes, roles), expand=False)
         k = self._operand(k_node, _named(k_axes, roles), expand=True)
         v_roles = self._value_roles(parts, roles)
@@ -107,9 +107,9 @@ class Assembler:
 
     # --- axes ---
 
-    def _roles(self, parts: Parts, q_node: fx.Node, q_axes: str) -> Roles:
+    def _roles(self, parts: Parts, queries: tuple[fx.Node, str], keys: tuple[fx.Node, str]) -> Roles:
         """The letters of queries and keys; batch axes are named by their sizes."""
-        product = parts.product
+        product, (q_node, q_axes), (k_node, k_axes) = parts.product, queries, keys
         contracted = "d" if parts.spelling == "sdpa" else product.contracted
         own = [
             a
@@ -119,10 +119,13 @@ class Assembler:
         query = "n" if parts.spelling == "sdpa" else own[-1]
         roles = {parts.keys: "m", query: "n"} | dict.fromkeys(contracted, "d")
         batch = [a for a in product.axes if a not in roles]
-        origins = find_projection(q_node, self.flow)
+        # queries and keys share these axes; queries may be pooled, so that no projection yields them
+        origins, node, axes = find_projection(q_node, self.flow), q_node, q_axes
+        if origins is None and len(batch) > 1 and (other := find_projection(k_node, self.flow)) is not None:
+            origins, node, axes = other, k_node, k_axes
         numbers = row_numbers(origins, self.masks.evaluator, self.sizes) if origins is not None else None
-        places = [q_axes.index(a) if a in q_axes else len(q_axes) for a in batch]
-        return roles | dict(zip(batch, batch_letters(places, q_node, origins, numbers), strict=True))
+        places = [axes.index(a) if a in axes else len(axes) for a in batch]
+        return roles | dict(zip(batch, batch_letters(places, node, origins, numbers), strict=True))
 
     def _value_roles(self, parts: Parts, roles: Roles) -> Roles:
         """The letters of weights times values: those of the scores, found again by position."""
@@ -357,6 +360,8 @@ def _stream(node: fx.Node, operand: _Operand, token: str) -> Value:
             return Value(node, "bcn")
         first = any(letter in sizes and same(shape[at], sizes[letter]) for at, letter in ((0, token), (1, "b")))
         usual = any(letter in sizes and same(shape[at], sizes[letter]) for at, letter in ((1, token), (0, "b")))
+        if "w" in sizes and token in sizes and not same(shape[1], sizes[token]):
+            return Value(node, "")  # the attention module cuts the tokens into windows itself
         return Value(node, "nbc" if first and not usual else "bnc")
     return Value(
         node,

@@ -41,6 +41,8 @@ def batch_letters(
         merged = (heads is not None and heads > 1) or (heads is None and _is_merged(node))
         return "g" if merged else "b"
     followed = _followed(axes, node, origins, numbers)
+    if followed and not any(followed):  # a single head: its axis has size 1
+        followed = _single_head(sizes)
     if any(followed):
         own, shared = iter("hr"), iter("bwg")
         return "".join(next(own, "g") if varies else next(shared) for varies in followed)
@@ -51,6 +53,12 @@ def batch_letters(
     if len(axes) == 3:
         return "bhr" if _is_grouped(sizes, heads) else "bwh"
     return "bwhr"[: len(axes)]
+
+
+def _single_head(sizes: list[Size]) -> list[bool]:
+    """The first axis of size 1 after the batch."""
+    at = next((i for i, size in enumerate(sizes) if i and same(size, 1)), None)
+    return [i == at for i in range(len(sizes))]
 
 
 def _moves_batch(node: fx.Node) -> bool:

@@ -14,7 +14,7 @@ from gatecc.ir.dataflow import Flow
 from gatecc.ir.evaluate import Evaluator, UnprovableError
 from gatecc.ir.ops import CASTS, CONTRACTIONS, DROPOUTS, RESHAPES, VIEWS, argument, operands, opname
 from gatecc.ir.site import Weight
-from gatecc.ir.sizes import Sizes, node_shape, numel, same, symbols, value
+from gatecc.ir.sizes import Sizes, UnknownSizeError, node_shape, numel, same, symbols, value
 
 Orientation = Literal["out_in", "in_out", "conv"]
 _ELEMENTWISE = frozenset(
@@ -232,7 +232,7 @@ def row_numbers(origins: Origins, evaluator: Evaluator, sizes: Sizes) -> tuple[f
     for values in (dict.fromkeys(sizes, 1), sizes):  # one token is enough, unless the views mix tokens
         try:
             numbers = evaluator.run(part, values, {source.node: _numbered(source, values)})
-        except (UnprovableError, RuntimeError):
+        except (UnprovableError, UnknownSizeError, RuntimeError):
             continue
         if numbers.numel():
             return last, numbers
