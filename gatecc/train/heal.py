@@ -11,15 +11,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from gatecc.errors import ArgumentError, TrainingError
 from gatecc.train.batches import Batch, Stream, device_of, random_state, set_random_state, tokens_in
 from gatecc.train.layers import layers_of
 from gatecc.train.peft import inject
 from gatecc.train.progress import Bar
-from gatecc.train.resume import Folder, Stored, load_optimizer, load_tensors, settings_of
-from gatecc.train.stage import Stage, Transfer, Tune
+from gatecc.train.resume import Folder, Stored, load_optimizers, load_tensors, settings_of
+from gatecc.train.stage import Optimizers, Stage, Transfer, Tune, hidden_matrices
 from gatecc.train.work import TransferWork, TuneWork, Work
 
 
@@ -137,13 +136,13 @@ class _Run:
 
     def _stage(self, number: int, stage: Stage, stored: Stored | None, bar: Bar) -> None:
         work = self._work(stage)
-        optimizer = stage.optimizer(*work.parameters(self.new))
-        done = 0 if stored is None else self._restore(stored, work, optimizer)
+        optimizers = stage.optimizers(work.trained, self.new, hidden_matrices(self.healed.student))
+        done = 0 if stored is None else self._restore(stored, work, optimizers)
         name = type(stage).__name__.lower()
         bar.stage(name, stage.steps, done)
         clock, before = time.monotonic(), self.healed.tokens
         for step in range(done, stage.steps):
-            loss = self._step(stage, work, optimizer, step)
+            loss = self._step(stage, work, optimizers, step)
             last = step + 1 == stage.steps
             if last:
                 work.finish()
@@ -152,7 +151,7 @@ class _Run:
             elapsed = time.monotonic() - clock
             bar.step(step + 1, loss, (self.healed.tokens - before) / max(elapsed, 1e-9))
             if last or (step + 1) % self.save_every == 0:
-                self._save(number, step + 1, work, optimizer)
+                self._save(number, step + 1, work, optimizers)
         self.healed.seconds += time.monotonic() - clock
 
     def _work(self, stage: Stage) -> Work:
@@ -169,11 +168,12 @@ class _Run:
             inject(student, stage.lora)
         return TuneWork(stage, student, teacher, self.new)
 
-    def _step(self, stage: Stage, work: Work, optimizer: Optimizer, step: int) -> float:
+    def _step(self, stage: Stage, work: Work, optimizers: Optimizers, step: int) -> float:
         """One update. The batches of an accumulation count alike."""
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * stage.rate(step)
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * stage.rate(step)
+            optimizer.zero_grad()
         device, loss = device_of(self.healed.student), 0.0
         for _ in range(stage.accumulate):
             batch = self.stream.next()
@@ -189,7 +189,8 @@ class _Run:
         for part in work.clipped():
             if stage.clip:
                 nn.utils.clip_grad_norm_(part, stage.clip)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         return loss
 
     def _value(self, work: Work | None = None) -> float | None:
@@ -208,7 +209,7 @@ class _Run:
     def _point(self, stage: str, step: int, loss: float, value: float | None) -> None:
         self.healed.curve.append(Point(stage, step, self.healed.tokens, loss, value))
 
-    def _save(self, number: int, step: int, work: Work, optimizer: Optimizer) -> None:
+    def _save(self, number: int, step: int, work: Work, optimizers: Optimizers) -> None:
         if self.folder is None:
             return
         state = {
@@ -219,14 +220,14 @@ class _Run:
             "stream": self.stream.place(),
             "random": random_state(),
         }
-        self.folder.save(state, work.modules(), optimizer)
+        self.folder.save(state, work.modules(), optimizers)
 
-    def _restore(self, stored: Stored, work: Work, optimizer: Optimizer) -> int:
+    def _restore(self, stored: Stored, work: Work, optimizers: Optimizers) -> int:
         """Put a stored state back; returns the number of steps that were done in its stage."""
         state, tensors = stored
         for name, module in work.modules().items():
             load_tensors(name, module, tensors)
-        load_optimizer(optimizer, state["optimizer"])
+        load_optimizers(optimizers, state["optimizers"])
         self.healed.curve = [Point(*values) for values in state["curve"]]
         self.healed.tokens = int(state["tokens"])
         self.stream.go(state["stream"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
@@ -27,10 +27,10 @@ class Folder:
     path: str | os.PathLike[str]
     settings: list[dict[str, str]]
 
-    def save(self, state: dict[str, Any], modules: Mapping[str, nn.Module], optimizer: Optimizer | None) -> None:
-        """Write a state, the tensors of some modules and of the optimizer. Raises CheckpointError."""
+    def save(self, state: dict[str, Any], modules: Mapping[str, nn.Module], optimizers: Sequence[Optimizer]) -> None:
+        """Write a state, the tensors of some modules and of the optimizers. Raises CheckpointError."""
         extra: dict[str, Tensor] = {}
-        values = {**state, "optimizer": optimizer.state_dict()["state"] if optimizer else {}}
+        values = {**state, "optimizers": [o.state_dict()["state"] for o in optimizers]}
         data = {"format": 1, "settings": self.settings, "state": encode(values, extra)}
         tensors = {f"{k}:{n}": t.detach().cpu() for k, m in modules.items() for n, t in tensors_of(m).items()}
         sets = {"weights": tensors, "state": {n: t.detach().cpu() for n, t in extra.items()}}
@@ -70,9 +70,10 @@ def load_tensors(name: str, module: nn.Module, tensors: Mapping[str, Tensor]) ->
             tensor.copy_(kept[key])
 
 
-def load_optimizer(optimizer: Optimizer, state: Mapping[int, Any]) -> None:
-    """Put back what an optimizer knows of each parameter; its groups and rates are the run's."""
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(state)})
+def load_optimizers(optimizers: Sequence[Optimizer], states: Sequence[Mapping[int, Any]]) -> None:
+    """Put back what each optimizer knows of its parameters; groups and rates are the run's."""
+    for optimizer, state in zip(optimizers, states, strict=True):
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(state)})
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:

@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW, Muon, Optimizer
 
 from gatecc.errors import ArgumentError
 from gatecc.train.lora import Lora
 from gatecc.train.losses import kld
 
 Loss = Callable[[Any, Any], Tensor]  # (output of the student, batch) -> scalar
+Optimizers = list[Optimizer]
 Distillation = Callable[[Tensor, Tensor], Tensor]  # (student's logits, teacher's logits) -> scalar
 
 
 @dataclass(frozen=True)
 class Stage:
-    """``steps`` updates of AdamW, each from ``accumulate`` batches.
+    """``steps`` updates, each from ``accumulate`` batches.
 
-    The rate climbs to ``lr`` over ``warmup`` steps and falls along a cosine to ``floor`` times it. Parameters that the
-    teacher does not have, such as gates, have ``lr_new`` (None: ``lr``). ``train``: "new" trains these alone, "all"
-    every parameter, a tuple of globs those whose names match. Gradients are clipped to the norm ``clip`` (0: not).
-    ``autocast`` is the dtype of matrix products, such as torch.bfloat16.
+    ``optimizer``: "adamw"; "muon" gives the matrices of hidden layers to torch.optim.Muon, at AdamW's rates, and the
+    rest to AdamW, which gets further on little data. The rate climbs to ``lr`` over ``warmup`` steps and falls along a
+    cosine to ``floor`` times it. Parameters that the teacher does not have, such as gates, have ``lr_new`` (None:
+    ``lr``). ``train``: "new" trains these alone, "all" every parameter, a tuple of globs those whose names match.
+    Gradients are clipped to the norm ``clip`` (0: not). ``autocast`` is the dtype of matrix products, such as
+    torch.bfloat16.
     """
 
     steps: int
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
     lr_new: float | None = None
     warmup: int = 10
@@ -49,6 +53,8 @@ class Stage:
                 found=str(self),
                 expected="steps and accumulate >= 1, lr > 0, warmup >= 0, floor between 0 and 1",
             )
+        if self.optimizer not in ("adamw", "muon"):
+            raise ArgumentError("unknown optimizer", found=repr(self.optimizer), expected='"adamw" or "muon"')
         if isinstance(self.train, str) and self.train not in ("new", "all"):
             raise ArgumentError("what trains?", found=repr(self.train), expected='"new", "all", or a tuple of globs')
 
@@ -63,13 +69,35 @@ class Stage:
             return True
         return new if self.train == "new" else any(fnmatchcase(name, glob) for glob in self.train)
 
-    def optimizer(self, old: Sequence[nn.Parameter], new: Sequence[nn.Parameter]) -> Optimizer:
-        """AdamW over two groups: the parameters that the teacher has too, and the new ones."""
-        rates = (self.lr, self.lr if self.lr_new is None else self.lr_new)
-        groups = [
-            {"params": list(part), "lr": lr, "peak": lr} for part, lr in zip((old, new), rates, strict=True) if part
-        ]
-        return AdamW(groups, betas=self.betas, weight_decay=self.weight_decay)
+    def optimizers(
+        self, trained: Mapping[str, nn.Parameter], new: frozenset[str], hidden: frozenset[str]
+    ) -> Optimizers:
+        """The optimizers over what trains. ``new``: the teacher has none of the name; ``hidden``: for Muon."""
+        groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+        for name, parameter in trained.items():
+            rate = self.lr_new if name in new and self.lr_new is not None else self.lr
+            groups.setdefault((self.optimizer == "muon" and name in hidden, rate), []).append(parameter)
+        muon, adamw = (
+            [{"params": part, "lr": lr, "peak": lr} for (kind, lr), part in groups.items() if kind is wanted]
+            for wanted in (True, False)
+        )
+        made: list[Optimizer] = []
+        if muon:
+            made.append(Muon(muon, weight_decay=self.weight_decay, adjust_lr_fn="match_rms_adamw"))
+        if adamw:
+            made.append(AdamW(adamw, betas=self.betas, weight_decay=self.weight_decay))
+        return made
+
+
+def hidden_matrices(model: nn.Module) -> frozenset[str]:
+    """The matrices that map features to features: no embedding, nothing as long as a vocabulary, no thin table."""
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    sizes = {t.shape[0] for t in tables}
+    return frozenset(
+        n
+        for n, p in model.named_parameters()
+        if p.dim() == 2 and p.shape[0] not in sizes and min(p.shape) > 8 and not any(p is t for t in tables)
+    )
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,6 @@ from gatecc.train.lora import Adapters
 from gatecc.train.losses import next_token_loss
 from gatecc.train.stage import Transfer, Tune
 
-Parts = tuple[list[nn.Parameter], list[nn.Parameter]]
-
 
 class Work(ABC):
     """A stage at work on a student. Making one decides which parameters require gradients."""
@@ -32,11 +30,6 @@ class Work(ABC):
     @abstractmethod
     def backward(self, batch: Batch, weight: float) -> float:
         """The loss of a batch, after ``weight`` times its gradients were added."""
-
-    def parameters(self, new: frozenset[str]) -> Parts:
-        """What trains: parameters that the teacher has too, and new ones."""
-        old = [p for n, p in self.trained.items() if n not in new]
-        return old, [p for n, p in self.trained.items() if n in new]
 
     def clipped(self) -> Sequence[Sequence[nn.Parameter]]:
         """The sets of parameters whose gradients are clipped together."""

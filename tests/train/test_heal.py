@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import gatecc
 from gatecc.errors import ArgumentError, CheckpointError, MissingPackageError, TrainingError
 from gatecc.train import Healed, Lora, Transfer, Tune, heal, kld, next_token_loss, topk_kld
+from gatecc.train.stage import hidden_matrices
 from tests.train.lm import LM, VOCABULARY, batches, pair
 
 ATTENTION = ("layers.*.attn",)
@@ -93,6 +94,21 @@ def test_a_student_learns_its_task_without_a_teacher() -> None:
     assert result.curve[-1].loss < 0.3 < 2.5 < result.curve[1].loss
 
 
+def test_muon_takes_the_hidden_matrices_and_adamw_the_rest() -> None:
+    student, teacher = pair()
+    stage = Tune(60, optimizer="muon", lr=2e-2, task=0, distill=1)
+    trained = dict(student.named_parameters())
+    muon, adamw = stage.optimizers(trained, frozenset(), hidden_matrices(student))
+    taken = {id(p) for g in muon.param_groups for p in g["params"]}
+    assert {n for n, p in trained.items() if id(p) in taken} == {
+        n for n in trained if "proj" in n or ("mlp" in n and "weight" in n)
+    }
+    assert sum(len(g["params"]) for o in (muon, adamw) for g in o.param_groups) == len(trained)
+    start = distance(student, teacher)
+    heal(student, teacher, batches(), tune=stage)
+    assert distance(student, teacher) < 0.2 * start
+
+
 def test_a_loss_of_ones_own_and_bf16_products() -> None:
     student, teacher = pair()
 
@@ -143,7 +159,8 @@ def cut(student: nn.Module, teacher: nn.Module, folder: Path, after: int | None)
     return heal(
         student, teacher, data, checkpoint=folder, save_every=3, evaluate=evaluate, every=1,
         transfer=Transfer(steps=7, lr=1e-2, layers=ATTENTION),
-        tune=Tune(steps=8, lr=1e-2, distill=1, lora=Lora(2, targets=("*q_proj.weight",)), train=("layers.*",)),
+        tune=Tune(steps=8, optimizer="muon", lr=1e-2, distill=1, train=("layers.*",),
+                  lora=Lora(2, targets=("*q_proj.weight",))),
     )  # fmt: skip
 
 

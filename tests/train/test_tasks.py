@@ -71,9 +71,9 @@ class Layer(nn.Module):
 
 
 def solved(window: int | None) -> float:
-    """Recall of a two-layer model after a short training on four pairs."""
+    """Recall of a two-layer model after a short training on three pairs."""
     torch.manual_seed(0)
-    width, length, vocabulary, pairs = 32, 24, 16, 4
+    width, length, vocabulary, pairs = 32, 16, 12, 3
     embed, head = nn.Embedding(vocabulary, width), nn.Linear(width, vocabulary)
     position = nn.Parameter(0.3 * torch.randn(length, width))
     model = nn.Sequential(Layer(width, window), Layer(width, window))
@@ -83,7 +83,7 @@ def solved(window: int | None) -> float:
     def logits(ids: Tensor) -> Tensor:
         return head(model(embed(ids) + position))
 
-    for step in range(350):
+    for step in range(300):
         ids, labels = tasks.mqar(vocabulary, length, pairs, seed=step, batch=32)
         loss = F.cross_entropy(logits(ids).flatten(0, 1), labels.flatten())
         optimizer.zero_grad()
@@ -95,7 +95,7 @@ def solved(window: int | None) -> float:
 
 def test_attention_solves_mqar_and_a_local_mixer_does_not() -> None:
     assert solved(None) > 0.95
-    assert solved(3) < 0.6  # one of eight values by chance; a query soon after its pair is seen by a window too
+    assert solved(3) < 0.6  # one of six values by chance; a query soon after its pair is seen by a window too
 
 
 def test_orthonormal_keys_are_exact_up_to_the_dimension() -> None:
@@ -110,7 +110,7 @@ def test_capacity_has_its_knee_near_the_dimension(dim: int) -> None:
     assert linear[dim // 4] > 0.9
     assert 0.3 < linear[dim] < 0.7
     assert linear[2 * dim] < 0.3
-    assert linear[4 * dim] < 0.05
+    assert linear[4 * dim] < 0.1
     assert tasks.capacity(lambda q, k, v: 0.01 * (q @ k.mT).tril() @ v, dim) == linear  # at any scale
 
     def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
