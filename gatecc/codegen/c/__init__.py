@@ -1,0 +1,1 @@
+"""Kernels in plain C, built by the system's compiler when they are first needed."""

@@ -1,0 +1,113 @@
+"""CPU kernels of ``gatecc::linear_attention``: the C of one rule and head size, and how tensors are handed to it."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gatecc.codegen.c.build import load
+from gatecc.ops.linear_attention import kernels
+from gatecc.ops.linear_attention.problem import Gradients, Problem
+
+TEMPLATE = Path(__file__).parent / "template"
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+LARGEST = 512  # channels of a head; beyond it the scratch leaves the caches and the ATen form is as good
+PART = 256  # tokens that are worth a thread of their own
+
+_OPERAND = struct.Struct("@Pqqqqiiq")
+_TAIL = struct.Struct("@Pqqq10Pfii")
+POINTERS = ("final", "decay", "grad_final", "dq", "dk", "dv", "dg", "dbeta", "dstate")
+_NOTHING = _OPERAND.pack(0, 0, 0, 0, 0, 0, 1, 0)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a source is written for. Dtypes and the width of gates are found out at run time: a row at a time."""
+
+    gated: bool
+    delta: bool
+    Dk: int
+    Dv: int
+
+    def source(self) -> str:
+        """The C of this kernel: four constants, and the template."""
+        head = f"#define GATED {self.gated:d}\n#define DELTA {self.delta:d}\n#define DK {self.Dk}\n#define DV {self.Dv}\n"
+        return head + _template()
+
+
+@lru_cache
+def _template() -> str:
+    return "\n".join(path.read_text(encoding="utf-8") for path in sorted(TEMPLATE.glob("*.h")))
+
+
+@lru_cache
+def library(spec: Spec) -> ctypes.CDLL | None:
+    """The kernels of a spec, built if need be. None without a compiler."""
+    found = load(spec.source())
+    if found is not None:
+        for function in (found.forward,):
+            function.argtypes, function.restype = [ctypes.c_char_p], None
+    return found
+
+
+class CpuKernels:
+    """Serves float32, bfloat16 and float16 on the CPU."""
+
+    def forward(self, problem: Problem) -> tuple[Tensor, Tensor] | None:
+        """See gatecc.ops.linear_attention.kernels.Kernels."""
+        c = _library(problem)
+        if c is None:
+            return None
+        q, v = problem.q, problem.v
+        # The kernel rounds to bfloat16 itself; float16 has denormals that are easier left to ATen.
+        dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+        o = q.new_empty(*q.shape[:3], v.size(3), dtype=dtype)
+        final = torch.empty_like(problem.state)
+        _call(c.forward, problem, o=o, final=final)
+        return o, final
+
+    def backward(self, problem: Problem, grad_o: Tensor, grad_state: Tensor) -> Gradients | None:
+        return None
+
+    def step(self, problem: Problem, state: Tensor) -> Tensor | None:
+        return None
+
+
+def _library(problem: Problem) -> ctypes.CDLL | None:
+    Dk, Dv = problem.q.size(3), problem.v.size(3)
+    if problem.q.dtype not in TYPES or not 0 < Dk <= LARGEST or not 0 < Dv <= LARGEST:
+        return None
+    return library(Spec(problem.log_decay is not None, problem.beta is not None, Dk, Dv))
+
+
+def _call(function: Callable[[bytes], None], p: Problem, **given: Tensor | None) -> None:
+    """Call a kernel with ``struct problem`` of the template; ``given`` are its fields beyond the problem's own."""
+    heads = p.q.size(1)
+    decay, beta = (x if x is None or x.dtype in TYPES else x.float() for x in (p.log_decay, p.beta))
+    segments = array("q", (number for segment in p.segments for number in segment))
+    operands = (_operand(x, heads) for x in (p.q, p.k, p.v, decay, beta, given.get("o"), given.get("grad_o")))
+    pointers = (_pointer(given.get(name)) for name in POINTERS)
+    sizes = (segments.buffer_info()[0], len(p.segments), heads, p.q.size(2), _pointer(p.state))
+    function(b"".join((*operands, _TAIL.pack(*sizes, *pointers, p.scale, p.reverse, torch.get_num_threads()))))
+
+
+def _operand(x: Tensor | None, heads: int) -> bytes:
+    if x is None:
+        return _NOTHING
+    group = heads // x.size(1)
+    return _OPERAND.pack(x.data_ptr(), *x.stride(), TYPES[x.dtype], group, x.size(3))
+
+
+def _pointer(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+kernels.register("cpu", CpuKernels())

@@ -1,0 +1,5 @@
+"""``gatecc::linear_attention``: attention by a recurrence, in four rules; its whole life, one matter a file."""
+
+from gatecc.ops.linear_attention.operator import bidirectional, linear_attention
+
+__all__ = ["bidirectional", "linear_attention"]

@@ -1,0 +1,1 @@
+from gatecc.ops.linear_attention.reference import recurrence as chunked
