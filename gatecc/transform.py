@@ -15,7 +15,7 @@ from gatecc.analysis import Inputs, analyse, check_model, evaluation, parameter_
 from gatecc.capture.record import RecordedCall, record_calls
 from gatecc.capture.signature import OpaqueArgumentError
 from gatecc.check import Checked, check, reference
-from gatecc.errors import ArgumentError, CaptureError, GraphError
+from gatecc.errors import ArgumentError, CaptureError, GraphError, SiteRefusedError
 from gatecc.ir.edit import NewModule, WeightStep
 from gatecc.ir.rewrite import Recipe, Rewrite
 from gatecc.ir.widen import Rows, WidenWeight
@@ -195,7 +195,7 @@ def _install(
     for plan in sorted(plans, key=lambda p: -p.fqn.count(".") - bool(p.fqn)):
         try:
             work.install(plan, calls[plan.fqn])
-        except CaptureError as e:
+        except (CaptureError, SiteRefusedError) as e:
             if plan.fqn in largest:
                 raise
             work.report.notes.append(f"{plan.fqn}: rewritten in the graph of the whole model; alone: {e.found}")
