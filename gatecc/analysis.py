@@ -145,13 +145,16 @@ class _Evaluation:
 
     def __enter__(self) -> None:
         self.training = {id(m): m.training for m in self.model.modules()}
-        self.default = self.model.training
         for m in self.model.modules():
             m.training = False
 
     def __exit__(self, *error: object) -> None:
-        for m in self.model.modules():
-            m.training = self.training.get(id(m), self.default)  # modules made meanwhile follow the model
+        self._restore(self.model, self.model.training)
+
+    def _restore(self, module: nn.Module, holder: bool) -> None:
+        module.training = self.training.get(id(module), holder)  # modules made meanwhile follow their holder
+        for child in module.children():
+            self._restore(child, module.training)
 
 
 def analyse(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Analysis:

@@ -98,7 +98,7 @@ def transform(
     undo = _Undo()
     with evaluation(model):
         before = reference(model, args, kwargs) if verify else None
-        target = model if inplace else _copy(model)
+    target = model if inplace else _copy(model)
     try:
         with evaluation(target):
             step = _transform(target, wanted, args, kwargs, scope, undo)

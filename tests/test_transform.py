@@ -96,6 +96,15 @@ def test_the_model_is_untouched(model: nn.Module, x: Tensor) -> None:
     assert not list(scopes(model))
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_every_module_keeps_its_mode(model: nn.Module, x: Tensor, inplace: bool) -> None:
+    model.train().get_submodule("blocks.1").eval()
+    before = {name: m.training for name, m in model.named_modules()}
+    gated = gatecc.transform(model, RECIPE, (x,), inplace=inplace)
+    assert {name: m.training for name, m in gated.named_modules() if name in before} == before
+    assert [gated.get_submodule(f"blocks.{i}.attention.gate").training for i in (0, 1)] == [True, False]
+
+
 def test_inplace_keeps_parameter_objects(model: nn.Module, x: Tensor) -> None:
     kept = dict(model.named_parameters())
     result = gatecc.transform(model, RECIPE, (x,), inplace=True)
