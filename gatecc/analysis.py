@@ -19,6 +19,7 @@ from gatecc.ir.program import Program
 from gatecc.ir.site import Refusal, Site
 from gatecc.passes.canonicalize import canonicalize
 from gatecc.report import GraphDump, GraphPair, PassRow, Report, RungRow, SiteRow, Totals
+from gatecc.scope.scope import plain
 
 Inputs = Any  # a tuple, a dict, or (tuple, dict)
 T = TypeVar("T")
@@ -158,7 +159,16 @@ class _Evaluation:
 
 
 def analyse(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Analysis:
-    """Climb down the ladder: the whole model if torch.export takes it, else the largest submodules that it takes."""
+    """Climb down the ladder: the whole model if torch.export takes it, else the largest submodules that it takes.
+
+    Earlier transforms are left out: their graphs hide the modules that they run, and the rewrites of a scope are all
+    done on the module's own graph.
+    """
+    with plain(model):
+        return _analyse(model, args, kwargs)
+
+
+def _analyse(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Analysis:
     analysis = Analysis()
     clock = time.process_time()
     try:

@@ -19,7 +19,7 @@ from gatecc.ir.site import Site
 from gatecc.passes.canonicalize import canonicalize
 from gatecc.scope.build import Sites, apply
 from gatecc.scope.family import same_outputs
-from gatecc.scope.scope import Scope, base_forward, scopes
+from gatecc.scope.scope import Scope, base_forward, outside_scopes, scopes
 from gatecc.scope.variant import Variant
 from gatecc.scope.widened import narrowed
 
@@ -50,9 +50,10 @@ def blame(
 
 
 def _guilty(model: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Guilty]:
-    names = [fqn for fqn, _, _ in scopes(model)]
-    calls, _ = record_calls(model, names, args, kwargs)
-    for fqn, module, state in scopes(model):
+    outermost = set(outside_scopes(model))
+    found = [(fqn, module, state) for fqn, module, state in scopes(model) if fqn in outermost]
+    calls, _ = record_calls(model, [fqn for fqn, _, _ in found], args, kwargs)
+    for fqn, module, state in found:
         for call in calls[fqn]:
             yield from _in_scope(module, state, recipe, call.args, call.kwargs)
 

@@ -8,7 +8,8 @@ captures a new variant; a call that cannot be captured takes the Python path; an
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -79,6 +80,25 @@ def scopes(model: nn.Module) -> Iterator[tuple[str, nn.Module, Scope]]:
         state = scope_of(module)
         if state is not None:
             yield fqn, module, state
+
+
+def outside_scopes(model: nn.Module) -> list[str]:
+    """The FQNs of the modules that no scope holds, and of the outermost scopes: a hook elsewhere keeps a graph from
+    running."""
+    roots = [f"{fqn}." if fqn else "" for fqn, _, _ in scopes(model)]
+    names = [name for name, _ in model.named_modules()]
+    return [n for n in names if not any(n.startswith(root) and n != root.removesuffix(".") for root in roots)]
+
+
+@contextmanager
+def plain(model: nn.Module) -> Generator[None]:
+    """The model with the modules' own forwards for a while, without what transforms inserted."""
+    with ExitStack() as stack:
+        for _, module, state in list(scopes(model)):
+            stack.enter_context(narrowed(module, state.widened))
+            stack.callback(install, module, state)
+            module.__class__ = base_class(module)
+        yield
 
 
 @functools.cache
