@@ -265,7 +265,8 @@ def call_key(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 def _modes(module: nn.Module, out: list[Any], root: bool) -> None:
     """Type and training flag of every submodule: swapped submodules (LoRA) and frozen norms change the graph."""
-    if not root and (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks):
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if not root and any(hooks):
         raise OpaqueArgumentError(f"a hook on the submodule {type(module).__name__}")
     out.append(type(module))
     out.append(module.training)
@@ -279,9 +280,17 @@ def fresh(reads: tuple[Read, ...], module: nn.Module) -> bool:
     for path, name, value in reads:
         holder = module.get_submodule(path) if path else module
         now = getattr(holder, name, None)
-        if now is not value and now != value:
+        if now is not value and _differs(now, value):
             return False
     return True
+
+
+def _differs(now: Any, before: Any) -> bool:
+    """Tensors have no one truth value, nor have containers of them: other objects then count as other values."""
+    try:
+        return isinstance(now, torch.Tensor) or bool(now != before)
+    except (RuntimeError, ValueError):
+        return True
 
 
 def _traced(

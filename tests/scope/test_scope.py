@@ -126,6 +126,37 @@ def test_a_changed_attribute_is_not_stale(gated: nn.Module, x: Tensor) -> None:
     assert same(gated, x)
 
 
+class Private(Mlp):
+    """Reads an attribute with an underscore and a tensor that is no buffer, and keeps a number for the next call."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self._factor = 1.0
+        self.table = torch.full((width,), 2.0)
+        self._calls = 0
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, double: bool = False) -> Tensor:
+        self._calls = self._calls + 1
+        return super().forward(x, mask, double=double) * self._factor * self.table
+
+
+def test_attributes_of_every_name_and_kind(x: Tensor) -> None:
+    plain = Net(depth=1)
+    plain.layers[0] = Private(16)
+    gated = gatecc.transform(plain.eval(), GATES, (x,))
+    kept = scopes_entries(gated)
+    gated(x)
+    assert scopes_entries(gated) == kept, "what the forward writes itself is no new kind of call"
+    assert torch.allclose(copy.deepcopy(gated)(x), plain(x), atol=1e-6), "its tensor is another one"
+    for model in (gated, plain):
+        vars(model.get_submodule("layers.0"))["_factor"] = 0.5
+    assert torch.allclose(gated(x), plain(x), atol=1e-6)
+
+
+def scopes_entries(model: nn.Module) -> int:
+    return sum(len(entries) for _, _, state in scopes(model) for entries in state.family.entries.values())
+
+
 def test_a_swapped_submodule_is_seen(gated: nn.Module, x: Tensor) -> None:
     class Doubled(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
@@ -142,6 +173,13 @@ def test_hooks_inside_a_scope_run(gated: nn.Module, x: Tensor) -> None:
     assert same(gated, x)
     assert seen
     handle.remove()
+
+
+def test_hooks_on_the_way_back_are_not_skipped(gated: nn.Module, x: Tensor) -> None:
+    seen: list[Any] = []
+    gated.get_submodule("layers.0.up").register_full_backward_pre_hook(lambda *a: seen.append(a))
+    gated(x).sum().backward()
+    assert seen
 
 
 def test_parameters_are_read_live(gated: nn.Module, x: Tensor) -> None:
