@@ -136,7 +136,8 @@ def _quantised(name: str, found: str) -> UnsupportedModelError:
 
 
 def evaluation(model: nn.Module) -> _Evaluation:
-    """A context in which the model is in eval mode; afterwards every submodule has its own mode back."""
+    """A context in which the model is in eval mode; afterwards its modules have their modes and its buffers their
+    values back: a forward may count its calls."""
     return _Evaluation(model)
 
 
@@ -146,11 +147,19 @@ class _Evaluation:
 
     def __enter__(self) -> None:
         self.training = {id(m): m.training for m in self.model.modules()}
+        self.buffers = [
+            (m, n, b, b.clone()) for m in self.model.modules() for n, b in m._buffers.items() if b is not None
+        ]
         for m in self.model.modules():
             m.training = False
 
     def __exit__(self, *error: object) -> None:
         self._restore(self.model, self.model.training)
+        with torch.no_grad():
+            for module, name, buffer, before in self.buffers:
+                module._buffers[name] = buffer
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
 
     def _restore(self, module: nn.Module, holder: bool) -> None:
         module.training = self.training.get(id(module), holder)  # modules made meanwhile follow their holder

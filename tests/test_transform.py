@@ -105,6 +105,28 @@ def test_every_module_keeps_its_mode(model: nn.Module, x: Tensor, inplace: bool)
     assert [gated.get_submodule(f"blocks.{i}.attention.gate").training for i in (0, 1)] == [True, False]
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_runs_of_the_model_leave_its_buffers_alone(x: Tensor, inplace: bool) -> None:
+    class Counting(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+            self.register_buffer("last", torch.zeros(()))
+
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            self.calls.add_(1)
+            self.last = x.detach().mean()
+            return super().forward(x, mask)
+
+    model = Counting().eval()
+    last = model.last
+    gated = gatecc.transform(model, RECIPE, (x,), inplace=inplace)
+    assert not model.calls
+    assert model.last is last
+    assert not gated.get_buffer("calls")
+    assert not gated.get_buffer("last")
+
+
 def test_inplace_keeps_parameter_objects(model: nn.Module, x: Tensor) -> None:
     kept = dict(model.named_parameters())
     result = gatecc.transform(model, RECIPE, (x,), inplace=True)
