@@ -23,6 +23,7 @@ from gatecc.scope.scope import plain
 
 Inputs = Any  # a tuple, a dict, or (tuple, dict)
 T = TypeVar("T")
+PACKED = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)  # what libraries keep quantised weights in
 
 
 @dataclass
@@ -104,6 +105,8 @@ def check_model(model: object) -> None:
         raise UnsupportedModelError("not a model", found=type(model).__name__, expected="a torch.nn.Module")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         _check_tensor(name, tensor)
+        if isinstance(tensor, nn.Parameter) and tensor.dtype in PACKED:
+            raise _quantised(name, str(tensor.dtype))
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise UnsupportedModelError("a submodule is scripted", where=name, do="use the Python module in its place")

@@ -402,7 +402,11 @@ def _key(module: nn.Module, call: RecordedCall) -> Any:
         try:
             return call_key(module, call.args, call.kwargs)[0]
         except OpaqueArgumentError as e:
-            raise CaptureError("the call of a scope cannot become a graph", found=str(e)) from e
+            raise CaptureError(
+                "the call of a scope cannot become a graph",
+                found=str(e),
+                do="take hooks inside of it off while transforming (handle.remove()); pass tensors and constants only",
+            ) from e
 
 
 def _gradients() -> torch.set_grad_enabled:

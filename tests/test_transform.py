@@ -14,6 +14,7 @@ import gatecc
 from gatecc import MLP, Attention, Gate, GateSpec, Linear, Residual
 from gatecc.errors import (
     ArgumentError,
+    CaptureError,
     EmptySelectionError,
     ExampleInputsError,
     GateccError,
@@ -114,7 +115,7 @@ def test_runs_of_the_model_leave_its_buffers_alone(x: Tensor, inplace: bool) -> 
             self.register_buffer("last", torch.zeros(()))
 
         def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-            self.calls.add_(1)
+            self.get_buffer("calls").add_(1)
             self.last = x.detach().mean()
             return super().forward(x, mask)
 
@@ -190,6 +191,18 @@ def test_folding_into_a_tied_weight_is_refused(x: Tensor) -> None:
 # -----------------------------------------------------------------
 
 
+def packed() -> nn.Module:
+    model = Model()
+    model.head.weight = nn.Parameter(torch.ones(5, 16, dtype=torch.int8), requires_grad=False)
+    return model
+
+
+def hooked() -> nn.Module:
+    model = Model().eval()
+    model.get_submodule("blocks.0.attention.o").register_forward_hook(lambda *_: None)
+    return model
+
+
 class Quantised(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -220,6 +233,8 @@ BAD: dict[str, tuple[Callable[[Tensor], Any], type[GateccError], str]] = {
         "script",
     ),
     "quantised": (lambda x: (Quantised(), RECIPE, (x,)), UnsupportedModelError, "packed"),
+    "packed weights": (lambda x: (packed(), RECIPE, (x,)), UnsupportedModelError, "head.weight"),
+    "a hook inside a scope": (lambda x: (hooked(), RECIPE, (x,)), CaptureError, "hook"),
     "no model": (lambda x: (len, RECIPE, (x,)), UnsupportedModelError, "nn.Module"),
 }
 
