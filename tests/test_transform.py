@@ -165,6 +165,14 @@ def test_selection_and_several_rewrites(model: nn.Module, x: Tensor) -> None:
     assert torch.allclose(gated(x), model(x), atol=1e-6)
 
 
+def test_each_layer_reuses_its_own_weight(model: nn.Module, x: Tensor) -> None:
+    spec = GateSpec("hidden", "linear", "element", "sigmoid", init="reuse(q.weight)")
+    gated = gatecc.transform(model, [Gate(Attention[...].heads, spec)], (x,))
+    for i in (0, 1):
+        attention = gated.get_submodule(f"blocks.{i}.attention")
+        assert torch.equal(attention.get_parameter("gate.weight"), attention.get_parameter("q.weight"))
+
+
 def test_tied_weights_stay_tied(x: Tensor) -> None:
     model = Model().eval()
     first: Any = model.blocks[0]
