@@ -15,7 +15,7 @@ from gatecc.analysis import Inputs, analyse, check_model, evaluation, parameter_
 from gatecc.capture.record import RecordedCall, record_calls
 from gatecc.capture.signature import OpaqueArgumentError
 from gatecc.check import Checked, check, reference
-from gatecc.errors import ArgumentError, CaptureError, GraphError, SiteRefusedError
+from gatecc.errors import ArgumentError, CaptureError, GraphError, SiteRefusedError, UnsupportedModelError
 from gatecc.ir.edit import NewModule, WeightStep
 from gatecc.ir.rewrite import Recipe, Rewrite
 from gatecc.ir.widen import Rows, WidenWeight
@@ -98,7 +98,7 @@ def transform(
     undo = _Undo()
     with evaluation(model):
         before = reference(model, args, kwargs) if verify else None
-        target = model if inplace else _copy(model)
+    target = model if inplace else _copy(model)
     try:
         with evaluation(target):
             step = _transform(target, wanted, args, kwargs, scope, undo)
@@ -226,6 +226,13 @@ class _Installer:
         """Make one planned scope."""
         clock = time.process_time()
         module = self.model.get_submodule(plan.fqn)
+        if "forward" in vars(module):
+            raise UnsupportedModelError(
+                "the module has a forward of its own, which hides that of its class: a rewrite of it would never run",
+                where=plan.fqn or type(module).__name__,
+                found="forward in vars(module); accelerate's dispatch hooks and monkey patches put it there",
+                do="take it away first: remove_hook_from_module of accelerate.hooks, or del module.forward",
+            )
         old = scope_of(module)
         self.undo.states.append((module, old))
         applied = (*(old.applied if old else ()), *plan.applied)
@@ -395,7 +402,11 @@ def _key(module: nn.Module, call: RecordedCall) -> Any:
         try:
             return call_key(module, call.args, call.kwargs)[0]
         except OpaqueArgumentError as e:
-            raise CaptureError("the call of a scope cannot become a graph", found=str(e)) from e
+            raise CaptureError(
+                "the call of a scope cannot become a graph",
+                found=str(e),
+                do="take hooks inside of it off while transforming (handle.remove()); pass tensors and constants only",
+            ) from e
 
 
 def _gradients() -> torch.set_grad_enabled:

@@ -2,7 +2,7 @@
 parameters.
 
 Everything that an editor does is recorded as well (`Step`), because the same edit must be possible on a running Python
-call where no graph can be had (see gatecc.scope_python), and on every layer that shares the graph.
+call where no graph can be had (see gatecc.scope.python_path), and on every layer that shares the graph.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class Editor:
         path = function if isinstance(function, str) else None
         module = cast("nn.Module", attribute(self.program.module, path)) if path else None
         traced = _trace(module or cast("Callable[..., torch.Tensor]", function), arguments)
-        anchor = max(nodes, default=self.site_node) if nodes else self._first_call()
+        anchor = max(nodes) if nodes else self._first_call()
         result = self._inline(traced, path or "", nodes, anchor, name)
         self.steps.append(
             Call(None if path else cast("Callable[..., torch.Tensor]", function), path, arguments, result)

@@ -116,6 +116,8 @@ def difference(x: torch.Tensor, y: torch.Tensor) -> float:
         return float("inf")
     if x.numel() == 0:
         return 0.0
+    if not (x.is_floating_point() or x.is_complex()):  # booleans have no minus, unsigned integers wrap around
+        x, y = x.double(), y.double()
     finite = torch.isfinite(x)
     same = torch.where(finite, torch.isfinite(y), (x == y) | (x.isnan() & y.isnan()))
     if not bool(same.all()):
