@@ -12,6 +12,7 @@
 #define LANES 4
 #endif
 #define INLINE static inline __attribute__((always_inline))
+#define APART static __attribute__((noinline))  // once in the binary: the compiler is to be quick, too
 #define UNROLL _Pragma("GCC unroll 16")
 #define PADDED(n) (((n) + LANES - 1) / LANES * LANES)
 

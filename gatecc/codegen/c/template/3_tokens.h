@@ -99,7 +99,7 @@ INLINE void read_row(const struct operand *x, const char *row, float *to, const 
     store(to + whole, used(y, use, scale));
 }
 
-static void write_row(const struct operand *x, const struct sequence *s, int64_t token, const float *from) {
+APART void write_row(const struct operand *x, const struct sequence *s, int64_t token, const float *from) {
     char *row = (char *)row_of(x, s, token);
     const int whole = DV / LANES * LANES;
     if (x->type == FLOAT32) {
@@ -116,7 +116,7 @@ static void write_row(const struct operand *x, const struct sequence *s, int64_t
 }
 
 // Tokens [t, t + count) of a sequence, and rows that change nothing up to a multiple of M. q may be NULL.
-static void read_tokens(
+APART void read_tokens(
     const struct problem *p, const struct sequence *s, int64_t t, int count, float (*q)[DKP], float (*k)[DKP],
     float (*a)[DKP], float (*v)[DVP], float *beta
 ) {
@@ -157,7 +157,7 @@ INLINE void fetch_row(const struct operand *x, const struct sequence *s, int64_t
 }
 
 // Ask for tokens [t, t + M) while others are computed: processors do not look ahead across pages by themselves.
-static void fetch_tokens(const struct problem *p, const struct sequence *s, int64_t t) {
+APART void fetch_tokens(const struct problem *p, const struct sequence *s, int64_t t) {
     for (int64_t i = t; i < t + M && i < s->length; i++) {
         const int64_t token = token_of(p, s, i);
         fetch_row(&p->q, s, token, 0);

@@ -48,7 +48,7 @@ INLINE void sweep(float *S, const struct chunk *c, float *v, float *o, const flo
 }
 
 // One micro-chunk: S, and o unless it is NULL; v becomes what the delta rules correct it to, before beta.
-static void advance(float *S, const struct chunk *c, float (*v)[DVP], float (*o)[DVP], const float *beta) {
+APART void advance(float *S, const struct chunk *c, float (*v)[DVP], float (*o)[DVP], const float *beta) {
     int n = 0;
     if (o) {
         for (; LANES == 16 && n + 2 * LANES <= DVP; n += 2 * LANES) sweep(S + n, c, v[0] + n, o[0] + n, beta, 2);
