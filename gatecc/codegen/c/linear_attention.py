@@ -26,6 +26,7 @@ PART = 256  # tokens that are worth a thread of their own
 _OPERAND = struct.Struct("@Pqqqqiiq")
 _TAIL = struct.Struct("@Pqqq10Pfii")
 POINTERS = ("final", "decay", "grad_final", "dq", "dk", "dv", "dg", "dbeta", "dstate")
+_STEP = struct.Struct("@7Pqqfi")
 _NOTHING = _OPERAND.pack(0, 0, 0, 0, 0, 0, 1, 0)
 
 
@@ -108,8 +109,45 @@ class CpuKernels:
         found = (None if x is None or g is None else _ungroup(g, x.size(1)) for x, g in zip(given, grads, strict=True))
         return (*found, dstate)  # pyright: ignore[reportReturnType]
 
-    def step(self, problem: Problem, state: Tensor) -> Tensor | None:
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor, scale: float
+    ) -> Tensor | None:
+        """See gatecc.ops.linear_attention.kernels.Kernels. Written for speed: it is about as long as the kernel."""
+        shape = state.shape
+        B, H, Dk, Dv = shape
+        if q.shape != shape[:3] or k.shape != shape[:3] or v.shape != (B, H, Dv):
+            return None
+        if not (_plain(q) and _plain(k) and _plain(v) and _plain(state)):
+            return None
+        gates = writes = width = 0
+        if log_decay is not None:
+            width = log_decay.size(2)
+            if log_decay.shape[:2] != shape[:2] or width not in (1, Dk) or not _plain(log_decay):
+                return None
+            gates = log_decay.data_ptr()
+        if beta is not None:
+            if beta.shape != shape[:2] or not _plain(beta):
+                return None
+            writes = beta.data_ptr()
+        function = _stepper(log_decay is not None, beta is not None, Dk, Dv)
+        if function is None:
+            return None
+        o = torch.empty_like(v)
+        pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), gates, writes, state.data_ptr(), o.data_ptr())
+        function(_STEP.pack(*pointers, B * H, width, scale, torch.get_num_threads()))
+        return o
+
+
+@lru_cache(maxsize=None)
+def _stepper(gated: bool, delta: bool, Dk: int, Dv: int) -> Callable[[bytes], None] | None:
+    if not 0 < Dk <= LARGEST or not 0 < Dv <= LARGEST:
         return None
+    c = library(Spec("forward", gated, delta, Dk, Dv))
+    return None if c is None else c.step
+
+
+def _plain(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.is_contiguous()
 
 
 def _ungroup(grad: Tensor, heads: int) -> Tensor:

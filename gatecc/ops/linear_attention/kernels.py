@@ -26,8 +26,11 @@ class Kernels(Protocol):
         """Gradients in the shapes of the problem's tensors, in any dtype. grad_state is contiguous."""
         ...
 
-    def step(self, problem: Problem, state: Tensor) -> Tensor | None:
-        """One token, N = 1, for ``state`` in place of the problem's own; it is updated in place. o: (B, H, 1, E)."""
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor, scale: float
+    ) -> Tensor | None:
+        """One token, q: (B, H, Dk), v: (B, H, Dv), ``state`` updated in place. Declined unless every tensor has H heads,
+        the state's dtype and is contiguous."""
         ...
 
 

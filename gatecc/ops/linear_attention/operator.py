@@ -16,9 +16,9 @@ _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? log_decay=None, Tensor? beta=None, Tensor? initial_state=None, "
     "Tensor? cu_seqlens=None, Tensor? mask=None, *, float? scale=None, bool reverse=False, bool normalize=False"
 )
-_LIBRARY = torch.library.Library("gatecc", "FRAGMENT")
-_LIBRARY.define(f"linear_attention({_INPUTS}) -> (Tensor o, Tensor final_state)")
-_LIBRARY.define(
+LIBRARY = torch.library.Library("gatecc", "FRAGMENT")
+LIBRARY.define(f"linear_attention({_INPUTS}) -> (Tensor o, Tensor final_state)")
+LIBRARY.define(
     f"linear_attention_backward(Tensor grad_o, Tensor grad_state, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -76,11 +76,11 @@ def _autograd(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> tuple[Tensor | No
     return (*found, None, None)
 
 
-_LIBRARY.impl("linear_attention", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("linear_attention_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("gatecc::linear_attention", _fake, lib=_LIBRARY)
-torch.library.register_fake("gatecc::linear_attention_backward", _fake_backward, lib=_LIBRARY)
-torch.library.register_autograd("gatecc::linear_attention", _autograd, setup_context=_setup, lib=_LIBRARY)
+LIBRARY.impl("linear_attention", _forward, "CompositeExplicitAutograd")
+LIBRARY.impl("linear_attention_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("gatecc::linear_attention", _fake, lib=LIBRARY)
+torch.library.register_fake("gatecc::linear_attention_backward", _fake_backward, lib=LIBRARY)
+torch.library.register_autograd("gatecc::linear_attention", _autograd, setup_context=_setup, lib=LIBRARY)
 
 
 def linear_attention(
