@@ -76,7 +76,7 @@ class CpuKernels:
         # The kernel rounds to bfloat16 itself; float16 has denormals that are better left to ATen.
         dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
         o = q.new_empty(*q.shape[:3], v.size(3), dtype=dtype)
-        final = torch.empty_like(problem.state)
+        final = problem.new_state()
         _call(c.forward, problem, o=o, final=final)
         return o, final
 
@@ -92,7 +92,7 @@ class CpuKernels:
 
         given = (p.q, p.k, p.v, p.log_decay, p.beta)
         dq, dk, dv, dg, dbeta = grads = tuple(room(x) for x in given)
-        dstate = torch.empty_like(p.state)
+        dstate = p.new_state()
         grad_o = grad_o if grad_o.dtype in TYPES else grad_o.float()
         _call(
             c.backward,
