@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from gatecc.ops.linear_attention.chunk import chunked
-from gatecc.ops.linear_attention.problem import Gradients, Problem
+from gatecc.ops.linear_attention.problem import Body, Gradients, Problem
 from gatecc.ops.linear_attention.reference import recurrence
 
 
@@ -19,15 +20,18 @@ class Kernels(Protocol):
     """What a device does itself."""
 
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor] | None:
-        """o: (B, H, N, E), in the dtype of q or of the state, and the final state, (S, H, Dk, E), a tensor of its own."""
+        """o: (B, H, N, E), in any dtype, and the final state, (S, H, Dk, E), a tensor of its own."""
         ...
 
     def backward(self, problem: Problem, grad_o: Tensor, grad_state: Tensor) -> Gradients | None:
         """Gradients in the shapes of the problem's tensors, in any dtype. grad_state is contiguous."""
         ...
 
-    def step(self, problem: Problem, state: Tensor) -> Tensor | None:
-        """One token, N = 1, for ``state`` in place of the problem's own; it is updated in place. o: (B, H, 1, E)."""
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor, scale: float
+    ) -> Tensor | None:
+        """One token, q: (B, H, Dk), v: (B, H, Dv), ``state`` updated in place. Declined unless every tensor has H heads,
+        the state's dtype and is contiguous."""
         ...
 
 
@@ -56,6 +60,6 @@ def backward(problem: Problem, grad_o: Tensor, grad_state: Tensor) -> Gradients:
     return problem.differentiate(_form(problem), grad_o, grad_state) if found is None else found
 
 
-def _form(problem: Problem):
+def _form(problem: Problem) -> Body:
     """float64 is for checking: it runs the plain recurrence."""
-    return recurrence if problem.q.dtype.itemsize == 8 else chunked
+    return recurrence if problem.state_dtype == torch.float64 else chunked

@@ -11,15 +11,15 @@ from gatecc.ops.linear_attention import kernels
 from gatecc.ops.linear_attention.arguments import Arguments, arguments
 from gatecc.ops.linear_attention.problem import finish, finish_backward, prepare, prepare_backward
 
-# torch's autograd registration wants tensors to be positional; all of them may be given by name.
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? log_decay=None, Tensor? beta=None, Tensor? initial_state=None, "
     "Tensor? cu_seqlens=None, Tensor? mask=None, *, float? scale=None, bool reverse=False, bool normalize=False"
 )
-_LIBRARY = torch.library.Library("gatecc", "FRAGMENT")
-_LIBRARY.define(f"linear_attention({_INPUTS}) -> (Tensor o, Tensor final_state)")
-_LIBRARY.define(
-    f"linear_attention_backward(Tensor grad_o, Tensor grad_state, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+LIBRARY = torch.library.Library("gatecc", "FRAGMENT")
+LIBRARY.define(f"linear_attention({_INPUTS}) -> (Tensor o, Tensor final_state)")
+LIBRARY.define(
+    f"linear_attention_backward(Tensor grad_o, Tensor grad_state, {_INPUTS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -38,7 +38,7 @@ def _backward(grad_o: Tensor, grad_state: Tensor, *tensors: Tensor | None, **opt
     """Gradients of the first six inputs; an empty tensor for one that was not given."""
     a = _read(tensors, options)
     problem = prepare(a)
-    o = kernels.forward(problem)[0].to(problem.state.dtype) if a.normalize else None
+    o = kernels.forward(problem)[0].to(a.state_dtype) if a.normalize else None
     grads = prepare_backward(a, kernels.backward(problem, finish_backward(a, o, grad_o), grad_state))
     found = (a.q.new_empty(0) if g is None else g.contiguous() for g in grads)
     given = [] if a.beta is None else [tensors[4]]  # beta may have come without its last axis
@@ -64,23 +64,43 @@ def _six(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     return (*tensors, *[None] * (6 - len(tensors)))[:6]
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
-    ctx.save_for_backward(*inputs)
-    ctx.options = dict(keyword_only_inputs)
+class _Differentiable(torch.autograd.Function):
+    """The operator on tensors of which some need a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, keys: Any, options: dict[str, Any], *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(*tensors)
+        ctx.options = options
+        return _below_autograd(keys, options, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        found = torch.ops.gatecc.linear_attention_backward(*grads, *tensors, **ctx.options)
+        given = [None if x is None else g for x, g in zip(tensors[:6], found, strict=False)]
+        return (None, None, *given, *[None] * len(tensors[6:]))
 
 
-def _autograd(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors
-    grads = torch.ops.gatecc.linear_attention_backward(grad_o, grad_state, *tensors, **ctx.options)
-    found = [None if x is None else g for x, g in zip(tensors, grads, strict=False)]
-    return (*found, None, None)
+def _below_autograd(keys: Any, options: dict[str, Any], *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        operator = torch.ops.gatecc.linear_attention.default
+        return operator.redispatch(keys & torch._C._after_autograd_keyset, *tensors, **options)
 
 
-_LIBRARY.impl("linear_attention", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("linear_attention_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("gatecc::linear_attention", _fake, lib=_LIBRARY)
-torch.library.register_fake("gatecc::linear_attention_backward", _fake_backward, lib=_LIBRARY)
-torch.library.register_autograd("gatecc::linear_attention", _autograd, setup_context=_setup, lib=_LIBRARY)
+# What torch.library.register_autograd does, without its search for tensors in nested arguments: that search takes longer
+# than short sequences do.
+def _autograd(keys: Any, *tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return _Differentiable.apply(keys, options, *tensors)
+    return _below_autograd(keys, options, *tensors)
+
+
+LIBRARY.impl("linear_attention", _forward, "CompositeExplicitAutograd")
+LIBRARY.impl("linear_attention_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("gatecc::linear_attention", _fake, lib=LIBRARY)
+torch.library.register_fake("gatecc::linear_attention_backward", _fake_backward, lib=LIBRARY)
+LIBRARY.impl("linear_attention", _autograd, "Autograd", with_keyset=True)
+
 
 
 def linear_attention(
@@ -103,7 +123,7 @@ def linear_attention(
         q: (B, H, N, Dk).
         k: (B, Hk, N, Dk). As for v, log_decay and beta the number of heads divides H (grouped queries).
         v: (B, Hv, N, Dv), like q and k in float32, bfloat16, float16 or float64.
-        log_decay: (B, Hg, N, Dk) a key channel, (B, Hg, N, 1) a head, or (1, H, 1, 1) constant; -inf forgets everything.
+        log_decay: (B, Hg, N, Dk) a key channel, (B, Hg, N, 1) a head, or (1, H, 1, 1) constant; -inf forgets all.
         beta: (B, Hb, N) or (B, Hb, N, 1), the write strength of the delta rules.
         initial_state: (B, H, Dk, Dv); zero if not given. It is not changed.
         scale: multiplies q; Dk ** -0.5 if not given.
@@ -113,8 +133,8 @@ def linear_attention(
         cu_seqlens: (S + 1,) where packed sequences begin, ascending from 0 to N; B = 1, states (S, H, Dk, Dv).
         mask: (B, N), False at padding: such a token writes nothing, decays nothing, and its output is zero.
 
-    The rule follows from what is given: linear (Katharopoulos et al. 2020), gated with log_decay (Yang et al. 2024, GLA),
-    delta with beta (Schlag et al. 2021), gated delta with both (Yang et al. 2025):
+    The rule follows from what is given: linear (Katharopoulos et al. 2020), gated with log_decay (Yang et al. 2024,
+    GLA), delta with beta (Schlag et al. 2021), gated delta with both (Yang et al. 2025):
 
         S_t = diag(e^g_t) S_{t-1} + k_t u_t^T,  o_t = scale S_t^T q_t,
         u_t = v_t, or beta_t (v_t - (diag(e^g_t) S_{t-1})^T k_t) for the delta rules.

@@ -1,13 +1,13 @@
 """One recurrence to compute, free of everything that is not the recurrence: what kernels are given.
 
-Padding, packed sequences, the normaliser and broadcasting are taken off the arguments here (``prepare``, ``finish``) and
-put back on gradients (``finish_backward``, ``prepare_backward``), so that no kernel knows of them.
+Padding, the normaliser and broadcasting are taken off the arguments here (``prepare``, ``finish``) and put back on
+gradients (``finish_backward``, ``prepare_backward``), so that no kernel knows of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,13 +20,12 @@ Body = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor], 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """q: (B, H, N, Dk), k: (B, Hk, N, Dk), v: (B, Hv, N, E), log_decay: (B, Hg, N, Dk or 1), beta: (B, Hb, N, 1).
 
     Any strides, zero included; Hk, Hv, Hg and Hb divide H: head h reads head h // (H / Hk) of k. state: (S, H, Dk, E)
-    in float32 (float64), contiguous, never written to. ``segments`` are the sequences as (row of the batch, first token,
-    length); q is to be multiplied by ``scale``, and with ``reverse`` each sequence runs from its end.
+    in float32 (float64), contiguous, never written to; None is zero. ``segments`` are the sequences as (row of the
+    batch, first token, length); q is to be multiplied by ``scale``, and with ``reverse`` each sequence runs from its end.
     """
 
     q: Tensor
@@ -34,7 +33,7 @@ class Problem:
     v: Tensor
     log_decay: Tensor | None
     beta: Tensor | None
-    state: Tensor
+    state: Tensor | None
     scale: float
     reverse: bool
     segments: tuple[tuple[int, int, int], ...]
@@ -45,35 +44,51 @@ class Problem:
         N = self.q.size(2)
         return self.segments != tuple((row, 0, N) for row in range(self.q.size(0)))
 
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """float32, or float64."""
+        return torch.promote_types(self.q.dtype, torch.float32)
+
+    def new_state(self) -> Tensor:
+        """Room for the states, not filled."""
+        shape = (len(self.segments), self.q.size(1), self.q.size(3), self.v.size(3))
+        return self.q.new_empty(shape, dtype=self.state_dtype)
+
+    def with_state(self) -> Problem:
+        """The same with zero written out."""
+        return self if self.state is not None else self._replace(state=self.new_state().zero_())
+
     def run(self, body: Body) -> tuple[Tensor, Tensor]:
         """o: (B, H, N, E) in the dtype of the state, and the final state, by an ATen form. Differentiable."""
-        dtype, heads = self.state.dtype, self.q.size(1)
+        start = self.with_state().state
+        assert start is not None
+        dtype, heads = start.dtype, self.q.size(1)
         q = self.q.to(dtype) * self.scale
         k, v = (_repeat(x.to(dtype), heads) for x in (self.k, self.v))
         decay, beta = (None if x is None else _repeat(x.to(dtype), heads) for x in (self.log_decay, self.beta))
         run = _directed(body, self.reverse)
         if not self.packed:
-            return run(q, k, v, decay, beta, self.state)
+            return run(q, k, v, decay, beta, start)
         outputs: list[Tensor] = []
         states: list[Tensor] = []
         for index, (_, first, length) in enumerate(self.segments):
             cut = slice(first, first + length)
             gates = (None if x is None else x[:, :, cut] for x in (decay, beta))
-            o, state = run(q[:, :, cut], k[:, :, cut], v[:, :, cut], *gates, self.state[index : index + 1])
+            o, state = run(q[:, :, cut], k[:, :, cut], v[:, :, cut], *gates, start[index : index + 1])
             outputs.append(o)
             states.append(state)
         return torch.cat(outputs, 2), torch.cat(states, 0)
 
     def differentiate(self, body: Body, grad_o: Tensor, grad_state: Tensor) -> Gradients:
         """Gradients by autograd through an ATen form."""
-        given = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        given = {name: x for name, x in self.with_state()._asdict().items() if isinstance(x, Tensor)}
 
         def forward(*leaves: Tensor) -> tuple[Tensor, Tensor]:
-            return Problem(**{**vars(self), **dict(zip(given, leaves, strict=True))}).run(body)
+            return self._replace(**dict(zip(given, leaves, strict=True))).run(body)
 
         # Inside an operator autograd is off; torch.func brings its own.
         pull = torch.func.vjp(forward, *given.values())[1]
-        found = dict(zip(given, pull((grad_o.to(self.state.dtype), grad_state)), strict=True))
+        found = dict(zip(given, pull((grad_o.to(self.state_dtype), grad_state)), strict=True))
         q, k, v, state = (found[name] for name in ("q", "k", "v", "state"))
         return q, k, v, found.get("log_decay"), found.get("beta"), state
 
@@ -86,7 +101,9 @@ def prepare(a: Arguments) -> Problem:
         v = torch.cat([v, v.new_ones(*v.shape[:-1], 1)], -1)
     # The key of a padding token is zero: nothing is written or corrected there, and beta does not matter.
     k = a.k if a.mask is None else a.k.masked_fill(_padding(a.mask), 0)
-    decay = None if a.log_decay is None else a.log_decay.expand(B, -1, N, -1)
+    decay = a.log_decay
+    if decay is not None and decay.shape[::2] != (B, N):
+        decay = decay.expand(B, -1, N, -1)
     if decay is not None and a.mask is not None:
         decay = decay.masked_fill(_padding(a.mask), 0)
     segments = (
@@ -94,7 +111,8 @@ def prepare(a: Arguments) -> Problem:
         if a.cu_seqlens is None
         else tuple((0, first, last - first) for first, last in boundaries(a.cu_seqlens, N))
     )
-    return Problem(a.q, k, v, decay, a.beta, _state(a), a.scale, a.reverse, segments)
+    state = None if a.initial_state is None else a.initial_state.to(a.state_dtype).contiguous()
+    return Problem(a.q, k, v, decay, a.beta, state, a.scale, a.reverse, segments)
 
 
 def finish(a: Arguments, o: Tensor) -> Tensor:
@@ -108,7 +126,7 @@ def finish(a: Arguments, o: Tensor) -> Tensor:
 
 
 def finish_backward(a: Arguments, o: Tensor | None, grad: Tensor) -> Tensor:
-    """The gradient of the recurrence's output, from that of the operator's. ``o`` is needed with the normaliser only."""
+    """The gradient of the recurrence's output, from that of the operator's. ``o``: given with the normaliser only."""
     if a.mask is not None:
         grad = grad.masked_fill(_padding(a.mask), 0)
     if o is None:
@@ -131,12 +149,6 @@ def prepare_backward(a: Arguments, grads: Gradients) -> tuple[Tensor | None, ...
     given = (a.q, a.k, a.v, a.log_decay, a.beta, a.initial_state)
     found = (q, k, v, decay, beta, state)
     return tuple(None if x is None or g is None else g.to(x.dtype) for x, g in zip(given, found, strict=True))
-
-
-def _state(a: Arguments) -> Tensor:
-    if a.initial_state is None:
-        return a.q.new_zeros(a.state_shape, dtype=a.state_dtype)
-    return a.initial_state.to(a.state_dtype).contiguous()
 
 
 def _padding(mask: Tensor) -> Tensor:

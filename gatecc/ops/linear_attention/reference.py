@@ -13,7 +13,7 @@ def recurrence(
 
     S_t = diag(e^g_t) S_{t-1} + k_t u_t^T and o_t = S_t^T q_t. The rule decides what is written: u_t = v_t, or for the
     delta rules beta_t (v_t - (diag(e^g_t) S_{t-1})^T k_t), the correction of what key k_t retrieves
-    (Schlag et al. 2021, Linear Transformers Are Secretly Fast Weight Programmers; Yang et al. 2024, Gated Delta Networks).
+    (Schlag et al. 2021, Linear Transformers Are Secretly Fast Weight Programmers; Yang et al. 2025, Gated Delta Nets).
     Gates are applied as e^g, one by one: a gate of exactly 0 (g = -inf) is exact, and so is any chain of small ones.
     """
     out: list[Tensor] = []

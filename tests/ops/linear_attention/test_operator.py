@@ -194,7 +194,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "beta": ({"beta": torch.zeros(1, 2, 8)}, "beta does not fit"),
     "normaliser": ({"beta": torch.zeros(1, 2, 9), "normalize": True}, "no normaliser"),
     "state": ({"initial_state": torch.zeros(1, 2, 16, 15)}, "initial_state does not fit"),
-    "mask": ({"mask": torch.ones(1, 9)}, "dtype bool"),
+    "mask": ({"mask": torch.ones(1, 9)}, "torch.bool"),
     "packed": ({"cu_seqlens": torch.tensor([0, 4])}, "does not divide the tokens"),
     "axes": ({"q": torch.zeros(2, 9, 16)}, "four axes"),
 }

@@ -12,6 +12,7 @@
 #define LANES 4
 #endif
 #define INLINE static inline __attribute__((always_inline))
+#define APART static __attribute__((noinline))  // once in the binary: the compiler is to be quick, too
 #define UNROLL _Pragma("GCC unroll 16")
 #define PADDED(n) (((n) + LANES - 1) / LANES * LANES)
 
@@ -22,6 +23,14 @@ typedef float vf_anywhere __attribute__((vector_size(4 * LANES), aligned(4), may
 INLINE vf load(const float *p) { return *(const vf_anywhere *)p; }
 INLINE void store(float *p, vf x) { *(vf_anywhere *)p = x; }
 INLINE vf splat(float x) { return x - (vf){0}; }
+// One value for all lanes, kept in a register: left alone, GCC reads it from memory again at each use.
+INLINE vf broadcast(float x) {
+    vf y = splat(x);
+#if defined(__AVX512F__)
+    __asm__("" : "+v"(y));
+#endif
+    return y;
+}
 INLINE vf either(vi mask, vf x, vf y) { return (vf)(((vi)x & mask) | ((vi)y & ~mask)); }
 
 // e^x to 1e-7: exactly 1 at 0, exactly 0 from -88 to -inf, inf above 88, NaN for NaN (Cephes' polynomial).

@@ -2,6 +2,8 @@
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 #define DKP PADDED(DK)
 #define DVP PADDED(DV)
+#define PITCH (DVP + LANES)  // of a state's rows: stores that are 4096 bytes before a load would hold it up
+#define ROWS 2  // of a state that are worked on together
 #define M 4    // tokens of a micro-chunk: the state is read and written once for so many
 #define T 16   // tokens that are converted to float at a time; a multiple of M
 
@@ -59,64 +61,79 @@ static float element(const char *row, int type, int64_t i) {
     return x;
 }
 
-// One row of n channels as floats; what is beyond them up to ``padded`` is set to zero.
-static void read_row(
-    const struct operand *x, const struct sequence *s, int64_t token, float *restrict to, int n, int padded
-) {
+INLINE const char *row_of(const struct operand *x, const struct sequence *s, int64_t token) {
     const int64_t offset = s->batch * x->batch + s->head / x->group * x->head + token * x->token;
-    const char *row = x->data + offset * (x->type == FLOAT32 ? 4 : 2);
-    if (x->channel != 1)
-        for (int i = 0; i < n; i++) to[i] = element(row, x->type, i * x->channel);
-    else if (x->type == FLOAT32)
-        memcpy(to, row, 4 * (size_t)n);
-    else if (x->type == BFLOAT16)
-        for (int i = 0; i < n; i++) ((uint32_t *)to)[i] = (uint32_t)((const uint16_t *)row)[i] << 16;
-    else
-        for (int i = 0; i < n; i++) to[i] = half_to_float(((const uint16_t *)row)[i]);
-    for (int i = n; i < padded; i++) to[i] = 0;
+    return x->data + offset * (x->type == FLOAT32 ? 4 : 2);
 }
 
-static void write_row(const struct operand *x, const struct sequence *s, int64_t token, const float *restrict from) {
-    const int64_t offset = s->batch * x->batch + s->head * x->head + token * x->token;
+enum use { PLAIN, SCALED, EXPONENTIAL };
+
+INLINE vf used(vf x, enum use use, float scale) {
+    return use == EXPONENTIAL ? exponential(x) : use == SCALED ? x * scale : x;
+}
+
+typedef uint16_t vh_anywhere __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
+
+// One row of n channels as floats, and zeros (what ``use`` makes of them) up to a whole vector. Rows go from memory to
+// vectors without a buffer between: a wide load of what narrower stores have just written would wait for them.
+INLINE void read_row(const struct operand *x, const char *row, float *to, const int n, enum use use, float scale) {
+    const int whole = n / LANES * LANES;
+    if (x->channel == 1 && x->type == FLOAT32) {
+        for (int d = 0; d < whole; d += LANES) store(to + d, used(load((const float *)row + d), use, scale));
+    } else if (x->channel == 1 && x->type == BFLOAT16) {
+        for (int d = 0; d < whole; d += LANES) {
+            const vh_anywhere h = *(const vh_anywhere *)(row + 2 * d);
+            store(to + d, used((vf)(__builtin_convertvector(h, vu) << 16), use, scale));
+        }
+    } else {
+        for (int d = 0; d < whole; d += LANES) {
+            vf y;
+            for (int i = 0; i < LANES; i++) y[i] = element(row, x->type, (d + i) * x->channel);
+            store(to + d, used(y, use, scale));
+        }
+    }
+    if (whole == n) return;
+    vf y = {0};
+    for (int i = whole; i < n; i++) y[i - whole] = element(row, x->type, i * x->channel);
+    store(to + whole, used(y, use, scale));
+}
+
+APART void write_row(const struct operand *x, const struct sequence *s, int64_t token, const float *from) {
+    char *row = (char *)row_of(x, s, token);
+    const int whole = DV / LANES * LANES;
     if (x->type == FLOAT32) {
-        memcpy(x->data + 4 * offset, from, 4 * DV);
+        for (int d = 0; d < whole; d += LANES) store((float *)row + d, load(from + d));
+        for (int d = whole; d < DV; d++) ((float *)row)[d] = from[d];
         return;
     }
-    uint16_t *to = (uint16_t *)x->data + offset;
     for (int i = 0; i < DV; i++) {  // to the nearest, ties to even
-        const uint32_t bits = ((const uint32_t *)from)[i];
+        uint32_t bits;
+        memcpy(&bits, from + i, 4);
         const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-        to[i] = (uint16_t)(from[i] != from[i] ? 0x7fc0 : rounded);
+        ((uint16_t *)row)[i] = (uint16_t)(from[i] != from[i] ? 0x7fc0 : rounded);
     }
 }
 
 // Tokens [t, t + count) of a sequence, and rows that change nothing up to a multiple of M. q may be NULL.
-static void read_tokens(
+APART void read_tokens(
     const struct problem *p, const struct sequence *s, int64_t t, int count, float (*q)[DKP], float (*k)[DKP],
     float (*a)[DKP], float (*v)[DVP], float *beta
 ) {
     for (int i = 0; i < count; i++) {
         const int64_t token = token_of(p, s, t + i);
-        read_row(&p->k, s, token, k[i], DK, DKP);
-        read_row(&p->v, s, token, v[i], DV, DVP);
-        if (q) {
-            read_row(&p->q, s, token, q[i], DK, DKP);
-            for (int d = 0; d < DKP; d += LANES) store(q[i] + d, load(q[i] + d) * p->scale);
+        if (q) read_row(&p->q, row_of(&p->q, s, token), q[i], DK, SCALED, p->scale);
+        read_row(&p->k, row_of(&p->k, s, token), k[i], DK, PLAIN, 1);
+        read_row(&p->v, row_of(&p->v, s, token), v[i], DV, PLAIN, 1);
+        beta[i] = DELTA ? element(row_of(&p->beta, s, token), p->beta.type, 0) : 1;
+        if (!GATED) continue;
+        const char *gates = row_of(&p->g, s, token);
+        if (p->g.width != 1) {
+            read_row(&p->g, gates, a[i], DK, EXPONENTIAL, 1);
+            continue;
         }
-#if GATED
-        if (p->g.width == 1) {
-            float one[LANES];
-            read_row(&p->g, s, token, one, 1, LANES);
-            const vf gate = splat(exponential(load(one))[0]);
-            for (int d = 0; d < DKP; d += LANES) store(a[i] + d, gate);
-        } else {
-            read_row(&p->g, s, token, a[i], DK, DKP);
-            for (int d = 0; d < DKP; d += LANES) store(a[i] + d, exponential(load(a[i] + d)));
-        }
-#endif
-#if DELTA
-        read_row(&p->beta, s, token, beta + i, 1, 1);
-#endif
+        const vf gate = splat(exponential(splat(element(gates, p->g.type, 0)))[0]);
+        for (int d = 0; d < DKP; d += LANES) store(a[i] + d, gate);
     }
     for (int i = count; i % M; i++) {
         memset(k[i], 0, sizeof k[i]);
@@ -127,12 +144,36 @@ static void read_tokens(
     }
 }
 
-// A state as kernels keep it, DK rows of DVP.
+INLINE void fetch_row(const struct operand *x, const struct sequence *s, int64_t token, const int write) {
+    if (!x->data) return;
+    const char *row = row_of(x, s, token);
+    const int64_t bytes = x->width * (x->type == FLOAT32 ? 4 : 2);
+    for (int64_t b = 0; b < bytes; b += 64) {
+        if (write)
+            __builtin_prefetch(row + b, 1);
+        else
+            __builtin_prefetch(row + b, 0);
+    }
+}
+
+// Ask for tokens [t, t + M) while others are computed: processors do not look ahead across pages by themselves.
+APART void fetch_tokens(const struct problem *p, const struct sequence *s, int64_t t) {
+    for (int64_t i = t; i < t + M && i < s->length; i++) {
+        const int64_t token = token_of(p, s, i);
+        fetch_row(&p->q, s, token, 0);
+        fetch_row(&p->k, s, token, 0);
+        fetch_row(&p->v, s, token, 0);
+        fetch_row(&p->g, s, token, 0);
+        fetch_row(&p->o, s, token, 1);
+    }
+}
+
+// A state as kernels keep it, DK rows of PITCH.
 static void read_state(float *S, const float *from) {
-    memset(S, 0, 4 * (size_t)DK * DVP);
-    for (int r = 0; from && r < DK; r++) memcpy(S + r * DVP, from + r * DV, 4 * DV);
+    memset(S, 0, 4 * (size_t)DKP * PITCH);
+    for (int r = 0; from && r < DK; r++) memcpy(S + r * PITCH, from + r * DV, 4 * DV);
 }
 
 static void write_state(float *to, const float *S) {
-    for (int r = 0; r < DK; r++) memcpy(to + r * DV, S + r * DVP, 4 * DV);
+    for (int r = 0; r < DK; r++) memcpy(to + r * DV, S + r * PITCH, 4 * DV);
 }

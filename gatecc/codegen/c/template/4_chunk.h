@@ -9,7 +9,7 @@ struct chunk {
     float kk[M * M];    // k_i · k_j likewise, j < i, delta rules
 };
 
-static void prepare(struct chunk *c, const float (*q)[DKP], const float (*k)[DKP], const float (*a)[DKP]) {
+APART void prepare(struct chunk *c, const float (*q)[DKP], const float (*k)[DKP], const float (*a)[DKP]) {
     vf qk[M * M] = {0}, kk[M * M] = {0};
     for (int d = 0; d < DKP; d += LANES) {
         UNROLL for (int i = 0; q && i < M; i++) {

@@ -1,4 +1,4 @@
-// The recurrence over ``cols`` vectors of value channels: S is DK rows of DVP, v and o rows of DVP.
+// The recurrence over ``cols`` vectors of value channels: S is DK rows of PITCH, v and o rows of DVP.
 // What is written, u, replaces v; with the delta rules that is the corrected value.
 INLINE void sweep(float *S, const struct chunk *c, float *v, float *o, const float *beta, const int cols) {
     vf u[M][2], y[M][2], x[M][2];
@@ -8,12 +8,12 @@ INLINE void sweep(float *S, const struct chunk *c, float *v, float *o, const flo
     }
 #if DELTA
     for (int r = 0; r < DK; r++) {
-        UNROLL for (int n = 0; n < cols; n++) {
-            const vf s = load(S + r * DVP + n * LANES);
-            UNROLL for (int i = 0; i < M; i++) {
-                x[i][n] += s * c->kp[i][r];
-                if (o) y[i][n] += s * c->qp[i][r];
-            }
+        vf s[2];
+        UNROLL for (int n = 0; n < cols; n++) s[n] = load(S + r * PITCH + n * LANES);
+        UNROLL for (int i = 0; i < M; i++) {
+            const vf k = broadcast(c->kp[i][r]), q = broadcast(o ? c->qp[i][r] : 0);
+            UNROLL for (int n = 0; n < cols; n++) x[i][n] += s[n] * k;
+            UNROLL for (int n = 0; o && n < cols; n++) y[i][n] += s[n] * q;
         }
     }
     UNROLL for (int i = 0; i < M; i++) UNROLL for (int n = 0; n < cols; n++) {
@@ -25,13 +25,22 @@ INLINE void sweep(float *S, const struct chunk *c, float *v, float *o, const flo
 #endif
     UNROLL for (int i = 0; o && i < M; i++) UNROLL for (int j = 0; j <= i; j++) UNROLL for (int n = 0; n < cols; n++)
         y[i][n] += u[j][n] * c->qk[i * M + j];
-    for (int r = 0; r < DK; r++) {
-        UNROLL for (int n = 0; n < cols; n++) {
-            vf s = load(S + r * DVP + n * LANES);
-            UNROLL for (int i = 0; !DELTA && o && i < M; i++) y[i][n] += s * c->qp[i][r];
-            if (GATED) s *= c->all[r];
-            UNROLL for (int j = 0; j < M; j++) s += u[j][n] * c->kr[j][r];
-            store(S + r * DVP + n * LANES, s);
+    for (int r = 0; r < DK; r += ROWS) {
+        vf s[ROWS][2], written[ROWS][2];
+        UNROLL for (int j = 0; j < M; j++) UNROLL for (int m = 0; m < ROWS; m++) {
+            const vf k = broadcast(c->kr[j][r + m]);
+            UNROLL for (int n = 0; n < cols; n++) written[m][n] = j ? written[m][n] + u[j][n] * k : u[j][n] * k;
+        }
+        UNROLL for (int m = 0; m < ROWS; m++) UNROLL for (int n = 0; n < cols; n++)
+            s[m][n] = load(S + (r + m) * PITCH + n * LANES);
+        UNROLL for (int m = 0; m < ROWS; m++) UNROLL for (int i = 0; !DELTA && o && i < M; i++) {
+            const vf q = broadcast(c->qp[i][r + m]);
+            UNROLL for (int n = 0; n < cols; n++) y[i][n] += s[m][n] * q;
+        }
+        UNROLL for (int m = 0; m < ROWS; m++) {
+            const vf all = broadcast(c->all[r + m]);
+            UNROLL for (int n = 0; n < cols; n++)
+                store(S + (r + m) * PITCH + n * LANES, GATED ? s[m][n] * all + written[m][n] : s[m][n] + written[m][n]);
         }
     }
     UNROLL for (int i = 0; o && i < M; i++) UNROLL for (int n = 0; n < cols; n++)
@@ -39,7 +48,7 @@ INLINE void sweep(float *S, const struct chunk *c, float *v, float *o, const flo
 }
 
 // One micro-chunk: S, and o unless it is NULL; v becomes what the delta rules correct it to, before beta.
-static void advance(float *S, const struct chunk *c, float (*v)[DVP], float (*o)[DVP], const float *beta) {
+APART void advance(float *S, const struct chunk *c, float (*v)[DVP], float (*o)[DVP], const float *beta) {
     int n = 0;
     if (o) {
         for (; LANES == 16 && n + 2 * LANES <= DVP; n += 2 * LANES) sweep(S + n, c, v[0] + n, o[0] + n, beta, 2);
@@ -51,7 +60,7 @@ static void advance(float *S, const struct chunk *c, float (*v)[DVP], float (*o)
 }
 
 struct forward_scratch {
-    float S[DK * DVP], q[T][DKP], k[T][DKP], a[T][DKP], v[T][DVP], o[T][DVP], beta[T], decay[DKP];
+    float S[DKP * PITCH], q[T][DKP], k[T][DKP], a[T][DKP], v[T][DVP], o[T][DVP], beta[T], decay[DKP];
     struct chunk chunk;
 };
 
@@ -73,6 +82,7 @@ static void forward_job(const void *context, int64_t job) {
         const int count = s.length - t < T ? (int)(s.length - t) : T;
         read_tokens(p, &s, t, count, reads ? w->q : NULL, w->k, w->a, w->v, w->beta);
         for (int i = 0; i < count; i += M) {
+            fetch_tokens(p, &s, t + T + i);
             prepare(&w->chunk, reads ? w->q + i : NULL, w->k + i, w->a + i);
             advance(w->S, &w->chunk, w->v + i, reads ? w->o + i : NULL, w->beta + i);
             for (int d = 0; p->decay && d < DKP; d++) w->decay[d] *= w->chunk.all[d];
