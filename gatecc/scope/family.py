@@ -92,7 +92,7 @@ def proves(
 
 
 def same_outputs(a: Any, b: Any, tolerance: float) -> bool:
-    """Whether two outputs have the same structure and tensors equal up to tolerance * max|a|, however small they are."""
+    """Whether two outputs have the same structure and tensors equal up to tolerance * max|a|."""
     left, spec = pytree.tree_flatten(a)
     right, other = pytree.tree_flatten(b)
     return spec == other and all(close(x, y, tolerance) for x, y in zip(left, right, strict=True))
