@@ -1,4 +1,4 @@
-"""gatecc::linear_attention on one CPU thread against SDPA, ONNX Runtime's operator, itself at other lengths, and float64.
+"""gatecc::linear_attention on one CPU thread against SDPA, ONNX Runtime's operator, other lengths, and float64.
 
 ``python benchmarks/linear_attention.py [--check] [--short]``. B = 1, head size 64, 8 heads (4 at 32768 tokens), gates
 logsigmoid / 16. Ratios are of CPU times taken in turn in this run. Where a CPU has matrix units for bfloat16 (AMX), its
@@ -89,7 +89,7 @@ def onnxruntime_session(N: int) -> Any:
         "LinearAttention", ["q", "k", "v", "s", "g"], ["o", "s2"], domain="com.microsoft", q_num_heads=8,
         kv_num_heads=8, update_rule="gated", scale=D**-0.5,
     )  # fmt: skip
-    sizes = {**dict.fromkeys("qkvg", [1, N, 8 * D]), "s": [1, 8, D, D], "o": [1, N, 8 * D], "s2": [1, 8, D, D]}
+    sizes = {**{name: [1, N, 8 * D] for name in "qkvg"}, "s": [1, 8, D, D], "o": [1, N, 8 * D], "s2": [1, 8, D, D]}
     values = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, size) for name, size in sizes.items()}
     graph = helper.make_graph([node], "g", [values[n] for n in "qkvsg"], [values[n] for n in ("o", "s2")])
     domains = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]

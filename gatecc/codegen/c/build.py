@@ -1,7 +1,7 @@
 """A C source as a loaded library: compiled once per source, compiler, flags and CPU, and kept in a folder.
 
-The folder is ``$GATECC_CACHE``, else ``gatecc`` in the user's cache. Builds may run at once: each writes a file of its own
-and moves it into place, and whoever comes last replaces a library by its equal.
+The folder is ``$GATECC_CACHE``, else ``gatecc`` in the user's cache. Builds may run at once: each writes a file of its
+own and moves it into place, and whoever comes last replaces a library by its equal.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import struct
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -48,8 +48,8 @@ class Spec:
 
 @lru_cache
 def _template(part: str) -> str:
-    left_out = {"forward": "6_backward.h", "backward": "7_step.h"}[part]
-    files = sorted(path for path in TEMPLATE.glob("*.h") if path.name != left_out)
+    left_out = {"forward": ("7_backward.h",), "backward": ("6_forward.h", "8_step.h")}[part]
+    files = sorted(path for path in TEMPLATE.glob("*.h") if path.name not in left_out)
     return "\n".join(path.read_text(encoding="utf-8") for path in files)
 
 
@@ -93,7 +93,14 @@ class CpuKernels:
         return (*grads, outermost(dstate, parts, 0))  # pyright: ignore[reportReturnType]
 
     def step(
-        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        beta: Tensor | None,
+        state: Tensor,
+        scale: float,
     ) -> Tensor | None:
         """See gatecc.ops.linear_attention.kernels.Kernels. Written for speed: it is about as long as the kernel."""
         shape = state.shape
@@ -121,7 +128,7 @@ class CpuKernels:
         return o
 
 
-@lru_cache(maxsize=None)
+@cache
 def _stepper(gated: bool, delta: bool, Dk: int, Dv: int) -> Callable[[bytes], None] | None:
     if not 0 < Dk <= LARGEST or not 0 < Dv <= LARGEST:
         return None
@@ -154,12 +161,15 @@ def _backward(c: ctypes.CDLL, p: Problem, grad_o: Tensor, grad_state: Tensor) ->
     """Gradients in float32; those of heads that serve a group of queries are summed."""
     given = {"dq": p.q, "dk": p.k, "dv": p.v, "dg": p.log_decay, "dbeta": p.beta}
     rooms = {
-        name: None if x is None else p.q.new_zeros(*p.q.shape[:3], x.size(3), dtype=torch.float32)
+        name: None if x is None else p.q.new_empty(*p.q.shape[:3], x.size(3), dtype=torch.float32)
         for name, x in given.items()
     }
     dstate = p.new_state()
     _call(c.backward, p, grad_o=grad_o, grad_final=grad_state, dstate=dstate, **rooms)
-    found = (None if x is None or g is None else _ungroup(g, x.size(1)) for x, g in zip(given.values(), rooms.values(), strict=True))
+    found = (
+        None if x is None or g is None else _ungroup(g, x.size(1))
+        for x, g in zip(given.values(), rooms.values(), strict=True)
+    )
     return (*found, dstate)  # pyright: ignore[reportReturnType]
 
 

@@ -1,9 +1,9 @@
 """Threads along the sequence, where there are fewer heads than threads.
 
-A state after a part of a sequence is (the product of its gates) · (the state before it) + (the state from zero), so parts
-may run at once: first from zero, states only; then, with the states carried from part to part, in full. The gradient of
-the state is carried in the same way from the end. With the delta rules a part multiplies by a matrix, not by gates:
-they are not split.
+A state after a part of a sequence is (the product of its gates) · (the state before it) + (the state from zero), so
+parts may run at once: first from zero, states only; then, with the states carried from part to part, in full. The
+gradient of the state is carried in the same way from the end. With the delta rules a part multiplies by a matrix, not
+by gates: they are not split.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def both(inputs: dict[str, Any], **options: Any) -> Iterator[tuple[str, Tensor, 
 def test_hard_decays(rule: str, kind: str) -> None:
     if "gated" not in rule and kind != "mild":
         return  # nothing decays: one kind says it all
-    for N in (1, 63, 64, 65, 300):
+    for N in (1, 63, 64, 65, 130):
         for name, found, truth in both(operands(rule, N=N, kind=kind)):
             assert relative(found, truth) < (1e-5 if name in ("o", "state") else 1e-4), (name, N)
 
@@ -58,7 +58,6 @@ def test_a_thousand_tokens_of_every_decay() -> None:
     for kind in HARD:
         inputs = operands("gated", N=1000, Dk=64, Dv=64, kind=kind)
         assert relative(linear_attention(**inputs)[0], linear_attention(**double(inputs))[0]) < 1e-5
-
 
 
 @settings(max_examples=12)
@@ -82,7 +81,7 @@ def test_any_layout(
     layout: str,
     cuts: list[float] | None,
 ) -> None:
-    inputs = operands(rule, B=1, H=4, N=N, Dk=sizes[0], Dv=sizes[1], **heads)
+    inputs = operands(rule, H=4, N=N, Dk=sizes[0], Dv=sizes[1], kind="mild", **heads)
     if per_head and "log_decay" in inputs:
         inputs["log_decay"] = inputs["log_decay"][..., :1]
     for name, x in inputs.items():
@@ -148,8 +147,8 @@ def test_steps(rule: str, sizes: tuple[int, int]) -> None:
     state = torch.zeros(1, 4, *sizes)
     names = ("q", "k", "v", "log_decay", "beta")
     for t in range(6):
-        token = [inputs[name][:, :, t] if name in inputs else None for name in names]
-        assert relative(linear_attention_step(*token, state), o[:, :, t]) < 1e-5  # pyright: ignore[reportArgumentType]
+        token: Any = [inputs[name][:, :, t] if name in inputs else None for name in names]
+        assert relative(linear_attention_step(*token, state=state), o[:, :, t]) < 1e-5
     assert relative(state, final) < 1e-5
 
 
