@@ -1,7 +1,7 @@
 """A C source as a loaded library: compiled once per source, compiler, flags and CPU, and kept in a folder.
 
-The folder is ``$GATECC_CACHE``, else ``gatecc`` in the user's cache. Builds may run at once: each writes a file of its own
-and moves it into place, and whoever comes last replaces a library by its equal.
+The folder is ``$GATECC_CACHE``, else ``gatecc`` in the user's cache. Builds may run at once: each writes a file of its
+own and moves it into place, and whoever comes last replaces a library by its equal.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def load(source: str) -> ctypes.CDLL | None:
     """The library of a source, or None if no compiler makes one; the log says why, once."""
     compiler = find_compiler()
     if compiler is None:
-        _say_once("no C compiler was found: linear attention runs in ATen, several times slower (set CC to mend it)")
+        say_once("no C compiler was found: linear attention runs in ATen, several times slower (set CC to mend it)")
         return None
     for flags in FLAGS:
         library = _load(source, compiler, flags)
         if library is not None:
             return library
-    _say_once(f"{compiler} does not compile gatecc's kernels: linear attention runs in ATen, several times slower")
+    say_once(f"{compiler} does not compile gatecc's kernels: linear attention runs in ATen, several times slower")
     return None
 
 
@@ -111,5 +111,6 @@ def _private() -> Path:
 
 
 @lru_cache
-def _say_once(what: str) -> None:
+def say_once(what: str) -> None:
+    """Log a warning, the first time."""
     LOG.warning(what)

@@ -7,7 +7,7 @@ import struct
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 
 from gatecc.codegen.c.build import load
+from gatecc.codegen.c.split import outermost, parts_of, split, split_gradient
 from gatecc.ops.linear_attention import kernels
 from gatecc.ops.linear_attention.problem import Gradients, Problem
 
 TEMPLATE = Path(__file__).parent / "template"
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LARGEST = 512  # channels of a head; beyond it the scratch leaves the caches and the ATen form is as good
-PART = 256  # tokens that are worth a thread of their own
 
 _OPERAND = struct.Struct("@Pqqqqiiq")
 _TAIL = struct.Struct("@Pqqq10Pfii")
 POINTERS = ("final", "decay", "grad_final", "dq", "dk", "dv", "dg", "dbeta", "dstate")
-_STEP = struct.Struct("@7Pqqfi")
+STEP = struct.Struct("@7Pqqfi")
 _NOTHING = _OPERAND.pack(0, 0, 0, 0, 0, 0, 1, 0)
 
 
@@ -48,8 +48,8 @@ class Spec:
 
 @lru_cache
 def _template(part: str) -> str:
-    left_out = {"forward": "6_backward.h", "backward": "7_step.h"}[part]
-    files = sorted(path for path in TEMPLATE.glob("*.h") if path.name != left_out)
+    left_out = {"forward": ("7_backward.h",), "backward": ("6_forward.h", "8_step.h")}[part]
+    files = sorted(path for path in TEMPLATE.glob("*.h") if path.name not in left_out)
     return "\n".join(path.read_text(encoding="utf-8") for path in files)
 
 
@@ -72,45 +72,35 @@ class CpuKernels:
         c = _library(problem, "forward")
         if c is None:
             return None
-        q, v = problem.q, problem.v
-        # The kernel rounds to bfloat16 itself; float16 has denormals that are better left to ATen.
-        dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
-        o = q.new_empty(*q.shape[:3], v.size(3), dtype=dtype)
-        final = problem.new_state()
-        _call(c.forward, problem, o=o, final=final)
-        return o, final
+        parts = parts_of(problem, torch.get_num_threads())
+        if parts == 1:
+            return _forward(c, problem)
+        o, final = _forward(c, split(problem, parts, partial(_summary, c)))
+        return o, outermost(final, parts, -1)
 
     def backward(self, problem: Problem, grad_o: Tensor, grad_state: Tensor) -> Gradients | None:
-        """See gatecc.ops.linear_attention.kernels.Kernels. Sums over groups of heads are taken in float32."""
-        c = _library(problem, "backward")
-        if c is None:
+        """See gatecc.ops.linear_attention.kernels.Kernels."""
+        c, states = _library(problem, "backward"), _library(problem, "forward")
+        if c is None or states is None:
             return None
-        p, rows = problem, problem.q.shape[:3]
-
-        def room(x: Tensor | None) -> Tensor | None:
-            return None if x is None else p.q.new_zeros(*rows, x.size(3), dtype=torch.float32)
-
-        given = (p.q, p.k, p.v, p.log_decay, p.beta)
-        dq, dk, dv, dg, dbeta = grads = tuple(room(x) for x in given)
-        dstate = p.new_state()
         grad_o = grad_o if grad_o.dtype in TYPES else grad_o.float()
-        _call(
-            c.backward,
-            p,
-            grad_o=grad_o,
-            grad_final=grad_state,
-            dq=dq,
-            dk=dk,
-            dv=dv,
-            dg=dg,
-            dbeta=dbeta,
-            dstate=dstate,
-        )
-        found = (None if x is None or g is None else _ungroup(g, x.size(1)) for x, g in zip(given, grads, strict=True))
-        return (*found, dstate)  # pyright: ignore[reportReturnType]
+        parts = parts_of(problem, torch.get_num_threads())
+        if parts == 1:
+            return _backward(c, problem, grad_o, grad_state)
+        summary = partial(_summary, states)
+        fine = split(problem, parts, summary)
+        *grads, dstate = _backward(c, fine, grad_o, split_gradient(fine, grad_o, grad_state, parts, summary))
+        return (*grads, outermost(dstate, parts, 0))  # pyright: ignore[reportReturnType]
 
     def step(
-        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        beta: Tensor | None,
+        state: Tensor,
+        scale: float,
     ) -> Tensor | None:
         """See gatecc.ops.linear_attention.kernels.Kernels. Written for speed: it is about as long as the kernel."""
         shape = state.shape
@@ -134,11 +124,11 @@ class CpuKernels:
             return None
         o = torch.empty_like(v)
         pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), gates, writes, state.data_ptr(), o.data_ptr())
-        function(_STEP.pack(*pointers, B * H, width, scale, torch.get_num_threads()))
+        function(STEP.pack(*pointers, B * H, width, scale, torch.get_num_threads()))
         return o
 
 
-@lru_cache(maxsize=None)
+@cache
 def _stepper(gated: bool, delta: bool, Dk: int, Dv: int) -> Callable[[bytes], None] | None:
     if not 0 < Dk <= LARGEST or not 0 < Dv <= LARGEST:
         return None
@@ -148,6 +138,39 @@ def _stepper(gated: bool, delta: bool, Dk: int, Dv: int) -> Callable[[bytes], No
 
 def _plain(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.is_contiguous()
+
+
+def _forward(c: ctypes.CDLL, p: Problem) -> tuple[Tensor, Tensor]:
+    # The kernel rounds to bfloat16 itself; float16 has denormals that are better left to ATen.
+    dtype = torch.bfloat16 if p.q.dtype == torch.bfloat16 else torch.float32
+    o = p.q.new_empty(*p.q.shape[:3], p.v.size(3), dtype=dtype)
+    final = p.new_state()
+    _call(c.forward, p, o=o, final=final)
+    return o, final
+
+
+def _summary(c: ctypes.CDLL, p: Problem) -> tuple[Tensor, Tensor]:
+    """The final states, (S, H, Dk, E), and the products of all gates, (S, H, Dk); no output is computed."""
+    final = p.new_state()
+    decay = final.new_empty(final.shape[:3])
+    _call(c.forward, p, final=final, decay=decay)
+    return final, decay
+
+
+def _backward(c: ctypes.CDLL, p: Problem, grad_o: Tensor, grad_state: Tensor) -> Gradients:
+    """Gradients in float32; those of heads that serve a group of queries are summed."""
+    given = {"dq": p.q, "dk": p.k, "dv": p.v, "dg": p.log_decay, "dbeta": p.beta}
+    rooms = {
+        name: None if x is None else p.q.new_empty(*p.q.shape[:3], x.size(3), dtype=torch.float32)
+        for name, x in given.items()
+    }
+    dstate = p.new_state()
+    _call(c.backward, p, grad_o=grad_o, grad_final=grad_state, dstate=dstate, **rooms)
+    found = (
+        None if x is None or g is None else _ungroup(g, x.size(1))
+        for x, g in zip(given.values(), rooms.values(), strict=True)
+    )
+    return (*found, dstate)  # pyright: ignore[reportReturnType]
 
 
 def _ungroup(grad: Tensor, heads: int) -> Tensor:

@@ -18,8 +18,8 @@ class Arguments(NamedTuple):
     """The arguments of one call, checked. Sizes may be symbolic.
 
     q: (B, H, N, Dk), k: (B, Hk, N, Dk), v: (B, Hv, N, Dv), log_decay: (B or 1, Hg, N or 1, Dk or 1) and beta:
-    (B, Hb, N, 1), where each of Hk, Hv, Hg, Hb divides H. initial_state: (S, H, Dk, E), S the number of sequences (B, or
-    those of ``cu_seqlens``) and E = Dv, or Dv + 1 with the normaliser.
+    (B, Hb, N, 1), where each of Hk, Hv, Hg, Hb divides H. initial_state: (S, H, Dk, E), S the number of sequences (B,
+    or those of ``cu_seqlens``) and E = Dv, or Dv + 1 with the normaliser.
     """
 
     q: Tensor
@@ -77,31 +77,15 @@ def arguments(
         if x.dim() != 4:
             raise _misfit(f"{name} of linear attention has four axes", x.shape, "(B, H, N, D)")
     if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
-        raise _misfit("q, k and v have one dtype, a floating-point one", (q.dtype, k.dtype, v.dtype), "the same three times")
-    B, H, N, Dk = q.shape
+        raise _misfit(
+            "q, k and v have one dtype, a floating-point one", (q.dtype, k.dtype, v.dtype), "the same three times"
+        )
     if beta is not None and beta.dim() == 3:
         beta = beta.unsqueeze(-1)
-    for name, x, width in (("k", k, Dk), ("v", v, v.size(3)), ("beta", beta, 1)):
-        if x is not None:
-            _check_heads(name, x, H)
-            _check_shape(name, x, (B, x.size(1), N, width))
-    if log_decay is not None:
-        _check_heads("log_decay", log_decay, H)
-        if any(have not in (1, want) for have, want in zip(log_decay.shape, (B, -1, N, Dk), strict=True) if want != -1):
-            raise _misfit("log_decay does not fit q", log_decay.shape, f"(1 or {B}, heads, 1 or {N}, 1 or {Dk})")
-    if normalize and beta is not None:
-        raise _misfit("a delta rule has no normaliser", "beta and normalize=True", "one of the two")
-    if mask is not None:
-        _check_shape("mask", mask, (B, N))
-        if mask.dtype != torch.bool:
-            raise _misfit("mask is True at tokens and False at padding", mask.dtype, "torch.bool")
-    if cu_seqlens is not None and (B != 1 or cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point()):
-        found = (tuple(q.shape), tuple(cu_seqlens.shape), cu_seqlens.dtype)
-        raise _misfit("packed sequences lie in one row", found, "q: (1, H, N, Dk), cu_seqlens: (S + 1,) of integers")
-    scale = Dk**-0.5 if scale is None else scale
-    found = Arguments(q, k, v, log_decay, beta, initial_state, scale, reverse, normalize, cu_seqlens, mask)
-    if initial_state is not None:
-        _check_shape("initial_state", initial_state, found.state_shape)
+    factor = q.size(3) ** -0.5 if scale is None else scale
+    found = Arguments(q, k, v, log_decay, beta, initial_state, factor, reverse, normalize, cu_seqlens, mask)
+    _check_operands(found)
+    _check_options(found)
     return found
 
 
@@ -111,6 +95,36 @@ def boundaries(cu_seqlens: Tensor, tokens: int) -> list[tuple[int, int]]:
     if not edges or edges[0] != 0 or edges[-1] != tokens or edges != sorted(edges):
         raise _misfit("cu_seqlens does not divide the tokens", edges, f"ascending from 0 to {tokens}")
     return list(pairwise(edges))
+
+
+def _check_operands(a: Arguments) -> None:
+    B, H, N, Dk = a.q.shape
+    for name, x, width in (("k", a.k, Dk), ("v", a.v, a.v.size(3)), ("beta", a.beta, 1)):
+        if x is not None:
+            _check_heads(name, x, H)
+            _check_shape(name, x, (B, x.size(1), N, width))
+    if a.log_decay is None:
+        return
+    _check_heads("log_decay", a.log_decay, H)
+    rows, _, tokens, width = a.log_decay.shape
+    if rows not in (1, B) or tokens not in (1, N) or width not in (1, Dk):
+        expected = f"(1 or {B}, heads, 1 or {N}, 1 or {Dk})"
+        raise _misfit("log_decay does not fit q", a.log_decay.shape, expected)
+
+
+def _check_options(a: Arguments) -> None:
+    if a.normalize and a.beta is not None:
+        raise _misfit("a delta rule has no normaliser", "beta and normalize=True", "one of the two")
+    if a.mask is not None:
+        _check_shape("mask", a.mask, (a.q.size(0), a.q.size(2)))
+        if a.mask.dtype != torch.bool:
+            raise _misfit("mask is True at tokens and False at padding", a.mask.dtype, "torch.bool")
+    packs = a.cu_seqlens
+    if packs is not None and (a.q.size(0) != 1 or packs.dim() != 1 or packs.is_floating_point()):
+        found = (tuple(a.q.shape), tuple(packs.shape), packs.dtype)
+        raise _misfit("packed sequences lie in one row", found, "q: (1, H, N, Dk), cu_seqlens: (S + 1,) of integers")
+    if a.initial_state is not None:
+        _check_shape("initial_state", a.initial_state, a.state_shape)
 
 
 def _check_heads(name: str, x: Tensor, heads: int) -> None:

@@ -1,10 +1,10 @@
 """Linear attention in ATen, chunk by chunk: the form for devices without a kernel, and for a CPU without a compiler.
 
-Inside a chunk the recurrence is a masked attention with weights q_i · k_j e^(b_i - b_j), b the running sum of log decays
+Inside a chunk the recurrence is masked attention with weights q_i · k_j e^(b_i - b_j), b the running sum of log decays
 (Yang et al. 2024, GLA). e^(b_i) and e^(-b_j) apart would overflow; here pairs of the two halves of a chunk meet at the
-boundary between them, where both factors are at most 1, and so on inside each half, down to blocks of 8 tokens. These
-are small enough for a reference point in their middle once log decays are clamped at -16: what a gate below e^-16 would
-forget, it forgets up to 1e-7. Their own gradient is zero there.
+boundary between them, where both factors are at most 1, and so on inside each half, down to blocks of 8 tokens. They
+are small enough for a reference point in their middle once log decays are clamped at -16: a gate below e^-16 forgets
+all but 1e-7 of a state, and its own gradient is zero.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def _weights(q: Tensor, k: Tensor, b: Tensor) -> Tensor:
     qs, ks, bs = halves
     diagonal = _weights(qs, ks, bs)
     edge = bs[..., 0, -1:, :]
-    below = (qs[..., 1, :, :] * (bs[..., 1, :, :] - edge).exp()) @ (ks[..., 0, :, :] * (edge - bs[..., 0, :, :]).exp()).mT
+    below = (qs[..., 1, :, :] * (bs[..., 1, :, :] - edge).exp()) @ (
+        ks[..., 0, :, :] * (edge - bs[..., 0, :, :]).exp()
+    ).mT
     upper = torch.cat([diagonal[..., 0, :, :], torch.zeros_like(below)], -1)
     return torch.cat([upper, torch.cat([below, diagonal[..., 1, :, :]], -1)], -2)
 

@@ -28,10 +28,19 @@ class Kernels(Protocol):
         ...
 
     def step(
-        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        beta: Tensor | None,
+        state: Tensor,
+        scale: float,
     ) -> Tensor | None:
-        """One token, q: (B, H, Dk), v: (B, H, Dv), ``state`` updated in place. Declined unless every tensor has H heads,
-        the state's dtype and is contiguous."""
+        """One token, q: (B, H, Dk), v: (B, H, Dv), ``state`` updated in place.
+
+        Declined unless every tensor has H heads, the state's dtype and is contiguous.
+        """
         ...
 
 

@@ -40,15 +40,16 @@ def _backward(grad_o: Tensor, grad_state: Tensor, *tensors: Tensor | None, **opt
     problem = prepare(a)
     o = kernels.forward(problem)[0].to(a.state_dtype) if a.normalize else None
     grads = prepare_backward(a, kernels.backward(problem, finish_backward(a, o, grad_o), grad_state))
-    found = (a.q.new_empty(0) if g is None else g.contiguous() for g in grads)
-    given = [] if a.beta is None else [tensors[4]]  # beta may have come without its last axis
-    return tuple(g.reshape(given[0].shape) if i == 4 and given else g for i, g in enumerate(found))
+    # Shaped as they came: beta may have done without its last axis.
+    return tuple(
+        a.q.new_empty(0) if g is None or x is None else g.contiguous().view(x.shape)
+        for g, x in zip(grads, tensors, strict=False)
+    ) + tuple(a.q.new_empty(0) for _ in grads[len(tensors) :])
 
 
 def _fake_backward(grad_o: Tensor, grad_state: Tensor, *tensors: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
-    q = tensors[0]
-    assert q is not None
-    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in _six(tensors))
+    six = (*tensors, *[None] * (6 - len(tensors)))[:6]
+    return tuple(grad_o.new_empty(0) if x is None else x.new_empty(x.shape) for x in six)
 
 
 def _read(tensors: tuple[Tensor | None, ...], options: dict[str, Any]) -> Arguments:
@@ -58,10 +59,6 @@ def _read(tensors: tuple[Tensor | None, ...], options: dict[str, Any]) -> Argume
     assert v is not None
     log_decay, beta, state, cu_seqlens, mask = (*rest, *[None] * (5 - len(rest)))
     return arguments(q, k, v, log_decay, beta, state, cu_seqlens=cu_seqlens, mask=mask, **options)
-
-
-def _six(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    return (*tensors, *[None] * (6 - len(tensors)))[:6]
 
 
 class _Differentiable(torch.autograd.Function):
@@ -87,8 +84,8 @@ def _below_autograd(keys: Any, options: dict[str, Any], *tensors: Tensor | None)
         return operator.redispatch(keys & torch._C._after_autograd_keyset, *tensors, **options)
 
 
-# What torch.library.register_autograd does, without its search for tensors in nested arguments: that search takes longer
-# than short sequences do.
+# What torch.library.register_autograd does, without its search for tensors in nested arguments: that search takes
+# longer than short sequences do.
 def _autograd(keys: Any, *tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return _Differentiable.apply(keys, options, *tensors)
@@ -100,7 +97,6 @@ LIBRARY.impl("linear_attention_backward", _backward, "CompositeExplicitAutograd"
 torch.library.register_fake("gatecc::linear_attention", _fake, lib=LIBRARY)
 torch.library.register_fake("gatecc::linear_attention_backward", _fake_backward, lib=LIBRARY)
 LIBRARY.impl("linear_attention", _autograd, "Autograd", with_keyset=True)
-
 
 
 def linear_attention(

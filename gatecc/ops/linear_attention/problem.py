@@ -25,7 +25,7 @@ class Problem(NamedTuple):
 
     Any strides, zero included; Hk, Hv, Hg and Hb divide H: head h reads head h // (H / Hk) of k. state: (S, H, Dk, E)
     in float32 (float64), contiguous, never written to; None is zero. ``segments`` are the sequences as (row of the
-    batch, first token, length); q is to be multiplied by ``scale``, and with ``reverse`` each sequence runs from its end.
+    batch, first token, length); q is to be multiplied by ``scale``; with ``reverse`` sequences run from their ends.
     """
 
     q: Tensor
@@ -73,8 +73,8 @@ class Problem(NamedTuple):
         states: list[Tensor] = []
         for index, (_, first, length) in enumerate(self.segments):
             cut = slice(first, first + length)
-            gates = (None if x is None else x[:, :, cut] for x in (decay, beta))
-            o, state = run(q[:, :, cut], k[:, :, cut], v[:, :, cut], *gates, start[index : index + 1])
+            g, b = (None if x is None else x[:, :, cut] for x in (decay, beta))
+            o, state = run(q[:, :, cut], k[:, :, cut], v[:, :, cut], g, b, start[index : index + 1])
             outputs.append(o)
             states.append(state)
         return torch.cat(outputs, 2), torch.cat(states, 0)
@@ -99,7 +99,7 @@ def prepare(a: Arguments) -> Problem:
     v = a.v if a.mask is None else a.v.masked_fill(_padding(a.mask), 0)
     if a.normalize:
         v = torch.cat([v, v.new_ones(*v.shape[:-1], 1)], -1)
-    # The key of a padding token is zero: nothing is written or corrected there, and beta does not matter.
+    # The key of a padding token is zero: nothing is written there. v and beta are zero because 0 times NaN is NaN.
     k = a.k if a.mask is None else a.k.masked_fill(_padding(a.mask), 0)
     decay = a.log_decay
     if decay is not None and decay.shape[::2] != (B, N):
@@ -112,7 +112,8 @@ def prepare(a: Arguments) -> Problem:
         else tuple((0, first, last - first) for first, last in boundaries(a.cu_seqlens, N))
     )
     state = None if a.initial_state is None else a.initial_state.to(a.state_dtype).contiguous()
-    return Problem(a.q, k, v, decay, a.beta, state, a.scale, a.reverse, segments)
+    beta = a.beta if a.beta is None or a.mask is None else a.beta.masked_fill(_padding(a.mask), 0)
+    return Problem(a.q, k, v, decay, beta, state, a.scale, a.reverse, segments)
 
 
 def finish(a: Arguments, o: Tensor) -> Tensor:
@@ -143,7 +144,7 @@ def prepare_backward(a: Arguments, grads: Gradients) -> tuple[Tensor | None, ...
     v = v[..., :-1] if a.normalize else v
     if a.mask is not None:
         k, v = (x.masked_fill(_padding(a.mask), 0) for x in (k, v))
-        decay = None if decay is None else decay.masked_fill(_padding(a.mask), 0)
+        decay, beta = (None if x is None else x.masked_fill(_padding(a.mask), 0) for x in (decay, beta))
     if a.log_decay is not None and decay is not None:
         decay = decay.sum_to_size(a.log_decay.shape)
     given = (a.q, a.k, a.v, a.log_decay, a.beta, a.initial_state)
@@ -167,8 +168,8 @@ def _directed(body: Body, reverse: bool) -> Body:
     def turned(
         q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor
     ) -> tuple[Tensor, Tensor]:
-        gates = (None if x is None else x.flip(2) for x in (log_decay, beta))
-        o, state = body(q.flip(2), k.flip(2), v.flip(2), *gates, state)
+        g, b = (None if x is None else x.flip(2) for x in (log_decay, beta))
+        o, state = body(q.flip(2), k.flip(2), v.flip(2), g, b, state)
         return o.flip(2), state
 
     return turned

@@ -49,10 +49,10 @@ def _step(
     *,
     scale: float | None = None,
 ) -> Tensor:
-    scale = state.size(2) ** -0.5 if scale is None else scale
+    factor = state.size(2) ** -0.5 if scale is None else scale
     device = kernels.KERNELS.get(state.device.type)
-    o = device.step(q, k, v, log_decay, beta, state, scale) if device else None
-    return _step_of_any(q, k, v, log_decay, beta, state, scale) if o is None else o
+    o = device.step(q, k, v, log_decay, beta, state, factor) if device else None
+    return _step_of_any(q, k, v, log_decay, beta, state, factor) if o is None else o
 
 
 def _step_of_any(

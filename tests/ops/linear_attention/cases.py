@@ -60,5 +60,6 @@ def relative(found: Tensor, truth: Tensor) -> float:
     """Largest error relative to the largest value. NaN counts as infinite."""
     if not truth.numel():
         return 0.0 if found.shape == truth.shape else float("inf")
-    error = (found.double() - truth).abs().max() / truth.abs().max().clamp_min(1e-300)
+    found, truth = found.detach().double(), truth.detach()
+    error = (found - truth).abs().max() / truth.abs().max().clamp_min(1e-300)
     return float(error.nan_to_num(nan=float("inf")))

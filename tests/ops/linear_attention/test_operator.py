@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -32,8 +33,8 @@ def test_the_definition(rule: str) -> None:
     for b in range(2):
         for h in range(4):
             head = (given["q"][b, h], given["k"][b, h // 2], given["v"][b, 0])
-            gates = (given[name][b, h] if name in given else None for name in ("log_decay", "beta"))
-            want_o, want_state = by_hand(*head, *gates)
+            g, strength = (given[name][b, h] if name in given else None for name in ("log_decay", "beta"))
+            want_o, want_state = by_hand(*head, g, strength)
             torch.testing.assert_close(o[b, h], want_o)
             torch.testing.assert_close(state[b, h], want_state)
 
@@ -53,7 +54,8 @@ def test_gradcheck_of_every_input(rule: str, reverse: bool) -> None:
     names = tuple(given)
 
     def call(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return linear_attention(**dict(zip(names, tensors, strict=True)), reverse=reverse)
+        inputs: dict[str, Any] = dict(zip(names, tensors, strict=True))
+        return linear_attention(**inputs, reverse=reverse)
 
     assert torch.autograd.gradcheck(call, tuple(given.values()))
 
@@ -62,7 +64,11 @@ def test_gradcheck_of_the_normaliser_and_padding() -> None:
     q, k = (torch.rand(2, 2, 4, 3, dtype=torch.double, requires_grad=True) for _ in range(2))
     v, g = (torch.randn(2, 1, 4, 3, dtype=torch.double, requires_grad=True) for _ in range(2))
     mask = torch.tensor([[False, True, True, True], [True, True, False, False]])
-    assert torch.autograd.gradcheck(lambda *x: linear_attention(*x, normalize=True, mask=mask), (q, k, v, g))
+
+    def call(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        return linear_attention(q, k, v, g, normalize=True, mask=mask)
+
+    assert torch.autograd.gradcheck(call, (q, k, v, g))
 
 
 def test_normalised_weights_sum_to_one() -> None:
@@ -83,10 +89,10 @@ def test_nothing_is_divided_by_zero() -> None:
 def test_padding_is_as_if_it_were_not_there(rule: str, reverse: bool) -> None:
     given = double(operands(rule, N=7))
     o, state = linear_attention(**given, reverse=reverse)
-    wide = {name: torch.cat([torch.full_like(x[:, :, :2], float("nan")), x], 2) for name, x in given.items()}
+    wide: dict[str, Any] = {
+        name: torch.cat([torch.full_like(x[:, :, :2], float("nan")), x], 2) for name, x in given.items()
+    }
     wide["q"] = wide["q"].nan_to_num()
-    if "beta" in wide:
-        wide["beta"] = wide["beta"].nan_to_num()
     mask = torch.arange(9)[None] >= 2
     padded_o, padded_state = linear_attention(**wide, mask=mask, reverse=reverse)
     torch.testing.assert_close(padded_o[:, :, 2:], o)
@@ -102,8 +108,8 @@ def test_packed_sequences_are_separate(rule: str, reverse: bool) -> None:
     options: dict[str, Any] = {"reverse": reverse}
     edges = [0, 4, 4, 9]
     o, state = linear_attention(**given, initial_state=starts, cu_seqlens=torch.tensor(edges), **options)
-    for i, (first, last) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
-        part = {name: x[:, :, first:last] for name, x in given.items()}
+    for i, (first, last) in enumerate(pairwise(edges)):
+        part: dict[str, Any] = {name: x[:, :, first:last] for name, x in given.items()}
         want_o, want_state = linear_attention(**part, initial_state=starts[i : i + 1], **options)
         torch.testing.assert_close(o[:, :, first:last], want_o)
         torch.testing.assert_close(state[i : i + 1], want_state)

@@ -5,7 +5,7 @@ enum { FLOAT32, BFLOAT16, FLOAT16 };
 #define PITCH (DVP + LANES)  // of a state's rows: stores that are 4096 bytes before a load would hold it up
 #define ROWS 2  // of a state that are worked on together
 #define M 4    // tokens of a micro-chunk: the state is read and written once for so many
-#define T 16   // tokens that are converted to float at a time; a multiple of M
+#define T 8    // tokens that are converted to float at a time; a multiple of M
 
 struct operand {  // x[b, head / group, token, channel]; strides in elements
     char *data;

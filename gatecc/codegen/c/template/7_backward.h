@@ -38,8 +38,8 @@ APART void read_gradient(const float *D, const struct chunk *c, float (*du)[DVP]
         }
 }
 
-// The transposed state after a chunk that wrote u.
-APART void write_values(float *S, const struct chunk *c, const float (*u)[DVP]) {
+// The transposed state ``to`` after a chunk that wrote u, from that before it.
+APART void write_values(float *restrict to, const float *restrict S, const struct chunk *c, const float (*u)[DVP]) {
     for (int d = 0; d < DKP; d += LANES) {
         const vf all = load(c->all + d);
         vf k[M];
@@ -48,7 +48,7 @@ APART void write_values(float *S, const struct chunk *c, const float (*u)[DVP]) 
             vf s = load(S + n * DKW + d);
             if (GATED) s *= all;
             UNROLL for (int j = 0; j < M; j++) s += k[j] * broadcast(u[j][n]);
-            store(S + n * DKW + d, s);
+            store(to + n * DKW + d, s);
         }
     }
 }
@@ -201,13 +201,19 @@ APART void read_span(const struct problem *p, const struct sequence *s, struct b
     for (int i = count; i % M; i++) memset(w->grad[i], 0, sizeof w->grad[i]);
 }
 
+static void *scratch(size_t bytes) {
+    void *memory = NULL;
+    if (posix_memalign(&memory, 64, bytes)) abort();  // as malloc, only where the machine is out of memory
+    return memory;
+}
+
 static void backward_job(const void *context, int64_t job) {
     const struct problem *p = context;
     const struct sequence s = sequence_of(p, job);
     const int64_t size = (int64_t)DK * DV, spans = (s.length + SPAN - 1) / SPAN;
     struct backward_scratch *w = scratch(sizeof *w);
     float *kept = scratch(sizeof(float) * DKP * PITCH * (size_t)(spans + 1));
-    memset(w, 0, sizeof *w);
+    memset(w->D, 0, sizeof w->D);
     w->chunk_scale = p->scale;
     read_state(w->S, p->state ? p->state + job * size : NULL);
     for (int64_t n = 0; n < spans; n++) {
@@ -217,7 +223,7 @@ static void backward_job(const void *context, int64_t job) {
         read_tokens(p, &s, n * SPAN, count, NULL, w->k, w->a, w->v, w->beta);
         for (int i = 0; i < count; i += M) {
             prepare(&w->chunk, NULL, w->k + i, w->a + i);
-            advance(w->S, &w->chunk, w->v + i, NULL, w->beta + i);
+            advance_state(w->S, &w->chunk, w->v + i, w->beta + i);
         }
     }
     for (int r = 0; p->grad_final && r < DK; r++)
@@ -230,12 +236,11 @@ static void backward_job(const void *context, int64_t job) {
         transpose(w->before[0], w->S);
         for (int m = 0; m < chunks; m++) {
             prepare(&w->chunk, w->q + m * M, w->k + m * M, w->a + m * M);
-            if (DELTA) advance(w->S, &w->chunk, w->v + m * M, NULL, w->beta + m * M);
+            if (DELTA) advance_state(w->S, &w->chunk, w->v + m * M, w->beta + m * M);
             for (int i = m * M; i < m * M + M; i++)
-                for (int d = 0; d < DVP; d++) w->u[i][d] = w->v[i][d] * (DELTA ? w->beta[i] : 1);
+                for (int d = 0; d < DVP; d += LANES) store(w->u[i] + d, load(w->v[i] + d) * (DELTA ? w->beta[i] : 1));
             if (m + 1 == chunks) break;
-            memcpy(w->before[m + 1], w->before[m], sizeof w->before[m]);
-            write_values(w->before[m + 1], &w->chunk, w->u + m * M);
+            write_values(w->before[m + 1], w->before[m], &w->chunk, w->u + m * M);
         }
         for (int m = chunks - 1; m >= 0; m--) {
             prepare(&w->chunk, w->q + m * M, w->k + m * M, w->a + m * M);

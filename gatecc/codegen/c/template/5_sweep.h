@@ -47,51 +47,9 @@ INLINE void sweep(float *S, const struct chunk *c, float *v, float *o, const flo
         store(o + i * DVP + n * LANES, y[i][n]);
 }
 
-// One micro-chunk: S, and o unless it is NULL; v becomes what the delta rules correct it to, before beta.
-APART void advance(float *S, const struct chunk *c, float (*v)[DVP], float (*o)[DVP], const float *beta) {
+// One micro-chunk of states alone; v becomes what the delta rules correct it to, before beta.
+APART void advance_state(float *S, const struct chunk *c, float (*v)[DVP], const float *beta) {
     int n = 0;
-    if (o) {
-        for (; LANES == 16 && n + 2 * LANES <= DVP; n += 2 * LANES) sweep(S + n, c, v[0] + n, o[0] + n, beta, 2);
-        for (; n < DVP; n += LANES) sweep(S + n, c, v[0] + n, o[0] + n, beta, 1);
-    } else {
-        for (; LANES == 16 && n + 2 * LANES <= DVP; n += 2 * LANES) sweep(S + n, c, v[0] + n, NULL, beta, 2);
-        for (; n < DVP; n += LANES) sweep(S + n, c, v[0] + n, NULL, beta, 1);
-    }
+    for (; LANES == 16 && n + 2 * LANES <= DVP; n += 2 * LANES) sweep(S + n, c, v[0] + n, NULL, beta, 2);
+    for (; n < DVP; n += LANES) sweep(S + n, c, v[0] + n, NULL, beta, 1);
 }
-
-struct forward_scratch {
-    float S[DKP * PITCH], q[T][DKP], k[T][DKP], a[T][DKP], v[T][DVP], o[T][DVP], beta[T], decay[DKP];
-    struct chunk chunk;
-};
-
-static void *scratch(size_t bytes) {
-    void *memory = NULL;
-    if (posix_memalign(&memory, 64, bytes)) abort();  // as malloc, only where the machine is out of memory
-    return memory;
-}
-
-static void forward_job(const void *context, int64_t job) {
-    const struct problem *p = context;
-    const struct sequence s = sequence_of(p, job);
-    struct forward_scratch *w = scratch(sizeof *w);
-    const int64_t size = (int64_t)DK * DV;
-    read_state(w->S, p->state ? p->state + job * size : NULL);
-    for (int d = 0; d < DKP; d++) w->decay[d] = 1;
-    const int reads = p->o.data != NULL;
-    for (int64_t t = 0; t < s.length; t += T) {
-        const int count = s.length - t < T ? (int)(s.length - t) : T;
-        read_tokens(p, &s, t, count, reads ? w->q : NULL, w->k, w->a, w->v, w->beta);
-        for (int i = 0; i < count; i += M) {
-            fetch_tokens(p, &s, t + T + i);
-            prepare(&w->chunk, reads ? w->q + i : NULL, w->k + i, w->a + i);
-            advance(w->S, &w->chunk, w->v + i, reads ? w->o + i : NULL, w->beta + i);
-            for (int d = 0; p->decay && d < DKP; d++) w->decay[d] *= w->chunk.all[d];
-        }
-        for (int i = 0; reads && i < count; i++) write_row(&p->o, &s, token_of(p, &s, t + i), w->o[i]);
-    }
-    if (p->final) write_state(p->final + job * size, w->S);
-    if (p->decay) memcpy(p->decay + job * DK, w->decay, 4 * DK);
-    free(w);
-}
-
-void forward(const struct problem *p) { parallel(forward_job, p, p->count * p->heads, p->threads); }
