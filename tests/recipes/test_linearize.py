@@ -56,7 +56,7 @@ def _gla(m: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _retention(m: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    decay = torch.tensor([1 - 2.0 ** (-5 - h) for h in range(HEADS)]).view(1, -1, 1, 1).expand(2, -1, x.size(1), 1)
+    decay = torch.tensor([1 - 2.0 ** (-5 - h) for h in range(HEADS)]).view(1, -1, 1, 1).expand(x.size(0), -1, x.size(1), 1)
     return _rms(_recurrence(q * HEAD**-0.5, k, v, decay), m.norm.weight)
 
 

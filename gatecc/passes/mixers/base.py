@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from gatecc.ir.gates.option import Option
 
@@ -30,7 +31,8 @@ class Mixer(Option, slot="mixer"):
     """Base of mixers. ``reads`` names the stages of the site that its module takes, in this order.
 
     The module maps q, k, v as (B, H, N, D), the latter two with their own number of heads, and hidden as (B, N, C), to
-    heads (B, H, N, D) or out (B, N, C), as ``stage`` says. ``mask=`` is (B, N), False at padding, or None.
+    heads (B, H, N, D) or out (B, N, C), as ``stage`` says. Where there is padding, a further argument follows: (B, N),
+    False at padding.
     """
 
     stage: ClassVar[Literal["heads", "out"]] = "heads"
@@ -42,6 +44,11 @@ class Mixer(Option, slot="mixer"):
     def reads(self) -> tuple[str, ...]:
         """The stages of the site that the module takes."""
         return ("q", "k", "v")
+
+    def named(self, values: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The arguments of the module by their stage, and the padding mask if there is one."""
+        count = len(self.reads)
+        return dict(zip(self.reads, values[:count], strict=True)), values[count] if len(values) > count else None
 
     def module(self, place: Place) -> nn.Module:
         """The module, with fresh parameters."""

@@ -52,9 +52,9 @@ class LigerMixer(nn.Module):
         self.feature_k = spec.feature.module(place.kv_heads, place.key)
         self.decay = spec.decay.module(place)
 
-    def forward(self, *values: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Stages in the order of ``reads`` -> heads (B, H, N, Dv)."""
-        at = dict(zip(self.spec.reads, values, strict=True))
+    def forward(self, *values: Tensor) -> Tensor:
+        """Stages in the order of ``reads``, and a padding mask if there is one -> heads (B, H, N, Dv)."""
+        at, mask = self.spec.named(values)
         q, k, v = at["q"], at["k"], at["v"]
         decay = self.decay(*(at[name] for name in self.spec.decay.reads))
         features = self.feature_q(at["q_raw"]), self.feature_k(at["k_raw"])

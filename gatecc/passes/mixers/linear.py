@@ -77,9 +77,9 @@ class LinearMixer(nn.Module):
         if not place.causal and spec.conv:
             raise ArgumentError("a causal convolution before bidirectional attention", found=f"conv={spec.conv}")
 
-    def forward(self, *values: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Stages in the order of ``reads`` -> heads (B, H, N, Dv)."""
-        at = dict(zip(self.spec.reads, values, strict=True))
+    def forward(self, *values: Tensor) -> Tensor:
+        """Stages in the order of ``reads``, and a padding mask if there is one -> heads (B, H, N, Dv)."""
+        at, mask = self.spec.named(values)
         q, k, v = (at[name] for name in self.spec.operands)
         if mask is not None and self.convs:
             keep = mask[:, None, :, None]
