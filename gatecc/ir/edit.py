@@ -155,6 +155,22 @@ class Editor:
         some = any(user not in self.inserted and user is not new for user in old.users)
         self.steps.append(Replace(old, new, some))
 
+    def discard(self, node: fx.Node) -> None:
+        """Erase a value that nobody reads any more with all that only it needed, random operators included.
+
+        Dead code elimination keeps random operators, for they move the generator on; a rewrite that replaces attention
+        means to be rid of them. The values of the site stay, for later rewrites.
+        """
+        kept = {v.node for v in self.site.values.values()} - {node}
+        stack = [node]
+        while stack:
+            dead = stack.pop()
+            if dead.op != "call_function" or dead.users or dead in kept or _writes(dead):
+                continue
+            inputs = dead.all_input_nodes
+            self.program.graph.erase_node(dead)
+            stack.extend(inputs)
+
     def widen(self, linear: fx.Node, rows: Rows, weight: Callable[[], Any], bias: Callable[[], Any]) -> None:
         """Let ``linear`` yield new features beside its own, laid out as ``rows``; its parameters grow at installation.
 
@@ -274,6 +290,11 @@ def _tensor_names(module: nn.Module) -> list[str]:
 
 def _tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether an operator changes one of its inputs."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _trace(function: Callable[..., torch.Tensor], arguments: Sequence[Any]) -> fx.Graph:

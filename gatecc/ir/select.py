@@ -211,7 +211,7 @@ def _format_part(part: str | int) -> str:
 
 def _split(text: str | None) -> dict[str, Any]:
     """``where`` and ``besides`` of the text between the brackets."""
-    where, found, besides = (text or "...").partition(_EXCEPT)
+    where, found, besides = ("..." if text is None else text).partition(_EXCEPT)
     return {"where": _parse(where), "besides": _parse(besides) if found else None}
 
 

@@ -25,13 +25,14 @@ class Mix(Rewrite):
 
     What a query may see is proved from the mask: a causal site gets a causal mixer, a bidirectional one a mixer in both
     directions, and a site whose mask is not proved is refused. Keys that a padding mask hides stay hidden. A sliding
-    window, a bias on the scores, soft caps and sinks belong to softmax and go with it; a mixer with a softmax part keeps
-    to the smaller of both windows. Leave layers as they are with ``Attention[...].but(...)``, for a hybrid. ``label``
-    names the module with new parameters on the owner. In general no identity: heal the model afterwards
-    (gatecc.train.heal). A KV cache is no state of a mixer, so a call with one is refused: see gatecc.decoder.
+    window, a bias on the scores, soft caps and sinks belong to softmax and go with it; a mixer with a softmax part
+    keeps to the smaller of both windows. Leave layers as they are with ``Attention[...].but(...)``, for a hybrid.
+    ``label`` names the module with new parameters on the owner. In general no identity: heal the model afterwards. A KV
+    cache is no state of a mixer, so a call with one is refused.
     """
 
     name = "mix"
+    loses_buffers = True
 
     mixer: Mixer
     label: str = "mixer"
@@ -52,6 +53,7 @@ class Mix(Rewrite):
         mixed = edit.call(path, *values, mask) if mask is not None else edit.call(path, *values)
         target = stage(site, self.mixer.stage)
         edit.replace(target.node, _back(mixed, target, found, self.mixer, edit))
+        edit.discard(target.node)
         edit.whole_sequence = True
 
     def _module(self, place: Place, edit: Editor) -> nn.Module:
@@ -177,4 +179,4 @@ def last_row(mask: Tensor, rank: int) -> Tensor:
     return row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
 
 
-__all__ = ["Mix", "last_row", "laid_out", "put_back"]
+__all__ = ["Mix", "laid_out", "last_row", "put_back"]

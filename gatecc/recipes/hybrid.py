@@ -15,9 +15,7 @@ from gatecc.recipes.registry import recipe
     system=45,
     citation="Liger: Linearizing Large Language Models to Gated Recurrent Structures (2025)",
 )
-def liger(
-    sites: str = "attention[...]", keep: str = "", window: int = 64, share: float = 0.5
-) -> tuple[Rewrite, ...]:
+def liger(sites: str = "attention[...]", keep: str = "", window: int = 64, share: float = 0.5) -> tuple[Rewrite, ...]:
     """Half gated linear attention, half softmax over a window, both from the pretrained weights: no new parameters.
 
     The linear half reads queries and keys before their rotary embedding, through a softmax over the channels of a head;
@@ -46,9 +44,7 @@ def lolcats(sites: str = "attention[...]", keep: str = "", window: int = 64) -> 
     system=146,
     citation="Hopfield Networks is All You Need (2021)",
 )
-def hopfield(
-    sites: str = "attention[...]", keep: str = "", steps: int = 3, beta: float = 0.0
-) -> tuple[Rewrite, ...]:
+def hopfield(sites: str = "attention[...]", keep: str = "", steps: int = 3, beta: float = 0.0) -> tuple[Rewrite, ...]:
     """Attention whose queries move towards the keys before they read: xi <- softmax(beta xi K^T) K, several times.
 
     One step with ``beta=0`` (the model's own scale) is the attention itself. The number of steps is fixed.

@@ -47,8 +47,8 @@ def gla(
 
     a = exp(logsigmoid(W2 W1 x + b) / ``normalizer``) with W1 of rank ``rank``; each head of the output is normalised
     (``norm``) and multiplied by swish(W x) (``gate``). The projections of the softmax attention stay and heal faster
-    with ``feature="softmax"``, with ``rope``, with a ``bias`` that forgets less at first, with ``conv`` taps over q, k and v,
-    and without the gate; ``keep="3::4"`` leaves every fourth attention as it is.
+    with ``feature="softmax"``, with ``rope``, with a ``bias`` that forgets less at first, with ``conv`` taps over q, k
+    and v, and without the gate; ``keep="3::4"`` leaves every fourth attention as it is.
     """
     where = chosen(sites, keep)
     mixer = Linear(
@@ -100,8 +100,8 @@ def gated_delta_net(
 @recipe(
     "scalar-decay",
     system=19,
-    citation="Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space Duality "
-    "(2024), its decay",
+    citation="Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space "
+    "Duality (2024), its decay",
 )
 def scalar_decay(
     sites: str = "attention[...]", keep: str = "", conv: int = 0, gate: bool = True, start: str = "published"

@@ -157,7 +157,8 @@ def apply(
             raise GraphError(f"the rewrite raised {type(e).__name__}", where=place, found=found) from e
         editors.append(edit)
         work.note(edit)
-    verify(program, before, Suspect(str(rewrite), sites, {node for edit in editors for node in edit.inserted}))
+    inserted = {node for edit in editors for node in edit.inserted}
+    verify(program, before, Suspect(str(rewrite), sites, inserted, rewrite.loses_buffers))
     return editors
 
 

@@ -9,11 +9,17 @@ import torch
 from torch import Tensor
 
 import gatecc
-from tests.recipes.checks import agree, causal, new_parameters, randomise, reverted
+from tests.recipes.checks import causal, new_parameters, randomise, reverted
 from tests.recipes.tiny import HEAD, HEADS, reference, tiny
 
 X = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(9))
 SHAPE: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+
+
+def gap(model: torch.nn.Module, other: torch.nn.Module, x: Tensor) -> float:
+    """The largest difference; no promise of an identity."""
+    with torch.no_grad():
+        return float((model(x) - other(x)).abs().max())
 
 
 def _heads(x: Tensor, projection: Any) -> Tensor:
@@ -53,8 +59,8 @@ def test_liger_is_half_gla_half_window_without_new_parameters() -> None:
         far = _gla_by_pairs(q.softmax(-1), k.softmax(-1), v, torch.sigmoid(k) ** (1 / 16))
         return 0.5 * far + 0.5 * _windowed(q, k, v, 3)
 
-    assert agree(model, reference(plain, at), X) <= 1e-5
-    assert agree(model, reference(plain, at), X[:1, :5]) <= 1e-5
+    assert gap(model, reference(plain, at), X) <= 1e-5
+    assert gap(model, reference(plain, at), X[:1, :5]) <= 1e-5
     assert causal(model, X, 4)
     reverted(model, plain, (X,))
 
@@ -87,7 +93,7 @@ def test_lolcats_shares_one_denominator() -> None:
         weights = near + far
         return weights @ v / weights.sum(-1, keepdim=True)
 
-    assert agree(model, reference(plain, at), X) <= 1e-5
+    assert gap(model, reference(plain, at), X) <= 1e-5
     assert causal(model, X, 5)
     reverted(model, plain, (X,))
 
@@ -96,7 +102,7 @@ def test_lolcats_shares_one_denominator() -> None:
 def test_hopfield_updates_its_queries(is_causal: bool) -> None:
     plain = tiny(causal=is_causal)
     once = gatecc.transform(plain, gatecc.recipe("hopfield", steps=1), (X,))
-    assert agree(once, plain, X) <= 1e-6, "one step at the model's own scale is attention"
+    assert gap(once, plain, X) <= 1e-6, "one step at the model's own scale is attention"
     model: Any = gatecc.transform(plain, gatecc.recipe("hopfield", steps=3, beta=0.7), (X,))
 
     def at(place: str, layer: int, value: Tensor, **seen: Tensor) -> Tensor:
@@ -113,7 +119,7 @@ def test_hopfield_updates_its_queries(is_causal: bool) -> None:
             q = weights(q) @ k
         return weights(q) @ v
 
-    assert agree(model, reference(plain, at), X) <= 1e-5
+    assert gap(model, reference(plain, at), X) <= 1e-5
     assert causal(model, X, 4) is is_causal
 
 
@@ -122,7 +128,7 @@ def test_liger_reads_keys_before_their_rotary_embedding_and_leaves_padding_out()
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(**SHAPE, num_attention_heads=4, num_key_value_heads=2, attn_implementation="sdpa")
+    config = LlamaConfig(**SHAPE, num_attention_heads=4, num_key_value_heads=2)
     llama = LlamaForCausalLM(config).eval()
     ids = torch.randint(1, 32, (2, 8))
     pads = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8])

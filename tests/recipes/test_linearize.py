@@ -12,10 +12,16 @@ from torch import Tensor
 
 import gatecc
 from gatecc.errors import CallNotCapturedError, SiteRefusedError
-from tests.recipes.checks import agree, causal, gradients, new_parameters, randomise, reverted, zoo
+from tests.recipes.checks import case, causal, gradients, new_parameters, randomise, reverted
 from tests.recipes.tiny import HEAD, HEADS, KV_HEADS, reference, tiny
 
 X = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(9))
+
+
+def gap(model: torch.nn.Module, other: torch.nn.Module, x: Tensor) -> float:
+    """The largest difference; no promise of an identity."""
+    with torch.no_grad():
+        return float((model(x) - other(x)).abs().max())
 
 
 def _heads(x: Tensor, projection: Any) -> Tensor:
@@ -56,7 +62,9 @@ def _gla(m: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _retention(m: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    decay = torch.tensor([1 - 2.0 ** (-5 - h) for h in range(HEADS)]).view(1, -1, 1, 1).expand(x.size(0), -1, x.size(1), 1)
+    decay = (
+        torch.tensor([1 - 2.0 ** (-5 - h) for h in range(HEADS)]).view(1, -1, 1, 1).expand(x.size(0), -1, x.size(1), 1)
+    )
     return _rms(_recurrence(q * HEAD**-0.5, k, v, decay), m.norm.weight)
 
 
@@ -98,8 +106,8 @@ def test_it_is_the_recurrence(name: str) -> None:
         heads = hand(attn.mixer, x, *(_heads(x, p) for p in (attn.q_proj, attn.k_proj, attn.v_proj)))
         return heads * F.silu(x @ attn.gate.weight.T).unflatten(-1, (HEADS, HEAD)).transpose(1, 2)
 
-    assert agree(model, reference(plain, at), X) <= 1e-5
-    assert agree(model, reference(plain, at), X[:1, :4]) <= 1e-5
+    assert gap(model, reference(plain, at), X) <= 1e-5
+    assert gap(model, reference(plain, at), X[:1, :4]) <= 1e-5
     assert causal(model, X, 3)
     gradients(model, new, model(X))
     reverted(model, plain, (X,))
@@ -109,7 +117,7 @@ def test_convolutions_start_as_the_identity_and_act() -> None:
     plain = tiny(causal=True)
     without, model = (gatecc.transform(plain, gatecc.recipe("gla", conv=c), (X,)) for c in (0, 3))
     model.load_state_dict(without.state_dict(), strict=False)
-    assert agree(model, without, X) <= 1e-6
+    assert gap(model, without, X) <= 1e-6
     randomise(p for name, p in new_parameters(model, plain).items() if "convs" in name)
 
     def at(place: str, layer: int, value: Tensor, **seen: Tensor) -> Tensor:
@@ -122,7 +130,7 @@ def test_convolutions_start_as_the_identity_and_act() -> None:
     # the reference convolves in Python before the same mixer without convolutions
     hand = gatecc.transform(reference(plain, at), gatecc.recipe("gla", rope=True), (X,))
     hand.load_state_dict(without.state_dict())
-    assert agree(model, hand, X) <= 1e-5
+    assert gap(model, hand, X) <= 1e-5
     assert causal(model, X, 3)
 
 
@@ -165,7 +173,7 @@ def test_lina_divides_and_knows_its_places() -> None:
         weights = q @ k.mT
         return weights @ seen["v"] / weights.sum(-1, keepdim=True)
 
-    assert agree(model, reference(plain, at), X) <= 1e-5
+    assert gap(model, reference(plain, at), X) <= 1e-5
     with torch.no_grad():
         assert not torch.allclose(torch.cat([model(X)[:, 3:], model(X)[:, :3]], 1), model(turned), atol=1e-3)
     with pytest.raises(SiteRefusedError, match="number of tokens"):
@@ -209,4 +217,8 @@ def test_a_mask_that_is_not_proved_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["hf/llama-eager", "hf/gpt2-sdpa"])
 def test_real_models(name: str) -> None:
-    zoo(name, "gla", tolerance=float("inf"), gate=False)
+    known = case(name)
+    model = gatecc.transform(known.model, gatecc.recipe("gla", gate=False), known.inputs)
+    new = new_parameters(model, known.model)
+    gradients(model, new, model(*known.args, **known.kwargs))
+    reverted(model, known.model, known.args, known.kwargs)

@@ -20,7 +20,7 @@ from gatecc.passes.mixers.features import FeatureMap, Plain
 class Linear(Mixer, tag="linear"):
     """o_t = scale S_t^T phi(q_t), S_t = diag(e^g_t) S_{t-1} + phi(k_t) v_t^T, and its relatives.
 
-    ``feature`` is phi, ``decay`` g. ``rule="delta"`` writes beta (v - S^T k) with beta = sigmoid(W hidden) in place of v.
+    ``feature`` is phi, ``decay`` g. ``rule="delta"`` writes beta (v - S^T k) with beta = sigmoid(W hidden), not v.
     ``rope`` keeps the rotary embedding of q and k. ``scale`` is Dk^-0.5 where it is 0. ``normalize`` divides by
     phi(q) · sum phi(k). ``norm="rms"`` normalises each head of the output, its weight starting at ``norm_weight``.
     ``conv`` taps of a causal depthwise convolution run over q, k and v first, the identity at init.
