@@ -189,12 +189,21 @@ def _analyse(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         _check_runs(model, args, kwargs)
         analysis.rungs.append(RungRow("", "python", whole.found))
         _descend(model, args, kwargs, whole, analysis)
+        analysis.refusals.extend(_unseen(row) for row in analysis.rungs if row.rung == "python")
         analysis.passes.append(PassRow("capture", (time.process_time() - clock) * 1e3))
         return analysis
     analysis.passes.append(PassRow("capture", (time.process_time() - clock) * 1e3, 0, len(program.graph.nodes)))
     analysis.rungs.append(RungRow("", "whole"))
     add_program(analysis, program)
     return analysis
+
+
+def _unseen(row: RungRow) -> Refusal:
+    """The refusal of a module whose own code stays in Python: what it does besides its captured children is not
+    seen."""
+    reason = f"the module's own code could not be captured: {row.reason}"
+    remedy = "write it without decisions that depend on data (torch.where, torch.cond), or select sites elsewhere"
+    return Refusal(CaptureError.code, "module", row.fqn, "", reason, remedy)
 
 
 def add_program(analysis: Analysis, program: Program) -> None:

@@ -38,6 +38,8 @@ def gla(
     rank: int = 16,
     normalizer: float = 16.0,
     bias: float = 0.0,
+    longest: float = 0.0,
+    normalize: bool = False,
     norm: bool = True,
     norm_weight: float = 1.0,
     gate: bool = True,
@@ -46,15 +48,17 @@ def gla(
     """Gated linear attention: S <- diag(a) S + k v^T with a decay a key channel that is read from the input.
 
     a = exp(logsigmoid(W2 W1 x + b) / ``normalizer``) with W1 of rank ``rank``; each head of the output is normalised
-    (``norm``) and multiplied by swish(W x) (``gate``). The projections of the softmax attention stay and heal faster
-    with ``feature="softmax"``, with ``rope``, with a ``bias`` that forgets less at first, with ``conv`` taps over q, k
-    and v, and without the gate; ``keep="3::4"`` leaves every fourth attention as it is.
+    (``norm``) and multiplied by swish(W x) (``gate``): the published layer, for training from scratch. A converted model
+    heals faster from ``feature="hedgehog(temperature=1.0)", rope=True, normalize=True, norm=False, gate=False, conv=4,
+    longest=256``: an average of values at first, with memories of 2 to 256 tokens. ``keep="3::4"`` leaves every fourth
+    attention as it is.
     """
     where = chosen(sites, keep)
     mixer = Linear(
         FeatureMap.parse(feature),
-        LowRank(rank, normalizer, bias),
+        LowRank(rank, normalizer, bias, longest=longest),
         rope=rope,
+        normalize=normalize,
         norm="rms" if norm else "none",
         norm_weight=norm_weight,
         conv=conv,

@@ -222,3 +222,17 @@ def test_real_models(name: str) -> None:
     new = new_parameters(model, known.model)
     gradients(model, new, model(*known.args, **known.kwargs))
     reverted(model, known.model, known.args, known.kwargs)
+
+
+def test_memories_of_many_lengths() -> None:
+    """With ``longest`` the decays of a head's channels spread from 2 to that many tokens until one half is left."""
+    plain = tiny(layers=1, causal=True)
+    options: dict[str, Any] = {"feature": "hedgehog", "rope": True, "normalize": True, "norm": False, "gate": False}
+    model: Any = gatecc.transform(plain, gatecc.recipe("gla", longest=256.0, **options), (X,))
+    with torch.no_grad():
+        decay = model.blocks[0].attn.mixer.decays[0](X)
+    halves = 0.5 ** (1 / torch.tensor([2.0, 2 * 128 ** (1 / 3), 2 * 128 ** (2 / 3), 256.0]))
+    assert torch.allclose(decay.exp(), halves.expand_as(decay), atol=1e-5)
+    one = torch.full_like(X, 0.3)  # equal values: an average of them is each of them
+    with torch.no_grad():
+        assert torch.allclose(model(one)[:, :1], model(one)[:, -1:], atol=1e-4)

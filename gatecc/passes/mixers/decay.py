@@ -38,11 +38,30 @@ class NoDecay(Decay, tag="none"):
 
 @dataclass(frozen=True)
 class LowRank(Decay, tag="lowrank"):
-    """logsigmoid(W2 W1 hidden + b) / normalizer, a key channel (GLA, Yang et al. 2024). ``bias`` is where b starts."""
+    """logsigmoid(W2 W1 hidden + b) / normalizer, a key channel (GLA, Yang et al. 2024). ``bias`` is where b starts.
+
+    With ``longest`` W2 starts at 0, and b so that the state of each channel halves within a number of tokens that grows
+    by a constant factor over the channels of a head, from ``shortest`` to ``longest``: a spread of memories is a better
+    start for a converted model than one for all.
+    """
 
     rank: int = 16
     normalizer: float = 16.0
     bias: float = 0.0
+    shortest: float = 2.0
+    longest: float = 0.0
+
+    def check(self) -> None:
+        self.require(self.rank > 0, "rank", "a positive number")
+        self.require(not self.longest or self.longest >= self.shortest > 0, "longest", "at least shortest, or 0")
+
+    def start(self, heads: int, key: int) -> Tensor:
+        """b: (heads * key,)."""
+        if not self.longest:
+            return torch.full((heads * key,), self.bias)
+        first, last = math.log(self.shortest), math.log(self.longest)
+        wanted = -math.log(2.0) / torch.linspace(first, last, key, dtype=torch.float64).exp() * self.normalizer
+        return (wanted - torch.log(-torch.expm1(wanted))).float().repeat(heads)  # the inverse of logsigmoid
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -98,7 +117,10 @@ class _LowRank(nn.Module):
         self.heads, self.normalizer = place.heads, spec.normalizer
         self.down = nn.Linear(place.dim, spec.rank, bias=False)
         self.up = nn.Linear(spec.rank, place.heads * place.key)
-        nn.init.constant_(self.up.bias, spec.bias)
+        with torch.no_grad():
+            self.up.bias.copy_(spec.start(place.heads, place.key))
+            if spec.longest:
+                self.up.weight.zero_()
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: (B, N, C) -> (B, H, N, Dk)."""
