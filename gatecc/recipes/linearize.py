@@ -48,10 +48,10 @@ def gla(
     """Gated linear attention: S <- diag(a) S + k v^T with a decay a key channel that is read from the input.
 
     a = exp(logsigmoid(W2 W1 x + b) / ``normalizer``) with W1 of rank ``rank``; each head of the output is normalised
-    (``norm``) and multiplied by swish(W x) (``gate``): the published layer, for training from scratch. A converted model
-    heals faster from ``feature="hedgehog(temperature=1.0)", rope=True, normalize=True, norm=False, gate=False, conv=4,
-    longest=256``: an average of values at first, with memories of 2 to 256 tokens. ``keep="3::4"`` leaves every fourth
-    attention as it is.
+    (``norm``) and multiplied by swish(W x) (``gate``): the published layer, for training from scratch. A converted
+    model heals faster from ``feature="hedgehog(temperature=1.0)", rope=True, normalize=True, norm=False, gate=False,
+    conv=4, longest=256``: an average of values at first, with memories of 2 to 256 tokens. ``keep="3::4"`` leaves every
+    fourth attention as it is.
     """
     where = chosen(sites, keep)
     mixer = Linear(

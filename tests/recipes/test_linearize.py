@@ -231,7 +231,7 @@ def test_memories_of_many_lengths() -> None:
     model: Any = gatecc.transform(plain, gatecc.recipe("gla", longest=256.0, **options), (X,))
     with torch.no_grad():
         decay = model.blocks[0].attn.mixer.decays[0](X)
-    halves = 0.5 ** (1 / torch.tensor([2.0, 2 * 128 ** (1 / 3), 2 * 128 ** (2 / 3), 256.0]))
+    halves = 0.5 ** (1 / torch.tensor([2.0, *(2 * 128 ** (i / 7) for i in range(1, 7)), 256.0]))
     assert torch.allclose(decay.exp(), halves.expand_as(decay), atol=1e-5)
     one = torch.full_like(X, 0.3)  # equal values: an average of them is each of them
     with torch.no_grad():

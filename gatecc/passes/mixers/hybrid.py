@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -33,6 +33,8 @@ class Liger(Mixer, tag="liger"):
     def check(self) -> None:
         self.require(self.window > 0, "window", "a positive number of keys")
         self.require(0.0 < self.share < 1.0, "share", "a number between 0 and 1")
+        same = self.feature.width(1) == 1 or not isinstance(self.decay, FromKeys)
+        self.require(same, "feature", "a map that keeps the width of keys, for decays are read from them")
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -50,7 +52,7 @@ class LigerMixer(nn.Module):
         self.spec, self.place = spec, place
         self.feature_q = spec.feature.module(place.heads, place.key)
         self.feature_k = spec.feature.module(place.kv_heads, place.key)
-        self.decay = spec.decay.module(place)
+        self.decay = spec.decay.module(replace(place, key=spec.feature.width(place.key)))
 
     def forward(self, *values: Tensor) -> Tensor:
         """Stages in the order of ``reads``, and a padding mask if there is one -> heads (B, H, N, Dv)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gatecc.errors import ArgumentError
 from gatecc.ops.linear_attention import linear_attention
 from gatecc.passes.mixers.base import Mixer, Place
-from gatecc.passes.mixers.decay import Decay, NoDecay
+from gatecc.passes.mixers.decay import Decay, FromKeys, NoDecay
 from gatecc.passes.mixers.features import FeatureMap, Plain
 
 
@@ -41,6 +41,8 @@ class Linear(Mixer, tag="linear"):
 
     def check(self) -> None:
         self.require(not (self.normalize and self.rule == "delta"), "normalize", "False with the delta rule")
+        same = self.feature.width(1) == 1 or not isinstance(self.decay, FromKeys)
+        self.require(same, "feature", "a map that keeps the width of keys, for decays are read from them")
         self.require(self.conv >= 0, "conv", "a number of taps, or 0")
 
     @property
@@ -66,7 +68,8 @@ class LinearMixer(nn.Module):
         self.feature_q = spec.feature.module(place.heads, place.key)
         self.feature_k = spec.feature.module(place.kv_heads, place.key)
         directions = 1 if place.causal else 2
-        decays = [] if isinstance(spec.decay, NoDecay) else [spec.decay.module(place) for _ in range(directions)]
+        features = replace(place, key=spec.feature.width(place.key))  # one decay a feature
+        decays = [] if isinstance(spec.decay, NoDecay) else [spec.decay.module(features) for _ in range(directions)]
         self.decays = nn.ModuleList(decays)
         self.beta = nn.Linear(place.dim, place.heads, bias=False) if spec.rule == "delta" else None
         self.norm = nn.RMSNorm(place.value, eps=1e-5) if spec.norm == "rms" else None
