@@ -1,5 +1,6 @@
 """gatecc: a compiler that puts gates, experts and linear attention into PyTorch models."""
 
+from gatecc import diagnose, train
 from gatecc.analysis import inspect
 from gatecc.checkpoint import load, save
 from gatecc.errors import GateccError
@@ -40,6 +41,7 @@ __all__ = [
     "Residual",
     "Rewrite",
     "Selector",
+    "diagnose",
     "export",
     "inspect",
     "last_report",
@@ -48,5 +50,6 @@ __all__ = [
     "recipes",
     "revert",
     "save",
+    "train",
     "transform",
 ]

@@ -195,3 +195,16 @@ class MissingPackageError(GateccError, ImportError):
     """
 
     code = "GCC013"
+
+
+class TrainingError(GateccError):
+    """Healing cannot go on: a loss is not finite, or nothing that trains has an effect on it.
+
+    With ``checkpoint=`` the last state before it is in the folder. An adapter without effect is refused after the first
+    batch, before anything was trained.
+
+    Fails: ``Tune(steps=100, lr=10.0)``.
+    Mended: ``Tune(steps=100, lr=1e-3)``, ``clip=1.0``, or float32 in place of ``autocast``.
+    """
+
+    code = "GCC016"

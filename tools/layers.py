@@ -33,7 +33,10 @@ LAYERS = (
     Layer(("passes", "codegen")),
     Layer(("recipes", "train", "parallel")),
     Layer(
-        ("analysis", "check", "planning", "scope", "transform", "decoder", "backend", "checkpoint", "report", "export"),
+        (
+            *("analysis", "check", "planning", "scope", "transform", "decoder", "backend", "checkpoint", "report"),
+            *("export", "diagnose"),
+        ),
         peers=True,
     ),
     Layer(("__init__",)),

@@ -1,7 +1,30 @@
-"""Training what a rewrite inserted."""
+"""Training what a rewrite inserted, and measuring what it does."""
 
+from gatecc.train import tasks
+from gatecc.train.heal import Healed, Point, heal
 from gatecc.train.labels import gate_bce, topk_mass
+from gatecc.train.lora import Adapters, Lora
+from gatecc.train.losses import kld, next_token_loss, topk_kld
 from gatecc.train.reward import set_reward
+from gatecc.train.stage import Transfer, Tune
 from gatecc.train.threshold import ThresholdTracker, move_threshold, threshold_from_costs
 
-__all__ = ["ThresholdTracker", "gate_bce", "move_threshold", "set_reward", "threshold_from_costs", "topk_mass"]
+__all__ = [
+    "Adapters",
+    "Healed",
+    "Lora",
+    "Point",
+    "ThresholdTracker",
+    "Transfer",
+    "Tune",
+    "gate_bce",
+    "heal",
+    "kld",
+    "move_threshold",
+    "next_token_loss",
+    "set_reward",
+    "tasks",
+    "threshold_from_costs",
+    "topk_kld",
+    "topk_mass",
+]

@@ -1,0 +1,90 @@
+"""Resume: the whole state of a healing run in a folder, written so that it is there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gatecc.capture.tree import decode, encode
+from gatecc.errors import CheckpointError
+from gatecc.ir.store import read_head, read_tensors, write
+
+HEAD = "heal.json"
+Stored = tuple[dict[str, Any], dict[str, Tensor]]
+
+
+@dataclass
+class Folder:
+    """Where a run keeps itself; ``settings`` are those of its stages, which a resumed run must have too."""
+
+    path: str | os.PathLike[str]
+    settings: list[dict[str, str]]
+
+    def save(self, state: dict[str, Any], modules: Mapping[str, nn.Module], optimizers: Sequence[Optimizer]) -> None:
+        """Write a state, the tensors of some modules and of the optimizers. Raises CheckpointError."""
+        extra: dict[str, Tensor] = {}
+        values = {**state, "optimizers": [o.state_dict()["state"] for o in optimizers]}
+        data = {"format": 1, "settings": self.settings, "state": encode(values, extra)}
+        tensors = {f"{k}:{n}": t.detach().cpu() for k, m in modules.items() for n, t in tensors_of(m).items()}
+        sets = {"weights": tensors, "state": {n: t.detach().cpu() for n, t in extra.items()}}
+        write(self.path, HEAD, data, {s: {n: t.contiguous().clone() for n, t in v.items()} for s, v in sets.items()})
+
+    def read(self) -> Stored | None:
+        """The state in the folder and the modules' tensors; None if no run was kept there. Raises CheckpointError."""
+        if not (Path(self.path) / HEAD).exists():
+            return None
+        data = read_head(self.path, HEAD)
+        try:
+            if data["settings"] != self.settings:
+                raise CheckpointError(
+                    "the folder holds another healing run",
+                    where=str(self.path),
+                    found=str(data["settings"]),
+                    expected=str(self.settings),
+                    do="resume with the settings that it was begun with, or choose another folder",
+                )
+            state = decode(data["state"], read_tensors(self.path, data, "state"))
+        except (KeyError, TypeError, ValueError) as e:
+            if isinstance(e, CheckpointError):
+                raise
+            raise CheckpointError("this is no state of a healing run", where=str(self.path), found=repr(e)) from e
+        return cast("dict[str, Any]", state), read_tensors(self.path, data, "weights")
+
+
+def load_tensors(name: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy what `Folder.save` kept of a module back into it. Raises CheckpointError if names or shapes differ."""
+    own = tensors_of(module)
+    kept = {n.removeprefix(f"{name}:"): t for n, t in tensors.items() if n.startswith(f"{name}:")}
+    other = sorted(own.keys() ^ kept.keys()) or [n for n in own if own[n].shape != kept[n].shape]
+    if other:
+        raise CheckpointError("it belongs to another model", where=name, found=f"{other[0]} differs")
+    with torch.no_grad():
+        for key, tensor in own.items():
+            tensor.copy_(kept[key])
+
+
+def load_optimizers(optimizers: Sequence[Optimizer], states: Sequence[Mapping[int, Any]]) -> None:
+    """Put back what each optimizer knows of its parameters; groups and rates are the run's."""
+    for optimizer, state in zip(optimizers, states, strict=True):
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(state)})
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, tied ones once."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def settings_of(stage: Any) -> dict[str, str]:
+    """The fields of a stage as text; functions by their name."""
+    return {"stage": type(stage).__name__} | {f.name: _text(getattr(stage, f.name)) for f in fields(stage)}
+
+
+def _text(value: Any) -> str:
+    return getattr(value, "__qualname__", type(value).__name__) if callable(value) else repr(value)
