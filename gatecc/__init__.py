@@ -2,6 +2,7 @@
 
 from gatecc.analysis import inspect
 from gatecc.checkpoint import load, save
+from gatecc.decoder import decoder
 from gatecc.errors import GateccError
 from gatecc.export import export
 from gatecc.ir.contract import Contract
@@ -40,6 +41,7 @@ __all__ = [
     "Residual",
     "Rewrite",
     "Selector",
+    "decoder",
     "export",
     "inspect",
     "last_report",
