@@ -2,7 +2,7 @@
 
 from gatecc.analysis import inspect
 from gatecc.checkpoint import load, save
-from gatecc.decoder import decoder
+from gatecc.decoder import Decoder, decoder
 from gatecc.errors import GateccError
 from gatecc.export import export
 from gatecc.ir.contract import Contract
@@ -28,6 +28,7 @@ __all__ = [
     "Bypass",
     "Contract",
     "Conv",
+    "Decoder",
     "Embedding",
     "Fuse",
     "Gate",

@@ -12,6 +12,7 @@ from gatecc.decoder.axes import NOW, Lengths
 from gatecc.decoder.inputs import Inputs, read_inputs
 from gatecc.decoder.kinds import Kinds
 from gatecc.decoder.labels import Labels
+from gatecc.decoder.mixers import mixers
 from gatecc.decoder.rules import Recalled, attention
 from gatecc.decoder.slots import Slot
 from gatecc.errors import DecoderError
@@ -69,6 +70,7 @@ def plan(program: Program) -> Plan:
         recalled = attention(site, slots, inputs.lengths)
         if recalled is not None:
             fused[site.core] = recalled
+    mixers(program, Flow(program).data, slots, inputs.lengths)
     program.graph.eliminate_dead_code()
     flow = Flow(program)
     kinds = Kinds(flow, inputs)
