@@ -25,6 +25,7 @@ from gatecc.decoder.positions import SIZED, Positions, sized
 from gatecc.decoder.refuse import refusal
 from gatecc.ir.ops import SHAPE_ONLY, opname
 from gatecc.ir.sizes import node_shape
+from gatecc.ops.linear_attention import linear_attention_step
 
 _FILLS = frozenset("zeros ones full empty".split()) | SHAPE_ONLY
 _COMBINE: dict[str, Callable[..., Any]] = {"cumsum": torch.add, "cumprod": torch.mul, "logcumsumexp": torch.logaddexp}
@@ -74,10 +75,14 @@ class Emitter(Positions):
             return self._mark(node)
         if node.op == "get_attr":
             return self.weight(node)
+        if node.target is operator.getitem and isinstance(self.env.get(node.all_input_nodes[0]), tuple):
+            return self.env[node.all_input_nodes[0]][int(str(node.args[1]))]
         if lower.is_alias(node) and node.args[0] in self.env and node not in self.flow.writers:
             return self.env[node.args[0]]
         if opname(node) == "scaled_dot_product_attention":
             return self._attention(node)
+        if opname(node) == "linear_attention" and self.single and self._is_simple(node):
+            return self._one_token(node)
         result = self._call(node)
         for source in node.all_input_nodes:
             if source.target is marks.recalled:
@@ -146,7 +151,20 @@ class Emitter(Positions):
         self.graph.call_method("copy_", (self.narrow(held, axis, first, new), x))
         return self.narrow(held, axis, start, count)
 
-    # --- attention ---
+    # --- linear attention ---
+
+    def _is_simple(self, node: fx.Node) -> bool:
+        return named(node, "mask") is None and not named(node, "normalize")
+
+    def _one_token(self, node: fx.Node) -> tuple[Any, Any]:
+        """linear_attention for one token: the step kernel on a copy of the state. -> (o, state)"""
+        held = self.graph.call_method("clone", (self._read(node, node.args[5]),))
+        read = [self._read(node, x) for x in node.args[:5]]
+        taken = [self.graph.call_method("select", (x, 2, 0)) if isinstance(x, fx.Node) else None for x in read]
+        o = self.graph.call_function(linear_attention_step, (*taken, held), {"scale": named(node, "scale")})
+        start = next(n for n in node.all_input_nodes if n.target is marks.recalled)
+        self.next[int(str(start.args[0]))] = held
+        return self.graph.call_method("unsqueeze", (o, 2)), held
 
     def _attention(self, node: fx.Node) -> Any:
         found = self.plan.fused.get(node)

@@ -14,7 +14,9 @@ Stream = Callable[[torch.Tensor], object]
 
 
 class _Steps(Protocol):
-    def prefill(self, ids: torch.Tensor, state: State | None = None, **values: torch.Tensor) -> tuple[torch.Tensor, State]: ...
+    def prefill(
+        self, ids: torch.Tensor, state: State | None = None, **values: torch.Tensor
+    ) -> tuple[torch.Tensor, State]: ...
 
     def step(self, ids: torch.Tensor, state: State, **values: torch.Tensor) -> tuple[torch.Tensor, State]: ...
 

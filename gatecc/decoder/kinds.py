@@ -1,10 +1,10 @@
 """Kinds: what a node of the graph depends on decides when the decoder computes it.
 
-    size      a number made of the sizes of the inputs
-    position  not on any input's values: masks, rotary tables, learned positions. Evaluated once for a whole capacity
-    context   on inputs that stay while a text is decoded: an encoder's output. Evaluated once for a text
-    live      on these or on values per token (an attention mask), and on the length: evaluated in each step
-    data      on the tokens: evaluated for the new tokens
+size      a number made of the sizes of the inputs
+position  not on any input's values: masks, rotary tables, learned positions. Evaluated once for a whole capacity
+context   on inputs that stay while a text is decoded: an encoder's output. Evaluated once for a text
+live      on these or on values per token (an attention mask), and on the length: evaluated in each step
+data      on the tokens: evaluated for the new tokens
 """
 
 from __future__ import annotations

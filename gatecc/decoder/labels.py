@@ -25,13 +25,23 @@ from gatecc.ir.ops import CASTS, DROPOUTS, RESHAPES, SAME_SHAPE, SHAPE_ONLY, SOF
 from gatecc.ir.sizes import node_shape, same
 
 _CUT = ("position", "live")
-_POINTWISE = CASTS | DROPOUTS | SAME_SHAPE | frozenset(
-    "masked_fill where nan_to_num clamp type_as floor_divide copy fill remainder fmod maximum minimum".split()
+_POINTWISE = (
+    CASTS
+    | DROPOUTS
+    | SAME_SHAPE
+    | frozenset(
+        "masked_fill where type_as copy fill zero floor_divide true_divide divide subtract multiply negative absolute rsub "
+        "__and__ __or__ __xor__ isclose isnan isfinite isinf greater less not_equal hardswish log_sigmoid bucketize ldexp "
+        "special_expit complex polar real imag conj resolve_conj".split()
+    )
 )
-_REDUCTIONS = frozenset(
-    "sum mean amax amin max min prod any all var std var_mean std_mean norm linalg_vector_norm logsumexp argmax argmin "
-    "median count_nonzero topk sort argsort kthvalue cumsum cumprod logcumsumexp cummax cummin log_softmax glu".split()
-) | SOFTMAXES
+_REDUCTIONS = (
+    frozenset(
+        "sum mean amax amin max min prod any all var std var_mean std_mean norm linalg_vector_norm logsumexp argmax argmin "
+        "median count_nonzero topk sort argsort kthvalue cumsum cumprod logcumsumexp cummax cummin log_softmax glu".split()
+    )
+    | SOFTMAXES
+)
 _DISPATCH = frozenset(
     "index index_select gather scatter scatter_add scatter_reduce index_add index_put index_copy one_hot bincount histc "
     "_grouped_mm grouped_mm_fallback masked_select masked_scatter nonzero".split()
@@ -251,10 +261,9 @@ def _expand(labels: Labels, node: fx.Node) -> Spans:
     source = node.all_input_nodes[0]
     if labels.kind(source) in _CUT:
         return labels.one(node)
-    out = list(labels.along(node, source, [None] * len(node_shape(node) or ())))
     spans = labels.of[source]
     shape = node_shape(node) or ()
-    out = [None] * (len(shape) - len(spans)) + list(spans)
+    out: list[Span | None] = [None] * (len(shape) - len(spans)) + list(spans)
     return tuple(span or NOW if labels.lengths.has(size) else None for span, size in zip(out, shape, strict=True))
 
 
@@ -312,7 +321,8 @@ def _reduction(labels: Labels, node: fx.Node) -> Any:
     dims = named(node, "dim", named(node, "dims"))
     dims = list(range(len(shape))) if dims is None or dims == [] else dims if isinstance(dims, list | tuple) else [dims]
     axes = {int(d) % len(shape) for d in dims} if shape else set()
-    for axis in axes:
+    has_rule = any(user.target is marks.carried for user in node.users)
+    for axis in axes if not has_rule else ():
         labels.forbid(node, source, axis, flat=opname(node) in ("sort", "argsort"))
     spans = labels.of[source]
 
@@ -355,7 +365,7 @@ def _joined(labels: Labels, node: fx.Node) -> Spans:
     stacked = opname(node) == "stack"
     out: list[Span | None] = [None] * (rank - stacked)
     for source in labels.data(node):
-        if not stacked and len(labels.data(node)) + 0 >= 1 and len(node.all_input_nodes) > 1:
+        if not stacked:
             labels.forbid(node, source, axis)
         out = [span or labels.of[source][i] for i, span in enumerate(out)]
     for source in node.all_input_nodes:
@@ -384,7 +394,9 @@ def _product(labels: Labels, node: fx.Node) -> Spans:
     for operand, letters in sides:
         if labels.kind(operand) in _CUT and labels.lengths.axes(operand):
             shape = node_shape(operand) or ()
-            held = [spans.setdefault(a, ALL) if labels.lengths.has(s) else None for a, s in zip(letters, shape, strict=True)]
+            held = [
+                spans.setdefault(a, ALL) if labels.lengths.has(s) else None for a, s in zip(letters, shape, strict=True)
+            ]
             labels.cut(node, operand, tuple(held))
     if any(spans.get(letter) == NOW for letter in found.contracted):
         raise refusal(node, "it sums over positions, and has no step rule")
@@ -488,6 +500,7 @@ def _table() -> dict[str, Rule]:
         **dict.fromkeys("matmul bmm mm baddbmm addmm einsum".split(), _product),
         "scaled_dot_product_attention": _fused,
         "linear_attention": _recurrence,
+        **dict.fromkeys("prelu view_as_complex view_as_real".split(), Labels.one),
     }
 
 

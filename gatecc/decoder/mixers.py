@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from gatecc.decoder.axes import Lengths
+from gatecc.decoder.labels import named
 from gatecc.decoder.refuse import refusal
 from gatecc.decoder.slots import Slot, carried, extended, recalled
 from gatecc.ir.ops import argument, opname
@@ -70,7 +71,7 @@ def _convolution(node: fx.Node, slots: list[Slot], lengths: Lengths) -> None:
     shape = node_shape(source) or ()
     if not lengths.has(shape[-1]):
         return
-    stride, padding, dilation = (_one(argument(node, i, name)) for i, name in ((3, "stride"), (4, "padding"), (5, "dilation")))
+    stride, padding, dilation = (_one(named(node, name)) for name in ("stride", "padding", "dilation"))
     taps = (int((node_shape(weight) or (1,))[-1]) - 1) * dilation if isinstance(dilation, int) else -1
     if stride != 1 or taps < 0 or not isinstance(padding, int):
         raise refusal(node, f"a convolution over the positions with stride {stride} and padding {padding}")
@@ -99,10 +100,9 @@ def _padded_on_the_left(node: fx.Node, taps: int, lengths: Lengths) -> fx.Node |
     """The tensor that ``node`` is with ``taps`` zeros on its left."""
     if opname(node) not in _PADS or not isinstance(node.args[0], fx.Node):
         return None
-    pad, value = list(argument(node, 1, "pad")), argument(node, -1, "value")
+    pad = list(argument(node, 1, "pad"))
     zero = argument(node, 3 if opname(node) == "pad" else 2, "value", 0) in (None, 0, 0.0)
     constant = opname(node) != "pad" or argument(node, 2, "mode", "constant") == "constant"
-    del value
     return node.args[0] if zero and constant and pad[:2] == [taps, 0] and not any(pad[2:]) else None
 
 
@@ -124,10 +124,10 @@ def _cut(node: fx.Node, source: fx.Node) -> fx.Node | None:
 def _linear_attention(node: fx.Node, slots: list[Slot]) -> None:
     """gatecc::linear_attention starts from the state that the last step returned. State: (B, H, Dk, Dv)."""
     for name, plain in (("reverse", False), ("cu_seqlens", None)):
-        found = node.kwargs.get(name, plain)
-        if found != plain:
-            raise refusal(node, f"linear attention with {name}={found}", do="a decoder runs forwards over one text a sample")
-    if argument(node, 5, "initial_state") is not None:
+        found = named(node, name)
+        if found is not plain:
+            raise refusal(node, f"linear attention with {name}", do="a decoder runs forwards over one text a sample")
+    if named(node, "initial_state") is not None:
         raise refusal(node, "linear attention that starts from a state of the model's own")
     state = node.meta["val"][1]
     assert isinstance(state, torch.Tensor)

@@ -260,7 +260,6 @@ class Positions:
         return self.once(("context", at), operator.getitem, self.inputs["context"], at)
 
 
-
 def sized(node: fx.Node) -> Callable[..., Any]:
     """The operator that a reshape of any kind is when all of its sizes are given."""
     if opname(node) in ("expand", "broadcast_to"):

@@ -144,4 +144,3 @@ def _replace_operand(reader: fx.Node, old: fx.Node, new: fx.Node) -> None:
         return
     args = list(reader.args)
     reader.args = tuple(new if i in (1, 2) and a is old else a for i, a in enumerate(args))
-

@@ -87,10 +87,16 @@ class Decoder(Generation):
         tensors = [given.pop(n.name, None) for n in self.plan.inputs.context]
         if given or any(x is None for x in tensors):
             names = [n.name for n in self.plan.inputs.context]
-            raise ArgumentError("the context is not what the model was captured with", found=str(list(context or {})), expected=str(names))
+            raise ArgumentError(
+                "the context is not what the model was captured with",
+                found=str(list(context or {})),
+                expected=str(names),
+            )
         return self.memory.empty(batch, capacity or self.fixed or min(_FIRST, self.bound), tensors)
 
-    def prefill(self, ids: torch.Tensor, state: State | None = None, **values: torch.Tensor) -> tuple[torch.Tensor, State]:
+    def prefill(
+        self, ids: torch.Tensor, state: State | None = None, **values: torch.Tensor
+    ) -> tuple[torch.Tensor, State]:
         """Run T tokens at once. ids: (B, T) -> logits (B, T, V), the state after them.
 
         ``values``: the inputs with a value per token, (B, T) each: ``attention_mask`` (0 for padding on the left) and
@@ -111,7 +117,9 @@ class Decoder(Generation):
             return logits[:, 0], state
         return self.prefill(ids, state, **values)
 
-    def _advance(self, ids: torch.Tensor, state: State, values: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, State]:
+    def _advance(
+        self, ids: torch.Tensor, state: State, values: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, State]:
         past, new = int(state["length"]), ids.shape[1]
         with torch.no_grad():
             fresh = self.memory.with_room(state, past, new)

@@ -39,7 +39,9 @@ class Tables:
         if len(self._made) >= _KEPT:
             self._made.pop(next(iter(self._made)))
         with torch.no_grad():
-            values = tuple(self._one_sample(x, node) for x, node in zip(self.run(batch, capacity), self.nodes, strict=True))
+            values = tuple(
+                self._one_sample(x, node) for x, node in zip(self.run(batch, capacity), self.nodes, strict=True)
+            )
         self._made[batch, capacity] = (stamp, values)
         return values
 

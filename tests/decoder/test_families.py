@@ -26,7 +26,7 @@ SUBSET = (
     "hf/mpt-eager",  # ALiBi counted from the end: no table holds it
     "hf/deepseek_v3-sdpa",  # keys that are filled in place
 )
-HAND = ("hand/sdpa_causal", "hand/alibi", "hand/sliding", "hand/packed", "hand/in_place", "hand/shared_block")
+HAND = ("hand/alibi", "hand/packed", "hand/in_place")
 RUN = DECODERS if os.environ.get("GATECC_ZOO") == "all" else set(SUBSET)
 
 
