@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from gatecc.analysis import Inputs, check_model, evaluation, split_inputs
 from gatecc.capture import capture
@@ -85,7 +87,7 @@ def _stepped(made: Decoder, ids: torch.Tensor, values: dict[str, Any], context: 
     cuts = [0, half, *range(half + 1, min(half + 3, length)), length]
     state = made.init_state(ids.shape[0], capacity=length, context=context)
     parts: list[torch.Tensor] = []
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in pairwise(cuts):
         given = {name: x[:, start:end] for name, x in values.items()}
         logits, state = made.prefill(ids[:, start:end], state, **given)
         parts.append(logits)
@@ -94,7 +96,7 @@ def _stepped(made: Decoder, ids: torch.Tensor, values: dict[str, Any], context: 
 
 def _logits(planned: Plan, output: Any) -> torch.Tensor:
     """The output that the decoder computes, of a call of the model."""
-    leaves = torch.utils._pytree.tree_leaves(output)
+    leaves = tree_leaves(output)
     return leaves[planned.output]
 
 

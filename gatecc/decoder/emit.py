@@ -24,6 +24,7 @@ from gatecc.decoder.plan import Plan
 from gatecc.decoder.positions import SIZED, Positions, sized
 from gatecc.decoder.refuse import refusal
 from gatecc.ir.ops import SHAPE_ONLY, opname
+from gatecc.ir.program import shape
 from gatecc.ir.sizes import node_shape
 from gatecc.ops.linear_attention import linear_attention_step
 
@@ -101,7 +102,7 @@ class Emitter(Positions):
             span = self.labels.of.get(node.all_input_nodes[0], (None,))[axis]
         args = map_aggregate(node.args, lambda x: self._read(node, x, span))
         kwargs = map_aggregate(node.kwargs, lambda x: self._read(node, x, span))
-        return lower.call(self.graph, node.target, tuple(args), dict(kwargs))  # pyright: ignore
+        return lower.call(self.graph, node.target, args, kwargs)
 
     def _shape(self, node: fx.Node) -> list[Any]:
         spans = self.labels.of[node]
@@ -128,7 +129,7 @@ class Emitter(Positions):
         held = self.graph.call_function(operator.getitem, (self.inputs["slots"], index))
         if node.target is marks.recalled:
             return held
-        x = self.env[node.args[0]]  # pyright: ignore
+        x = self.env[node.all_input_nodes[0]]
         if node.target is marks.kept:
             return self._keep(held, x, slot.axis, slot.span)
         new = self.bounds[NOW][1]
@@ -191,7 +192,7 @@ class Emitter(Positions):
         k, v = self.env[found.keys], self.env[found.values]
         if group == 1:
             return lower.call(self.graph, node.target, (q, k, v, *args[3:]), kwargs)
-        q_shape, k_shape, v_shape = (node_shape(n) or () for n in (args[0], found.keys, found.values))
+        q_shape, k_shape, v_shape = (shape(n) for n in (args[0], found.keys, found.values))
         q = self.graph.call_method("reshape", (q, [self.batch, k_shape[1], group, q_shape[3]]))
         out = lower.call(self.graph, node.target, (q, k, v, *args[3:]), kwargs)
         return self.graph.call_method("reshape", (out, [self.batch, q_shape[1], 1, v_shape[3]]))

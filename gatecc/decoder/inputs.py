@@ -1,4 +1,4 @@
-"""What the inputs of a captured model are to its decoder: the tokens, values that come with each token, and the rest."""
+"""What the inputs of a captured model are to its decoder: tokens, values that come with each token, and the rest."""
 
 from __future__ import annotations
 
@@ -35,21 +35,35 @@ def read_inputs(program: Program) -> Inputs:
     """The roles of a program's placeholders. Raises DecoderError if the length is fixed in the capture."""
     nodes = {str(path[0]): node for path, node in zip(program.paths, program.placeholders, strict=True)}
     tokens = next((nodes[name] for name in TOKENS if name in nodes), program.placeholders[0])
-    shape = node_shape(tokens) or ()
-    length = expression(shape[1]) if len(shape) > 1 else None
+    sizes = list(node_shape(tokens) or ())
+    length = expression(sizes[1]) if len(sizes) > 1 else None
     if not isinstance(length, sympy.Symbol):
         raise DecoderError(
             "the graph holds for one length only",
             where=tokens.name,
-            found=f"the model fixes the size of {tokens.name} to {tuple(shape)} while it is captured",
+            found=f"the model fixes the size of {tokens.name} to {tuple(sizes)} while it is captured",
             expected="(batch, length) with a length that may vary",
             do="write the model without Python loops and branches over the length",
         )
     others = [n for n in program.placeholders if n is not tokens]
     history = [n for n in others if _is_history(n, length)]
     batch = {s for n in (tokens, *history) for s in symbols((node_shape(n) or (1,))[0])} - {length}
-    lengths = Lengths(frozenset({length}), frozenset(batch), upper_bound(shape[1]))
-    return Inputs(tokens, history, [n for n in others if n not in history], lengths)
+    lengths = Lengths(frozenset({length}), frozenset(batch), upper_bound(sizes[1]))
+    context = [n for n in others if n not in history]
+    for node in context:
+        _check_context(node, lengths)
+    return Inputs(tokens, history, context, lengths)
+
+
+def _check_context(node: fx.Node, lengths: Lengths) -> None:
+    if any(lengths.foreign(size) for size in node_shape(node) or ()):
+        raise DecoderError(
+            "an input has a length of its own: models with an encoder are not decoded yet",
+            where=node.name,
+            found=f"{node.name} of shape {tuple(node_shape(node) or ())}",
+            expected="token ids, values per token, and inputs of a fixed size",
+            do="transformers' own generate decodes such models, with their gates",
+        )
 
 
 def _is_history(node: fx.Node, length: sympy.Symbol) -> bool:

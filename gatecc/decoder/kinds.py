@@ -60,7 +60,7 @@ class Kinds:
         return reached
 
     def _demote(self, nodes: list[fx.Node]) -> None:
-        """What has a flattened token axis and meets data becomes data: it is computed for the new tokens as they lie."""
+        """What has a flattened token axis and meets data becomes data: it is computed for the new tokens."""
         for node in reversed(nodes):
             if self.of[node] not in ("position", "live") or not self.lengths.is_flat(node):
                 continue

@@ -26,7 +26,7 @@ def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def is_alias(node: fx.Node) -> bool:
-    """Whether a node of the captured graph hands on its first argument: casts to the same type, detach, eval dropout."""
+    """Whether a captured node hands on its first argument: casts to the same type, detach, dropout in eval mode."""
     source = node.args[0] if node.args else None
     held, given = node.meta.get("val"), source.meta.get("val") if isinstance(source, fx.Node) else None
     if not isinstance(held, torch.Tensor) or not isinstance(given, torch.Tensor):
@@ -72,9 +72,10 @@ def _softmax(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _slice(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node | None:
     x, dim, start, end, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
-    if kwargs or step != 1 or not all(isinstance(i, int) and 0 <= i < _END for i in (start or 0, end)):
+    start = start or 0
+    if kwargs or step != 1 or not isinstance(start, int) or not isinstance(end, int) or not 0 <= start <= end < _END:
         return None
-    return graph.call_method("narrow", (x, dim, start or 0, end - (start or 0)))
+    return graph.call_method("narrow", (x, dim, start, end - start))
 
 
 def _attend(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
@@ -82,7 +83,7 @@ def _attend(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> f
 
 
 _aten = torch.ops.aten
-_nn = torch._C._nn
+_nn: Any = getattr(torch._C, "_nn")  # noqa: B009  (type checkers do not know it)
 _BUILDERS: dict[Any, _Build] = {
     _aten.linear.default: _function(torch.nn.functional.linear),
     _aten.add.Tensor: _function(operator.add, 2),

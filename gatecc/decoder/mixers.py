@@ -67,8 +67,9 @@ def _convolution(node: fx.Node, slots: list[Slot], lengths: Lengths) -> None:
     Two spellings: padded on both sides and cut to the length; padded on the left before it.
     """
     source, weight = node.args[0], node.args[1]
-    assert isinstance(source, fx.Node) and isinstance(weight, fx.Node)
-    shape = node_shape(source) or ()
+    assert isinstance(source, fx.Node)
+    assert isinstance(weight, fx.Node)
+    shape = list(node_shape(source) or (1,))
     if not lengths.has(shape[-1]):
         return
     stride, padding, dilation = (_one(named(node, name)) for name in ("stride", "padding", "dilation"))

@@ -15,6 +15,7 @@ from gatecc.decoder.labels import Labels
 from gatecc.decoder.mixers import mixers
 from gatecc.decoder.rules import Recalled, attention
 from gatecc.decoder.slots import Slot
+from gatecc.decoder.ways import label
 from gatecc.errors import DecoderError
 from gatecc.ir.dataflow import Flow
 from gatecc.ir.evaluate import Evaluator
@@ -74,7 +75,7 @@ def plan(program: Program) -> Plan:
     program.graph.eliminate_dead_code()
     flow = Flow(program)
     kinds = Kinds(flow, inputs)
-    labels = Labels(kinds, slots, program.graph.nodes)
+    labels = label(kinds, slots, program.graph.nodes)
     _check_output(logits, labels)
     return Plan(program, inputs, slots, flow, kinds, labels, logits, output_at, fused)
 

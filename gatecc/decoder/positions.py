@@ -172,7 +172,7 @@ class Positions:
             return self.graph.call_function(sized(node), (read(node.args[0]), sizes))
         args = map_aggregate(node.args, lambda x: read(x) if isinstance(x, fx.Node) else x)
         kwargs = map_aggregate(node.kwargs, lambda x: read(x) if isinstance(x, fx.Node) else x)
-        return self.graph.call_function(node.target, args, kwargs)  # pyright: ignore
+        return self.graph.call_function(called(node), args, kwargs)
 
     def filled(self, node: fx.Node, sizes: list[Any]) -> fx.Node:
         """A tensor made from sizes alone; those like another tensor take their shape from what was recorded."""
@@ -235,7 +235,7 @@ class Positions:
             shift = len(spans) - len(shape)
             rows = tuple(spans[i + shift] if self.lengths.has(size) else None for i, size in enumerate(shape))
             read.append(self.value(index, rows))
-        return self.graph.call_function(node.target, (self.whole(source), read))  # pyright: ignore
+        return self.graph.call_function(called(node), (self.whole(source), read))
 
     # --- sources ---
 
@@ -265,3 +265,9 @@ def sized(node: fx.Node) -> Callable[..., Any]:
     if opname(node) in ("expand", "broadcast_to"):
         return torch.ops.aten.expand.default
     return torch.ops.aten.view.default if opname(node) == "view" else torch.ops.aten.reshape.default
+
+
+def called(node: fx.Node) -> Callable[..., Any]:
+    """The function that a node calls."""
+    assert callable(node.target)
+    return node.target

@@ -1,6 +1,6 @@
 """Step rules: where positions meet, the graph is changed so that the past enters through a slot of the state.
 
-Attention keeps keys and values, before heads are repeated (``attention``); the other mixers are in gatecc.decoder.mixers.
+Attention keeps keys and values, before heads are repeated. The other mixers are in gatecc.decoder.mixers.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _ON_THE_WAY = VIEWS | CASTS | frozenset(("mul", "div"))
 
 @dataclass(frozen=True, eq=False)
 class Recalled:
-    """A fused attention that reads slots. ``keys`` and ``values`` are the marks, ``repeats`` the nodes that repeat their
-    heads for ``group`` query heads each.
+    """A fused attention that reads slots. ``keys`` and ``values`` are the marks, ``repeats`` the nodes that repeat
+    their heads for ``group`` query heads each.
 
     ``plain``: its mask hides from the newest token none of the keys that its slots hold.
     """
@@ -67,7 +67,7 @@ def attention(site: Attention, slots: list[Slot], lengths: Lengths) -> Recalled 
 def _group(site: Attention, marks: list[fx.Node]) -> int:
     """How many query heads share a key head, 0 if the axes are not (batch, heads, positions, features)."""
     query = site.core.args[0]
-    shapes = [node_shape(n) or () for n in (query, *marks) if isinstance(n, fx.Node)]
+    shapes = [list(node_shape(n) or ()) for n in (query, *marks) if isinstance(n, fx.Node)]
     if any(len(shape) != 4 or not isinstance(shape[1], int) for shape in shapes) or len(shapes) != 3:
         return 0
     q, k, v = (int(shape[1]) for shape in shapes)

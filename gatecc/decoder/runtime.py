@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from gatecc.decoder.emit import Emitter
 from gatecc.decoder.generate import Generation
@@ -26,11 +26,11 @@ class Program:
     def __init__(self, emitter: Emitter) -> None:
         self.module = emitter.program()
         self.tables = Tables(emitter.plan, emitter.tables)
-        self._forward = type(self.module).forward
+        self._forward: Any = type(self.module).forward
         self._weights = SimpleNamespace(**emitter.weights)
 
     def __call__(self, *inputs: Any) -> tuple[torch.Tensor, tuple[Any, ...]]:
-        return self._forward(self._weights, *inputs)  # pyright: ignore
+        return self._forward(self._weights, *inputs)
 
 
 class Decoder(Generation):

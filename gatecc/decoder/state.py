@@ -80,7 +80,7 @@ class Memory:
         return state["history"][0].shape[1] if state["history"] else None
 
     def with_room(self, state: State, past: int, new: int) -> State:
-        """A state of its own for the tokens past .. past+new: the same buffers where they have room and are the newest."""
+        """A new state for the tokens past .. past+new: the same buffers where they have room and are the newest."""
         slots, starts, history = list(state["slots"]), list(state["starts"]), list(state["history"])
         written = state["written"]
         if int(written) != past:

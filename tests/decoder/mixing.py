@@ -104,6 +104,6 @@ class Recurrence(nn.Module):
         decay = F.logsigmoid(self.gate(x)).unflatten(-1, (H, -1)).transpose(1, 2) if "gated" in self.rule else None
         beta = self.beta(x).sigmoid().transpose(1, 2) if "delta" in self.rule else None
         k = F.normalize(k, dim=-1) if "delta" in self.rule else k
-        options = {"normalize": self.rule == "normalised", "reverse": self.rule == "reversed"}
-        o, _ = linear_attention(q, k, v, decay, beta, **options)
+        normalize, backwards = self.rule == "normalised", self.rule == "reversed"
+        o, _ = linear_attention(q, k, v, decay, beta, normalize=normalize, reverse=backwards)
         return self.out(o.transpose(1, 2).flatten(2))

@@ -10,7 +10,7 @@ import os
 import pytest
 
 import gatecc
-from tests.decoder.stepping import difference, full, stepped
+from tests.decoder.stepping import PIECES, difference, full, stepped
 from tests.zoo import variants
 from tests.zoo.huggingface import ENTRIES
 from tests.zoo.spec import Spec
@@ -37,7 +37,7 @@ def test_steps_are_the_full_forward(spec: Spec) -> None:
     ids = case.args[0] if case.args else case.kwargs["input_ids"]
     values = {n.name: x for n, x in zip(made.plan.program.placeholders, made.plan.program.example, strict=True)}
     values = {n.name: values[n.name] for n in made.plan.inputs.history}
-    expected, got = full(case.model, *case.args, **case.kwargs), stepped(made, ids, **values)
+    expected, got = full(case.model, *case.args, **case.kwargs), stepped(made, ids, PIECES, **values)
     if "attention_mask" in values:  # what is computed at padding is of no use
         seen = values["attention_mask"].bool()
         expected, got = expected[seen], got[seen]

@@ -19,11 +19,12 @@ from tests.zoo.spec import padding, tokens
 @pytest.fixture(scope="module")
 def llama() -> tuple[Any, Decoder]:
     case = SPECS["hf/llama_padded-sdpa"].build()
-    case.model.generation_config.eos_token_id = None  # pyright: ignore[reportAttributeAccessIssue]
+    model: Any = case.model
+    model.generation_config.eos_token_id = None
     mask = torch.ones(2, 16, dtype=torch.long)
     positions = torch.arange(16).expand(2, 16).contiguous()
     ids = {"input_ids": tokens(2, 16), "attention_mask": mask, "position_ids": positions}
-    return case.model, gatecc.decoder(case.model, ids)
+    return model, gatecc.decoder(model, ids)
 
 
 def test_greedy_is_what_transformers_generates(llama: tuple[Any, Decoder]) -> None:
@@ -82,7 +83,13 @@ def test_sampled_frequencies_are_those_of_the_truncated_distribution() -> None:
 def test_options_out_of_range_are_refused(llama: tuple[Any, Decoder]) -> None:
     _, made = llama
     ids = tokens(2, 9)
-    for options in ({"temperature": -1.0}, {"temperature": 1.0, "top_p": 0.0}, {"top_k": 3}, {"token_types": ids}):
+    wrong: list[dict[str, Any]] = [
+        {"temperature": -1.0},
+        {"temperature": 1.0, "top_p": 0.0},
+        {"top_k": 3},
+        {"token_types": ids},
+    ]
+    for options in wrong:
         with pytest.raises(ArgumentError):
             made.generate(ids, 4, **options)
     assert torch.equal(made.generate(ids, 0), ids)
