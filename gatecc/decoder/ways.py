@@ -189,7 +189,7 @@ def _reduction(labels: Labels, node: fx.Node) -> Any:
     axes = {int(d) % len(shape) for d in dims} if shape else set()
     has_rule = any(user.target is marks.carried for user in node.users)
     for axis in axes if not has_rule else ():
-        labels.forbid(node, source, axis, flat=opname(node) in ("sort", "argsort"))
+        labels.forbid(node, source, axis, flat=_counts(node, source))
     spans = labels.of[source]
 
     def of(x: Any) -> Spans:
@@ -201,6 +201,12 @@ def _reduction(labels: Labels, node: fx.Node) -> Any:
 
     held = node.meta["val"]
     return [of(x) for x in held] if isinstance(held, list | tuple) else of(held)
+
+
+def _counts(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a reduction only sorts tokens that lie in a row, or counts them by the expert that they go to."""
+    held = source.meta["val"]
+    return opname(node) in ("sort", "argsort") or (opname(node) == "sum" and not held.is_floating_point())
 
 
 def _norm(labels: Labels, node: fx.Node) -> Any:
@@ -360,8 +366,7 @@ def _table() -> dict[str, Rule]:
         "slice": _slice,
         "select": _select,
         "embedding": _embedding,
-        "cat": _joined,
-        "stack": _joined,
+        **dict.fromkeys("cat concat concatenate stack".split(), _joined),
         "linear": _linear,
         **dict.fromkeys("matmul bmm mm baddbmm addmm einsum".split(), _product),
         "scaled_dot_product_attention": _fused,
