@@ -3,6 +3,7 @@
 from gatecc import diagnose, train
 from gatecc.analysis import inspect
 from gatecc.checkpoint import load, save
+from gatecc.decoder import Decoder, decoder
 from gatecc.errors import GateccError
 from gatecc.export import export
 from gatecc.ir.contract import Contract
@@ -28,6 +29,7 @@ __all__ = [
     "Bypass",
     "Contract",
     "Conv",
+    "Decoder",
     "Embedding",
     "Fuse",
     "Gate",
@@ -41,6 +43,7 @@ __all__ = [
     "Residual",
     "Rewrite",
     "Selector",
+    "decoder",
     "diagnose",
     "export",
     "inspect",
