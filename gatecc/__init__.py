@@ -15,6 +15,7 @@ from gatecc.passes.branch import Branch
 from gatecc.passes.bypass import Bypass
 from gatecc.passes.fuse import Fuse
 from gatecc.passes.gate import Gate
+from gatecc.passes.mix import Mix
 from gatecc.recipes.registry import build as recipe
 from gatecc.recipes.registry import recipes
 from gatecc.report import Report
@@ -38,6 +39,7 @@ __all__ = [
     "Head",
     "Linear",
     "Merge",
+    "Mix",
     "Recipe",
     "Report",
     "Residual",
