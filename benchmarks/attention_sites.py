@@ -51,7 +51,7 @@ def add(count: Count, spec: Spec) -> None:
         count.uncaptured += ran.total()
         return
     found = Counter(s.owner for s in report.sites if s.kind == "attention")
-    refused = Counter(r.owner for r in report.refusals if r.kind == "attention")
+    refused = Counter(r.owner for r in report.refusals if r.kind in ("attention", "module"))
     count.found += (found & ran).total()
     count.false_hits += (found - ran).total()
     missed = ran - found

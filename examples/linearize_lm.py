@@ -65,10 +65,20 @@ class Conversion:
         return heal(student, teacher, data, tune=stage, evaluate=data.bits, every=every, **options)
 
 
+# Features of rotated queries and keys, divided by their sum: an average of values at first, as softmax attention is.
+GLA = {
+    "feature": "hedgehog(temperature=1.0)",
+    "rope": True,
+    "normalize": True,
+    "norm": False,
+    "gate": False,
+    "conv": 4,
+    "longest": 256.0,
+}
 CONVERSIONS = {
     "liger": Conversion("Liger: linear and a window of softmax", "liger", lr=5e-4),
-    "hybrid": Conversion("GLA, 1 layer in 4 softmax", "gla", {"keep": "3::4"}, lr=1e-3),
-    "gla": Conversion("GLA in all layers", "gla"),
+    "hybrid": Conversion("GLA, 1 layer in 4 softmax", "gla", {**GLA, "keep": "3::4"}, lr=1e-3),
+    "gla": Conversion("GLA in all layers", "gla", GLA),
 }
 
 

@@ -3,6 +3,7 @@
 from gatecc import diagnose, train
 from gatecc.analysis import inspect
 from gatecc.checkpoint import load, save
+from gatecc.decoder import Decoder, decoder
 from gatecc.errors import GateccError
 from gatecc.export import export
 from gatecc.ir.contract import Contract
@@ -14,6 +15,7 @@ from gatecc.passes.branch import Branch
 from gatecc.passes.bypass import Bypass
 from gatecc.passes.fuse import Fuse
 from gatecc.passes.gate import Gate
+from gatecc.passes.mix import Mix
 from gatecc.recipes.registry import build as recipe
 from gatecc.recipes.registry import recipes
 from gatecc.report import Report
@@ -28,6 +30,7 @@ __all__ = [
     "Bypass",
     "Contract",
     "Conv",
+    "Decoder",
     "Embedding",
     "Fuse",
     "Gate",
@@ -36,11 +39,13 @@ __all__ = [
     "Head",
     "Linear",
     "Merge",
+    "Mix",
     "Recipe",
     "Report",
     "Residual",
     "Rewrite",
     "Selector",
+    "decoder",
     "diagnose",
     "export",
     "inspect",

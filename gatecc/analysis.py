@@ -19,9 +19,11 @@ from gatecc.ir.program import Program
 from gatecc.ir.site import Refusal, Site
 from gatecc.passes.canonicalize import canonicalize
 from gatecc.report import GraphDump, GraphPair, PassRow, Report, RungRow, SiteRow, Totals
+from gatecc.scope.scope import plain
 
 Inputs = Any  # a tuple, a dict, or (tuple, dict)
 T = TypeVar("T")
+PACKED = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)  # what libraries keep quantised weights in
 
 
 @dataclass
@@ -103,6 +105,8 @@ def check_model(model: object) -> None:
         raise UnsupportedModelError("not a model", found=type(model).__name__, expected="a torch.nn.Module")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         _check_tensor(name, tensor)
+        if isinstance(tensor, nn.Parameter) and tensor.dtype in PACKED:
+            raise _quantised(name, str(tensor.dtype))
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise UnsupportedModelError("a submodule is scripted", where=name, do="use the Python module in its place")
@@ -135,7 +139,8 @@ def _quantised(name: str, found: str) -> UnsupportedModelError:
 
 
 def evaluation(model: nn.Module) -> _Evaluation:
-    """A context in which the model is in eval mode; afterwards every submodule has its own mode back."""
+    """A context in which the model is in eval mode; afterwards its modules have their modes and its buffers their
+    values back: a forward may count its calls."""
     return _Evaluation(model)
 
 
@@ -145,17 +150,37 @@ class _Evaluation:
 
     def __enter__(self) -> None:
         self.training = {id(m): m.training for m in self.model.modules()}
-        self.default = self.model.training
+        self.buffers = [
+            (m, n, b, b.clone()) for m in self.model.modules() for n, b in m._buffers.items() if b is not None
+        ]
         for m in self.model.modules():
             m.training = False
 
     def __exit__(self, *error: object) -> None:
-        for m in self.model.modules():
-            m.training = self.training.get(id(m), self.default)  # modules made meanwhile follow the model
+        self._restore(self.model, self.model.training)
+        with torch.no_grad():
+            for module, name, buffer, before in self.buffers:
+                module._buffers[name] = buffer
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+
+    def _restore(self, module: nn.Module, holder: bool) -> None:
+        module.training = self.training.get(id(module), holder)  # modules made meanwhile follow their holder
+        for child in module.children():
+            self._restore(child, module.training)
 
 
 def analyse(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Analysis:
-    """Climb down the ladder: the whole model if torch.export takes it, else the largest submodules that it takes."""
+    """Climb down the ladder: the whole model if torch.export takes it, else the largest submodules that it takes.
+
+    Earlier transforms are left out: their graphs hide the modules that they run, and the rewrites of a scope are all
+    done on the module's own graph.
+    """
+    with plain(model):
+        return _analyse(model, args, kwargs)
+
+
+def _analyse(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Analysis:
     analysis = Analysis()
     clock = time.process_time()
     try:
@@ -164,12 +189,21 @@ def analyse(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         _check_runs(model, args, kwargs)
         analysis.rungs.append(RungRow("", "python", whole.found))
         _descend(model, args, kwargs, whole, analysis)
+        analysis.refusals.extend(_unseen(row) for row in analysis.rungs if row.rung == "python")
         analysis.passes.append(PassRow("capture", (time.process_time() - clock) * 1e3))
         return analysis
     analysis.passes.append(PassRow("capture", (time.process_time() - clock) * 1e3, 0, len(program.graph.nodes)))
     analysis.rungs.append(RungRow("", "whole"))
     add_program(analysis, program)
     return analysis
+
+
+def _unseen(row: RungRow) -> Refusal:
+    """The refusal of a module whose own code stays in Python: what it does besides its captured children is not
+    seen."""
+    reason = f"the module's own code could not be captured: {row.reason}"
+    remedy = "write it without decisions that depend on data (torch.where, torch.cond), or select sites elsewhere"
+    return Refusal(CaptureError.code, "module", row.fqn, "", reason, remedy)
 
 
 def add_program(analysis: Analysis, program: Program) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from gatecc.capture.adapters import adapted
-from gatecc.capture.signature import OpaqueArgumentError, map_tensors
+from gatecc.capture.signature import CONSTANTS, OpaqueArgumentError, map_tensors
 from gatecc.errors import ExampleInputsError
 from gatecc.ir.rewrite import Recipe, Rewrite
 from gatecc.scope.blame import blame
@@ -40,6 +40,9 @@ def reference(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """Run the original once on the example inputs and once on other sizes. Raises ExampleInputsError if it does not
     run."""
     made = Reference([(args, kwargs)], [_run(model, args, kwargs)])
+    if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(made.outputs)):
+        kind = type(made.outputs[0]).__name__
+        made.notes.append(f"no output was compared: torch does not know what a {kind} holds (register it as a pytree)")
     other = other_sizes(args, kwargs)
     if other is None:
         made.notes.append("checked at one size: an input is neither a tensor nor a constant")
@@ -106,14 +109,20 @@ def _sites(model: nn.Module, rewrite: Rewrite) -> int:
 
 
 def compare(expected: Any, got: Any) -> float:
-    """The largest difference over all output tensors; infinite if the structure, a shape or a dtype differs."""
+    """The largest difference over all output leaves; infinite if structure, constants, shapes or dtypes differ."""
     left, spec = pytree.tree_flatten(expected)
     right, other = pytree.tree_flatten(got)
     if spec != other:
         return float("inf")
     worst = 0.0
     for x, y in zip(left, right, strict=True):
-        if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
-            same = x.shape == y.shape and x.dtype == y.dtype
-            worst = max(worst, difference(x, y) if same else float("inf"))
+        worst = max(worst, _leaf(x, y))
     return worst
+
+
+def _leaf(x: Any, y: Any) -> float:
+    """None is a leaf too. Objects that torch cannot look into are compared by their type alone."""
+    if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
+        return difference(x, y) if x.shape == y.shape and x.dtype == y.dtype else float("inf")
+    alike = type(x) is type(y) and not (isinstance(x, CONSTANTS) and x != y)
+    return 0.0 if alike else float("inf")

@@ -157,13 +157,17 @@ def _stored(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor],
     stored: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[Any, str] = {}
+    storages: set[int] = set()
     for name, tensor in state.items():
         place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
         first = seen.setdefault(place, name) if tensor.numel() else name
         if first != name:
             aliases[name] = first
             continue
-        stored[name] = _plain(tensor)
+        plain = _plain(tensor)
+        storage = plain.untyped_storage().data_ptr()
+        stored[name] = plain.clone() if storage in storages else plain
+        storages.add(storage)
     return stored, aliases
 
 

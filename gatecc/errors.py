@@ -197,6 +197,20 @@ class MissingPackageError(GateccError, ImportError):
     code = "GCC013"
 
 
+class DecoderError(GateccError):
+    """No decode step can be derived from a model's full-sequence graph, or the derived one computes something else.
+
+    The message names the node that stands in the way, with its module and source line: an operator that mixes positions
+    and has no step rule, an attention whose mask does not prove causal, a length that the capture fixed.
+
+    Fails: ``gatecc.decoder(bert, inputs)``: attention in both directions has no decode step.
+    Mended: a causal model; where one operator stands in the way, write it with one that has a rule (attention,
+    linear attention, causal convolution, cumulative sum).
+    """
+
+    code = "GCC015"
+
+
 class TrainingError(GateccError):
     """Healing cannot go on: a loss is not finite, or nothing that trains has an effect on it.
 

@@ -15,7 +15,7 @@ from gatecc.ir.program import Program, origin
 from gatecc.ir.rewrite import Recipe, Rewrite
 from gatecc.ir.select import select
 from gatecc.ir.site import Refusal, Site
-from gatecc.scope.scope import Application
+from gatecc.scope.scope import Application, outside_scopes
 
 
 @dataclass
@@ -27,9 +27,13 @@ class Plan:
 
 
 def called_modules(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
-    """The FQNs of the modules whose forward runs (containers such as ModuleList are never called)."""
-    calls, _ = record_calls(model, [name for name, _ in model.named_modules()], args, kwargs)
-    return {name for name, seen in calls.items() if seen}
+    """The FQNs of the modules whose forward runs and that can be scopes.
+
+    Not among them: containers such as ModuleList, which are never called; the inside of a scope that is there already,
+    which runs as one graph; and modules with a forward of their own, which hides that of their class.
+    """
+    calls, _ = record_calls(model, outside_scopes(model), args, kwargs)
+    return {name for name, seen in calls.items() if seen and "forward" not in vars(model.get_submodule(name))}
 
 
 def plans_of(

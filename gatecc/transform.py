@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from gatecc.analysis import Inputs, analyse, check_model, evaluation, parameter_count, report_of, split_inputs
+from gatecc.capture.adapters import switch_caches
 from gatecc.capture.record import RecordedCall, record_calls
 from gatecc.capture.signature import OpaqueArgumentError
 from gatecc.check import Checked, check, reference
-from gatecc.errors import ArgumentError, CaptureError, GraphError
+from gatecc.errors import ArgumentError, CaptureError, GraphError, SiteRefusedError, UnsupportedModelError
 from gatecc.ir.edit import NewModule, WeightStep
 from gatecc.ir.rewrite import Recipe, Rewrite
 from gatecc.ir.widen import Rows, WidenWeight
@@ -50,6 +51,7 @@ class Step:
     scaled: tuple[tuple[str, float], ...]  # parameters and the powers of two that they were multiplied by
     report: Report
     widened: tuple[tuple[str, Rows], ...] = ()  # parameters that hold new rows
+    caches: tuple[Any, ...] = ()  # configurations whose use_cache was switched off
 
 
 @dataclass
@@ -58,9 +60,11 @@ class _Undo:
 
     states: list[tuple[nn.Module, Scope | None]] = field(default_factory=list[tuple[nn.Module, Scope | None]])
     weights: list[tuple[nn.Module, WeightStep]] = field(default_factory=list[tuple[nn.Module, WeightStep]])
+    caches: list[Any] = field(default_factory=list[Any])
 
     def run(self) -> None:
         """Take everything back."""
+        _caches_on(self.caches)
         for module, step in reversed(self.weights):
             undo_weight(module, step)
         for module, state in reversed(self.states):
@@ -69,6 +73,7 @@ class _Undo:
                 install(module, state)
         self.weights.clear()
         self.states.clear()
+        self.caches.clear()
 
 
 def transform(
@@ -98,7 +103,7 @@ def transform(
     undo = _Undo()
     with evaluation(model):
         before = reference(model, args, kwargs) if verify else None
-        target = model if inplace else _copy(model)
+    target = model if inplace else _copy(model)
     try:
         with evaluation(target):
             step = _transform(target, wanted, args, kwargs, scope, undo)
@@ -132,6 +137,7 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """
     target = model if inplace else copy.deepcopy(model)
     for step in reversed(history(target)):
+        _caches_on(step.caches)
         for fqn in step.modules:
             _remove_module(target, fqn)
         for fqn, factor in step.scaled:
@@ -174,14 +180,40 @@ def _transform(
         undo.run()
         report.rewrites.clear()
     report.refusals = [*report.refusals, *left_out]
+    if reason := _keeps_no_cache(model):
+        undo.caches += switch_caches(model)
+        if undo.caches:
+            report.notes.append(f"use_cache is off in the model's configuration from now on: {reason}")
     report.graphs = work.graphs()
     report.passes = [*report.passes, *work.pass_rows()]
     report.totals = replace(
         report.totals, parameters_before=parameters, parameters_after=parameter_count(model), **work.cost_after(report)
     )
     return Step(
-        recipe, scope, (args, kwargs), tuple(work.modules), tuple(work.scaled), report, tuple(work.widened.items())
+        recipe,
+        scope,
+        (args, kwargs),
+        tuple(work.modules),
+        tuple(work.scaled),
+        report,
+        tuple(work.widened.items()),
+        tuple(undo.caches),
     )
+
+
+def _keeps_no_cache(model: nn.Module) -> str:
+    """Why calls with a KV cache cannot be served, "" if they can."""
+    for fqn, _, state in scopes(model):
+        if not fqn:
+            return "the model runs as one graph, and a graph holds no cache"
+        if state.python.refused:
+            return state.python.refused
+    return ""
+
+
+def _caches_on(configurations: Sequence[Any]) -> None:
+    for config in configurations:
+        config.use_cache = True
 
 
 def _install(
@@ -195,7 +227,7 @@ def _install(
     for plan in sorted(plans, key=lambda p: -p.fqn.count(".") - bool(p.fqn)):
         try:
             work.install(plan, calls[plan.fqn])
-        except CaptureError as e:
+        except (CaptureError, SiteRefusedError) as e:
             if plan.fqn in largest:
                 raise
             work.report.notes.append(f"{plan.fqn}: rewritten in the graph of the whole model; alone: {e.found}")
@@ -226,6 +258,13 @@ class _Installer:
         """Make one planned scope."""
         clock = time.process_time()
         module = self.model.get_submodule(plan.fqn)
+        if "forward" in vars(module):
+            raise UnsupportedModelError(
+                "the module has a forward of its own, which hides that of its class: a rewrite of it would never run",
+                where=plan.fqn or type(module).__name__,
+                found="forward in vars(module); accelerate's dispatch hooks and monkey patches put it there",
+                do="take it away first: remove_hook_from_module of accelerate.hooks, or del module.forward",
+            )
         old = scope_of(module)
         self.undo.states.append((module, old))
         applied = (*(old.applied if old else ()), *plan.applied)
@@ -395,7 +434,11 @@ def _key(module: nn.Module, call: RecordedCall) -> Any:
         try:
             return call_key(module, call.args, call.kwargs)[0]
         except OpaqueArgumentError as e:
-            raise CaptureError("the call of a scope cannot become a graph", found=str(e)) from e
+            raise CaptureError(
+                "the call of a scope cannot become a graph",
+                found=str(e),
+                do="take hooks inside of it off while transforming (handle.remove()); pass tensors and constants only",
+            ) from e
 
 
 def _gradients() -> torch.set_grad_enabled:

@@ -215,6 +215,15 @@ def test_nested_example_inputs(tmp_path: Path) -> None:
     assert torch.equal(model(x := ids(), options), loaded(x, options))
 
 
+def test_buffers_that_are_views_of_each_other(tmp_path: Path) -> None:
+    base, table = Tiny().eval(), torch.arange(6.0)
+    base.register_buffer("table", table)
+    base.register_buffer("rows", table.view(2, 3))
+    saved = gatecc.transform(base, ATTENTION, (ids(),), verify=False)
+    gatecc.save(saved, tmp_path)
+    assert_same(saved, gatecc.load(base, tmp_path), ids())
+
+
 def test_inplace_keeps_the_model_object(model: nn.Module, checkpoint: Path) -> None:
     base = Tiny().eval()
     embedding = base.embed.weight

@@ -14,6 +14,7 @@ import gatecc
 from gatecc import MLP, Attention, Gate, GateSpec, Linear, Residual
 from gatecc.errors import (
     ArgumentError,
+    CaptureError,
     EmptySelectionError,
     ExampleInputsError,
     GateccError,
@@ -96,6 +97,37 @@ def test_the_model_is_untouched(model: nn.Module, x: Tensor) -> None:
     assert not list(scopes(model))
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_every_module_keeps_its_mode(model: nn.Module, x: Tensor, inplace: bool) -> None:
+    model.train().get_submodule("blocks.1").eval()
+    before = {name: m.training for name, m in model.named_modules()}
+    gated = gatecc.transform(model, RECIPE, (x,), inplace=inplace)
+    assert {name: m.training for name, m in gated.named_modules() if name in before} == before
+    assert [gated.get_submodule(f"blocks.{i}.attention.gate").training for i in (0, 1)] == [True, False]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_runs_of_the_model_leave_its_buffers_alone(x: Tensor, inplace: bool) -> None:
+    class Counting(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+            self.register_buffer("last", torch.zeros(()))
+
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            self.get_buffer("calls").add_(1)
+            self.last = x.detach().mean()
+            return super().forward(x, mask)
+
+    model = Counting().eval()
+    last = model.last
+    gated = gatecc.transform(model, RECIPE, (x,), inplace=inplace)
+    assert not model.calls
+    assert model.last is last
+    assert not gated.get_buffer("calls")
+    assert not gated.get_buffer("last")
+
+
 def test_inplace_keeps_parameter_objects(model: nn.Module, x: Tensor) -> None:
     kept = dict(model.named_parameters())
     result = gatecc.transform(model, RECIPE, (x,), inplace=True)
@@ -133,6 +165,14 @@ def test_selection_and_several_rewrites(model: nn.Module, x: Tensor) -> None:
     assert torch.allclose(gated(x), model(x), atol=1e-6)
 
 
+def test_each_layer_reuses_its_own_weight(model: nn.Module, x: Tensor) -> None:
+    spec = GateSpec("hidden", "linear", "element", "sigmoid", init="reuse(q.weight)")
+    gated = gatecc.transform(model, [Gate(Attention[...].heads, spec)], (x,))
+    for i in (0, 1):
+        attention = gated.get_submodule(f"blocks.{i}.attention")
+        assert torch.equal(attention.get_parameter("gate.weight"), attention.get_parameter("q.weight"))
+
+
 def test_tied_weights_stay_tied(x: Tensor) -> None:
     model = Model().eval()
     first: Any = model.blocks[0]
@@ -157,6 +197,18 @@ def test_folding_into_a_tied_weight_is_refused(x: Tensor) -> None:
 
 # --- bad input: one clear error each, the model unchanged
 # -----------------------------------------------------------------
+
+
+def packed() -> nn.Module:
+    model = Model()
+    model.head.weight = nn.Parameter(torch.ones(5, 16, dtype=torch.int8), requires_grad=False)
+    return model
+
+
+def hooked() -> nn.Module:
+    model = Model().eval()
+    model.get_submodule("blocks.0.attention.o").register_forward_hook(lambda *_: None)
+    return model
 
 
 class Quantised(nn.Module):
@@ -189,6 +241,8 @@ BAD: dict[str, tuple[Callable[[Tensor], Any], type[GateccError], str]] = {
         "script",
     ),
     "quantised": (lambda x: (Quantised(), RECIPE, (x,)), UnsupportedModelError, "packed"),
+    "packed weights": (lambda x: (packed(), RECIPE, (x,)), UnsupportedModelError, "head.weight"),
+    "a hook inside a scope": (lambda x: (hooked(), RECIPE, (x,)), CaptureError, "hook"),
     "no model": (lambda x: (len, RECIPE, (x,)), UnsupportedModelError, "nn.Module"),
 }
 

@@ -44,7 +44,9 @@ GUIDES = (
     ("tutorial.md", "your own rewrite in 25 lines, and everything around it"),
     ("scopes.md", "what a transformed submodule does when it is called"),
     ("healing.md", "training after a rewrite: layer-wise transfer, distillation, adapters, and measures of the loss"),
+    ("decoder.md", "prefill and step, derived from a causal model's graph: state, sampling, left padding, refusals"),
     ("gates.md", "what a gate reads, how it is scored, what it varies over, how it learns and starts"),
+    ("linear-attention.md", "the operator: rules, options, states, steps, and what computes it"),
     ("capture.md", "from a model to a graph: what is changed meanwhile, and what happens when it fails"),
     ("reports.md", "what a report holds, and its forms"),
 )

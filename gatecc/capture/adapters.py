@@ -28,16 +28,20 @@ def adapted(module: nn.Module) -> Generator[None]:
 @contextmanager
 def caches_off(module: nn.Module) -> Generator[None]:
     """Set ``use_cache`` to False on every configuration object in the module."""
-    changed: list[Any] = []
-    for config in _configs(module):
-        if getattr(config, "use_cache", False):
-            config.use_cache = False
-            changed.append(config)
+    changed = switch_caches(module)
     try:
         yield
     finally:
         for config in changed:
             config.use_cache = True
+
+
+def switch_caches(module: nn.Module) -> list[Any]:
+    """Switch ``use_cache`` off for good; returns the configurations that had it on."""
+    changed = [config for config in _configs(module) if getattr(config, "use_cache", False)]
+    for config in changed:
+        config.use_cache = False
+    return changed
 
 
 def _configs(module: nn.Module) -> list[Any]:

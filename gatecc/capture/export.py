@@ -6,7 +6,7 @@ import inspect
 import logging
 import re
 import warnings
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -90,7 +90,8 @@ def _apart(leaves: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _export(flat: _Flat, leaves: list[torch.Tensor], fqn: str, dynamic: Literal["auto", "none"]) -> ExportedProgram:
-    shapes = [_dynamic_axes(x, whole=not fqn) if dynamic == "auto" else None for x in leaves]
+    images = _image_channels(flat.m) if not fqn else frozenset[tuple[int, int]]()
+    shapes = [_dynamic_axes(x, images) if dynamic == "auto" else None for x in leaves]
     try:
         return torch.export.export(flat, tuple(leaves), dynamic_shapes=(tuple(shapes),), strict=False)
     except Exception as e:
@@ -102,13 +103,19 @@ def _export(flat: _Flat, leaves: list[torch.Tensor], fqn: str, dynamic: Literal[
         ) from e
 
 
-def _dynamic_axes(x: torch.Tensor, whole: bool) -> dict[int, Any]:
+def _image_channels(module: nn.Module) -> frozenset[tuple[int, int]]:
+    """The rank and the channels of images that some convolution of the module reads."""
+    convs = [m for m in module.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
+    return frozenset((len(m.kernel_size) + 2, m.in_channels) for m in convs)
+
+
+def _dynamic_axes(x: torch.Tensor, images: Collection[tuple[int, int]]) -> dict[int, Any]:
     """The axes of a tensor that may vary. An image that enters the whole model keeps its height and width.
 
     With symbolic ones, windowed models (Swin) take minutes to capture instead of seconds; a call with another size of
     image makes another capture.
     """
-    image = whole and x.is_floating_point() and x.dim() >= 4
+    image = x.dim() >= 4 and x.is_floating_point() and (x.dim(), x.shape[1]) in images
     return {i: Dim.AUTO for i, size in enumerate(x.shape) if size > 1 and not (image and i >= 2)}
 
 

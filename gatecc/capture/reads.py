@@ -29,6 +29,7 @@ def recorded_reads(root: nn.Module) -> Generator[dict[tuple[str, str], Any]]:
     whose class cannot be swapped (slots, extension types) is recorded as having read everything.
     """
     seen: dict[tuple[str, str], Any] = {}
+    written: set[tuple[str, str]] = set()
     original: list[tuple[nn.Module, type]] = []
     made: dict[type, type] = {}
     paths = {id(m): path for path, m in root.named_modules()}
@@ -36,30 +37,41 @@ def recorded_reads(root: nn.Module) -> Generator[dict[tuple[str, str], Any]]:
         for path, module in root.named_modules():
             cls = type(module)
             try:
-                module.__class__ = made.setdefault(cls, _recording(cls, paths, seen))
+                module.__class__ = made.setdefault(cls, _recording(cls, paths, seen, written))
                 original.append((module, cls))
             except TypeError:
-                seen.update({(path, k): v for k, v in vars(module).items() if not k.startswith("_")})
+                seen.update({(path, k): v for k, v in vars(module).items() if not _is_own(k)})
         yield seen
     finally:
         for module, cls in original:
             module.__class__ = cls
+        for key in written & seen.keys():
+            del seen[key]
 
 
-def _recording(cls: type, paths: dict[int, str], seen: dict[tuple[str, str], Any]) -> type:
+def _recording(
+    cls: type, paths: dict[int, str], seen: dict[tuple[str, str], Any], written: set[tuple[str, str]]
+) -> type:
     read = cast("Callable[[Any, str], Any]", cls.__getattribute__)
+    write = cast("Callable[[Any, str, Any], None]", cls.__setattr__)
 
     def __getattribute__(self: Any, name: str) -> Any:  # noqa: N807
         value = read(self, name)
-        if name[0] != "_" and name != "training" and name in object.__getattribute__(self, "__dict__"):
+        if not _is_own(name) and name in object.__getattribute__(self, "__dict__"):
             seen.setdefault((paths.get(id(self), ""), name), value)
         return value
 
-    return type(
-        cls.__name__,
-        (cls,),
-        {"__getattribute__": __getattribute__, "__module__": cls.__module__, "__qualname__": cls.__qualname__},
-    )
+    def __setattr__(self: Any, name: str, value: Any) -> None:  # noqa: N807
+        written.add((paths.get(id(self), ""), name))
+        write(self, name, value)
+
+    methods: dict[str, Any] = {"__getattribute__": __getattribute__, "__setattr__": __setattr__}
+    return type(cls.__name__, (cls,), {**methods, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
+
+
+def _is_own(name: str) -> bool:
+    """Whether an attribute belongs to torch's or gatecc's bookkeeping, not to the model."""
+    return name in _BOOKKEEPING or name.startswith(("__", "_gatecc"))
 
 
 def reads_of(seen: dict[tuple[str, str], Any]) -> tuple[Read, ...]:
@@ -82,3 +94,4 @@ def _same(read: Read, root: nn.Module) -> bool:
 
 
 _MISSING = object()
+_BOOKKEEPING = frozenset(vars(nn.Module()))  # _parameters, _modules, training, the tables of hooks

@@ -2,7 +2,7 @@
 parameters.
 
 Everything that an editor does is recorded as well (`Step`), because the same edit must be possible on a running Python
-call where no graph can be had (see gatecc.scope_python), and on every layer that shares the graph.
+call where no graph can be had (see gatecc.scope.python_path), and on every layer that shares the graph.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ class Editor:
     weights: list[WeightStep] = field(default_factory=list[WeightStep])
     inserted: set[fx.Node] = field(default_factory=set[fx.Node])
     sites: Sequence[Site] = ()
+    whole_sequence: bool = False  # the edit makes later tokens depend on earlier ones in a way that no KV cache holds
 
     def module(self, name: str, build: Callable[[], nn.Module]) -> str:
         """The path of a new submodule called ``name`` on the site's owner; made by ``build`` unless it exists already.
@@ -134,7 +135,7 @@ class Editor:
         path = function if isinstance(function, str) else None
         module = cast("nn.Module", attribute(self.program.module, path)) if path else None
         traced = _trace(module or cast("Callable[..., torch.Tensor]", function), arguments)
-        anchor = max(nodes, default=self.site_node) if nodes else self._first_call()
+        anchor = max(nodes) if nodes else self._first_call()
         result = self._inline(traced, path or "", nodes, anchor, name)
         self.steps.append(
             Call(None if path else cast("Callable[..., torch.Tensor]", function), path, arguments, result)
@@ -153,6 +154,22 @@ class Editor:
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user in chosen)
         some = any(user not in self.inserted and user is not new for user in old.users)
         self.steps.append(Replace(old, new, some))
+
+    def discard(self, node: fx.Node) -> None:
+        """Erase a value that nobody reads any more with all that only it needed, random operators included.
+
+        Dead code elimination keeps random operators, for they move the generator on; a rewrite that replaces attention
+        means to be rid of them. The values of the site stay, for later rewrites.
+        """
+        kept = {v.node for v in self.site.values.values()} - {node}
+        stack = [node]
+        while stack:
+            dead = stack.pop()
+            if dead.op != "call_function" or dead.users or dead in kept or _writes(dead):
+                continue
+            inputs = dead.all_input_nodes
+            self.program.graph.erase_node(dead)
+            stack.extend(inputs)
 
     def widen(self, linear: fx.Node, rows: Rows, weight: Callable[[], Any], bias: Callable[[], Any]) -> None:
         """Let ``linear`` yield new features beside its own, laid out as ``rows``; its parameters grow at installation.
@@ -273,6 +290,11 @@ def _tensor_names(module: nn.Module) -> list[str]:
 
 def _tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether an operator changes one of its inputs."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _trace(function: Callable[..., torch.Tensor], arguments: Sequence[Any]) -> fx.Graph:

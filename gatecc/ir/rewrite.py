@@ -29,6 +29,7 @@ class Rewrite(ABC):
     """
 
     name: ClassVar[str]
+    loses_buffers: ClassVar[bool] = False  # tables of the old computation, such as rotary ones, may go with it
 
     site: Selector
 

@@ -1,6 +1,7 @@
 """Selector: which sites a rewrite means, in Python (``Attention["model.layers.*"].heads``), in JSON and as text.
 
-As text, ``kind[where].stage``: ``attention[...].heads``, ``mlp[model.layers.*]``, ``linear[0,2,-1].in``, ``block[2:]``.
+As text, ``kind[where].stage``: ``attention[...].heads``, ``mlp[model.layers.*]``, ``linear[0,2,-1].in``, ``block[2:]``,
+``attention[... except 3::4]`` (all but every fourth).
 ``where`` is ``...`` for all, FQN globs, positions, or a slice of positions; a glob that could be read as something else
 stands in double quotes. Brackets and stage may be left out.
 """
@@ -26,6 +27,7 @@ Where: TypeAlias = (
 
 _TEXT = re.compile(r"(?P<kind>[A-Za-z]+)(?:\[(?P<where>.*)\])?(?:\.(?P<stage>\w+))?", re.DOTALL)
 _PART = re.compile(r'\s*("(?:[^"\\]|\\.)*"|[^,"]+?)\s*(?:,|$)', re.DOTALL)
+_EXCEPT = " except "
 _INT = re.compile(r"-?\d+")
 _SLICE = re.compile(r"(-?\d+)?:(-?\d+)?(?::(-?\d+)?)?")
 _PLAIN_GLOB = re.compile(r"[\w.*?\[\]!#@-]*[A-Za-z_*?\[#@][\w.*?\[\]!#@-]*", re.ASCII)  # a glob that needs no quotes
@@ -49,11 +51,14 @@ class Selector:
     kind: str
     where: Where
     stage: str = ""
+    besides: Where | None = None  # sites that are left as they are; it need not find any
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ArgumentError(f"{self.kind!r} is no kind of site", expected="one of " + ", ".join(KINDS))
         object.__setattr__(self, "where", _normal(self.where))
+        if self.besides is not None:
+            object.__setattr__(self, "besides", _normal(self.besides))
         object.__setattr__(self, "stage", self.stage or KINDS[self.kind].main_stage)
         stages = KINDS[self.kind].stages
         # The inputs of a merge are numbered, and their number is that of the site.
@@ -66,11 +71,18 @@ class Selector:
             raise AttributeError(name)
         return replace(self, stage=name.removesuffix("_"))
 
+    def but(self, where: Where) -> Selector:
+        """The same without some sites: ``Attention[...].heads.but(slice(3, None, 4))`` leaves every fourth as it is."""
+        return replace(self, besides=where)
+
     def __hash__(self) -> int:  # a slice has no hash before Python 3.12
         return hash(str(self))
 
     def __str__(self) -> str:
-        return f"{self.kind}[{_format(self.where)}].{self.stage}"
+        return f"{self.kind}[{self._places()}].{self.stage}"
+
+    def _places(self) -> str:
+        return _format(self.where) + ("" if self.besides is None else f"{_EXCEPT}{_format(self.besides)}")
 
     @classmethod
     def parse(cls, text: str) -> Selector:
@@ -78,22 +90,21 @@ class Selector:
         match = _TEXT.fullmatch(text.strip())
         if match is None:
             raise ArgumentError(f"{text!r} is no selector", expected="kind[where].stage, e.g. attention[2:].heads")
-        where = match["where"]
-        return cls(match["kind"].lower(), ... if where is None else _parse(where), match["stage"] or "")
+        return cls(match["kind"].lower(), **_split(match["where"]), stage=match["stage"] or "")
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object; raises ArgumentError for a predicate, which only Python can hold."""
-        if callable(self.where):
+        if callable(self.where) or callable(self.besides):
             raise ArgumentError(
                 f"{self} selects by a Python function, which cannot be saved",
                 do="select by FQN globs or positions: gatecc.inspect lists those that the function takes",
             )
-        return {"kind": self.kind, "where": _format(self.where), "stage": self.stage}
+        return {"kind": self.kind, "where": self._places(), "stage": self.stage}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Selector:
         """The inverse of to_json. Raises ArgumentError."""
-        return cls(data["kind"], _parse(data["where"]), data["stage"])
+        return cls(data["kind"], **_split(data["where"]), stage=data["stage"])
 
 
 def select(selector: Selector, sites: Iterable[Site], refusals: Sequence[Refusal] = ()) -> list[Site]:
@@ -107,6 +118,10 @@ def select(selector: Selector, sites: Iterable[Site], refusals: Sequence[Refusal
     for part in _parts(selector.where):
         if not _matches(replace(selector, where=part), of_kind):
             raise _empty(replace(selector, where=part), everything, of_kind, refusals)
+    if selector.besides is not None:
+        wanted = wanted - _matches(replace(selector, where=selector.besides, besides=None), of_kind)
+        if not wanted:
+            raise _empty(selector, everything, of_kind, refusals)
     return [site for site in of_kind if id(site) in wanted]
 
 
@@ -192,6 +207,12 @@ def _format(where: Where) -> str:
 
 def _format_part(part: str | int) -> str:
     return part if isinstance(part, str) and _PLAIN_GLOB.fullmatch(part) else json.dumps(part)
+
+
+def _split(text: str | None) -> dict[str, Any]:
+    """``where`` and ``besides`` of the text between the brackets."""
+    where, found, besides = ("..." if text is None else text).partition(_EXCEPT)
+    return {"where": _parse(where), "besides": _parse(besides) if found else None}
 
 
 def _parse(text: str) -> Where:

@@ -87,13 +87,14 @@ class Attention(Site):
     """Softmax attention, one fused node or spelled out.
 
     Values (those that exist): hidden (b, n, c) what the query projection reads; hidden_kv likewise for keys; q, k, v
-    after the head split and any rotary embedding (b, h, n, d); scores before softmax and weights after it (b, h, n, m),
+    after the head split and any rotary embedding (b, h, n, d); q_raw and k_raw before the rotary embedding (q and k
+    themselves where there is none); scores before softmax and weights after it (b, h, n, m),
     only when spelled out; heads = weights @ v (b, h, n, d); out = after the output projection (b, n, c).
     Weights: q, k, v, o; qkv instead where the rows of the three are interleaved in one matrix.
     """
 
     kind = "attention"
-    stages = ("hidden", "hidden_kv", "q", "k", "v", "scores", "weights", "heads", "out")
+    stages = ("hidden", "hidden_kv", "q_raw", "k_raw", "q", "k", "v", "scores", "weights", "heads", "out")
     main_stage = "heads"
 
     spelling: Literal["sdpa", "softmax", "manual"]

@@ -44,6 +44,7 @@ class Suspect:
     rewrite: str
     sites: Sequence[Site]
     inserted: set[fx.Node]
+    loses_buffers: bool = False
 
     def place(self, node: fx.Node) -> str:
         """Site and line that a fault at ``node`` is blamed on: the owner of the nodes around it, else the nearest."""
@@ -148,7 +149,10 @@ def _kept(program: Program, before: Before, rewrite: Suspect) -> None:
     if now != then:
         raise _fail(rewrite, "the outputs changed", output, f"{now}, before {then}")
     live = _live_parameters(program)
-    if lost := sorted(before.parameters - set(live)):
+    gone = before.parameters - set(live)
+    if rewrite.loses_buffers:
+        gone = {name for name in gone if isinstance(attribute(program.module, name), torch.nn.Parameter)}
+    if lost := sorted(gone):
         guilty = next((n for n in program.graph.nodes if n.op == "get_attr" and str(n.target) == lost[0]), output)
         reader = next(iter(guilty.users), guilty)
         raise _fail(

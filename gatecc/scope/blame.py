@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from gatecc.capture import capture
 from gatecc.capture.record import record_calls
@@ -19,9 +19,11 @@ from gatecc.ir.site import Site
 from gatecc.passes.canonicalize import canonicalize
 from gatecc.scope.build import Sites, apply
 from gatecc.scope.family import same_outputs
-from gatecc.scope.scope import Scope, base_forward, scopes
+from gatecc.scope.scope import Scope, base_forward, outside_scopes, scopes
 from gatecc.scope.variant import Variant
 from gatecc.scope.widened import narrowed
+
+Guilty = tuple[Rewrite, Site, fx.Node]  # and the node that its edit ends in
 
 
 def blame(
@@ -30,17 +32,13 @@ def blame(
     """The error to raise: it names the first rewrite and site whose edit alone changes its scope's output."""
     found = f"outputs differ by {error:.3g} of max(1, max|output|)"
     expected = f"at most {tolerance:.3g}"
-    for rewrite, site, program, edited in _guilty(model, recipe, args, kwargs):
-        return (
-            ContractError(
-                f"the rewrite promises {rewrite.contract()} and does not keep it",
-                where=f"{rewrite} at {site.key} {site.line}".strip(),
-                found=f"{found}\n{window(edited)}",
-                expected=expected,
-                do="declare changes_function if that is meant; else mend the rewrite",
-            )
-            if program
-            else ContractError("unreachable")
+    for rewrite, site, edited in _guilty(model, recipe, args, kwargs):
+        return ContractError(
+            f"the rewrite promises {rewrite.contract()} and does not keep it",
+            where=f"{rewrite} at {site.key} {site.line}".strip(),
+            found=f"{found}\n{window(edited)}",
+            expected=expected,
+            do="declare changes_function if that is meant; else mend the rewrite",
         )
     return ContractError(
         "the transformed model is not the original, though each rewrite alone keeps its contract",
@@ -51,15 +49,16 @@ def blame(
     )
 
 
-def _guilty(model: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
-    names = [fqn for fqn, _, _ in scopes(model)]
-    calls, _ = record_calls(model, names, args, kwargs)
-    for fqn, module, state in scopes(model):
+def _guilty(model: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Guilty]:
+    outermost = set(outside_scopes(model))
+    found = [(fqn, module, state) for fqn, module, state in scopes(model) if fqn in outermost]
+    calls, _ = record_calls(model, [fqn for fqn, _, _ in found], args, kwargs)
+    for fqn, module, state in found:
         for call in calls[fqn]:
             yield from _in_scope(module, state, recipe, call.args, call.kwargs)
 
 
-def _in_scope(module: nn.Module, state: Scope, recipe: Recipe, args: Any, kwargs: Any) -> Iterator[Any]:
+def _in_scope(module: nn.Module, state: Scope, recipe: Recipe, args: Any, kwargs: Any) -> Iterator[Guilty]:
     _, leaves = flatten(args, kwargs)
     for application in state.applied:
         if application.rewrite not in recipe.rewrites or not application.rewrite.contract().checked:
@@ -77,7 +76,7 @@ def _in_scope(module: nn.Module, state: Scope, recipe: Recipe, args: Any, kwargs
             after = _run(Variant(program, ()), module, leaves)
             if not same_outputs(before, after, application.rewrite.contract().allowed(1)):
                 nodes = sorted(edits[0].inserted)
-                yield application.rewrite, site, program, nodes[-1] if nodes else edits[0].site_node
+                yield application.rewrite, site, nodes[-1] if nodes else edits[0].site_node
 
 
 def _run(variant: Variant, module: nn.Module, leaves: list[torch.Tensor]) -> Any:

@@ -14,6 +14,8 @@ from gatecc.capture.reads import reads_of, recorded_reads
 from gatecc.errors import CaptureError, GateccError, GraphError
 from gatecc.ir.cost import Cost, cost
 from gatecc.ir.edit import Editor, NewModule, Replace, ScaleWeight, WeightStep
+from gatecc.ir.gate import GateModule
+from gatecc.ir.gates.init import Reuse
 from gatecc.ir.match import find_sites
 from gatecc.ir.program import Program, attribute, window
 from gatecc.ir.rewrite import Rewrite
@@ -155,7 +157,8 @@ def apply(
             raise GraphError(f"the rewrite raised {type(e).__name__}", where=place, found=found) from e
         editors.append(edit)
         work.note(edit)
-    verify(program, before, Suspect(str(rewrite), sites, {node for edit in editors for node in edit.inserted}))
+    inserted = {node for edit in editors for node in edit.inserted}
+    verify(program, before, Suspect(str(rewrite), sites, inserted, rewrite.loses_buffers))
     return editors
 
 
@@ -170,7 +173,7 @@ def install_weights(module: nn.Module, steps: list[WeightStep]) -> dict[str, int
             holder_path, _, name = step.path.rpartition(".")
             holder = module.get_submodule(holder_path)
             if name not in dict(holder.named_children()):
-                holder.add_module(name, step.build().train(holder.training))
+                holder.add_module(name, _fresh(step, module).train(holder.training))
             new = module.get_submodule(step.path)
             made.update({f"{step.path}.{n}": p.numel() for n, p in new.named_parameters()})
         elif isinstance(step, WidenWeight):
@@ -180,6 +183,14 @@ def install_weights(module: nn.Module, steps: list[WeightStep]) -> dict[str, int
         else:
             scale(module, step, step.factor)
     return made
+
+
+def _fresh(step: NewModule, layer: nn.Module) -> nn.Module:
+    """A new module for a layer that shares another one's build; what it starts from is the layer's own weight."""
+    new = step.build()
+    if isinstance(new, GateModule) and isinstance(new.spec.init, Reuse):
+        new.reuse(attribute(layer, new.spec.init.name))
+    return new
 
 
 def scale(module: nn.Module, step: ScaleWeight, factor: float) -> None:

@@ -92,7 +92,7 @@ def proves(
 
 
 def same_outputs(a: Any, b: Any, tolerance: float) -> bool:
-    """Whether two outputs have the same structure and tensors equal up to tolerance * max(1, max|a|)."""
+    """Whether two outputs have the same structure and tensors equal up to tolerance * max|a|."""
     left, spec = pytree.tree_flatten(a)
     right, other = pytree.tree_flatten(b)
     return spec == other and all(close(x, y, tolerance) for x, y in zip(left, right, strict=True))
@@ -107,19 +107,21 @@ def close(x: Any, y: Any, tolerance: float) -> bool:
         return False
     if not x.is_floating_point():
         return bool(torch.equal(x, y))
-    return difference(x, y) <= tolerance
+    return difference(x, y, floor=torch.finfo(torch.float32).tiny) <= tolerance
 
 
-def difference(x: torch.Tensor, y: torch.Tensor) -> float:
-    """max|x - y| / max(1, max|x|) over finite entries; infinite if non-finite entries differ or shapes do."""
+def difference(x: torch.Tensor, y: torch.Tensor, floor: float = 1.0) -> float:
+    """max|x - y| / max(floor, max|x|) over finite entries; infinite if non-finite entries differ or shapes do."""
     if x.shape != y.shape:
         return float("inf")
     if x.numel() == 0:
         return 0.0
+    if not (x.is_floating_point() or x.is_complex()):  # booleans have no minus, unsigned integers wrap around
+        x, y = x.double(), y.double()
     finite = torch.isfinite(x)
     same = torch.where(finite, torch.isfinite(y), (x == y) | (x.isnan() & y.isnan()))
     if not bool(same.all()):
         return float("inf")
     gap = torch.where(finite, (x - y).abs(), 0).max()
-    scale = torch.where(finite, x.abs(), 0).max().clamp(min=1)
-    return float((gap.double() / scale.double()).item())
+    scale = torch.where(finite, x.abs(), 0).max().double().clamp(min=floor)
+    return float((gap.double() / scale).item())

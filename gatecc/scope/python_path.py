@@ -80,6 +80,8 @@ def python_path(
     edits: list[PythonEdit] = []
     anchors = _Anchors(program, cores, names, {n for e in editors for n in e.inserted})
     for editor in editors:
+        if editor.whole_sequence:
+            return PythonPath(refused=f"{editor.rewrite} keeps no KV cache: decode with gatecc.decoder(model)")
         ops: list[Op] = []
         for step in editor.steps:
             if isinstance(step, Call):

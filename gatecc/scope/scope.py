@@ -8,7 +8,8 @@ captures a new variant; a call that cannot be captured takes the Python path; an
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -79,6 +80,25 @@ def scopes(model: nn.Module) -> Iterator[tuple[str, nn.Module, Scope]]:
         state = scope_of(module)
         if state is not None:
             yield fqn, module, state
+
+
+def outside_scopes(model: nn.Module) -> list[str]:
+    """The FQNs of the modules that no scope holds, and of the outermost scopes: a hook elsewhere keeps a graph from
+    running."""
+    roots = [f"{fqn}." if fqn else "" for fqn, _, _ in scopes(model)]
+    names = [name for name, _ in model.named_modules()]
+    return [n for n in names if not any(n.startswith(root) and n != root.removesuffix(".") for root in roots)]
+
+
+@contextmanager
+def plain(model: nn.Module) -> Generator[None]:
+    """The model with the modules' own forwards for a while, without what transforms inserted."""
+    with ExitStack() as stack:
+        for _, module, state in list(scopes(model)):
+            stack.enter_context(narrowed(module, state.widened))
+            stack.callback(install, module, state)
+            module.__class__ = base_class(module)
+        yield
 
 
 @functools.cache
@@ -245,7 +265,8 @@ def call_key(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 def _modes(module: nn.Module, out: list[Any], root: bool) -> None:
     """Type and training flag of every submodule: swapped submodules (LoRA) and frozen norms change the graph."""
-    if not root and (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks):
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if not root and any(hooks):
         raise OpaqueArgumentError(f"a hook on the submodule {type(module).__name__}")
     out.append(type(module))
     out.append(module.training)
@@ -259,9 +280,17 @@ def fresh(reads: tuple[Read, ...], module: nn.Module) -> bool:
     for path, name, value in reads:
         holder = module.get_submodule(path) if path else module
         now = getattr(holder, name, None)
-        if now is not value and now != value:
+        if now is not value and _differs(now, value):
             return False
     return True
+
+
+def _differs(now: Any, before: Any) -> bool:
+    """Tensors have no one truth value, nor have containers of them: other objects then count as other values."""
+    try:
+        return isinstance(now, torch.Tensor) or bool(now != before)
+    except (RuntimeError, ValueError):
+        return True
 
 
 def _traced(

@@ -112,3 +112,20 @@ def test_generated_tokens(build: Any, attention: str) -> None:
     )
     beams = {**options, "num_beams": 2}
     assert torch.equal(gated.generate(ids, **beams), expected.generate(ids, **beams))
+
+
+def test_a_model_that_can_serve_no_cache_is_called_without_one() -> None:
+    """Gates on residuals cannot be said in Python: the configuration's cache is off, and on again after revert."""
+    torch.manual_seed(0)
+    plain = llama("sdpa").eval()
+    ids = torch.randint(1, 97, (2, 6))
+    gated: Any = gatecc.transform(plain, "residual-gates", {"input_ids": ids})
+    assert any("use_cache" in note for note in gatecc.last_report(gated).notes)
+    assert torch.allclose(gated(input_ids=ids).logits, plain(input_ids=ids, use_cache=False).logits, atol=1e-6)
+    wanted = plain.generate(ids, max_new_tokens=3, do_sample=False)
+    assert torch.equal(gated.generate(ids, max_new_tokens=3, do_sample=False, use_cache=False), wanted)
+    with pytest.raises(gatecc.GateccError, match="use_cache=False"):
+        gated.generate(ids, max_new_tokens=3, do_sample=False, use_cache=True)
+    assert plain.config.use_cache
+    back: Any = gatecc.revert(gated)
+    assert back.config.use_cache

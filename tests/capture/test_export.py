@@ -148,3 +148,11 @@ def test_adapters_are_undone() -> None:
         assert not torch.backends.mha.get_fastpath_enabled()
     assert config.use_cache is True
     assert torch.backends.mha.get_fastpath_enabled() == before
+
+
+def test_an_image_keeps_its_size_and_other_tensors_do_not() -> None:
+    """Height and width are fixed where a convolution reads as many channels; heads by tokens are no image."""
+    image = capture(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), (torch.randn(2, 3, 8, 8),))
+    queries = capture(nn.Softmax(-1), (torch.randn(2, 3, 8, 8),))
+    free = [[isinstance(s, torch.SymInt) for s in p.placeholders[0].meta["val"].shape[2:]] for p in (image, queries)]
+    assert free == [[False, False], [True, True]]

@@ -24,13 +24,14 @@ from gatecc.passes.bypass import Bypass
 from gatecc.passes.canonicalize import canonicalize
 from gatecc.passes.fuse import Fuse
 from gatecc.passes.gate import Gate
+from gatecc.passes.mix import Mix
 from gatecc.scope.build import Sites, apply, install_weights
 from gatecc.scope.family import difference
 from gatecc.scope.variant import Variant
 from tests.golden.reader import Reader
 
 FOLDER = Path(__file__).parent
-PASSES: dict[str, type[Rewrite]] = {cls.name: cls for cls in (Gate, Branch, Fuse, Bypass)}
+PASSES: dict[str, type[Rewrite]] = {cls.name: cls for cls in (Gate, Branch, Fuse, Bypass, Mix)}
 HEADINGS = ("pipeline", "before", "after", "weights", "contract")
 
 

@@ -131,6 +131,8 @@ def test_a_source_without_sites_is_an_empty_selection() -> None:
         done(MLP, _gate("mlp[...].out", 'at("conv[...].out")', "linear", "channel", "1+tanh"))
     with pytest.raises(ArgumentError, match="only a linear gate"):
         GateSpec("hidden", "lowrank(2)", "head", "sigmoid", fuse_into="q")
+    with pytest.raises(ArgumentError, match="not as a copy"):
+        GateSpec("hidden", "linear", "head", "sigmoid", init="reuse(att.q.weight)", fuse_into="q")
 
 
 @given(groups=st.integers(1, 4), old=st.integers(1, 5), new=st.integers(1, 3))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import types
 from typing import Any, cast
 
 import pytest
@@ -13,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gatecc
-from gatecc import MLP, Activation, Gate, GateSpec
-from gatecc.errors import CallNotCapturedError
+from gatecc import MLP, Activation, Gate, GateSpec, Residual
+from gatecc.errors import CallNotCapturedError, UnsupportedModelError
 from gatecc.scope.scope import scopes
 
 
@@ -125,6 +126,37 @@ def test_a_changed_attribute_is_not_stale(gated: nn.Module, x: Tensor) -> None:
     assert same(gated, x)
 
 
+class Private(Mlp):
+    """Reads an attribute with an underscore and a tensor that is no buffer, and keeps a number for the next call."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self._factor = 1.0
+        self.table = torch.full((width,), 2.0)
+        self._calls = 0
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, double: bool = False) -> Tensor:
+        self._calls = self._calls + 1
+        return super().forward(x, mask, double=double) * self._factor * self.table
+
+
+def test_attributes_of_every_name_and_kind(x: Tensor) -> None:
+    plain = Net(depth=1)
+    plain.layers[0] = Private(16)
+    gated = gatecc.transform(plain.eval(), GATES, (x,))
+    kept = scopes_entries(gated)
+    gated(x)
+    assert scopes_entries(gated) == kept, "what the forward writes itself is no new kind of call"
+    assert torch.allclose(copy.deepcopy(gated)(x), plain(x), atol=1e-6), "its tensor is another one"
+    for model in (gated, plain):
+        vars(model.get_submodule("layers.0"))["_factor"] = 0.5
+    assert torch.allclose(gated(x), plain(x), atol=1e-6)
+
+
+def scopes_entries(model: nn.Module) -> int:
+    return sum(len(entries) for _, _, state in scopes(model) for entries in state.family.entries.values())
+
+
 def test_a_swapped_submodule_is_seen(gated: nn.Module, x: Tensor) -> None:
     class Doubled(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
@@ -141,6 +173,13 @@ def test_hooks_inside_a_scope_run(gated: nn.Module, x: Tensor) -> None:
     assert same(gated, x)
     assert seen
     handle.remove()
+
+
+def test_hooks_on_the_way_back_are_not_skipped(gated: nn.Module, x: Tensor) -> None:
+    seen: list[Any] = []
+    gated.get_submodule("layers.0.up").register_full_backward_pre_hook(lambda *a: seen.append(a))
+    gated(x).sum().backward()
+    assert seen
 
 
 def test_parameters_are_read_live(gated: nn.Module, x: Tensor) -> None:
@@ -252,6 +291,72 @@ def test_transform_twice(gated: nn.Module, x: Tensor) -> None:
     assert {"layers.0.gate.weight", "layers.0.gate_1.weight"} <= set(twice.state_dict())
     plain = gatecc.revert(twice)
     assert not [n for n in plain.state_dict() if "gate" in n]
+
+
+class Layered(nn.Module):
+    """A residual around an MLP, in modules of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Joined() for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Joined(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = Mlp(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(x)
+
+
+BRANCH = [Gate(Residual[...].skip, GateSpec("self", "linear", "token", "sigmoid"))]
+
+
+@pytest.mark.parametrize("order", [(BRANCH, GATES), (GATES, BRANCH), (GATES, BRANCH, GATES), (BRANCH, GATES, GATES)])
+def test_transforms_at_different_depths_all_act(x: Tensor, order: tuple[list[Gate], ...]) -> None:
+    """A scope inside another one: the outer runs as one graph, in which the inner one has to be."""
+    plain = Layered().eval()
+    model = plain
+    for rewrites in order:
+        model = gatecc.transform(model, rewrites, (x,))
+    before = model(x)
+    assert torch.allclose(before, plain(x), atol=1e-6)
+    gates = [p for n, p in model.named_parameters() if n.endswith("bias") and ".gate" in n]
+    assert len(gates) == 2 * len(order)
+    for gate in gates:
+        with torch.no_grad():
+            gate.fill_(1.0)
+            assert not torch.allclose(model(x), before, atol=1e-3)
+            gate.fill_(0.0)
+    assert torch.equal(gatecc.revert(model)(x), plain(x))
+
+
+def test_a_transformed_model_has_the_sites_that_it_had(x: Tensor) -> None:
+    """The graph of a scope hides which modules it runs, and gates on a join hide the join."""
+    model = Layered().eval()
+    gated = gatecc.transform(model, BRANCH, (x,))
+    assert gatecc.inspect(gated, (x,)).sites == gatecc.inspect(model, (x,)).sites
+    assert {name for name, _, _ in scopes(gatecc.transform(gated, GATES, (x,)))} == {"layers.0", "layers.1"}
+
+
+def test_a_forward_on_the_instance_does_not_hide_the_gates(x: Tensor) -> None:
+    """Monkey patches: what the class defines never runs, so that the scope has to be the module around."""
+    model = Net(depth=2).eval()
+    layer = cast("Mlp", model.layers[0])
+    layer.forward = types.MethodType(Mlp.forward, layer)
+    gated = gatecc.transform(model, GATES, (x,))
+    before = gated(x)
+    nn.init.constant_(gated.get_parameter("layers.0.gate.bias"), 3.0)
+    assert not torch.allclose(gated(x), before)
+    model.forward = types.MethodType(Net.forward, model)
+    with pytest.raises(UnsupportedModelError, match="forward of its own"):
+        gatecc.transform(model, GATES, (x,))
 
 
 def test_inplace_failure_leaves_the_model_as_it_was(x: Tensor) -> None:

@@ -31,6 +31,8 @@ def check(spec: GateSpec) -> None:
     _check_init(spec)
     if spec.fuse_into and (spec.scorer.tag != "linear" or not isinstance(spec.source, Stage)):
         raise _clash(spec, "only a linear gate of one stage can share another linear's matrix", "scorer=linear")
+    if spec.fuse_into and isinstance(spec.init, Reuse):
+        raise _clash(spec, "rows in another linear's matrix start as rows, not as a copy of a weight", "another init")
 
 
 def _check_granularity(spec: GateSpec) -> None:

@@ -83,7 +83,7 @@ class Assembler:
         count, kv_count = self._count(q), self._count(k)
         output = find_output(parts.core, _width(heads, count), flow)
         values = {"q": Value(q.node, q.axes), "k": Value(k.node, k.axes), "v": Value(v.node, v.axes), "heads": heads}
-        values |= self._streams(q, k, v, output) | self._inner(parts, roles)
+        values |= self._raw(q, k) | self._streams(q, k, v, output) | self._inner(parts, roles)
         return Attention(
             owner=parts.owner,
             ordinal=ordinal,
@@ -215,6 +215,11 @@ class Assembler:
         fitting = {name: (node, _fitted(axes, _rank(node))) for name, node in nodes.items()}
         return {name: Value(node, fit) for name, (node, fit) in fitting.items() if fit}
 
+    def _raw(self, q: _Operand, k: _Operand) -> dict[str, Value]:
+        """Queries and keys before the rotary embedding."""
+        found = {"q_raw": _before_rotary(q), "k_raw": _before_rotary(k)}
+        return {name: value for name, value in found.items() if value is not None}
+
     def _streams(self, q: _Operand, k: _Operand, v: _Operand, output: Projection | None) -> dict[str, Value]:
         result: dict[str, Value] = {}
         keys = k.origins or v.origins
@@ -304,6 +309,20 @@ class Assembler:
 
 def _node(value: object) -> fx.Node | None:
     return value if isinstance(value, fx.Node) else None
+
+
+def _before_rotary(operand: _Operand) -> Value | None:
+    """The operand before it was turned by its positions; None if its axes are unclear there."""
+    if operand.origins is None or not operand.origins.rotary:
+        return Value(operand.node, operand.axes)
+    node = operand.origins.before_rotary()
+    shape, sizes = node_shape(node) if node is not None else None, node_shape(operand.node) or ()
+    if node is None or shape is None or len(shape) != 4 or operand.axes not in ("bhnd", "bhmd"):
+        return None
+    by_letter, (b, h, n, d) = dict(zip(operand.axes, sizes, strict=True)), operand.axes
+    orders = (operand.axes, b + n + h + d)
+    fitting = [order for order in orders if all(map(same, shape, (by_letter[a] for a in order)))]
+    return Value(node, fitting[0]) if len(fitting) == 1 else None
 
 
 def _named(letters: str, roles: Roles) -> str:

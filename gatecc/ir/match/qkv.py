@@ -156,7 +156,25 @@ class Origins:
 
     projection: Projection
     between: list[fx.Node]
-    rotary: bool
+    turn: fx.Node | None  # the first node of a rotary embedding
+
+    @property
+    def rotary(self) -> bool:
+        """Whether the value is turned by its position."""
+        return self.turn is not None
+
+    def before_rotary(self) -> fx.Node | None:
+        """The last value that all of the flow to the rotary embedding goes through."""
+        nodes = [self.projection.node, *self.between]
+        place = {node: i for i, node in enumerate(nodes)}
+        reach, last = 0, None  # how far the readers of earlier values lie
+        for i, node in enumerate(nodes):
+            if node is self.turn:
+                return last
+            if reach <= i:
+                last = node
+            reach = max([reach, *(place[u] for u in node.users if u in place)])
+        return None
 
 
 def find_projection(node: fx.Node, flow: Flow) -> Origins | None:
@@ -177,7 +195,7 @@ def find_projection(node: fx.Node, flow: Flow) -> Origins | None:
     if len(found) != 1 or len(seen) >= _BUDGET:
         return None
     between = _between(found[0].node, seen, flow)
-    return Origins(found[0], between, _has_rotary(found[0].node, between))
+    return Origins(found[0], between, _rotary(found[0].node, between))
 
 
 def _between(start: fx.Node, seen: set[fx.Node], flow: Flow) -> list[fx.Node]:
@@ -192,21 +210,20 @@ def _between(start: fx.Node, seen: set[fx.Node], flow: Flow) -> list[fx.Node]:
     return result
 
 
-def _has_rotary(start: fx.Node, between: list[fx.Node]) -> bool:
-    """Whether the value is multiplied by a table that varies with position and feature, or turned as complex
-    numbers."""
+def _rotary(start: fx.Node, between: list[fx.Node]) -> fx.Node | None:
+    """The first node that turns the value: as complex numbers, or by a table that varies with position and feature."""
     own = {start, *between}
-    if any(opname(n) == "view_as_complex" for n in between):
-        return True
     for current in between:
+        if opname(current) == "view_as_complex":
+            return current
         if opname(current) != "mul":
             continue
         others = [n for n in current.all_input_nodes if n not in own]
         shape = node_shape(others[0]) if others else None
         wide = shape is not None and sum(not same(s, 1) for s in shape) >= 2
         if wide and (others[0].op != "get_attr"):
-            return True
-    return False
+            return current
+    return None
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

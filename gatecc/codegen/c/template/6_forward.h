@@ -1,0 +1,40 @@
+// One micro-chunk: the state and the outputs.
+APART void advance(float *S, const struct chunk *c, float (*v)[DVP], float (*o)[DVP], const float *beta) {
+    int n = 0;
+    for (; LANES == 16 && n + 2 * LANES <= DVP; n += 2 * LANES) sweep(S + n, c, v[0] + n, o[0] + n, beta, 2);
+    for (; n < DVP; n += LANES) sweep(S + n, c, v[0] + n, o[0] + n, beta, 1);
+}
+
+struct forward_scratch {
+    float S[DKP * PITCH], q[T][DKP], k[T][DKP], a[T][DKP], v[T][DVP], o[T][DVP], beta[T], decay[DKP];
+    struct chunk chunk;
+};
+
+static void forward_job(const void *context, int64_t job) {
+    const struct problem *p = context;
+    const struct sequence s = sequence_of(p, job);
+    static __thread struct forward_scratch room __attribute__((aligned(64)));  // kept: fresh pages are dear
+    struct forward_scratch *const w = &room;
+    const int64_t size = (int64_t)DK * DV;
+    read_state(w->S, p->state ? p->state + job * size : NULL);
+    for (int d = 0; d < DKP; d++) w->decay[d] = 1;
+    const int reads = p->o.data != NULL;
+    for (int64_t t = 0; t < s.length; t += T) {
+        const int count = s.length - t < T ? (int)(s.length - t) : T;
+        read_tokens(p, &s, t, count, reads ? w->q : NULL, w->k, w->a, w->v, w->beta);
+        for (int i = 0; i < count; i += M) {
+            fetch_tokens(p, &s, t + T + i);
+            prepare(&w->chunk, reads ? w->q + i : NULL, w->k + i, w->a + i);
+            if (reads)
+                advance(w->S, &w->chunk, w->v + i, w->o + i, w->beta + i);
+            else
+                advance_state(w->S, &w->chunk, w->v + i, w->beta + i);
+            for (int d = 0; p->decay && d < DKP; d++) w->decay[d] *= w->chunk.all[d];
+        }
+        for (int i = 0; reads && i < count; i++) write_row(&p->o, &s, token_of(p, &s, t + i), w->o[i]);
+    }
+    if (p->final) write_state(p->final + job * size, w->S);
+    if (p->decay) memcpy(p->decay + job * DK, w->decay, 4 * DK);
+}
+
+void forward(const struct problem *p) { parallel(forward_job, p, p->count * p->heads, p->threads); }

@@ -1,0 +1,107 @@
+"""Plan: everything about a captured model that its step programs are written from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from gatecc.decoder import slots as marks
+from gatecc.decoder.axes import NOW, Lengths
+from gatecc.decoder.inputs import Inputs, read_inputs
+from gatecc.decoder.kinds import Kinds
+from gatecc.decoder.labels import Labels
+from gatecc.decoder.mixers import mixers
+from gatecc.decoder.rules import Recalled, attention
+from gatecc.decoder.slots import Slot
+from gatecc.decoder.ways import label
+from gatecc.errors import DecoderError
+from gatecc.ir.dataflow import Flow
+from gatecc.ir.evaluate import Evaluator
+from gatecc.ir.match import find_sites
+from gatecc.ir.program import Program
+from gatecc.ir.site import Attention
+
+
+@dataclass(eq=False)
+class Plan:
+    """``nodes`` in graph order; ``windows``: the widths of sliding windows, one start each in the state."""
+
+    program: Program
+    inputs: Inputs
+    slots: list[Slot]
+    flow: Flow
+    kinds: Kinds
+    labels: Labels
+    logits: fx.Node
+    output: int  # which leaf of the model's output the logits are
+    fused: dict[fx.Node, Recalled]
+
+    def __post_init__(self) -> None:
+        self.nodes: list[fx.Node] = list(self.program.graph.nodes)
+        self.evaluator = Evaluator(self.flow)
+        self.windows: list[int] = sorted({s.span.window for s in self.slots if s.span.window is not None})
+
+    @property
+    def lengths(self) -> Lengths:
+        """The symbols of length and batch."""
+        return self.inputs.lengths
+
+    def kind(self, node: fx.Node) -> str:
+        """What the node depends on."""
+        return "data" if node.target in marks.MARKS else self.kinds.of.get(node, "position")
+
+    def tensor(self, node: fx.Node) -> torch.Tensor:
+        """The live tensor behind a get_attr node."""
+        found = self.program.constants.get(str(node.target))
+        found = self.program.parameter(node) if found is None else found
+        assert found is not None
+        return found
+
+
+def plan(program: Program) -> Plan:
+    """Plan the steps of a canonical program, which is changed. Raises DecoderError where a node stands in the way."""
+    inputs = read_inputs(program)
+    logits, output_at = _only_logits(program, inputs)
+    slots: list[Slot] = []
+    fused: dict[fx.Node, Recalled] = {}
+    for site in find_sites(program).of("attention"):
+        assert isinstance(site, Attention)
+        recalled = attention(site, slots, inputs.lengths)
+        if recalled is not None:
+            fused[site.core] = recalled
+    mixers(program, Flow(program).data, slots, inputs.lengths)
+    program.graph.eliminate_dead_code()
+    flow = Flow(program)
+    kinds = Kinds(flow, inputs)
+    labels = label(kinds, slots, program.graph.nodes)
+    _check_output(logits, labels)
+    return Plan(program, inputs, slots, flow, kinds, labels, logits, output_at, fused)
+
+
+def _only_logits(program: Program, inputs: Inputs) -> tuple[fx.Node, int]:
+    """Let the program return the first output that runs along the tokens, and nothing else."""
+    output = program.graph.output_node()
+    for at, node in enumerate(program.outputs):
+        if isinstance(node, fx.Node) and inputs.lengths.axes(node):
+            output.args = ((node,),)
+            program.graph.eliminate_dead_code()
+            return node, at
+    raise DecoderError(
+        "no output of the model runs along the tokens",
+        where=type(program.module).__name__,
+        expected="logits of shape (batch, length, vocabulary)",
+        do="derive the decoder of the language model rather than of a classifier on it",
+    )
+
+
+def _check_output(logits: fx.Node, labels: Labels) -> None:
+    spans = labels.of.get(logits)
+    if not isinstance(spans, tuple) or len(spans) < 2 or spans[1] != NOW:
+        raise DecoderError(
+            "the output does not run along the tokens",
+            where=logits.name,
+            found=f"{logits.name} of shape {tuple(logits.meta['val'].shape)}",
+            expected="logits of shape (batch, length, vocabulary)",
+        )

@@ -1,0 +1,8 @@
+"""``gatecc::linear_attention``: attention by a recurrence, in four rules; its whole life, one matter a file."""
+
+from gatecc.ops.linear_attention.operator import bidirectional, linear_attention
+from gatecc.ops.linear_attention.step import linear_attention_step
+
+from gatecc.ops.linear_attention import cost  # isort: skip  (formulas of the operators above)
+
+__all__ = ["bidirectional", "cost", "linear_attention", "linear_attention_step"]

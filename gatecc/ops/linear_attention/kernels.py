@@ -1,0 +1,74 @@
+"""The table of kernels of linear attention: one entry a device type, filled in by gatecc.codegen.
+
+A kernel is given a ``Problem`` and may decline it (None): it was not built for these dtypes, or there is no compiler.
+Then the ATen form runs. Operators stand below code generation, so this file knows no kernel by name.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gatecc.ops.linear_attention.chunk import chunked
+from gatecc.ops.linear_attention.problem import Body, Gradients, Problem
+from gatecc.ops.linear_attention.reference import recurrence
+
+
+class Kernels(Protocol):
+    """What a device does itself."""
+
+    def forward(self, problem: Problem) -> tuple[Tensor, Tensor] | None:
+        """o: (B, H, N, E), in any dtype, and the final state, (S, H, Dk, E), a tensor of its own."""
+        ...
+
+    def backward(self, problem: Problem, grad_o: Tensor, grad_state: Tensor) -> Gradients | None:
+        """Gradients in the shapes of the problem's tensors, in any dtype. grad_state is contiguous."""
+        ...
+
+    def step(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        beta: Tensor | None,
+        state: Tensor,
+        scale: float,
+    ) -> Tensor | None:
+        """One token, q: (B, H, Dk), v: (B, H, Dv), ``state`` updated in place.
+
+        Declined unless every tensor has H heads, the state's dtype and is contiguous.
+        """
+        ...
+
+
+KERNELS: dict[str, Kernels] = {}
+
+
+def register(device: str, kernels: Kernels) -> None:
+    """Let ``kernels`` serve a device type, "cpu" or "cuda"."""
+    KERNELS[device] = kernels
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    """o and the final state, by the device's kernel or in ATen."""
+    kernels = KERNELS.get(problem.q.device.type)
+    found = kernels.forward(problem) if kernels else None
+    if found is not None:
+        return found
+    o, state = problem.run(_form(problem))
+    return o, state.clone() if state is problem.state else state
+
+
+def backward(problem: Problem, grad_o: Tensor, grad_state: Tensor) -> Gradients:
+    """Gradients of the problem's tensors, by the device's kernel or in ATen."""
+    kernels = KERNELS.get(problem.q.device.type)
+    found = kernels.backward(problem, grad_o, grad_state.contiguous()) if kernels else None
+    return problem.differentiate(_form(problem), grad_o, grad_state) if found is None else found
+
+
+def _form(problem: Problem) -> Body:
+    """float64 is for checking: it runs the plain recurrence."""
+    return recurrence if problem.state_dtype == torch.float64 else chunked

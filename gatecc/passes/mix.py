@@ -1,0 +1,182 @@
+"""Mix: put another token mixer in the place of softmax attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from gatecc.errors import SiteRefusedError
+from gatecc.ir.contract import Contract, changes_function
+from gatecc.ir.edit import Editor
+from gatecc.ir.program import shape
+from gatecc.ir.rewrite import Rewrite
+from gatecc.ir.site import Attention, Site, Value
+from gatecc.passes.mixers import Mixer, Place
+from gatecc.passes.operands import place as where
+from gatecc.passes.operands import stage, static_sizes
+
+
+@dataclass(frozen=True)
+class Mix(Rewrite):
+    """Replace the core of attention by ``mixer``; the projections around it keep their weights.
+
+    What a query may see is proved from the mask: a causal site gets a causal mixer, a bidirectional one a mixer in both
+    directions, and a site whose mask is not proved is refused. Keys that a padding mask hides stay hidden. A sliding
+    window, a bias on the scores, soft caps and sinks belong to softmax and go with it; a mixer with a softmax part
+    keeps to the smaller of both windows. Leave layers as they are with ``Attention[...].but(...)``, for a hybrid.
+    ``label`` names the module with new parameters on the owner. In general no identity: heal the model afterwards. A KV
+    cache is no state of a mixer, so a call with one is refused.
+    """
+
+    name = "mix"
+    loses_buffers = True
+
+    mixer: Mixer
+    label: str = "mixer"
+
+    def contract(self) -> Contract:
+        return changes_function()
+
+    def reads(self) -> Iterable[str]:
+        return (self.mixer.stage, *self.mixer.reads)
+
+    def rewrite(self, site: Site, edit: Editor) -> None:
+        found = _attention(site)
+        visible = _visible(found, self.mixer)
+        place = _place(found, visible, edit)
+        path = edit.module(self.label, lambda: self._module(place, edit))
+        values = [_laid(stage(site, name), found, name, edit) for name in self.mixer.reads]
+        mask = _padding(found, edit)
+        mixed = edit.call(path, *values, mask) if mask is not None else edit.call(path, *values)
+        target = stage(site, self.mixer.stage)
+        edit.replace(target.node, _back(mixed, target, found, self.mixer, edit))
+        edit.discard(target.node)
+        edit.whole_sequence = True
+
+    def _module(self, place: Place, edit: Editor) -> nn.Module:
+        like = next(edit.program.module.parameters(), None)
+        module = self.mixer.module(place)
+        return module if like is None else module.to(like.device, like.dtype)
+
+
+def _attention(site: Site) -> Attention:
+    if not isinstance(site, Attention):
+        raise SiteRefusedError("only attention has a token mixer to replace", where=where(site), found=site.kind)
+    if site.cross:
+        raise SiteRefusedError(
+            "queries and keys come from different sequences",
+            where=where(site),
+            found="cross-attention, or queries that were pooled",
+            expected="self-attention",
+            do="leave these sites out",
+        )
+    if not site.heads:
+        raise SiteRefusedError("the number of heads is not known", where=where(site), do="leave this site out")
+    return site
+
+
+def _visible(site: Attention, mixer: Mixer) -> bool:
+    """Whether the site is causal. SiteRefusedError if that is not proved, or the mixer cannot keep it."""
+    pattern = {"sliding_window": "causal"}.get(site.mask.kind, site.mask.kind)
+    if pattern in mixer.masks and (mixer.pads or not site.mask.padding):
+        return pattern == "causal"
+    wanted = " or ".join(mixer.masks) + ("" if mixer.pads else " without padding")
+    raise SiteRefusedError(
+        f"{mixer.tag} cannot take the place of this attention",
+        where=where(site),
+        found=f"the mask is {site.mask}" + (f": {site.mask.reason}" if site.mask.reason else ""),
+        expected=f"a mask that is proved to be {wanted}",
+        do="call the model as in the example inputs, choose another mixer, or leave this site out",
+    )
+
+
+def _place(site: Attention, causal: bool, edit: Editor) -> Place:
+    q, v = stage(site, "q"), stage(site, "v")
+    key, value = static_sizes(q)["d"], static_sizes(v)["d"]
+    hidden = site.find("hidden")
+    tokens = static_sizes(q).get("n")
+    return Place(
+        dim=static_sizes(hidden).get("c", 0) if hidden is not None else 0,
+        heads=site.heads,
+        kv_heads=site.kv_heads,
+        key=key,
+        value=value,
+        scale=site.scale if site.scale is not None else key**-0.5,
+        causal=causal,
+        window=site.mask.window,
+        tokens=tokens,
+    )
+
+
+def _laid(value: Value, site: Attention, name: str, edit: Editor) -> fx.Node:
+    """A stage as (B, H, N, D), or (B, N, C) for those without heads."""
+    axes = value.axes.replace("m", "n")
+    wanted = "bnc" if "c" in axes else "bhnd"
+    if axes == wanted:
+        return value.node
+    heads = site.kv_heads if name.startswith(("k", "v")) else site.heads
+    if sorted(axes.replace("g", "bh").replace("r", "")) != sorted(wanted):
+        raise SiteRefusedError(
+            f"{name} is laid out in a way that a mixer does not know",
+            where=where(site),
+            found=f"axes {axes}",
+            expected=f"{wanted} in some order",
+        )
+    return edit.call(laid_out, value.node, axes, wanted, heads, name=name)
+
+
+def laid_out(x: Tensor, axes: str, wanted: str, heads: int) -> Tensor:
+    """From axes such as bnhd, gnd or bhrnd to the wanted order."""
+    if "g" in axes:
+        x, axes = x.unflatten(axes.index("g"), (-1, heads)), axes.replace("g", "bh")
+    if "r" in axes:
+        x = x.movedim(axes.index("r"), axes.index("h") + 1) if axes.index("r") != axes.index("h") + 1 else x
+        x, axes = x.flatten(axes.index("h"), axes.index("h") + 1), axes.replace("r", "")
+    order = [axes.index(a) for a in wanted]
+    return x if order == sorted(order) else x.permute(order)
+
+
+def _back(mixed: fx.Node, target: Value, site: Attention, mixer: Mixer, edit: Editor) -> fx.Node:
+    """The result in the axes of the value that it replaces."""
+    have = "bhnd" if mixer.stage == "heads" else "bnc"
+    if target.axes == have:
+        return mixed
+    groups = site.heads // site.kv_heads if "r" in target.axes else 1
+    return edit.call(put_back, mixed, have, target.axes, groups, name="mixed")
+
+
+def put_back(x: Tensor, have: str, wanted: str, groups: int) -> Tensor:
+    """The inverse of laid_out."""
+    if "r" in wanted:
+        x, have = x.unflatten(have.index("h"), (-1, groups)), have.replace("h", "hr")
+    split = wanted.replace("g", "bh")
+    x = x.permute([have.index(a) for a in split])
+    return x.flatten(wanted.index("g"), wanted.index("g") + 1) if "g" in wanted else x
+
+
+def _padding(site: Attention, edit: Editor) -> fx.Node | None:
+    """(B, N), False at padding, read from the row of the mask that sees every other key: the last."""
+    if not site.mask.padding:
+        return None
+    node = site.mask_node
+    if node is None or site.mask.kind == "sliding_window":
+        raise SiteRefusedError(
+            "padding cannot be told from the window",
+            where=where(site),
+            found=f"the mask is {site.mask}",
+            do="call the model without a padding mask, or leave this site out",
+        )
+    return edit.call(last_row, node, len(shape(node)), name="keep")
+
+
+def last_row(mask: Tensor, rank: int) -> Tensor:
+    """mask: (B, 1 or H, N or 1, N), boolean or additive -> (B, N), True where a key is seen by the last query."""
+    row = mask[:, :, -1] if rank == 4 else mask[:, -1]
+    row = row[:, 0] if row.dim() == 3 else row
+    return row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
+
+
+__all__ = ["Mix", "laid_out", "last_row", "put_back"]

@@ -1,0 +1,143 @@
+"""Hybrids: softmax over a window of recent keys together with linear attention to what lies before it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gatecc.ops.linear_attention import linear_attention
+from gatecc.passes.mixers.base import Mixer, Place
+from gatecc.passes.mixers.decay import Decay, FromKeys
+from gatecc.passes.mixers.features import FeatureMap, Hedgehog, SoftmaxMap
+
+
+@dataclass(frozen=True)
+class Liger(Mixer, tag="liger"):
+    """(1 - share) linear attention + share sliding-window softmax, both from the pretrained weights (Lan et al. 2025).
+
+    The linear part reads queries and keys before their rotary embedding through ``feature``, its decay comes from the
+    keys: no new parameters. The softmax part sees the last ``window`` keys.
+    """
+
+    masks: ClassVar[tuple[str, ...]] = ("causal",)
+
+    window: int = 64
+    share: float = 0.5
+    feature: FeatureMap = SoftmaxMap()
+    decay: Decay = FromKeys()
+
+    def check(self) -> None:
+        self.require(self.window > 0, "window", "a positive number of keys")
+        self.require(0.0 < self.share < 1.0, "share", "a number between 0 and 1")
+        same = self.feature.width(1) == 1 or not isinstance(self.decay, FromKeys)
+        self.require(same, "feature", "a map that keeps the width of keys, for decays are read from them")
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(("q", "k", "v", "q_raw", "k_raw", *self.decay.reads)))
+
+    def module(self, place: Place) -> nn.Module:
+        return LigerMixer(self, place)
+
+
+class LigerMixer(nn.Module):
+    """The module of `Liger`."""
+
+    def __init__(self, spec: Liger, place: Place) -> None:
+        super().__init__()
+        self.spec, self.place = spec, place
+        self.feature_q = spec.feature.module(place.heads, place.key)
+        self.feature_k = spec.feature.module(place.kv_heads, place.key)
+        self.decay = spec.decay.module(replace(place, key=spec.feature.width(place.key)))
+
+    def forward(self, *values: Tensor) -> Tensor:
+        """Stages in the order of ``reads``, and a padding mask if there is one -> heads (B, H, N, Dv)."""
+        at, mask = self.spec.named(values)
+        q, k, v = at["q"], at["k"], at["v"]
+        decay = self.decay(*(at[name] for name in self.spec.decay.reads))
+        features = self.feature_q(at["q_raw"]), self.feature_k(at["k_raw"])
+        far, _ = linear_attention(*features, v.to(features[0].dtype), decay, scale=1.0, mask=mask)
+        near = window_attention(q, k, v, min(self.spec.window, self.place.window or self.spec.window), self.place, mask)
+        return torch.lerp(far.to(near.dtype), near, self.spec.share)
+
+
+@dataclass(frozen=True)
+class LoLCATs(Mixer, tag="lolcats"):
+    """Softmax over the last ``window`` keys and linear attention to the older ones under one denominator.
+
+    y = (w sum_near e^(q·k - m) v + sum_far phi(q)·phi(k) v) / (w sum_near e^(q·k - m) + sum_far phi(q)·phi(k)), with
+    m the largest score of the window and w = sigmoid(a learned number a head), 0.1 at first (Zhang et al. 2024).
+    """
+
+    masks: ClassVar[tuple[str, ...]] = ("causal",)
+    pads: ClassVar[bool] = False
+
+    window: int = 64
+    feature: FeatureMap = Hedgehog()
+
+    def check(self) -> None:
+        self.require(self.window > 0, "window", "a positive number of keys")
+
+    def module(self, place: Place) -> nn.Module:
+        return LoLCATsMixer(self, place)
+
+
+class LoLCATsMixer(nn.Module):
+    """The module of `LoLCATs`."""
+
+    def __init__(self, spec: LoLCATs, place: Place) -> None:
+        super().__init__()
+        self.spec, self.place = spec, place
+        self.feature_q = spec.feature.module(place.heads, place.key)
+        self.feature_k = spec.feature.module(place.kv_heads, place.key)
+        self.weight = nn.Parameter(torch.full((place.heads, 1, 1), -2.1972245))  # the logit of 0.1
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """q: (B, H, N, D), k and v: (B, Hk, N, D) -> heads (B, H, N, Dv)."""
+        del mask
+        queries, keys = self.feature_q(q), self.feature_k(k)
+        ones = torch.ones_like(v[..., :1])
+        held = torch.cat([v, ones], -1).to(queries.dtype)
+        late = [0, 0, self.spec.window, 0]  # a key enters the state when it leaves the window
+        far, _ = linear_attention(queries, _cut(keys, late), _cut(held, late), scale=1.0)
+        near = self._near(q, k, held)
+        total = torch.sigmoid(self.weight.float()) * near + far
+        return (total[..., :-1] / total[..., -1:]).to(v.dtype)
+
+    def _near(self, q: Tensor, k: Tensor, held: Tensor) -> Tensor:
+        """sum over the window of e^(score - largest) [v, 1]."""
+        k, held = (grouped(x, q.size(1)) for x in (k, held))
+        scores = (q @ k.mT).float() * self.place.scale
+        scores = scores.masked_fill(~window_mask(q.size(2), self.spec.window, q.device), float("-inf"))
+        return (scores - scores.amax(-1, keepdim=True)).exp() @ held.float()
+
+
+def _cut(x: Tensor, late: list[int]) -> Tensor:
+    """The tensor moved to later tokens, zeros before it, of the same length."""
+    return F.pad(x, late)[:, :, : x.size(2)]
+
+
+def window_mask(tokens: int, window: int, device: torch.device) -> Tensor:
+    """(N, N), True where a query sees a key: the last ``window`` ones, its own included."""
+    at = torch.arange(tokens, device=device)
+    distance = at[:, None] - at[None]
+    return (distance >= 0) & (distance < window)
+
+
+def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, place: Place, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention to the last ``window`` keys, padding left out: (B, H, N, Dv)."""
+    seen = window_mask(q.size(2), window, q.device)
+    if mask is not None:  # a padded query sees itself, so that its softmax has a key
+        own = torch.eye(q.size(2), dtype=torch.bool, device=q.device)
+        seen = (seen & mask[:, None, None, :]) | own
+    k, v = (grouped(x, q.size(1)) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=place.scale)
+
+
+def grouped(x: Tensor, heads: int) -> Tensor:
+    """Keys or values repeated for each query head of their group."""
+    return x if x.size(1) == heads else x.repeat_interleave(heads // x.size(1), 1)

@@ -1,0 +1,32 @@
+"""The ladder: what could not be captured is refused with the reason, never left out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import gatecc
+
+
+class Deciding(nn.Module):
+    """Attention that looks at its data in Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if float(q.sum()) > 1e9:
+            return v
+        return (q @ k.mT).softmax(-1) @ v
+
+
+def test_code_that_stays_in_python_is_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), Deciding(), nn.Linear(8, 8))
+    report = gatecc.inspect(model, (torch.randn(2, 5, 8),))
+    assert not [s for s in report.sites if s.kind == "attention"]
+    refused = {r.owner: r for r in report.refusals if r.kind == "module"}
+    assert refused.keys() == {"", "1"}
+    assert all(r.code == "GCC004" and r.remedy and len(r.reason) > 50 for r in refused.values())
+    assert {s.owner for s in report.sites if s.kind == "linear"} >= {"0", "2"}

@@ -1,0 +1,49 @@
+"""check: outputs before and after a transform, compared leaf by leaf."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gatecc.check import compare, reference
+
+T = torch.tensor
+
+
+@pytest.mark.parametrize(
+    ("expected", "got", "error"),
+    [
+        (T([1.0, -2.0]), T([1.0, -2.5]), 0.25),
+        (T([True, False]), T([True, False]), 0.0),
+        (T([True, False]), T([True, True]), 1.0),
+        (T([3], dtype=torch.uint8), T([4], dtype=torch.uint8), 1 / 3),
+        (T([4, 7]), T([4, 7]), 0.0),
+        (T([1 + 1j]), T([1 + 1j]), 0.0),
+        (T([]), T([]), 0.0),
+        ((T([1.0]), None), (T([1.0]), T([1.0])), float("inf")),
+        ({"a": T([1.0])}, {"b": T([1.0])}, float("inf")),
+        (T([1.0]), T([1.0]).double(), float("inf")),
+        ((T([1.0]), 2), (T([1.0]), 3), float("inf")),
+        ((T([1.0]), "a"), (T([1.0]), "a"), 0.0),
+        (T([float("nan")]), T([float("nan")]), 0.0),
+        (T([float("inf")]), T([1.0]), float("inf")),
+    ],
+)
+def test_compare(expected: Tensor | Any, got: Tensor | Any, error: float) -> None:
+    assert compare(expected, got) == pytest.approx(error)
+
+
+def test_an_output_that_torch_cannot_look_into_is_noted() -> None:
+    class Opaque:
+        def __init__(self, value: Tensor) -> None:
+            self.value = value
+
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Opaque:
+            return Opaque(x)
+
+    assert "no output was compared" in reference(Model(), (torch.ones(2),), {}).notes[0]
+    assert not reference(nn.ReLU(), (torch.ones(2),), {}).notes
