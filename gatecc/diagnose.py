@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import OpOverload
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gatecc.analysis import Analysis, Inputs, analyse, check_model, evaluation, split_inputs
 from gatecc.errors import ArgumentError
 from gatecc.ir.ops import argument
-from gatecc.ir.program import Program, attribute, origin
+from gatecc.ir.program import Program, attribute
 from gatecc.ir.select import Selector, select
 from gatecc.ir.site import Attention, Residual, Site
 
@@ -86,22 +87,18 @@ def sinks(model: nn.Module, example_inputs: Inputs, sites: Selector | None = Non
 
 
 def decay(model: nn.Module, example_inputs: Inputs) -> list[Decay]:
-    """The forgetting of every ``gatecc::linear_attention`` with a decay in the model; the list is empty without one.
+    """The forgetting of every call of ``gatecc::linear_attention`` with a decay; the list is empty if none runs.
 
-    Raises ExampleInputsError, UnsupportedModelError, CaptureError.
+    The model runs once as it is. A call belongs to the innermost module, or rewritten layer, that runs.
+
+    Raises ExampleInputsError, UnsupportedModelError.
     """
-    analysis = _analysis(model, example_inputs)
-    found: list[Decay] = []
-    count: dict[str, int] = {}
-    for program in analysis.programs:
-        nodes = [n for n in program.calls() if _is_linear(n) and isinstance(argument(n, 3, "log_decay"), fx.Node)]
-        values = _values(model, program, {node for n in nodes for node in n.all_input_nodes})
-        for node in nodes:
-            owner = origin(node).owner
-            count[owner] = count.get(owner, -1) + 1
-            length = values[argument(node, 0, "q")].shape[2]
-            found.append(decay_of(values[argument(node, 3, "log_decay")], f"{owner}#{count[owner]}", length))
-    return found
+    args, kwargs = split_inputs(example_inputs)
+    check_model(model)
+    watch = _Watch({id(m): name for name, m in model.named_modules()})
+    with evaluation(model), torch.no_grad(), watch:
+        model(*args, **kwargs)
+    return watch.found
 
 
 def decay_of(log_decay: Tensor, site: str = "", length: int | None = None) -> Decay:
@@ -235,8 +232,40 @@ def _read(
     return [row(s, values) for s in chosen]
 
 
-def _is_linear(node: fx.Node) -> bool:
-    return isinstance(node.target, OpOverload) and node.target.name().startswith("gatecc::linear_attention")
+class _Watch(TorchDispatchMode):
+    """Sees each call of the operator, and which module of the model runs it."""
+
+    def __init__(self, names: dict[int, str]) -> None:
+        super().__init__()
+        self.names = names
+        self.running: list[str] = []
+        self.count: dict[str, int] = {}
+        self.found: list[Decay] = []
+
+    def __enter__(self) -> _Watch:
+        # Global hooks: those on a submodule would be seen by the scope that it lies in.
+        self.hooks = (
+            register_module_forward_pre_hook(lambda m, _: self.running.append(self.names.get(id(m), ""))),
+            register_module_forward_hook(self._left, always_call=True),
+        )
+        return super().__enter__()
+
+    def _left(self, *_: Any) -> None:
+        self.running.pop()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for hook in self.hooks:
+            hook.remove()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = kwargs or {}
+        log_decay = options.get("log_decay", args[3] if len(args) > 3 else None)
+        if func.name().startswith("gatecc::linear_attention") and isinstance(log_decay, Tensor):
+            owner = self.running[-1] if self.running else ""
+            self.count[owner] = self.count.get(owner, -1) + 1
+            self.found.append(decay_of(log_decay, f"{owner}#{self.count[owner]}", args[0].shape[2]))
+        return func(*args, **options)
 
 
 def _massive(site: Site, selector: Selector, values: Values) -> Massive:

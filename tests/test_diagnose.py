@@ -90,6 +90,31 @@ def test_decays_are_reported_as_half_lives(half: float, length: int) -> None:
     assert row.keeps == float(half > length)
 
 
+class Forgetful(torch.nn.Module):
+    """A layer that calls the operator itself; its channels have half-lives of 2 to 1000 tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.unflatten(-1, (2, 4)).transpose(1, 2)
+        decay = -math.log(2) / torch.tensor([2.0, 10.0, 100.0, 1000.0])
+        out = torch.ops.gatecc.linear_attention(q, q, q, decay.expand(q.shape).contiguous())[0]
+        return out.transpose(1, 2).flatten(2)
+
+
+def test_the_decays_of_a_model_are_found_in_python_and_in_scopes() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Sequential(Forgetful(), Forgetful()))
+    rows = diagnose.decay(model, (torch.randn(2, 20, 8),))
+    assert [row.site for row in rows] == ["1.0#0", "1.1#0"]
+    for row in rows:
+        assert row.half_life == pytest.approx((2, 10, 1000), rel=1e-5)
+        assert row.keeps == 0.5
+    _, lm = pair()
+    mixed = gatecc.transform(lm, gatecc.recipe("gla", gate=False), (x := ids(),))
+    rows = diagnose.decay(mixed, (x,))
+    assert [row.site for row in rows] == ["layers.0.attn#0", "layers.1.attn#0"]
+    half = math.log(2) / (math.log(2) / 16)  # logsigmoid(0) / 16 at init
+    assert rows[0].half_life[1] == pytest.approx(half, rel=0.5)
+
+
 def test_the_ends_of_the_range_are_seen() -> None:
     none = diagnose.decay_of(torch.zeros(1, 2, 8, 4))
     assert none.half_life == (math.inf,) * 3
