@@ -51,7 +51,7 @@ def test_what_cannot_be_said_per_token_is_refused(mixer: nn.Module, reason: str)
 
 
 def test_a_wrong_decoder_is_not_returned(monkeypatch: pytest.MonkeyPatch) -> None:
-    def without_carry(*_: Any) -> None:
+    def without_carry(*_: Any, **__: Any) -> None:
         return None
 
     monkeypatch.setattr(mixers, "_total", without_carry)

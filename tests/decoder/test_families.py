@@ -10,8 +10,9 @@ import os
 import pytest
 
 import gatecc
+from gatecc.decoder import runtime
 from tests.decoder.stepping import PIECES, difference, full, stepped
-from tests.zoo import variants
+from tests.zoo import SPECS, variants
 from tests.zoo.huggingface import ENTRIES
 from tests.zoo.spec import Spec
 
@@ -42,3 +43,13 @@ def test_steps_are_the_full_forward(spec: Spec) -> None:
         seen = values["attention_mask"].bool()
         expected, got = expected[seen], got[seen]
     assert difference(expected, got) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["hf/mistral-sdpa", "hf/gemma2-eager"])
+def test_masks_too_large_for_a_table_are_evaluated_row_by_row(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "_LARGEST", 0)
+    case = SPECS[name].build()
+    made = gatecc.decoder(case.model, case.inputs)
+    ids = case.kwargs["input_ids"]
+    assert difference(full(case.model, input_ids=ids), stepped(made, ids)) <= 1e-5
+    assert all(len(made.plan.lengths.axes(node)) < 2 for node in made.tables(single=False))
