@@ -18,10 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gatecc.analysis import Analysis, Inputs, analyse, check_model, evaluation, split_inputs
 from gatecc.errors import ArgumentError
+from gatecc.ir.match import find_sites
 from gatecc.ir.ops import argument
 from gatecc.ir.program import Program, attribute
 from gatecc.ir.select import Selector, select
 from gatecc.ir.site import Attention, Residual, Site
+from gatecc.scope.scope import scopes
+from gatecc.scope.whole import whole_program
 
 
 @dataclass(frozen=True)
@@ -205,7 +208,11 @@ def _analysis(model: nn.Module, example_inputs: Inputs) -> Analysis:
     args, kwargs = split_inputs(example_inputs)
     check_model(model)
     with evaluation(model):
-        return analyse(model, args, kwargs)
+        if not list(scopes(model)):
+            return analyse(model, args, kwargs)
+        program = whole_program(model, args, kwargs)  # analyse leaves the rewrites out
+        found = find_sites(program)
+        return Analysis([program], found.sites, found.refusals)
 
 
 def _values(model: nn.Module, program: Program, wanted: set[fx.Node]) -> Values:

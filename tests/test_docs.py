@@ -40,11 +40,14 @@ def blocks(page: Path) -> list[Block]:
     return [Block(meant.strip(), code) for meant, code in _BLOCK.findall(page.read_text())]
 
 
-def namespace() -> dict[str, Any]:
+CAUSAL = ("liger.md", "lolcats.md", "gated-delta-net.md")  # recipes for decoders
+
+
+def namespace(causal: bool = False) -> dict[str, Any]:
     """What every page may use."""
     torch.manual_seed(0)
     inputs = (torch.randn(2, 6, 16), torch.tensor([10, 500]))
-    return {"gatecc": gatecc, "torch": torch, "nn": nn, "model": tiny(), "example_inputs": inputs}
+    return {"gatecc": gatecc, "torch": torch, "nn": nn, "model": tiny(causal=causal), "example_inputs": inputs}
 
 
 def run(block: Block, names: dict[str, Any]) -> None:
@@ -76,7 +79,7 @@ def test_a_stale_page_is_noticed(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.relative_to(docs.ROOT).as_posix())
 def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names = namespace()
+    names = namespace(causal=page.name in CAUSAL)
     for block in blocks(page):
         run(block, names)
 

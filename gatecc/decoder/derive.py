@@ -10,13 +10,12 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from gatecc.analysis import Inputs, check_model, evaluation, split_inputs
-from gatecc.capture import capture
 from gatecc.capture.adapters import adapted
 from gatecc.decoder.inputs import enlarged
 from gatecc.decoder.plan import Plan, plan
 from gatecc.decoder.runtime import Decoder
 from gatecc.errors import ArgumentError, DecoderError
-from gatecc.passes.canonicalize import canonicalize
+from gatecc.scope.whole import whole_program
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}  # of a logit, relative to the largest; others: a percent
 
@@ -39,9 +38,7 @@ def decoder(model: nn.Module, example_inputs: Inputs, *, capacity: int | None = 
     args, kwargs = enlarged(*split_inputs(example_inputs))
     check_model(model)
     with evaluation(model):
-        program = capture(model, args, kwargs)
-        canonicalize(program)
-        planned = plan(program)
+        planned = plan(whole_program(model, args, kwargs))
         made = Decoder(planned, capacity)
         check(made, model, args, kwargs)
     return made

@@ -23,7 +23,8 @@ from gatecc.decoder.masks import triangle
 from gatecc.decoder.plan import Plan
 from gatecc.decoder.positions import SIZED, Positions, sized
 from gatecc.decoder.refuse import refusal
-from gatecc.ir.ops import SHAPE_ONLY, opname
+from gatecc.ir.match.axes import permutation
+from gatecc.ir.ops import RESHAPES, SHAPE_ONLY, TRANSPOSES, opname
 from gatecc.ir.program import shape
 from gatecc.ir.sizes import node_shape
 from gatecc.ops.linear_attention import linear_attention_step
@@ -48,6 +49,7 @@ class Emitter(Positions):
         self.bounds = {NOW: (past, new), ALL: (0, self.combine(operator.add, past, new))}
         self.env: dict[fx.Node, Any] = {plan.inputs.tokens: self.inputs["tokens"]}
         self.next: dict[int, Any] = {}
+        self._reshaped: dict[fx.Node, fx.Node] = {}  # a reshape that was written, and what it reshapes
 
     def program(self) -> fx.GraphModule:
         """The step program."""
@@ -57,6 +59,7 @@ class Emitter(Positions):
                 self.env[node] = self._written(node)
         outputs = tuple(self.next.get(i) for i in range(len(self.plan.slots)))
         self.graph.output((self.env[self.plan.logits], outputs))
+        lower.drop_unread_views(self.graph)
         return self.module()
 
     def _folded(self) -> set[fx.Node]:
@@ -92,6 +95,10 @@ class Emitter(Positions):
 
     def _call(self, node: fx.Node) -> fx.Node:
         name = opname(node)
+        if name in RESHAPES | TRANSPOSES:
+            laid = self._laid_out(node)
+            if laid is not None:
+                return laid
         if name in SIZED:
             return lower.call(self.graph, sized(node), (self._read(node, node.args[0]), self._shape(node)), {})
         if name in _FILLS and not isinstance(node.target, str):
@@ -100,9 +107,32 @@ class Emitter(Positions):
         if name == "slice":
             axis = int(named(node, "dim", 0))
             span = self.labels.of.get(node.all_input_nodes[0], (None,))[axis]
+            bounds = slice_bounds(node)
+            if bounds is not None:
+                return self.narrow(self._read(node, node.args[0]), axis, bounds[0], bounds[1] - bounds[0])
         args = map_aggregate(node.args, lambda x: self._read(node, x, span))
         kwargs = map_aggregate(node.kwargs, lambda x: self._read(node, x, span))
         return lower.call(self.graph, node.target, args, kwargs)
+
+    def _laid_out(self, node: fx.Node) -> fx.Node | None:
+        """One reshape in the place of a chain of reshapes and of transposes that move no more than axes of size 1.
+
+        None where elements change their order, or where a write in place needs the view itself.
+        """
+        source = node.all_input_nodes[0]
+        if source not in self.env or self.flow.writers.get(self.flow.base[node]):
+            return None
+        if opname(node) in TRANSPOSES:
+            before = self._shape(source)
+            order = permutation(node, len(before))
+            moved = None if order is None else [axis for axis in order if before[axis] != 1]
+            if moved is None or moved != sorted(moved):
+                return None
+        read: fx.Node = self.env[source]
+        first = self._reshaped.get(read, read)
+        made = self.graph.call_method("reshape", (first, self._shape(node)))
+        self._reshaped[made] = first
+        return made
 
     def _shape(self, node: fx.Node) -> list[Any]:
         spans = self.labels.of[node]
@@ -195,7 +225,9 @@ class Emitter(Positions):
         q_shape, k_shape, v_shape = (shape(n) for n in (args[0], found.keys, found.values))
         q = self.graph.call_method("reshape", (q, [self.batch, k_shape[1], group, q_shape[3]]))
         out = lower.call(self.graph, node.target, (q, k, v, *args[3:]), kwargs)
-        return self.graph.call_method("reshape", (out, [self.batch, q_shape[1], 1, v_shape[3]]))
+        made = self.graph.call_method("reshape", (out, [self.batch, q_shape[1], 1, v_shape[3]]))
+        self._reshaped[made] = out
+        return made
 
 
 def table_program(plan: Plan, tables: Sequence[fx.Node]) -> tuple[fx.GraphModule, dict[str, torch.Tensor]]:
@@ -206,3 +238,14 @@ def table_program(plan: Plan, tables: Sequence[fx.Node]) -> tuple[fx.GraphModule
     writer.bounds = {ALL: (0, writer.graph.placeholder("length"))}
     writer.graph.output(tuple(writer.whole(node) for node in tables))
     return writer.module(), writer.weights
+
+
+def slice_bounds(node: fx.Node) -> tuple[int, int] | None:
+    """Start and end of a slice of step 1 along an axis of known size; None for any other."""
+    size = shape(node.all_input_nodes[0])[int(named(node, "dim", 0))]
+    bounds = named(node, "start"), named(node, "end")
+    known = all(x is None or isinstance(x, int) for x in bounds)
+    if not isinstance(size, int) or not known or named(node, "step", 1) != 1:
+        return None
+    start, end, _ = slice(*bounds).indices(size)
+    return start, max(start, end)

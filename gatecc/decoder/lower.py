@@ -15,7 +15,7 @@ from torch import fx
 from gatecc.ir.ops import opname
 
 _Build = Callable[[fx.Graph, tuple[Any, ...], dict[str, Any]], fx.Node | None]
-_END = 1 << 40
+_VIEW_METHODS = frozenset("view reshape transpose permute unsqueeze expand select narrow size".split())
 
 
 def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
@@ -23,6 +23,14 @@ def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, 
     build = _BUILDERS.get(target)
     made = build(graph, args, kwargs) if build is not None else None
     return made if made is not None else graph.call_function(target, args, kwargs)
+
+
+def drop_unread_views(graph: fx.Graph) -> None:
+    """Erase the views that nobody reads any more."""
+    for node in reversed(graph.nodes):
+        view = node.op == "call_method" and node.target in _VIEW_METHODS
+        if not node.users and (view or node.op == "get_attr" or node.target is operator.getitem):
+            graph.erase_node(node)
 
 
 def is_alias(node: fx.Node) -> bool:
@@ -70,12 +78,9 @@ def _softmax(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return None if kwargs else graph.call_function(torch.softmax, args)
 
 
-def _slice(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node | None:
-    x, dim, start, end, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
-    start = start or 0
-    if kwargs or step != 1 or not isinstance(start, int) or not isinstance(end, int) or not 0 <= start <= end < _END:
-        return None
-    return graph.call_method("narrow", (x, dim, start, end - start))
+def _power(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+    square = args[1] == 2 and not kwargs
+    return graph.call_function(operator.mul if square else torch.pow, (args[0], args[0]) if square else args, kwargs)
 
 
 def _attend(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
@@ -91,7 +96,7 @@ _BUILDERS: dict[Any, _Build] = {
     _aten.mul.Tensor: _function(operator.mul, 2),
     _aten.div.Tensor: _function(operator.truediv, 2),
     _aten.neg.default: _function(operator.neg),
-    _aten.pow.Tensor_Scalar: _function(torch.pow),
+    _aten.pow.Tensor_Scalar: _power,
     _aten.rsqrt.default: _function(torch.rsqrt),
     _aten.tanh.default: _function(torch.tanh),
     _aten.sigmoid.default: _function(torch.sigmoid),
@@ -117,7 +122,6 @@ _BUILDERS: dict[Any, _Build] = {
     _aten.contiguous.default: _method("contiguous", 1),
     _aten.split.Tensor: _function(torch.split),
     _aten.chunk.default: _function(torch.chunk),
-    _aten.slice.Tensor: _slice,
     _aten.to.dtype: _cast,
     _aten.scaled_dot_product_attention.default: _attend,
 }

@@ -36,8 +36,7 @@ class Program:
 class Decoder(Generation):
     """A model's decode step, derived from its full-sequence graph: see gatecc.decoder.
 
-    ``program``: the graph module of the single step. ``limit``: the largest length that the model has positions for,
-    None if there is no limit.
+    ``program`` is the graph module of the single step, ``plan`` what it was written from.
     """
 
     def __init__(self, plan: Plan, capacity: int | None) -> None:
@@ -61,6 +60,10 @@ class Decoder(Generation):
     def program(self) -> fx.GraphModule:
         """The graph module of the step for one new token."""
         return self._program(True, 1).module
+
+    def tables(self, *, single: bool, capacity: int = _FIRST) -> list[fx.Node]:
+        """The position nodes that a step program reads from tables."""
+        return self._program(single, capacity).tables.nodes
 
     def _program(self, single: bool, capacity: int) -> Program:
         rows = self._too_large(capacity)

@@ -162,14 +162,14 @@ class Editor:
         means to be rid of them. The values of the site stay, for later rewrites.
         """
         kept = {v.node for v in self.site.values.values()} - {node}
-        stack = [node]
+        stack, erased = [node], set[fx.Node]()
         while stack:
             dead = stack.pop()
-            if dead.op != "call_function" or dead.users or dead in kept or _writes(dead):
+            if dead.op != "call_function" or dead.users or dead in kept | erased or _writes(dead):
                 continue
-            inputs = dead.all_input_nodes
+            erased.add(dead)
+            stack.extend(dead.all_input_nodes)
             self.program.graph.erase_node(dead)
-            stack.extend(inputs)
 
     def widen(self, linear: fx.Node, rows: Rows, weight: Callable[[], Any], bias: Callable[[], Any]) -> None:
         """Let ``linear`` yield new features beside its own, laid out as ``rows``; its parameters grow at installation.

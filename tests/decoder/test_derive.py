@@ -51,7 +51,7 @@ def test_what_cannot_be_said_per_token_is_refused(mixer: nn.Module, reason: str)
 
 
 def test_a_wrong_decoder_is_not_returned(monkeypatch: pytest.MonkeyPatch) -> None:
-    def without_carry(*_: Any) -> None:
+    def without_carry(*_: Any, **__: Any) -> None:
         return None
 
     monkeypatch.setattr(mixers, "_total", without_carry)
@@ -61,15 +61,15 @@ def test_a_wrong_decoder_is_not_returned(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_one_short_text_is_example_enough() -> None:
-    case = SPECS["hf/llama-sdpa"].build()
-    ids = case.kwargs["input_ids"]
-    made = gatecc.decoder(case.model, {"input_ids": ids[:1, :1]})
-    assert difference(full(case.model, input_ids=ids), stepped(made, ids)) <= 1e-5
+    case = SPECS["hand/sdpa_causal"].build()
+    ids = case.args[0]
+    made = gatecc.decoder(case.model, (ids[:1, :1],))
+    assert difference(full(case.model, ids), stepped(made, ids)) <= 1e-5
 
 
 def test_gates_act_in_every_step() -> None:
-    case = SPECS["hf/llama-sdpa"].build()
-    ids = case.kwargs["input_ids"]
+    case = SPECS["hand/sdpa_causal"].build()
+    ids = case.args[0]
     gated = gatecc.transform(case.model, "gated-attention", (ids,))
     with torch.no_grad():
         for name, parameter in gated.named_parameters():
@@ -82,7 +82,7 @@ def test_gates_act_in_every_step() -> None:
 
 
 def test_a_model_with_an_encoder_is_refused() -> None:
-    case = SPECS["hf/t5-sdpa"].build()
+    case = SPECS["torch/decoder"].build()
     with pytest.raises(DecoderError, match="models with an encoder"):
         gatecc.decoder(case.model, case.inputs)
 
