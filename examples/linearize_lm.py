@@ -42,13 +42,14 @@ console = Console(highlight=False)
 
 @dataclass(frozen=True)
 class Conversion:
-    """One way to linearize: a recipe with options, and the rates that heal it."""
+    """One way to linearize: a recipe with options, the rates that heal it and the weight of the task's loss."""
 
     title: str
     recipe: str
     options: dict[str, Any] = field(default_factory=dict[str, Any])
     lr: float = 2e-3
     lr_new: float = 4e-3
+    task: float = 0.0
 
     def student(self, teacher: nn.Module) -> nn.Module:
         """A copy of the teacher with other token mixers."""
@@ -59,7 +60,7 @@ class Conversion:
     def heal(self, teacher: nn.Module, data: Bytes, budget: int, evaluations: int = 8, **options: Any) -> Healed:
         """Distil the teacher's logits into a new student, with at most ``budget`` bytes."""
         steps = max(1, budget // (LENGTH * BATCH))
-        stage = Tune(steps, optimizer="muon", lr=self.lr, lr_new=self.lr_new, task=0, distill=1)
+        stage = Tune(steps, optimizer="muon", lr=self.lr, lr_new=self.lr_new, task=self.task, distill=1)
         student = self.student(teacher)
         every = max(1, steps // evaluations)
         return heal(student, teacher, data, tune=stage, evaluate=data.bits, every=every, **options)
@@ -76,8 +77,8 @@ GLA = {
     "longest": 256.0,
 }
 CONVERSIONS = {
-    "liger": Conversion("Liger: linear and a window of softmax", "liger", lr=5e-4),
-    "hybrid": Conversion("GLA, 1 layer in 4 softmax", "gla", {**GLA, "keep": "3::4"}, lr=1e-3),
+    "liger": Conversion("Liger: linear and a window of softmax", "liger", lr=3e-4, task=0.5),
+    "hybrid": Conversion("GLA, 1 layer in 4 softmax", "gla", {**GLA, "keep": "3::4"}, lr=5e-4),
     "gla": Conversion("GLA in all layers", "gla", GLA),
 }
 

@@ -74,7 +74,8 @@ def gla(
 def retention(sites: str = "attention[...]", keep: str = "", gate: bool = True) -> tuple[Rewrite, ...]:
     """Retention: linear attention that forgets at a constant rate a head, log(1 - 2^-(5+h)).
 
-    Rotary embeddings stay, each head of the output is normalised and multiplied by swish(W x) (``gate``).
+    Rotary embeddings stay, each head of the output is normalised and multiplied by swish(W x) (``gate``). The
+    rates are constants: nothing that decides what is forgotten is computed from the input or trained.
     """
     where = chosen(sites, keep)
     return (
