@@ -24,6 +24,7 @@ class Place:
     causal: bool
     window: int | None = None
     tokens: int | None = None  # their number, if it is the same in every call
+    grid: tuple[int, int] = (1, 1)  # height and width of a window, for mixers of windows
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,19 @@ class Mixer(Option, slot="mixer"):
 
     The module maps q, k, v as (B, H, N, D), the latter two with their own number of heads, and hidden as (B, N, C), to
     heads (B, H, N, D) or out (B, N, C), as ``stage`` says. Where there is padding, a further argument follows: (B, N),
-    False at padding.
+    False at padding; for a mixer of ``windows`` (B, 1 or H, N, N), False where a key is hidden.
     """
 
     stage: ClassVar[Literal["heads", "out"]] = "heads"
     fixed_length: ClassVar[bool] = False  # it has parameters for each token
     masks: ClassVar[tuple[str, ...]] = ("causal", "bidirectional")  # patterns that it can keep
     pads: ClassVar[bool] = True  # it can leave padding out
+    windows: ClassVar[bool] = False  # it works on windows of an image, whose masks it takes as they are
+
+    @property
+    def regions(self) -> bool:
+        """Whether it takes two steps over a window, so that masks must tell regions apart."""
+        return False
 
     @property
     def reads(self) -> tuple[str, ...]:
