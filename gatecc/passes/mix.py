@@ -1,4 +1,4 @@
-"""Mix: put another token mixer in the place of softmax attention."""
+"""Mix: put another token mixer in the place of softmax attention, or of a recurrent layer."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from gatecc.ir.contract import Contract, changes_function
 from gatecc.ir.edit import Editor
 from gatecc.ir.program import shape
 from gatecc.ir.rewrite import Rewrite
-from gatecc.ir.site import Attention, Site, Value
+from gatecc.ir.site import Attention, Recurrent, Site, Value
 from gatecc.passes.mixers import Mixer, Place
 from gatecc.passes.operands import place as where
 from gatecc.passes.operands import stage, static_sizes
+from gatecc.passes.recurrent import replace_recurrent
 from gatecc.passes.windows import biases, grid, prove_regions, seen
 
 
 @dataclass(frozen=True)
 class Mix(Rewrite):
-    """Replace the core of attention by ``mixer``; the projections around it keep their weights.
+    """Replace the core of attention, or a recurrent layer, by ``mixer``; the projections around it keep their weights.
 
     What a query may see is proved from the mask: a causal site gets a causal mixer, a bidirectional one a mixer in both
     directions, and a site whose mask is not proved is refused. Keys that a padding mask hides stay hidden. A sliding
@@ -46,6 +47,16 @@ class Mix(Rewrite):
         return (self.mixer.stage, *self.mixer.reads)
 
     def rewrite(self, site: Site, edit: Editor) -> None:
+        if site.kind != self.mixer.site:
+            raise SiteRefusedError(
+                f"{self.mixer.tag} takes the place of {self.mixer.site}",
+                where=where(site),
+                found=f"a site of the kind {site.kind}",
+                do=f"select {self.mixer.site}[...], or choose another mixer",
+            )
+        if isinstance(site, Recurrent):
+            replace_recurrent(site, self.label, lambda place: self._module(place, edit), edit)
+            return
         found = _attention(site)
         visible = _visible(found, self.mixer)
         place = _place(found, visible, self.mixer, edit)

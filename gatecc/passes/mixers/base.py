@@ -24,6 +24,7 @@ class Place:
     causal: bool
     window: int | None = None
     tokens: int | None = None  # their number, if it is the same in every call
+    layers: int = 1  # of a stack of recurrent layers
     grid: tuple[int, int] = (1, 1)  # height and width of a window, for mixers of windows
 
 
@@ -36,6 +37,7 @@ class Mixer(Option, slot="mixer"):
     False at padding; for a mixer of ``windows`` (B, 1 or H, N, N), False where a key is hidden.
     """
 
+    site: ClassVar[str] = "attention"  # the kind of site that it takes the place of
     stage: ClassVar[Literal["heads", "out"]] = "heads"
     fixed_length: ClassVar[bool] = False  # it has parameters for each token
     masks: ClassVar[tuple[str, ...]] = ("causal", "bidirectional")  # patterns that it can keep
