@@ -1,6 +1,6 @@
 """gatecc: a compiler that puts gates, experts and linear attention into PyTorch models."""
 
-from gatecc import diagnose, train
+from gatecc import diagnose, recurrence, train
 from gatecc.analysis import inspect
 from gatecc.checkpoint import load, save
 from gatecc.decoder import Decoder, decoder
@@ -54,6 +54,7 @@ __all__ = [
     "load",
     "recipe",
     "recipes",
+    "recurrence",
     "revert",
     "save",
     "train",

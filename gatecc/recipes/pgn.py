@@ -19,8 +19,8 @@ def pgn(sites: str = "recurrent[...]", keep: str = "", window: int = 16) -> tupl
 
     h_t is linear in the ``window`` inputs before token t, zeros before the first; a gate of x_t and h_t then chooses
     between h_t and tanh of a linear map of both. All tokens at once: nothing waits for the token before. The weights of
-    the recurrent layer take part no more; they stay in the state dict. Layers in both directions, with an initial state,
-    or whose cell state is read are refused. The published network reads all of a fixed length: ``window`` its length
-    less one. Its time features are inputs like others.
+    the recurrent layer take part no more; they stay in the state dict. Layers in both directions, with an initial
+    state, or whose cell state is read are refused. The published network reads all of a fixed length: ``window`` its
+    length less one. Its time features are inputs like others.
     """
     return (Mix(chosen(sites, keep), PGN(window)),)

@@ -22,7 +22,9 @@ X = torch.randn(3, 4, 4, WIDTH, generator=torch.Generator().manual_seed(7))
 
 
 class Windows(nn.Module):
-    """Shifted 2 x 2 windows with a learned bias and, by ``masked``, the mask of a shift. x: (B, 4, 4, C) -> the same."""
+    """Shifted 2 x 2 windows with a learned bias and, by ``masked``, the mask of a shift. (B, 4, 4, C) -> the same."""
+
+    mask: Tensor
 
     def __init__(self, masked: str = "regions", side: int = SIDE) -> None:
         super().__init__()
@@ -126,7 +128,7 @@ def hand(plain: Windows, model: Any, form: str, split: bool) -> Windows:
     other = copy.deepcopy(plain)
 
     def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        seen = (plain.mask == 0).unsqueeze(1).repeat(q.size(0) // plain.mask.size(0), 1, 1, 1)
+        seen = plain.mask.eq(0).unsqueeze(1).repeat(q.size(0) // plain.mask.size(0), 1, 1, 1)
         mixed = by_pairs(q, k, v, seen, form == "swat", split, 2.0)
         return mixed if form == "swat" else mixed + _local(v, model.mixer.local)
 

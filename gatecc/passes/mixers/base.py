@@ -8,7 +8,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
+from gatecc.errors import ArgumentError
 from gatecc.ir.gates.option import Option
+from gatecc.ops.recurrence import Recurrence
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,23 @@ class Place:
     tokens: int | None = None  # their number, if it is the same in every call
     layers: int = 1  # of a stack of recurrent layers
     grid: tuple[int, int] = (1, 1)  # height and width of a window, for mixers of windows
+
+
+class MixerModule(nn.Module):
+    """Base of the modules of mixers."""
+
+    tag = ""  # the mixer's
+
+    def recurrence(self, *values: Tensor) -> Recurrence:
+        """The mixer on these arguments of its forward as h_t = A_t h_(t-1) + B_t u_t, y_t = C_t h_t + D_t u_t.
+
+        Raises ArgumentError if it has no such form.
+        """
+        raise ArgumentError(f"{self.tag} has no recurrent form")
+
+    def finished(self, y: Tensor) -> Tensor:
+        """What the forward makes of the recurrence's output."""
+        return y
 
 
 @dataclass(frozen=True)
@@ -59,6 +78,6 @@ class Mixer(Option, slot="mixer"):
         count = len(self.reads)
         return dict(zip(self.reads, values[:count], strict=True)), values[count] if len(values) > count else None
 
-    def module(self, place: Place) -> nn.Module:
+    def module(self, place: Place) -> MixerModule:
         """The module, with fresh parameters."""
         raise NotImplementedError

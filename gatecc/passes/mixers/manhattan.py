@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gatecc.passes.mixers.base import Mixer, Place
+from gatecc.passes.mixers.base import Mixer, MixerModule, Place
 from gatecc.passes.mixers.hybrid import grouped
 
 
@@ -52,12 +52,14 @@ class Manhattan(Mixer, tag="manhattan"):
         exponent = torch.arange(heads, device=device) * (self.spread / heads) + self.initial
         return torch.log1p(-torch.exp2(-exponent))
 
-    def module(self, place: Place) -> nn.Module:
+    def module(self, place: Place) -> MixerModule:
         return ManhattanMixer(self, place)
 
 
-class ManhattanMixer(nn.Module):
+class ManhattanMixer(MixerModule):
     """The module of `Manhattan`."""
+
+    tag = Manhattan.tag
 
     def __init__(self, spec: Manhattan, place: Place) -> None:
         super().__init__()

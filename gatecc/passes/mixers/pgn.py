@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gatecc.passes.mixers.base import Mixer, Place
+from gatecc.passes.mixers.base import Mixer, MixerModule, Place
 
 
 @dataclass(frozen=True)
@@ -34,18 +35,20 @@ class PGN(Mixer, tag="pgn"):
     def reads(self) -> tuple[str, ...]:
         return ("in",)
 
-    def module(self, place: Place) -> nn.Module:
+    def module(self, place: Place) -> MixerModule:
         return PGNMixer(self, place)
 
 
-class PGNMixer(nn.Module):
+class PGNMixer(MixerModule):
     """The module of `PGN`."""
+
+    tag = PGN.tag
 
     def __init__(self, spec: PGN, place: Place) -> None:
         super().__init__()
         self.spec, self.place = spec, place
         sizes = [place.dim, *[place.value] * place.layers]
-        self.layers = nn.ModuleList(PGNLayer(*pair, spec.window) for pair in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(PGNLayer(*pair, spec.window) for pair in pairwise(sizes))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, N, C) -> (B, N, H)."""
@@ -64,7 +67,9 @@ class PGNLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, N, C) -> (B, N, H)."""
-        taps = F.pad(self.history.weight, (0, 1))  # none for the token itself: a causal convolution, so it can be decoded
+        taps = F.pad(
+            self.history.weight, (0, 1)
+        )  # none for the token itself: a causal convolution, so it can be decoded
         past = F.pad(x.mT, (taps.size(-1) - 1, 0))
         h = F.conv1d(past, taps, self.history.bias).mT
         z, c = self.gate(torch.cat([x, h], -1)).chunk(2, -1)
