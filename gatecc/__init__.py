@@ -1,6 +1,6 @@
 """gatecc: a compiler that puts gates, experts and linear attention into PyTorch models."""
 
-from gatecc import diagnose, train
+from gatecc import diagnose, recurrence, train
 from gatecc.analysis import inspect
 from gatecc.checkpoint import load, save
 from gatecc.decoder import Decoder, decoder
@@ -10,7 +10,7 @@ from gatecc.ir.contract import Contract
 from gatecc.ir.gate import GateSpec
 from gatecc.ir.rewrite import Recipe, Rewrite
 from gatecc.ir.select import Selector
-from gatecc.ir.site import MLP, Activation, Attention, Block, Conv, Embedding, Head, Linear, Merge, Residual
+from gatecc.ir.site import MLP, Activation, Attention, Block, Conv, Embedding, Head, Linear, Merge, Recurrent, Residual
 from gatecc.passes.branch import Branch
 from gatecc.passes.bypass import Bypass
 from gatecc.passes.fuse import Fuse
@@ -41,6 +41,7 @@ __all__ = [
     "Merge",
     "Mix",
     "Recipe",
+    "Recurrent",
     "Report",
     "Residual",
     "Rewrite",
@@ -53,6 +54,7 @@ __all__ = [
     "load",
     "recipe",
     "recipes",
+    "recurrence",
     "revert",
     "save",
     "train",

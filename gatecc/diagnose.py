@@ -217,7 +217,8 @@ def _analysis(model: nn.Module, example_inputs: Inputs) -> Analysis:
         return Analysis([program], found.sites, found.refusals)
 
 
-def _values(model: nn.Module, program: Program, wanted: set[fx.Node]) -> Values:
+def values_of(model: nn.Module, program: Program, wanted: set[fx.Node]) -> Values:
+    """What some nodes of a model's program hold on the example inputs."""
     if not wanted:
         return {}
     recorder = _Recorder(program, wanted)
@@ -237,7 +238,7 @@ def _read(
         mine = [s for s in chosen if analysis.program_of(s) is program]
         wanted = {v.node for s in mine for v in s.values.values()}
         wanted |= {n for s in mine if isinstance(s, Attention) for n in s.core.all_input_nodes}
-        values |= _values(model, program, wanted)
+        values |= values_of(model, program, wanted)
     return [row(s, values) for s in chosen]
 
 

@@ -47,11 +47,21 @@ GUIDES = (
     ("decoder.md", "prefill and step, derived from a causal model's graph: state, sampling, left padding, refusals"),
     ("gates.md", "what a gate reads, how it is scored, what it varies over, how it learns and starts"),
     ("linear-attention.md", "the operator: rules, options, states, steps, and what computes it"),
+    ("recurrence.md", "softmax, linear attention, delta rules and state spaces as one recurrence, and checks of it"),
     ("capture.md", "from a model to a graph: what is changed meanwhile, and what happens when it fails"),
     ("reports.md", "what a report holds, and its forms"),
 )
 # Recipes with an option that has no default need one in their example.
 OPTIONS: dict[str, dict[str, str]] = {"context-gates": {"context": "activation[0].out", "sites": "activation[1]"}}
+# Recipes for another model than the tiny transformer.
+MODELS: dict[str, str] = {
+    "gated-swinrmt": """import timm
+
+shape = {"img_size": 8, "patch_size": 2, "embed_dim": 8, "depths": (1,), "num_heads": (2,), "window_size": 4}
+model, example_inputs = timm.create_model("swin_tiny_patch4_window7_224", **shape), (torch.randn(2, 3, 8, 8),)
+""",
+    "pgn": "model, example_inputs = nn.GRU(8, 16, batch_first=True), (torch.randn(2, 9, 8),)\n",
+}
 # What a call in a recipe's test file shows (tests/recipes/checks.py).
 CHECKS = {
     "zoo": ("T1", "T5", "T8"),
@@ -177,7 +187,7 @@ def recipe_page(info: Any) -> str:
     return "".join(
         (
             f"# {info.name}\n\n{markdown(info.doc)}\n\nFrom: {info.citation}.\n",
-            f"\n```python\ngated = gatecc.transform(model, {name}, example_inputs)\n```\n",
+            f"\n```python\n{MODELS.get(info.name, '')}gated = gatecc.transform(model, {name}, example_inputs)\n```\n",
             f"\n## Options\n\n{table(('option', 'type', 'default'), rows)}" if rows else "",
             "\n## Rewrites\n\nWith its defaults:\n\n",
             "".join(f"- {rewrite_line(r)}\n" for r in recipe.rewrites),

@@ -81,6 +81,7 @@ class Editor:
     weights: list[WeightStep] = field(default_factory=list[WeightStep])
     inserted: set[fx.Node] = field(default_factory=set[fx.Node])
     sites: Sequence[Site] = ()
+    lost: set[str] = field(default_factory=set[str])  # parameters that the edit takes out of the graph on purpose
     whole_sequence: bool = False  # the edit makes later tokens depend on earlier ones in a way that no KV cache holds
 
     def module(self, name: str, build: Callable[[], nn.Module]) -> str:

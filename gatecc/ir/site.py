@@ -141,6 +141,21 @@ class Conv(Site):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class Recurrent(Site):
+    """An RNN, GRU or LSTM over a sequence. Values: in (b, n, c), out (b, n, c) if the model reads it, or (n, b, c)."""
+
+    kind = "recurrent"
+    stages = ("in", "out")
+    core: fx.Node  # the operator; its results are out and the last states
+    cell: str  # rnn, gru or lstm
+    layers: int
+    bidirectional: bool
+    states: tuple[fx.Node, ...]  # what it starts from
+    parameters: tuple[str, ...]  # its weights, relative to the program's module
+    last: tuple[fx.Node | None, ...]  # last hidden and cell state, where the model reads them
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Activation(Site):
     """One nonlinearity. Values: in, out."""
 
@@ -193,7 +208,8 @@ class Block(Site):
 
 
 KINDS: dict[str, type[Site]] = {
-    cls.kind: cls for cls in (Attention, MLP, Linear, Conv, Activation, Residual, Merge, Embedding, Head, Block)
+    cls.kind: cls
+    for cls in (Attention, MLP, Linear, Conv, Recurrent, Activation, Residual, Merge, Embedding, Head, Block)
 }
 
 

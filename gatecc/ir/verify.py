@@ -45,6 +45,7 @@ class Suspect:
     sites: Sequence[Site]
     inserted: set[fx.Node]
     loses_buffers: bool = False
+    lost: frozenset[str] = frozenset()  # parameters that were declared to take part no more
 
     def place(self, node: fx.Node) -> str:
         """Site and line that a fault at ``node`` is blamed on: the owner of the nodes around it, else the nearest."""
@@ -149,7 +150,7 @@ def _kept(program: Program, before: Before, rewrite: Suspect) -> None:
     if now != then:
         raise _fail(rewrite, "the outputs changed", output, f"{now}, before {then}")
     live = _live_parameters(program)
-    gone = before.parameters - set(live)
+    gone = before.parameters - set(live) - rewrite.lost
     if rewrite.loses_buffers:
         gone = {name for name in gone if isinstance(attribute(program.module, name), torch.nn.Parameter)}
     if lost := sorted(gone):

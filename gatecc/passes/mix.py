@@ -1,4 +1,4 @@
-"""Mix: put another token mixer in the place of softmax attention."""
+"""Mix: put another token mixer in the place of softmax attention, or of a recurrent layer."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ from gatecc.ir.contract import Contract, changes_function
 from gatecc.ir.edit import Editor
 from gatecc.ir.program import shape
 from gatecc.ir.rewrite import Rewrite
-from gatecc.ir.site import Attention, Site, Value
+from gatecc.ir.site import Attention, Recurrent, Site, Value
 from gatecc.passes.mixers import Mixer, Place
 from gatecc.passes.operands import place as where
 from gatecc.passes.operands import stage, static_sizes
+from gatecc.passes.recurrent import replace_recurrent
+from gatecc.passes.windows import biases, grid, prove_regions, seen
 
 
 @dataclass(frozen=True)
 class Mix(Rewrite):
-    """Replace the core of attention by ``mixer``; the projections around it keep their weights.
+    """Replace the core of attention, or a recurrent layer, by ``mixer``; the projections around it keep their weights.
 
     What a query may see is proved from the mask: a causal site gets a causal mixer, a bidirectional one a mixer in both
     directions, and a site whose mask is not proved is refused. Keys that a padding mask hides stay hidden. A sliding
-    window, a bias on the scores, soft caps and sinks belong to softmax and go with it; a mixer with a softmax part
-    keeps to the smaller of both windows. Leave layers as they are with ``Attention[...].but(...)``, for a hybrid.
+    window, a bias on the scores with its parameters, soft caps and sinks belong to softmax and go with it; a mixer with
+    a softmax part keeps to the smaller of both windows. Masks that differ between the windows of an image stay, for the
+    mixers that are made for them. Leave layers as they are with ``Attention[...].but(...)``, for a hybrid.
     ``label`` names the module with new parameters on the owner. In general no identity: heal the model afterwards. A KV
     cache is no state of a mixer, so a call with one is refused.
     """
@@ -44,17 +47,36 @@ class Mix(Rewrite):
         return (self.mixer.stage, *self.mixer.reads)
 
     def rewrite(self, site: Site, edit: Editor) -> None:
+        if site.kind != self.mixer.site:
+            raise SiteRefusedError(
+                f"{self.mixer.tag} takes the place of {self.mixer.site}",
+                where=where(site),
+                found=f"a site of the kind {site.kind}",
+                do=f"select {self.mixer.site}[...], or choose another mixer",
+            )
+        if isinstance(site, Recurrent):
+            replace_recurrent(site, self.label, lambda place: self._module(place, edit), edit)
+            return
         found = _attention(site)
         visible = _visible(found, self.mixer)
-        place = _place(found, visible, edit)
+        place = _place(found, visible, self.mixer, edit)
         path = edit.module(self.label, lambda: self._module(place, edit))
         values = [_laid(stage(site, name), found, name, edit) for name in self.mixer.reads]
-        mask = _padding(found, edit)
+        mask = self._hidden(found, values[0], edit)
+        edit.lost |= biases(found, edit.program)
         mixed = edit.call(path, *values, mask) if mask is not None else edit.call(path, *values)
         target = stage(site, self.mixer.stage)
         edit.replace(target.node, _back(mixed, target, found, self.mixer, edit))
         edit.discard(target.node)
         edit.whole_sequence = True
+
+    def _hidden(self, site: Attention, q: fx.Node, edit: Editor) -> fx.Node | None:
+        """The mask that the module takes after the stages, if there is one."""
+        if not self.mixer.windows:
+            return _padding(site, edit)
+        if self.mixer.regions:
+            prove_regions(site, edit.program)
+        return seen(site, q, edit)
 
     def _module(self, place: Place, edit: Editor) -> nn.Module:
         like = next(edit.program.module.parameters(), None)
@@ -80,6 +102,8 @@ def _attention(site: Site) -> Attention:
 
 def _visible(site: Attention, mixer: Mixer) -> bool:
     """Whether the site is causal. SiteRefusedError if that is not proved, or the mixer cannot keep it."""
+    if mixer.windows and not site.mask.causal:
+        return False
     pattern = {"sliding_window": "causal"}.get(site.mask.kind, site.mask.kind)
     if pattern in mixer.masks and (mixer.pads or not site.mask.padding):
         return pattern == "causal"
@@ -93,7 +117,7 @@ def _visible(site: Attention, mixer: Mixer) -> bool:
     )
 
 
-def _place(site: Attention, causal: bool, edit: Editor) -> Place:
+def _place(site: Attention, causal: bool, mixer: Mixer, edit: Editor) -> Place:
     q, v = stage(site, "q"), stage(site, "v")
     key, value = static_sizes(q)["d"], static_sizes(v)["d"]
     hidden = site.find("hidden")
@@ -108,7 +132,12 @@ def _place(site: Attention, causal: bool, edit: Editor) -> Place:
         causal=causal,
         window=site.mask.window,
         tokens=tokens,
+        grid=grid(_owner(site, edit), tokens, site) if mixer.windows else (1, 1),
     )
+
+
+def _owner(site: Site, edit: Editor) -> nn.Module:
+    return edit.program.module.get_submodule(edit.program.relative_name(site.owner))
 
 
 def _laid(value: Value, site: Attention, name: str, edit: Editor) -> fx.Node:

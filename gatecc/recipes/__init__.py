@@ -6,8 +6,10 @@ from gatecc.recipes import conditional_units as conditional_units
 from gatecc.recipes import context_gate as context_gate
 from gatecc.recipes import feature_gate as feature_gate
 from gatecc.recipes import gated_attention as gated_attention
+from gatecc.recipes import gated_swinrmt as gated_swinrmt
 from gatecc.recipes import hybrid as hybrid
 from gatecc.recipes import linearize as linearize
+from gatecc.recipes import pgn as pgn
 from gatecc.recipes import residual_gates as residual_gates
 from gatecc.recipes import stepnet as stepnet
 from gatecc.recipes import timestep_window as timestep_window

@@ -20,4 +20,9 @@ def windowed_retention_gate(sites: str = "attention[...]", init: str = "identity
     Works on windowed attention (Swin) as on any other; the decay of the scores is a rewrite of its own. At init the
     gate is 2*sigmoid(0) = 1.
     """
-    return (Gate(Selector.parse(sites).heads, GateSpec("hidden", "linear", "element", "sigmoid", init=init)),)
+    return (g1(Selector.parse(sites), init),)
+
+
+def g1(where: Selector, init: str) -> Gate:
+    """The gate at these sites."""
+    return Gate(where.heads, GateSpec("hidden", "linear", "element", "sigmoid", init=init))

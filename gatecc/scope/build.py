@@ -158,7 +158,8 @@ def apply(
         editors.append(edit)
         work.note(edit)
     inserted = {node for edit in editors for node in edit.inserted}
-    verify(program, before, Suspect(str(rewrite), sites, inserted, rewrite.loses_buffers))
+    lost = frozenset(name for edit in editors for name in edit.lost)
+    verify(program, before, Suspect(str(rewrite), sites, inserted, rewrite.loses_buffers, lost))
     return editors
 
 

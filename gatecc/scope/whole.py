@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from gatecc.capture import capture
-from gatecc.ir.match import find_sites
+from gatecc.ir.edit import Editor
+from gatecc.ir.match import Sites, find_sites
 from gatecc.ir.program import Program
 from gatecc.passes.canonicalize import canonicalize
 from gatecc.scope.build import rewrite_program
@@ -21,16 +22,22 @@ def whole_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     in the whole graph it is made of positions. Scopes whose weights hold rows of gates run inline nevertheless, for
     the plain graph would not fit these weights. Raises CaptureError, SiteRefusedError, GraphError.
     """
+    return whole_edits(model, args, kwargs)[0]
+
+
+def whole_edits(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Program, Sites, list[Editor]]:
+    """`whole_program`, the sites that it had before its rewrites, and the edits: none for scopes that run inline."""
     states = {fqn: state for fqn, _, state in scopes(model)}
     if not states or any(state.widened for state in states.values()):
         program = capture(model, args, kwargs)
         canonicalize(program)
-        return program
+        return program, find_sites(program), []
     with plain(model):
         program = capture(model, args, kwargs)
     canonicalize(program)
-    rewrite_program(program, _merged(states), find_sites(program).sites)
-    return program
+    found = find_sites(program)
+    editors = rewrite_program(program, _merged(states), found.sites)
+    return program, found, [editor for of_one in editors for editor in of_one]
 
 
 def _merged(states: dict[str, Scope]) -> Scope:

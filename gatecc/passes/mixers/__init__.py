@@ -6,3 +6,5 @@ from gatecc.passes.mixers.hopfield import Hopfield as Hopfield
 from gatecc.passes.mixers.hybrid import Liger as Liger
 from gatecc.passes.mixers.hybrid import LoLCATs as LoLCATs
 from gatecc.passes.mixers.linear import Linear as Linear
+from gatecc.passes.mixers.manhattan import Manhattan as Manhattan
+from gatecc.passes.mixers.pgn import PGN as PGN

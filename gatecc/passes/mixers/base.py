@@ -8,7 +8,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
+from gatecc.errors import ArgumentError
 from gatecc.ir.gates.option import Option
+from gatecc.ops.recurrence import Recurrence
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,25 @@ class Place:
     causal: bool
     window: int | None = None
     tokens: int | None = None  # their number, if it is the same in every call
+    layers: int = 1  # of a stack of recurrent layers
+    grid: tuple[int, int] = (1, 1)  # height and width of a window, for mixers of windows
+
+
+class MixerModule(nn.Module):
+    """Base of the modules of mixers."""
+
+    tag = ""  # the mixer's
+
+    def recurrence(self, *values: Tensor) -> Recurrence:
+        """The mixer on these arguments of its forward as h_t = A_t h_(t-1) + B_t u_t, y_t = C_t h_t + D_t u_t.
+
+        Raises ArgumentError if it has no such form.
+        """
+        raise ArgumentError(f"{self.tag} has no recurrent form")
+
+    def finished(self, y: Tensor) -> Tensor:
+        """What the forward makes of the recurrence's output."""
+        return y
 
 
 @dataclass(frozen=True)
@@ -32,13 +53,20 @@ class Mixer(Option, slot="mixer"):
 
     The module maps q, k, v as (B, H, N, D), the latter two with their own number of heads, and hidden as (B, N, C), to
     heads (B, H, N, D) or out (B, N, C), as ``stage`` says. Where there is padding, a further argument follows: (B, N),
-    False at padding.
+    False at padding; for a mixer of ``windows`` (B, 1 or H, N, N), False where a key is hidden.
     """
 
+    site: ClassVar[str] = "attention"  # the kind of site that it takes the place of
     stage: ClassVar[Literal["heads", "out"]] = "heads"
     fixed_length: ClassVar[bool] = False  # it has parameters for each token
     masks: ClassVar[tuple[str, ...]] = ("causal", "bidirectional")  # patterns that it can keep
     pads: ClassVar[bool] = True  # it can leave padding out
+    windows: ClassVar[bool] = False  # it works on windows of an image, whose masks it takes as they are
+
+    @property
+    def regions(self) -> bool:
+        """Whether it takes two steps over a window, so that masks must tell regions apart."""
+        return False
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -50,6 +78,6 @@ class Mixer(Option, slot="mixer"):
         count = len(self.reads)
         return dict(zip(self.reads, values[:count], strict=True)), values[count] if len(values) > count else None
 
-    def module(self, place: Place) -> nn.Module:
+    def module(self, place: Place) -> MixerModule:
         """The module, with fresh parameters."""
         raise NotImplementedError

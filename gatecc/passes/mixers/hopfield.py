@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gatecc.passes.mixers.base import Mixer, Place
+from gatecc.ops.recurrence import Recurrence, of_weights
+from gatecc.passes.mixers.base import Mixer, MixerModule, Place
 from gatecc.passes.mixers.hybrid import grouped
 
 
@@ -28,12 +29,14 @@ class Hopfield(Mixer, tag="hopfield"):
     def check(self) -> None:
         self.require(self.steps > 0, "steps", "at least one")
 
-    def module(self, place: Place) -> nn.Module:
+    def module(self, place: Place) -> MixerModule:
         return HopfieldMixer(self, place)
 
 
-class HopfieldMixer(nn.Module):
+class HopfieldMixer(MixerModule):
     """The module of `Hopfield`."""
+
+    tag = Hopfield.tag
 
     def __init__(self, spec: Hopfield, place: Place) -> None:
         super().__init__()
@@ -41,10 +44,19 @@ class HopfieldMixer(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """q: (B, H, N, D), k and v: (B, Hk, N, D) -> heads (B, H, N, Dv)."""
-        k, v = grouped(k, q.size(1)), grouped(v, q.size(1))
+        return self._final(q, k, mask) @ grouped(v, q.size(1))
+
+    def recurrence(self, *values: Tensor) -> Recurrence:
+        """The cache of values, read with the last weights."""
+        q, k, v, *mask = values
+        return of_weights(self._final(q, k, *mask), v)
+
+    def _final(self, q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The weights that read the values, after the updates of the queries: (B, H, N, N)."""
+        k = grouped(k, q.size(1))
         for _ in range(self.spec.steps - 1):
             q = self._weights(q, k, mask) @ k
-        return self._weights(q, k, mask) @ v
+        return self._weights(q, k, mask)
 
     def _weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
         scores = (q @ k.mT) * (self.spec.beta or self.place.scale)

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gatecc.errors import ArgumentError
 from gatecc.ops.linear_attention import linear_attention
-from gatecc.passes.mixers.base import Mixer, Place
+from gatecc.ops.recurrence import Recurrence, linear, softmax
+from gatecc.passes.mixers.base import Mixer, MixerModule, Place
 from gatecc.passes.mixers.decay import Decay, FromKeys
 from gatecc.passes.mixers.features import FeatureMap, Hedgehog, SoftmaxMap
 
@@ -40,12 +42,14 @@ class Liger(Mixer, tag="liger"):
     def reads(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(("q", "k", "v", "q_raw", "k_raw", *self.decay.reads)))
 
-    def module(self, place: Place) -> nn.Module:
+    def module(self, place: Place) -> MixerModule:
         return LigerMixer(self, place)
 
 
-class LigerMixer(nn.Module):
+class LigerMixer(MixerModule):
     """The module of `Liger`."""
+
+    tag = Liger.tag
 
     def __init__(self, spec: Liger, place: Place) -> None:
         super().__init__()
@@ -58,11 +62,30 @@ class LigerMixer(nn.Module):
         """Stages in the order of ``reads``, and a padding mask if there is one -> heads (B, H, N, Dv)."""
         at, mask = self.spec.named(values)
         q, k, v = at["q"], at["k"], at["v"]
-        decay = self.decay(*(at[name] for name in self.spec.decay.reads))
-        features = self.feature_q(at["q_raw"]), self.feature_k(at["k_raw"])
+        features, decay = self._far(at)
         far, _ = linear_attention(*features, v.to(features[0].dtype), decay, scale=1.0, mask=mask)
-        near = window_attention(q, k, v, min(self.spec.window, self.place.window or self.spec.window), self.place, mask)
+        near = window_attention(q, k, v, self._window(), self.place, mask)
         return torch.lerp(far.to(near.dtype), near, self.spec.share)
+
+    def recurrence(self, *values: Tensor) -> Recurrence:
+        """The linear state and the cache of the window, side by side."""
+        at, mask = self.spec.named(values)
+        if mask is not None:
+            raise ArgumentError(
+                "the form of liger is known without padding", do="call the model without a padding mask"
+            )
+        features, decay = self._far(at)
+        far = linear(*features, at["v"], decay, scale=1.0)
+        near = softmax(at["q"], at["k"], at["v"], scale=self.place.scale, window=self._window())
+        return far.scaled(1 - self.spec.share) + near.scaled(self.spec.share)
+
+    def _far(self, at: dict[str, Tensor]) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Features of queries and keys, and the decay."""
+        decay = self.decay(*(at[name] for name in self.spec.decay.reads))
+        return (self.feature_q(at["q_raw"]), self.feature_k(at["k_raw"])), decay
+
+    def _window(self) -> int:
+        return min(self.spec.window, self.place.window or self.spec.window)
 
 
 @dataclass(frozen=True)
@@ -82,12 +105,14 @@ class LoLCATs(Mixer, tag="lolcats"):
     def check(self) -> None:
         self.require(self.window > 0, "window", "a positive number of keys")
 
-    def module(self, place: Place) -> nn.Module:
+    def module(self, place: Place) -> MixerModule:
         return LoLCATsMixer(self, place)
 
 
-class LoLCATsMixer(nn.Module):
+class LoLCATsMixer(MixerModule):
     """The module of `LoLCATs`."""
+
+    tag = LoLCATs.tag
 
     def __init__(self, spec: LoLCATs, place: Place) -> None:
         super().__init__()

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from gatecc.errors import ArgumentError
 from gatecc.ops.linear_attention import linear_attention
-from gatecc.passes.mixers.base import Mixer, Place
+from gatecc.ops.recurrence import Recurrence, linear
+from gatecc.passes.mixers.base import Mixer, MixerModule, Place
 from gatecc.passes.mixers.decay import Decay, FromKeys, NoDecay
 from gatecc.passes.mixers.features import FeatureMap, Plain
 
@@ -55,12 +56,14 @@ class Linear(Mixer, tag="linear"):
         more = (*self.decay.reads, *(("hidden",) if self.rule == "delta" else ()))
         return tuple(dict.fromkeys((*self.operands, *more)))
 
-    def module(self, place: Place) -> nn.Module:
+    def module(self, place: Place) -> MixerModule:
         return LinearMixer(self, place)
 
 
-class LinearMixer(nn.Module):
+class LinearMixer(MixerModule):
     """The module of `Linear`."""
+
+    tag = Linear.tag
 
     def __init__(self, spec: Linear, place: Place) -> None:
         super().__init__()
@@ -83,6 +86,24 @@ class LinearMixer(nn.Module):
     def forward(self, *values: Tensor) -> Tensor:
         """Stages in the order of ``reads``, and a padding mask if there is one -> heads (B, H, N, Dv)."""
         at, mask = self.spec.named(values)
+        return self.finished(self._mixed(*self._operands(at, mask), at, mask).to(values[0].dtype))
+
+    def recurrence(self, *values: Tensor) -> Recurrence:
+        """`gatecc.ops.recurrence.linear` of what the operator reads."""
+        if not self.place.causal:
+            raise ArgumentError("a recurrence does not look ahead: the site is bidirectional")
+        at, mask = self.spec.named(values)
+        q, k, v = self._operands(at, mask)
+        decay = self._decay(0, at) if self.decays else None
+        scale = self.spec.scale or None
+        return linear(q, k, v, decay, self._beta(at), scale=scale, normalize=self.spec.normalize, mask=mask)
+
+    def finished(self, y: Tensor) -> Tensor:
+        """y: (B, H, N, Dv), each head normalised if the mixer does so."""
+        return self.norm(y) if self.norm is not None else y
+
+    def _operands(self, at: dict[str, Tensor], mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v as the operator reads them: convolved, their features taken."""
         q, k, v = (at[name] for name in self.spec.operands)
         if mask is not None and self.convs:
             keep = mask[:, None, :, None]
@@ -90,19 +111,20 @@ class LinearMixer(nn.Module):
         for i, conv in enumerate(self.convs):
             q, k, v = (conv(x) if j == i else x for j, x in enumerate((q, k, v)))
         q, k = self.feature_q(q), self.feature_k(k)
-        v = v.to(q.dtype)
-        o = self._mixed(q, k.to(q.dtype), v, at, mask).to(values[0].dtype)
-        return self.norm(o) if self.norm is not None else o
+        return q, k.to(q.dtype), v.to(q.dtype)
 
     def _mixed(self, q: Tensor, k: Tensor, v: Tensor, at: dict[str, Tensor], mask: Tensor | None) -> Tensor:
         scale = self.spec.scale or q.size(-1) ** -0.5
-        beta = None if self.beta is None else torch.sigmoid(self.beta(at["hidden"]).float()).transpose(1, 2)
+        beta = self._beta(at)
         options: dict[str, Any] = {"scale": scale, "normalize": self.spec.normalize, "mask": mask}
         if not self.place.causal and not self.decays and beta is None:
             return everything(q, k, v, scale, self.spec.normalize, mask)
         runs = [self._decay(i, at) for i in range(len(self.decays))] or [None] * (1 if self.place.causal else 2)
         outs = [linear_attention(q, k, v, g, beta, reverse=i > 0, **options)[0] for i, g in enumerate(runs)]
         return outs[0] if len(outs) == 1 else (outs[0] + outs[1]) * 0.5
+
+    def _beta(self, at: dict[str, Tensor]) -> Tensor | None:
+        return None if self.beta is None else torch.sigmoid(self.beta(at["hidden"]).float()).transpose(1, 2)
 
     def _decay(self, direction: int, at: dict[str, Tensor]) -> Tensor:
         return self.decays[direction](*(at[name] for name in self.spec.decay.reads))

@@ -1,0 +1,26 @@
+"""PGN: parallel gated networks in the place of recurrent layers."""
+
+from __future__ import annotations
+
+from gatecc.ir.rewrite import Rewrite
+from gatecc.passes.mix import Mix
+from gatecc.passes.mixers.pgn import PGN
+from gatecc.recipes.linearize import chosen
+from gatecc.recipes.registry import recipe
+
+
+@recipe(
+    "pgn",
+    system=132,
+    citation="PGN: The RNN's New Successor is Effective for Long-Range Time Series Forecasting (2024)",
+)
+def pgn(sites: str = "recurrent[...]", keep: str = "", window: int = 16) -> tuple[Rewrite, ...]:
+    """A parallel gated network in the place of each RNN, GRU or LSTM: a window of the past, and one gate.
+
+    h_t is linear in the ``window`` inputs before token t, zeros before the first; a gate of x_t and h_t then chooses
+    between h_t and tanh of a linear map of both. All tokens at once: nothing waits for the token before. The weights of
+    the recurrent layer take part no more; they stay in the state dict. Layers in both directions, with an initial
+    state, or whose cell state is read are refused. The published network reads all of a fixed length: ``window`` its
+    length less one. Its time features are inputs like others.
+    """
+    return (Mix(chosen(sites, keep), PGN(window)),)
