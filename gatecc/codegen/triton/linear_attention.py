@@ -32,9 +32,18 @@ class GpuKernels:
         """See gatecc.ops.linear_attention.kernels.Kernels."""
         return _run(problem, "backward", problem, grad_o, grad_state)
 
-    def step(self, *_: Any) -> None:
-        """One token is a handful of pointwise operations: the ATen form serves, and Inductor fuses it."""
-        return
+    def step(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        beta: Tensor | None,
+        state: Tensor,
+        scale: float,
+    ) -> Tensor | None:
+        """One token is a handful of pointwise operations: the ATen form serves."""
+        return None
 
 
 def refusal(problem: Problem) -> str | None:

@@ -1,5 +1,7 @@
 """What a GPU would be given, compiled for it without one: ``python -m tests.codegen.triton.compiled`` prints it all.
 
+Words after it choose: ``sm_90 gated bfloat16 64``.
+
 The launcher runs on tensors without data; each launch is recorded and compiled by Triton, which brings the
 assemblers of both makers. Registers, spills and shared memory are read from what they write.
 """
@@ -8,8 +10,9 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
@@ -81,8 +84,8 @@ def launches(target: str, rule: str, dtype: torch.dtype, D: int = 64, *, per_hea
 
     decay = on_meta(1, 4, 64, 1 if per_head else D) if "gated" in rule else None
     beta = on_meta(1, 4, 64) if "delta" in rule else None
-    normalizer = None if decay is None else 16.0
-    a = arguments(*(on_meta(1, 4, 64, D) for _ in range(3)), decay, beta, gate_normalizer=normalizer)
+    q, k, v = (on_meta(1, 4, 64, D) for _ in range(3))
+    a = arguments(q, k, v, decay, beta, gate_normalizer=None if decay is None else 16.0)
     with recorded(target) as found:
         launch.forward(prepare(a))
         state = torch.empty(1, 4, D, D, device="meta")
@@ -91,25 +94,24 @@ def launches(target: str, rule: str, dtype: torch.dtype, D: int = 64, *, per_hea
 
 
 @contextmanager
-def recorded(target: str) -> Iterator[list[Launch]]:
+def recorded(target: str) -> Generator[list[Launch]]:
     """Launches are listed instead of run."""
     found: list[Launch] = []
 
     class Recorder:
         def __init__(self, name: str) -> None:
-            self.name = name
+            self.name, self.arg_names = name, getattr(launch, name).arg_names
 
         def __getitem__(self, grid: Any) -> Any:
             return self._call
 
         def _call(self, *args: Any, **kwargs: Any) -> None:
             options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages")}
-            names = kernels[self.name].arg_names
-            found.append(Launch(self.name, dict(zip(names, args, strict=False)) | kwargs, options))
+            found.append(Launch(self.name, dict(zip(self.arg_names, args, strict=False)) | kwargs, options))
 
-    kernels = {name: getattr(launch, name) for name in KERNELS}
     hip = "7.0" if TARGETS[target].gpu.backend == "hip" else None
-    with patch.multiple(launch, **{name: Recorder(name) for name in KERNELS}), patch.object(torch.version, "hip", hip):
+    recorders: dict[str, Any] = {name: Recorder(name) for name in KERNELS}
+    with patch.multiple(launch, **recorders), patch.object(torch.version, "hip", hip):
         yield found
 
 
@@ -175,8 +177,9 @@ def _tool(name: str, *arguments: str) -> str:
 def main() -> None:
     print(f"{'target':8}{'rule':13}{'dtype':10}{'D':>4} {'kernel':20}", *(f"{name:>9}" for name in Resources._fields))
     dtypes, rules = (torch.bfloat16, torch.float32), ("gated", "gated_delta", "linear", "delta")
-    cases = list(product(TARGETS, rules, dtypes, (64, 128, 256)))
-    for target, rule, dtype, D in cases:
+    for target, rule, dtype, D in product(TARGETS, rules, dtypes, (64, 128, 256)):
+        if not set(sys.argv[1:]) <= {target, rule, str(dtype)[6:], str(D)}:
+            continue
         for made in launches(target, rule, dtype, D):
             found = compile_launch(made, target)
             bad = "  <-" if found.spills or found.double or found.shared > TARGETS[target].shared else ""

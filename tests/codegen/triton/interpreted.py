@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -155,9 +155,10 @@ def judged(given: dict[str, Any], **options: Any) -> Errors:
 
 
 @contextmanager
-def watched() -> Iterator[list[str]]:
+def watched() -> Generator[list[str]]:
     """Lists the loads and stores outside of a kernel's arguments: the interpreter reads garbage there, in silence."""
-    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    builder: Any = interpreter.InterpreterBuilder
+    executor: Any = interpreter.GridExecutor
     load, store, dot = builder.create_masked_load, builder.create_masked_store, builder.create_dot
     init = executor._init_args_hst
     call = interpreter.InterpretedFunction.__call__

@@ -74,8 +74,9 @@ DECLINED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", DECLINED)
 def test_declined(launcher: Fake, name: str) -> None:
     options, reason = DECLINED[name]
-    sizes = {"rule": "gated", "N": 2, **{key: x for key, x in options.items() if key != "dtype"}}
-    given = {key: x.to(options.get("dtype", x.dtype)) for key, x in operands(**sizes).items()}
+    sizes: dict[str, Any] = {"rule": "gated", "N": 2, **options}
+    dtype = sizes.pop("dtype", torch.float32)
+    given = {key: x.to(dtype) for key, x in operands(**sizes).items()}
     assert reason in str(gpu.refusal(prepare(arguments(**given))))
     o, _ = linear_attention(**given)
     assert o.shape == given["v"].shape
@@ -98,7 +99,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "gatecc.codegen.triton.launch", raising=False)
     for name in ("corrections", "delta", "gradients", "outputs", "states", "blocks"):
-        monkeypatch.delitem(sys.modules, f"gatecc.codegen.triton.{name}", raising=False)
+        monkeypatch.delitem(sys.modules, f"gatecc.codegen.triton.kernels.{name}", raising=False)
     gpu._launch.cache_clear()
     gpu._missing.cache_clear()
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gatecc.codegen.triton.blocks import (
+from gatecc.codegen.triton.kernels.blocks import (
     back,
     chunk,
     diagonal,

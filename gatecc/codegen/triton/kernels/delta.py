@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gatecc.codegen.triton.blocks import (
+from gatecc.codegen.triton.kernels.blocks import (
     chunk,
     column,
     put,
@@ -13,7 +13,7 @@ from gatecc.codegen.triton.blocks import (
     state_tile,
     tile,
 )
-from gatecc.codegen.triton.corrections import square
+from gatecc.codegen.triton.kernels.corrections import square
 
 
 @triton.jit
