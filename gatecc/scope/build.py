@@ -117,21 +117,23 @@ class Sites:
     def __init__(self, sites: list[Site]) -> None:
         self._sites = sites
         self._moved: dict[fx.Node, fx.Node] = {}
+        self._gone: set[fx.Node] = set()
 
     def now(self) -> list[Site]:
         """The sites as they are now."""
         return [self.of(site) for site in self._sites] if self._moved else self._sites
 
     def of(self, site: Site) -> Site:
-        """One site as it is now."""
-        if not any(value.node in self._moved for value in site.values.values()):
+        """One site as it is now, without the values that an edit did away with."""
+        if not any(value.node in self._moved or value.node in self._gone for value in site.values.values()):
             return site
         values = {name: Value(self._last(value.node), value.axes) for name, value in site.values.items()}
-        return replace(site, values=values)
+        return replace(site, values={name: value for name, value in values.items() if value.node not in self._gone})
 
     def note(self, edit: Editor) -> None:
-        """Remember what an edit replaced for all readers."""
+        """Remember what an edit replaced for all readers, and what it erased."""
         self._moved.update({s.old: s.new for s in edit.steps if isinstance(s, Replace) and not s.some})
+        self._gone |= edit.erased
 
     def _last(self, node: fx.Node) -> fx.Node:
         while node in self._moved:
@@ -158,8 +160,18 @@ def apply(
         editors.append(edit)
         work.note(edit)
     inserted = {node for edit in editors for node in edit.inserted}
-    verify(program, before, Suspect(str(rewrite), sites, inserted, rewrite.loses_buffers))
+    replaces = replaced_by(rewrite, program, sites)
+    verify(program, before, Suspect(str(rewrite), sites, inserted, rewrite.loses_buffers, replaces, own))
     return editors
+
+
+def replaced_by(rewrite: Rewrite, program: Program, sites: list[Site]) -> set[str]:
+    """What a rewrite may leave unread: the owners of its sites, and weights of theirs that lie elsewhere."""
+    if not rewrite.loses_parameters:
+        return set()
+    weights = [w for site in sites for w in site.weights.values()]
+    names = {site.owner for site in sites} | {n for w in weights for n in (w.fqn, w.bias) if n}
+    return {program.relative_name(name) for name in names}
 
 
 def install_weights(module: nn.Module, steps: list[WeightStep]) -> dict[str, int]:
