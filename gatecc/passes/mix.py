@@ -155,8 +155,9 @@ def _input(name: str, site: Attention, edit: Editor) -> fx.Node:
     """An input of the model with features of tokens or of pairs of them."""
     q = stage(site, "q")
     node = condition(name, edit.program, q).node
-    sizes, tokens = [_now(n) for n in shape(node)], _now(shape(q.node)[q.axes.index("n")])
-    if len(sizes) != 3 or sizes[1] != tokens or sizes[2] not in (tokens, 2):
+    sizes, tokens = shape(node), shape(q.node)[q.axes.index("n")]
+    # Comparing symbols makes them one, which is meant: the sizes of two inputs must go together in every call.
+    if len(sizes) != 3 or sizes[1] != tokens or (sizes[2] != tokens and sizes[2] != 2):  # noqa: PLR1714
         raise SiteRefusedError(
             f"the input {name!r} holds no features of these tokens",
             where=where(site),
@@ -165,11 +166,6 @@ def _input(name: str, site: Attention, edit: Editor) -> fx.Node:
             do="name another input, or leave this site out",
         )
     return node
-
-
-def _now(size: int | torch.SymInt) -> int:
-    """A size in the call that was captured: symbols of two inputs may differ though they are the same in every call."""
-    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def _laid(value: Value, site: Attention, name: str, edit: Editor) -> fx.Node:

@@ -43,12 +43,12 @@ def vig(
     """
     where = chosen(sites, keep)
     window: dict[str, Any] = {"prefix": prefix, "rows": rows, "columns": columns, "bias": False}
-    local = (
-        Branch(where.hidden, GridConv(conv, "silu", start="zero", **window), label="local")
-        if start == "identity"
-        else Branch(where.hidden, GridConv(conv, "silu", rest="keep", **window), op="lerp", label="local")
-    )
-    return (*((local,) if conv else ()), Mix(where, ViG(rank, normalizer)))
+    mix = Mix(where, ViG(rank, normalizer))
+    if not conv:
+        return (mix,)
+    if start == "identity":
+        return Branch(where.hidden, GridConv(conv, "silu", start="zero", **window), label="local"), mix
+    return Branch(where.hidden, GridConv(conv, "silu", rest="keep", **window), label="local", op="lerp"), mix
 
 
 @recipe(
@@ -74,6 +74,9 @@ def lina(
     ``start="identity"`` begins it with zeros.
     """
     where = chosen(sites, keep)
-    zero = "zero" if start == "identity" else "random"
-    window = GridConv(conv, of="hidden", prefix=prefix, rows=rows, columns=columns, start=zero) if conv else None
-    return (Mix(where, Lina()), *((Branch(where.heads, window, label="local"),) if window else ()))
+    mix = Mix(where, Lina())
+    if not conv:
+        return (mix,)
+    first = "zero" if start == "identity" else "random"
+    window = GridConv(conv, of="hidden", prefix=prefix, rows=rows, columns=columns, start=first)
+    return mix, Branch(where.heads, window, label="local")

@@ -116,9 +116,10 @@ class PairBias(nn.Module):
             return embedded[0]
         score = self.gate(torch.cat(embedded, -1))
         if len(embedded) == 2:
-            return torch.lerp(embedded[1], embedded[0], torch.sigmoid(score))
+            share = torch.sigmoid(score)
+            return share * embedded[0] + (1 - share) * embedded[1]
         share = (score * math.exp(-self.temperature)).softmax(-1)
-        return torch.stack([share[..., i : i + 1] * e for i, e in enumerate(embedded)]).sum(0)
+        return torch.stack([share[..., i, None] * e for i, e in enumerate(embedded)]).sum(0)
 
 
 def angles(coordinates: Tensor) -> Tensor:
