@@ -100,7 +100,7 @@ class GridConv(Body, tag="grid_conv"):
         axes = value.axes.replace("m", "n")
         if axes == "bnc":
             return found
-        heads = site.heads if isinstance(site, Attention) else 0
+        heads = _heads(value, site)
         width = static_sizes(value).get("d", 0)
         if heads * width != found.meta["val"].size(-1) or set(axes.replace("g", "bh")) - set("bnhdr"):
             raise SiteRefusedError(
@@ -112,6 +112,13 @@ class GridConv(Body, tag="grid_conv"):
             )
         groups = heads // site.kv_heads if isinstance(site, Attention) and "r" in axes else 1
         return edit.call(as_heads, found, heads, axes, groups)
+
+
+def _heads(value: Value, site: Site) -> int:
+    """How many heads a value has, those that share a key counted apart."""
+    if not isinstance(site, Attention):
+        return 0
+    return site.kv_heads if any(value is site.find(name) for name in ("k", "k_raw", "v")) else site.heads
 
 
 class GridConvolution(nn.Module):
@@ -129,12 +136,15 @@ class GridConvolution(nn.Module):
 
     def forward(self, x: Tensor, rows: int, columns: int) -> Tensor:
         """x: (B, N, C) -> (B, N, C)."""
-        before, cells = x[:, : self.spec.prefix], x[:, self.spec.prefix :]
-        found = self.conv(cells.transpose(1, 2).unflatten(-1, (rows, columns))).flatten(2).transpose(1, 2)
-        found = F.silu(found) if self.spec.activation == "silu" else found
         if not self.spec.prefix:
-            return found
+            return self._local(x, rows, columns)
+        before, cells = x[:, : self.spec.prefix], x[:, self.spec.prefix :]
+        found = self._local(cells, rows, columns)
         return torch.cat([before if self.spec.rest == "keep" else torch.zeros_like(before), found], 1)
+
+    def _local(self, cells: Tensor, rows: int, columns: int) -> Tensor:
+        found = self.conv(cells.transpose(1, 2).unflatten(-1, (rows, columns))).flatten(2).transpose(1, 2)
+        return F.silu(found) if self.spec.activation == "silu" else found
 
 
 def as_heads(x: Tensor, heads: int, wanted: str, groups: int) -> Tensor:

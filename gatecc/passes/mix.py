@@ -157,7 +157,7 @@ def _input(name: str, site: Attention, edit: Editor) -> fx.Node:
     node = condition(name, edit.program, q).node
     sizes, tokens = shape(node), shape(q.node)[q.axes.index("n")]
     # Comparing symbols makes them one, which is meant: the sizes of two inputs must go together in every call.
-    if len(sizes) != 3 or sizes[1] != tokens or (sizes[2] != tokens and sizes[2] != 2):  # noqa: PLR1714
+    if len(sizes) != 3 or sizes[1] != tokens or (sizes[2] != tokens and sizes[2] != 2):
         raise SiteRefusedError(
             f"the input {name!r} holds no features of these tokens",
             where=where(site),

@@ -12,7 +12,7 @@ from gatecc.recipes.registry import recipe
 @recipe(
     "attention-free",
     system=10,
-    citation="RRNCO: Towards Real-World Routing with Neural Combinatorial Optimization (2025), its attention-free module",
+    citation="RRNCO: Towards Real-World Routing with Neural Combinatorial Optimization (2025)",
 )
 def attention_free(
     sites: str = "attention[...]",

@@ -65,9 +65,17 @@ def test_a_causal_mask_is_refused() -> None:
         done(attention(causal=True), *gatecc.recipe("ninformer").rewrites)
 
 
+def test_padding_is_refused() -> None:
+    padded = attention(mask="%keep", inputs="%keep = input  # b 1 1 n bool")
+    with pytest.raises(SiteRefusedError, match=r"the mask is bidirectional\+padding"):
+        done(padded, *gatecc.recipe("ninformer").rewrites)
+
+
 def test_the_number_of_channels_stays() -> None:
     text = attention().replace("@att.o.weight  # 8 8", "@att.o.weight  # 6 8")
-    text = text.replace("%out = linear(%merged, @att.o.weight)  # b n 8", "%out = linear(%merged, @att.o.weight)  # b n 6")
+    text = text.replace(
+        "%out = linear(%merged, @att.o.weight)  # b n 8", "%out = linear(%merged, @att.o.weight)  # b n 6"
+    )
     with pytest.raises(SiteRefusedError, match="number of channels"):
         done(text, *gatecc.recipe("ninformer").rewrites)
 

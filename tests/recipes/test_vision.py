@@ -170,4 +170,6 @@ def test_a_causal_lina_divides_by_what_is_seen() -> None:
     q, k = v["qh"].relu() + 1e-6, (v["kh"].relu() + 1e-6) * m.get_parameter("kappa")
     weights = (q @ k.repeat_interleave(2, 1).mT).tril()
     heads_ = weights @ (v["vh"] * m.get_parameter("nu")).repeat_interleave(2, 1) / weights.sum(-1, keepdim=True)
-    assert torch.allclose(result.run()[0], merged(heads_) @ result.program.module.get_parameter("att.o.weight").T, atol=1e-5)
+    assert torch.allclose(
+        result.run()[0], merged(heads_) @ result.program.module.get_parameter("att.o.weight").T, atol=1e-5
+    )

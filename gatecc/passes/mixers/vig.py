@@ -20,7 +20,8 @@ class ViG(Mixer, tag="vig"):
 
     o = g * RMSNorm((o_f + o_b) / 2) + (1 - g) * RMSNorm(x), a head each, with g = sigmoid(W x + b). Both directions
     share q, k and v; one projection of ``rank`` gives the decays of both, exp(logsigmoid(W2 W1 x + b) /
-    ``normalizer``). x, which also q, k and v are read from, is the input after a convolution over its grid (`GridConv`).
+    ``normalizer``). x, which q, k and v are read from as well, is the input after a convolution over its grid
+    (`GridConv`).
     """
 
     masks: ClassVar[tuple[str, ...]] = ("bidirectional",)
