@@ -82,7 +82,7 @@ def test_channels_must_be_those_of_the_value() -> None:
 
 
 @pytest.mark.parametrize("options", [{"kernel": 2}, {"prefix": -1}, {"rows": 2}])
-def test_options_out_of_range_are_refused(options: dict[str, int]) -> None:
+def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ArgumentError):
         GridConv(**options)
 

@@ -13,7 +13,7 @@ import gatecc
 from gatecc.errors import GraphError, SiteRefusedError
 from gatecc.passes.mixers import GAM, Place
 from tests.passes.graphs import attention, done
-from tests.recipes.checks import gradients, new_parameters, randomise, reverted
+from tests.recipes.checks import causal, gradients, new_parameters, randomise, reverted
 from tests.recipes.replaced import by_hand, gap, shaken
 from tests.recipes.tiny import tiny
 
@@ -92,6 +92,7 @@ def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
     plain, x = tiny(layers=1, causal=True), torch.randn(2, 5, 16)
     model = gatecc.transform(plain, gatecc.recipe("gam", slots=5), (x,))
     shaken(model, plain)
+    assert causal(model, x, 3)
     gatecc.save(model, tmp_path)
     loaded = gatecc.load(plain, tmp_path)
     with torch.no_grad():

@@ -59,14 +59,14 @@ def _vig(m: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
     return gate * wide + (1 - gate) * _rms(heads(x, count), m.local_norm)
 
 
-def _qkv(old: Any, x: Tensor) -> tuple[Tensor, ...]:
-    return tuple(heads(y, 2) for y in old.qkv(x).chunk(3, -1))
+def _qkv(old: Any, x: Tensor) -> list[Tensor]:
+    return [heads(y, 2) for y in old.qkv(x).chunk(3, -1)]
 
 
 def _vig_attention(old: Any, x: Tensor, _: Any) -> Tensor:
     patches = F.silu(_window(x[:, 1:], old.local.conv, 4, 4))
     x = torch.cat([x[:, :1], patches], 1)
-    return old.proj(merged(_vig(old.mixer, *_qkv(old, x), x)))
+    return old.proj(merged(_vig(old.mixer, *_qkv(old, x), x=x)))
 
 
 def _lina(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ def test_an_identity_start_of_the_convolution(name: str) -> None:
         mixer = result.program.module.get_submodule("att.mixer")
         randomise(mixer.parameters(), 0.3)
         results.append(result.run()[0])
-    assert torch.allclose(*results, atol=1e-6)
+    assert torch.allclose(results[0], results[1], atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,8 @@ def test_a_causal_lina_divides_by_what_is_seen() -> None:
             p.add_(1.0)
     q, k = v["qh"].relu() + 1e-6, (v["kh"].relu() + 1e-6) * m.get_parameter("kappa")
     weights = (q @ k.repeat_interleave(2, 1).mT).tril()
-    heads_ = weights @ (v["vh"] * m.get_parameter("nu")).repeat_interleave(2, 1) / weights.sum(-1, keepdim=True)
-    assert torch.allclose(
-        result.run()[0], merged(heads_) @ result.program.module.get_parameter("att.o.weight").T, atol=1e-5
+    values = (v["vh"] * m.get_parameter("nu")).repeat_interleave(2, 1)
+    out = (
+        merged(weights @ values / weights.sum(-1, keepdim=True)) @ result.program.module.get_parameter("att.o.weight").T
     )
+    assert torch.allclose(result.run()[0], out, atol=1e-5)
