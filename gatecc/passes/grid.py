@@ -14,7 +14,7 @@ from gatecc.errors import SiteRefusedError
 from gatecc.ir.edit import Editor
 from gatecc.ir.site import Attention, Site, Value
 from gatecc.passes.branch import Body
-from gatecc.passes.mix import put_back
+from gatecc.passes.mix import laid_out, put_back
 from gatecc.passes.operands import place, stage, static_sizes
 
 
@@ -62,22 +62,23 @@ class GridConv(Body, tag="grid_conv"):
                 do="leave the convolution out, or this site",
             )
         channels = static_sizes(source).get("c")
-        if source.axes != "bnc" or channels is None:
+        if sorted(source.axes) != sorted("bnc") or channels is None:
             raise SiteRefusedError(
                 "only tokens in one sequence can be laid out as a grid",
                 where=place(site),
                 found=f"axes {source.axes}",
-                expected="bnc",
+                expected="bnc in some order",
                 do="read another stage, or leave this site out",
             )
-        rows, columns = self.cells(edit.pin(source.node, 1), site)
+        rows, columns = self.cells(edit.pin(source.node, source.axes.index("n")), site)
         like = next(edit.program.module.parameters(), None)
 
         def make() -> nn.Module:
             module = GridConvolution(self, channels)
             return module if like is None else module.to(like.device, like.dtype)
 
-        found = edit.call(edit.module("local", make), source.node, rows, columns, name="local")
+        tokens = source.node if source.axes == "bnc" else edit.call(laid_out, source.node, source.axes, "bnc", 1)
+        found = edit.call(edit.module("local", make), tokens, rows, columns, name="local")
         return self._laid(found, value, site, edit)
 
     def cells(self, tokens: int, site: Site) -> tuple[int, int]:
@@ -98,8 +99,8 @@ class GridConv(Body, tag="grid_conv"):
     def _laid(self, found: fx.Node, value: Value, site: Site, edit: Editor) -> fx.Node:
         """(B, N, C) in the axes of the value: split into heads where it has them."""
         axes = value.axes.replace("m", "n")
-        if axes == "bnc":
-            return found
+        if sorted(axes) == sorted("bnc"):
+            return found if axes == "bnc" else edit.call(put_back, found, "bnc", axes, 1)
         heads = _heads(value, site)
         width = static_sizes(value).get("d", 0)
         if heads * width != found.meta["val"].size(-1) or set(axes.replace("g", "bh")) - set("bnhdr"):

@@ -28,6 +28,7 @@ def vig(
     columns: int = 0,
     rank: int = 16,
     normalizer: float = 16.0,
+    rope: bool = False,
     start: str = "published",
 ) -> tuple[Rewrite, ...]:
     """Gated linear attention forwards and backwards over the patches of an image, blended with a local path.
@@ -38,12 +39,11 @@ def vig(
     class token) are not convolved; the others are ``rows`` by ``columns`` patches, a square where these are 0.
 
     ``start="identity"`` adds the convolution to x instead and begins it with zeros, which leaves pretrained projections
-    their input. Positions other than those of the scan and of the convolution are the model's own; rotary ones are
-    left out.
+    their input. ``rope`` keeps rotary embeddings where the model has them.
     """
     where = chosen(sites, keep)
     window: dict[str, Any] = {"prefix": prefix, "rows": rows, "columns": columns, "bias": False}
-    mix = Mix(where, ViG(rank, normalizer))
+    mix = Mix(where, ViG(rank, normalizer, rope))
     if not conv:
         return (mix,)
     if start == "identity":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,12 +10,16 @@ import torch
 import torch.nn.functional as F
 
 from gatecc.errors import ArgumentError, SiteRefusedError
+from gatecc.ir.edit import Editor
 from gatecc.ir.gate import GateSpec
 from gatecc.ir.match import find_sites
 from gatecc.ir.rewrite import rewrite_from_json
 from gatecc.ir.select import Selector
+from gatecc.ir.site import Value
 from gatecc.passes.branch import Branch
+from gatecc.passes.canonicalize import canonicalize
 from gatecc.passes.grid import GridConv
+from gatecc.scope.variant import Variant
 from tests.golden.reader import Reader
 from tests.passes.graphs import attention, done
 
@@ -33,6 +38,22 @@ def test_it_is_added_to_heads_from_another_stage() -> None:
     result = done(attention(), Branch(HEADS, GridConv(of="hidden", **ROW)))
     merged = result.values["merged"] + _convolved(result.values["x"], result, keep=False)
     assert torch.allclose(result.run()[0], merged @ result.program.module.get_parameter("att.o.weight").T, atol=1e-5)
+
+
+def test_tokens_may_come_first() -> None:
+    """(N, B, C), as inside torch.nn.MultiheadAttention: here the first axis is taken for the tokens."""
+    program = Reader(attention()).program
+    canonicalize(program)
+    site = find_sites(program).sites[0]
+    first = replace(site, values={**site.values, "hidden": Value(site.values["hidden"].node, "nbc")})
+    edit = Editor(program, first, "branch")
+    edit.replace(program.outputs[0], GridConv(rows=2, columns=1).build(first, first.values["hidden"], edit))
+    with torch.no_grad():
+        got = Variant(program, ())(program.module, program.example)[0]
+    conv = program.module.get_submodule("att.local.conv")
+    cells = program.example[0].permute(1, 2, 0).unflatten(-1, (2, 1))
+    wanted = F.conv2d(cells, conv.get_parameter("weight"), conv.get_parameter("bias"), padding=1, groups=8)
+    assert torch.allclose(got, wanted.flatten(2).permute(2, 0, 1), atol=1e-5)
 
 
 def test_it_takes_the_place_of_an_output_by_degrees() -> None:

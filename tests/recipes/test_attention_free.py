@@ -160,6 +160,17 @@ def test_directions_are_those_from_one_place_to_another() -> None:
     assert torch.allclose(angles(points)[0, :, 0], torch.tensor([0.0, 0.0, math.pi / 2]))
 
 
+def test_a_learned_bias_of_scores_goes_with_them() -> None:
+    text = attention(mask="%table", inputs="%table = mul.Tensor(@bias.table, 2.0)  # 3 3 | bias")
+    text = text.replace("%x = input", "@bias.table  # 3 3\n    %x = input")
+    result = done(text, *gatecc.recipe("attention-free").rewrites)
+    assert "bias.table" not in {n.target for n in result.program.graph.nodes}
+    v = result.values
+    hand = _weighted(v["qh"], v["kr"], v["vr"], torch.zeros(2, 3, 3), torch.ones(2, 3))
+    out = merged(hand) @ result.program.module.get_parameter("att.o.weight").T
+    assert torch.allclose(result.run()[0], out, atol=1e-5)
+
+
 def test_what_it_cannot_do_is_refused() -> None:
     with pytest.raises(SiteRefusedError, match="attention_free cannot take the place"):
         done(attention(causal=True), *gatecc.recipe("attention-free").rewrites)

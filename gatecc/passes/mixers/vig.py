@@ -21,13 +21,14 @@ class ViG(Mixer, tag="vig"):
     o = g * RMSNorm((o_f + o_b) / 2) + (1 - g) * RMSNorm(x), a head each, with g = sigmoid(W x + b). Both directions
     share q, k and v; one projection of ``rank`` gives the decays of both, exp(logsigmoid(W2 W1 x + b) /
     ``normalizer``). x, which q, k and v are read from as well, is the input after a convolution over its grid
-    (`GridConv`).
+    (`GridConv`). ``rope`` keeps the rotary embedding of q and k.
     """
 
     masks: ClassVar[tuple[str, ...]] = ("bidirectional",)
 
     rank: int = 16
     normalizer: float = 16.0
+    rope: bool = False
 
     def check(self) -> None:
         self.require(self.rank > 0, "rank", "a positive number")
@@ -35,7 +36,7 @@ class ViG(Mixer, tag="vig"):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        return ("q_raw", "k_raw", "v", "hidden")
+        return ("q", "k", "v", "hidden") if self.rope else ("q_raw", "k_raw", "v", "hidden")
 
     def module(self, place: Place) -> nn.Module:
         return ViGMixer(self, place)
@@ -68,8 +69,8 @@ class ViGMixer(nn.Module):
         scale = q.size(-1) ** -0.5
         seen = [linear_attention(q, k, v, g, scale=scale, mask=mask, reverse=back > 0)[0] for back, g in ways]
         gate = torch.sigmoid(self._heads(self.gate(hidden)))
-        wide = self.norm(((seen[0] + seen[1]) * 0.5).to(v.dtype))
-        return torch.lerp(self.local_norm(self._heads(hidden)), wide, gate)
+        wide, local = self.norm(((seen[0] + seen[1]) * 0.5).to(v.dtype)), self.local_norm(self._heads(hidden))
+        return (gate * wide + (1 - gate) * local).to(v.dtype)
 
     def _heads(self, x: Tensor, times: int = 1) -> Tensor:
         """(B, N, times * H * D) -> (B, times * H, N, D)."""
