@@ -11,6 +11,7 @@ from gatecc.ir.match import find_sites
 from gatecc.ir.program import Program
 from gatecc.passes.canonicalize import canonicalize
 from gatecc.scope.build import rewrite_program
+from gatecc.scope.recurrences import recurrences
 from gatecc.scope.scope import Application, Scope, plain, scopes
 
 
@@ -23,10 +24,11 @@ def whole_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     """
     states = {fqn: state for fqn, _, state in scopes(model)}
     if not states or any(state.widened for state in states.values()):
-        program = capture(model, args, kwargs)
+        with recurrences(model):
+            program = capture(model, args, kwargs)
         canonicalize(program)
         return program
-    with plain(model):
+    with plain(model), recurrences(model):
         program = capture(model, args, kwargs)
     canonicalize(program)
     rewrite_program(program, _merged(states), find_sites(program).sites)
