@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from gatecc.capture import capture
 from gatecc.ir.match import find_sites
 from gatecc.ir.program import Program
 from gatecc.passes.canonicalize import canonicalize
+from gatecc.passes.mix import Mix
 from gatecc.scope.build import rewrite_program
 from gatecc.scope.recurrences import recurrences
 from gatecc.scope.scope import Application, Scope, plain, scopes
+from gatecc.scope.variant import Variant
 
 
 def whole_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
@@ -33,6 +37,29 @@ def whole_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     canonicalize(program)
     rewrite_program(program, _merged(states), find_sites(program).sites)
     return program
+
+
+class Whole(nn.Module):
+    """A transformed model as ``whole(*tensors) -> tuple of tensors``, said by its whole rewritten graph.
+
+    ``m`` is the model, whose parameters it reads. For exports: a scope that is traced inline sees masks as inputs.
+    """
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.m = model
+        self.training = model.training
+        self._variant = (Variant(whole_program(model, args, kwargs), ()),)  # in a tuple, lest it be looked into
+
+    def forward(self, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found = pytree.tree_leaves(self._variant[0](self.m, leaves))
+        return tuple(x for x in found if isinstance(x, torch.Tensor))
+
+
+def mixes(model: nn.Module) -> bool:
+    """Whether some attention of the model was replaced: that its mask is causal is proved in the whole graph alone."""
+    rewrites = [a.rewrite for _, _, state in scopes(model) for a in state.applied]
+    return any(isinstance(rewrite, Mix) for rewrite in rewrites)
 
 
 def _merged(states: dict[str, Scope]) -> Scope:
