@@ -56,8 +56,9 @@ def _lowered(
     strength = None if a.beta is None else _repeated(a.beta.float(), heads)
     k = k if keep is None else k * keep
     v = torch.cat([v, torch.ones_like(v[..., :1])], -1) if normalize else v
-    operands = (q, k, v, decay, strength)
-    q, k, v, decay, strength = ((x.flip(2) if x is not None and reverse else x) for x in operands)
+    if reverse:
+        q, k, v = q.flip(2), k.flip(2), v.flip(2)
+        decay, strength = (None if x is None else x.flip(2) for x in (decay, strength))
     o, state = _node(a, q, k, v, decay, strength)
     o = o.flip(2) if reverse else o
     if normalize:
@@ -76,11 +77,9 @@ def _decay(a: Arguments, keep: Tensor | None) -> Tensor:
 
 
 def _node(
-    a: Arguments, q: Tensor | None, k: Tensor | None, v: Tensor | None, decay: Tensor | None, beta: Tensor | None
+    a: Arguments, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The node: tokens before heads, heads and channels on one axis."""
-    assert q is not None
-    assert v is not None
     (B, H, N, Dk), E = q.shape, v.size(3)
     state = None if a.initial_state is None else a.initial_state.float()
     inputs = [_packed(q), _packed(k), _packed(v), state, _packed(decay), _packed(beta)]
