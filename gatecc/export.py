@@ -23,6 +23,8 @@ from gatecc.codegen.onnx.packages import EXPORT, RUNTIME, need, versions
 from gatecc.codegen.onnx.runtime import Session, check, check_dtypes
 from gatecc.errors import ArgumentError, ExampleInputsError, ExportError, UnsupportedModelError
 from gatecc.scope.family import difference
+from gatecc.scope.recurrences import recurrences
+from gatecc.scope.whole import Whole, mixes
 from gatecc.transform import history
 
 MANIFEST = "gatecc.json"
@@ -86,7 +88,8 @@ def export(
     notes: list[str] = []
     with evaluation(model), adapted(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
         call = _call(model, args, kwargs, notes)
-        graph = build(call, opset, _metadata(model))
+        with recurrences(model):
+            graph = build(call, opset, _metadata(model), _said(call))
         with tempfile.TemporaryDirectory(dir=_parent(folder), prefix=".gatecc-") as temporary:
             made = Path(temporary) / "made"
             made.mkdir()
@@ -127,6 +130,14 @@ def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], notes
         notes.append("the batch size is fixed at 1: two samples change more than the first axis of the outputs")
         return call
     return double
+
+
+def _said(call: Call) -> Whole | None:
+    """The call as one graph, where the model's own parts cannot be exported each by itself."""
+    if not mixes(call.flat.m):
+        return None
+    args, kwargs = call.arguments(call.leaves)
+    return Whole(call.flat.m, args, kwargs)
 
 
 def _per_sample(one: torch.Tensor, two: torch.Tensor) -> bool:

@@ -7,7 +7,7 @@ more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -28,6 +28,15 @@ def flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Key, list
     positional = tuple([_walk(x, leaves) for x in args])
     keyword = tuple([(name, _walk(x, leaves)) for name, x in kwargs.items()])
     return (positional, keyword), leaves
+
+
+def autocast(leaves: Sequence[torch.Tensor]) -> tuple[str, torch.dtype] | None:
+    """Device and dtype of the autocast that these tensors are under, None without: a graph bakes in dtypes that it
+    chose."""
+    if not leaves or not torch._C._is_any_autocast_enabled():
+        return None
+    device = leaves[0].device.type
+    return (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
 
 
 def _walk(x: Any, leaves: list[torch.Tensor]) -> Any:

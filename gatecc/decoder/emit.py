@@ -165,11 +165,15 @@ class Emitter(Positions):
         new = self.bounds[NOW][1]
         if node.target is marks.extended:
             longer = self.graph.call_function(torch.cat, ([held, x], slot.axis))
-            self.next[index] = self.narrow(longer, slot.axis, new, slot.count)
+            self.next[index] = self._alone(self.narrow(longer, slot.axis, new, slot.count))
             return longer
         total = self.graph.call_function(_COMBINE[opname(slot.node)], (x, held))
-        self.next[index] = self.narrow(total, slot.axis, self.combine(operator.sub, new, 1), 1)
+        self.next[index] = self._alone(self.narrow(total, slot.axis, self.combine(operator.sub, new, 1), 1))
         return total
+
+    def _alone(self, part: fx.Node) -> fx.Node:
+        """A part of many positions in memory of its own: as a view it would keep all of them alive."""
+        return part if self.single else self.graph.call_method("clone", (part,))
 
     def _keep(self, held: Any, x: Any, axis: int, span: Span) -> Any:
         """Write the new keys behind the old ones, and yield those of the span."""

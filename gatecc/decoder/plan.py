@@ -13,6 +13,7 @@ from gatecc.decoder.inputs import Inputs, read_inputs
 from gatecc.decoder.kinds import Kinds
 from gatecc.decoder.labels import Labels
 from gatecc.decoder.mixers import mixers
+from gatecc.decoder.refuse import refusal
 from gatecc.decoder.rules import Recalled, attention
 from gatecc.decoder.slots import Slot
 from gatecc.decoder.ways import label
@@ -71,10 +72,11 @@ class Plan:
         return "data" if node.target in marks.MARKS else self.kinds.of.get(node, "position")
 
     def tensor(self, node: fx.Node) -> torch.Tensor:
-        """The live tensor behind a get_attr node."""
+        """The live tensor behind a get_attr node. Raises DecoderError if it is a graph (of a higher-order operator)."""
         found = self.program.constants.get(str(node.target))
         found = self.program.parameter(node) if found is None else found
-        assert found is not None
+        if found is None:
+            raise refusal(next(iter(node.users)), "it runs a graph of its own, which is not looked into")
         return found
 
 

@@ -144,7 +144,7 @@ class Decoder(Generation):
             fresh["written"].fill_(past + new)
         fresh["length"] = torch.tensor(past + new)
         fresh["slots"] = [old if c is None else c for c, old in zip(changed, fresh["slots"], strict=True)]
-        return logits, fresh
+        return logits, self.memory.trimmed(fresh, past + new) if new > 1 else fresh
 
     def _check(self, ids: torch.Tensor, state: State, length: int, reach: int) -> None:
         most = reach if self.fixed is None else min(self.fixed, reach)

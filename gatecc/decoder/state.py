@@ -97,15 +97,35 @@ class Memory:
 
     def _slide(self, slots: list[torch.Tensor], width: int, start: torch.Tensor, past: int, new: int) -> torch.Tensor:
         """Room in the buffers of one window: what no query from ``past`` on sees is left behind."""
-        own = [i for i, slot in enumerate(self.slots) if slot.kind == "keys" and slot.span.window == width]
+        own = self._own(width)
         first, room = int(start), slots[own[0]].shape[self.slots[own[0]].axis]
         if past + new - first <= room:
             return start
         later = max(first, past + 1 - width)
+        return self._moved(slots, own, first, later, past, max(2 * width, past + new - later))
+
+    def trimmed(self, state: State, length: int) -> State:
+        """The state without what a long prefill left in the buffers of windows: they hold two windows at most."""
+        slots, starts = list(state["slots"]), list(state["starts"])
+        for i, width in enumerate(self.windows):
+            own = self._own(width)
+            first = int(starts[i])
+            if slots[own[0]].shape[self.slots[own[0]].axis] > 2 * width:
+                starts[i] = self._moved(slots, own, first, max(first, length + 1 - width), length, 2 * width)
+        return {**state, "slots": slots, "starts": starts}
+
+    def _own(self, width: int) -> list[int]:
+        """The slots of one window."""
+        return [i for i, slot in enumerate(self.slots) if slot.kind == "keys" and slot.span.window == width]
+
+    def _moved(
+        self, slots: list[torch.Tensor], own: list[int], first: int, later: int, past: int, room: int
+    ) -> torch.Tensor:
+        """Put the positions later .. past of buffers that begin at ``first`` into new ones."""
         for i in own:
             axis, old = self.slots[i].axis, slots[i]
             shape = list(old.shape)
-            shape[axis] = max(2 * width, past + new - later)
+            shape[axis] = room
             slots[i] = old.new_zeros(shape)
             slots[i].narrow(axis, 0, past - later).copy_(old.narrow(axis, later - first, past - later))
         return torch.tensor(later)

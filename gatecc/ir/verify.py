@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 
 from gatecc.errors import GraphError
@@ -133,7 +134,8 @@ def _shape(node: fx.Node, recorded: torch.Tensor, rewrite: Suspect) -> None:
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
     mode = detect_fake_mode([recorded])
     try:
-        with mode or torch.no_grad():
+        # Without Python's decompositions some operators ask for the number behind a symbolic size, and fix it.
+        with mode or torch.no_grad(), enable_python_dispatcher():
             got = cast("Callable[..., Any]", node.target)(*args, **kwargs)
     except Exception as e:
         raise _fail(rewrite, "an operator does not accept its inputs", node, f"{type(e).__name__}: {e}") from e

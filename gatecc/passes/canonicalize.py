@@ -136,7 +136,9 @@ def _can_detach(region: fx.GraphModule) -> bool:
             return False
         if mutates(node) and node.args[0] not in inner:
             return False
-        if (node.op == "call_function" and not _may_alias(node)) or mutates(node):
+        sources = node.all_input_nodes
+        own = bool(sources) and all(n in inner for n in sources)  # a view of what the region made
+        if (node.op == "call_function" and (own or not _may_alias(node))) or mutates(node):
             inner.add(node)
     return True
 

@@ -79,6 +79,7 @@ class Mix(Rewrite):
         edit.lost |= biases(found, edit.program)
         mixed = edit.call(path, *values, mask) if mask is not None else edit.call(path, *values)
         target = stage(site, self.mixer.stage)
+        mixed = _cast(mixed, target, edit)
         edit.replace(target.node, _back(mixed, target, found, self.mixer, edit))
         edit.discard(target.node, inside=self.loses_parameters)
         edit.whole_sequence = True
@@ -223,6 +224,12 @@ def laid_out(x: Tensor, axes: str, wanted: str, heads: int) -> Tensor:
         x, axes = x.flatten(axes.index("h"), axes.index("h") + 1), axes.replace("r", "")
     order = [axes.index(a) for a in wanted]
     return x if order == sorted(order) else x.permute(order)
+
+
+def _cast(mixed: fx.Node, target: Value, edit: Editor) -> fx.Node:
+    """The result in the dtype of what it replaces: under autocast attention gives another one than its operands'."""
+    dtype = target.node.meta["val"].dtype
+    return mixed if mixed.meta["val"].dtype == dtype else edit.call(torch.ops.aten.to.dtype, mixed, dtype)
 
 
 def _back(mixed: fx.Node, target: Value, site: Attention, mixer: Mixer, edit: Editor) -> fx.Node:

@@ -18,7 +18,7 @@ from torch import nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable, without importing Dynamo for it
 
 from gatecc.capture.reads import Read
-from gatecc.capture.signature import Key, OpaqueArgumentError, flatten
+from gatecc.capture.signature import Key, OpaqueArgumentError, autocast, flatten
 from gatecc.errors import CallNotCapturedError, CaptureError
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.widen import Rows
@@ -251,7 +251,8 @@ def _python(module: nn.Module, state: Scope, args: tuple[Any, ...], kwargs: dict
 
 
 def call_key(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Key, list[torch.Tensor]]:
-    """Everything that a graph bakes in: the call's structure and constants, grad mode, and the state of each submodule.
+    """Everything that a graph bakes in: the call's structure and constants, grad mode, autocast, the state of each
+    submodule.
 
     Raises OpaqueArgumentError if an argument, or a hook inside the scope, cannot be part of a graph.
     """
@@ -260,7 +261,7 @@ def call_key(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     _modes(module, modes, True)
     if not leaves:
         raise OpaqueArgumentError("a call without tensor arguments")
-    return (key, torch.is_grad_enabled(), tuple(modes)), leaves
+    return (key, torch.is_grad_enabled(), autocast(leaves), tuple(modes)), leaves
 
 
 def _modes(module: nn.Module, out: list[Any], root: bool) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
 
-from gatecc.capture.signature import map_tensors
+from gatecc.capture.signature import autocast, flatten, map_tensors
 from gatecc.errors import CaptureError
 
 T = TypeVar("T")
@@ -35,10 +35,11 @@ def outside(
     work: Callable[[tuple[Any, ...], dict[str, Any]], T],
 ) -> T:
     """``work(args, kwargs)`` on real stand-ins of traced arguments, outside every trace. Raises what work raises."""
-    grad = torch.is_grad_enabled()
+    grad, cast_to = torch.is_grad_enabled(), autocast(flatten(args, kwargs)[1])
+    device, dtype = cast_to or ("cpu", None)
 
     def run() -> T:
-        with torch.set_grad_enabled(grad):
+        with torch.set_grad_enabled(grad), torch.autocast(device, dtype, enabled=cast_to is not None):
             return work(real_args, real_kwargs)
 
     with disable_proxy_modes_tracing(), unset_fake_temporarily(), _export_globals(), _real_weights(module):

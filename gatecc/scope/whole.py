@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from gatecc.capture import capture
 from gatecc.ir.edit import Editor
 from gatecc.ir.match import Sites, find_sites
 from gatecc.ir.program import Program
 from gatecc.passes.canonicalize import canonicalize
+from gatecc.passes.mix import Mix
 from gatecc.scope.build import rewrite_program
+from gatecc.scope.recurrences import recurrences
 from gatecc.scope.scope import Application, Scope, plain, scopes
+from gatecc.scope.variant import Variant
 
 
 def whole_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
@@ -29,15 +34,39 @@ def whole_edits(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     """`whole_program`, the sites that it had before its rewrites, and the edits: none for scopes that run inline."""
     states = {fqn: state for fqn, _, state in scopes(model)}
     if not states or any(state.widened for state in states.values()):
-        program = capture(model, args, kwargs)
+        with recurrences(model):
+            program = capture(model, args, kwargs)
         canonicalize(program)
         return program, find_sites(program), []
-    with plain(model):
+    with plain(model), recurrences(model):
         program = capture(model, args, kwargs)
     canonicalize(program)
     found = find_sites(program)
     editors = rewrite_program(program, _merged(states), found.sites)
     return program, found, [editor for of_one in editors for editor in of_one]
+
+
+class Whole(nn.Module):
+    """A transformed model as ``whole(*tensors) -> tuple of tensors``, said by its whole rewritten graph.
+
+    ``m`` is the model, whose parameters it reads. For exports: a scope that is traced inline sees masks as inputs.
+    """
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.m = model
+        self.training = model.training
+        self._variant = (Variant(whole_program(model, args, kwargs), ()),)  # in a tuple, lest it be looked into
+
+    def forward(self, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found = pytree.tree_leaves(self._variant[0](self.m, leaves))
+        return tuple(x for x in found if isinstance(x, torch.Tensor))
+
+
+def mixes(model: nn.Module) -> bool:
+    """Whether some attention of the model was replaced: that its mask is causal is proved in the whole graph alone."""
+    rewrites = [a.rewrite for _, _, state in scopes(model) for a in state.applied]
+    return any(isinstance(rewrite, Mix) for rewrite in rewrites)
 
 
 def _merged(states: dict[str, Scope]) -> Scope:

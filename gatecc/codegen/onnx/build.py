@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from gatecc.capture.guards import Check, compile_guards, size_guards
 from gatecc.codegen.onnx.dims import Dims
 from gatecc.codegen.onnx.leaves import Call
+from gatecc.codegen.onnx.linear_attention import lower_linear_attention
 from gatecc.codegen.onnx.masks import spell_out_masks
 from gatecc.errors import CaptureError, ExportError
 
@@ -52,12 +54,16 @@ class Graph:
         return {v.name: [d if isinstance(d, int) else str(d.value) for d in v.shape] for v in values}
 
 
-def build(call: Call, opset: int, metadata: Mapping[str, str]) -> Graph:
-    """Export one call; gradients are off. Raises CaptureError if torch.export fails, ExportError if torch.onnx does."""
-    program = _program(call)
+def build(call: Call, opset: int, metadata: Mapping[str, str], said: nn.Module | None = None) -> Graph:
+    """Export one call; gradients are off. Raises CaptureError if torch.export fails, ExportError if torch.onnx does.
+
+    ``said`` is a module that computes what ``call.flat`` does in a way that is easier to export.
+    """
+    program = _program(call, said or call.flat)
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"][-len(call.leaves) :]
     dims = Dims.of([n.meta["val"] for n in placeholders], call.leaves, call.inputs)
     accepts = compile_guards(size_guards(program, placeholders))
+    program = lower_linear_attention(program)
     spell_out_masks(program)
     model = _convert(program, call, opset)
     if model.opset_imports.get("") != opset:
@@ -82,11 +88,11 @@ def write(graph: Graph, folder: Path) -> None:
     ir.save(graph.model, folder / MODEL, external_data=DATA if size > EXTERNAL else None)
 
 
-def _program(call: Call) -> ExportedProgram:
+def _program(call: Call, flat: nn.Module) -> ExportedProgram:
     shapes = tuple({i: Dim.AUTO for i, size in enumerate(x.shape) if size > 1} for x in call.leaves)
     try:
         with _quiet():
-            return torch.export.export(call.flat, call.leaves, dynamic_shapes=(shapes,), strict=False)
+            return torch.export.export(flat, call.leaves, dynamic_shapes=(shapes,), strict=False)
     except Exception as e:
         raise CaptureError(
             "torch.export could not capture the model",

@@ -29,8 +29,12 @@ class Flat(nn.Module):
         self.training = model.training
         self._template = (args, kwargs)
 
+    def arguments(self, leaves: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The model's arguments with these tensors in them."""
+        return signature.rebuild(self._template, iter(leaves))
+
     def forward(self, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        args, kwargs = signature.rebuild(self._template, iter(leaves))
+        args, kwargs = self.arguments(leaves)
         return tuple(x for x in pytree.tree_leaves(self.m(*args, **kwargs)) if isinstance(x, torch.Tensor))
 
 
@@ -44,6 +48,10 @@ class Call:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     results: tuple[torch.Tensor, ...]
+
+    def arguments(self, leaves: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the model with ``leaves`` as its tensors."""
+        return self.flat.arguments(leaves)
 
 
 def flat_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

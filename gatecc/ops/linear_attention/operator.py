@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -93,6 +94,23 @@ def _autograd(keys: Any, *tensors: Tensor | None, **options: Any) -> tuple[Tenso
     return _below_autograd(keys, options, *tensors)
 
 
+def _autocast(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+    """Under autocast q, k and v meet in the widest of their dtypes, as the operands of torch.cat do.
+
+    Projections come in a narrow one, features and gates, which are computed from them in float32, do not.
+    """
+    widest = functools.reduce(torch.promote_types, (x.dtype for x in tensors[:3] if x is not None))
+    wide = (None if x is None else x.to(widest) for x in tensors[:3])
+    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+        return torch.ops.gatecc.linear_attention(*wide, *tensors[3:], **options)
+
+
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
+for _key in ("AutocastCPU", "AutocastCUDA"):
+    LIBRARY.impl("linear_attention", _autocast, _key)
 LIBRARY.impl("linear_attention", _forward, "CompositeExplicitAutograd")
 LIBRARY.impl("linear_attention_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("gatecc::linear_attention", _fake, lib=LIBRARY)

@@ -1,0 +1,109 @@
+"""Linear attention in ONNX: ``com.microsoft::LinearAttention``, the recurrence as one node of ONNX Runtime.
+
+It has the four rules, decay a key channel or a head, and no limit on how strong a decay is, which forms of plain
+operators by chunks have; opset 27 has the same operator, but no runtime loads that opset yet. What the node does not
+know (heads that are shared, padding, the normaliser, the other direction) is put around it in ATen.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from gatecc.errors import ExportError
+from gatecc.ops.linear_attention.arguments import Arguments, arguments
+
+_OPERATOR = torch.ops.gatecc.linear_attention.default
+
+
+def lower_linear_attention(program: ExportedProgram) -> ExportedProgram:
+    """The program with every linear attention in its ONNX form. Raises ExportError for what the form lacks."""
+    nodes = [n for n in program.graph.nodes if n.op == "call_function" and n.target is _OPERATOR]
+    for node in nodes:
+        packed = node.args[6] if len(node.args) > 6 else node.kwargs.get("cu_seqlens")
+        if packed is not None:
+            raise _lacking("packed sequences (cu_seqlens)", "give each sequence a row of the batch")
+        if node.args[0].meta["val"].dtype == torch.float64:
+            raise _lacking("float64", "export model.float()")
+    return program.run_decompositions({_OPERATOR: _lowered}) if nodes else program
+
+
+def _lacking(found: str, do: str) -> ExportError:
+    return ExportError("linear attention in ONNX Runtime does not have this", found=found, do=do)
+
+
+def _lowered(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    reverse: bool = False,
+    normalize: bool = False,
+    gate_normalizer: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``gatecc::linear_attention`` around the node of ONNX Runtime."""
+    del cu_seqlens
+    if gate_normalizer is not None and log_decay is not None:
+        log_decay = F.logsigmoid(log_decay.float()) / gate_normalizer
+    a = arguments(q, k, v, log_decay, beta, initial_state, scale=scale, reverse=reverse, normalize=normalize, mask=mask)
+    heads, keep = a.q.size(1), None if mask is None else mask[:, None, :, None]
+    q, k, v = (_repeated(x.float(), heads) for x in (a.q * a.scale, a.k, a.v))
+    decay = None if a.log_decay is None else _decay(a, keep)
+    strength = None if a.beta is None else _repeated(a.beta.float(), heads)
+    k = k if keep is None else k * keep
+    v = torch.cat([v, torch.ones_like(v[..., :1])], -1) if normalize else v
+    if reverse:
+        q, k, v = q.flip(2), k.flip(2), v.flip(2)
+        decay, strength = (None if x is None else x.flip(2) for x in (decay, strength))
+    o, state = _node(a, q, k, v, decay, strength)
+    o = o.flip(2) if reverse else o
+    if normalize:
+        total = o[..., -1:]
+        o = o[..., :-1] / torch.where(total == 0, torch.ones_like(total), total)
+    o = o if keep is None else o * keep
+    return o.to(a.q.dtype), state
+
+
+def _decay(a: Arguments, keep: Tensor | None) -> Tensor:
+    """(B, H, N, Dk or 1), 0 at padding: nothing is forgotten there."""
+    assert a.log_decay is not None
+    g = _repeated(a.log_decay.float(), a.q.size(1))
+    g = g.expand(*a.q.shape[:3], g.size(3))
+    return g if keep is None else g.masked_fill(~keep, 0.0)
+
+
+def _node(
+    a: Arguments, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The node: tokens before heads, heads and channels on one axis."""
+    (B, H, N, Dk), E = q.shape, v.size(3)
+    state = None if a.initial_state is None else a.initial_state.float()
+    inputs = [_packed(q), _packed(k), _packed(v), state, _packed(decay), _packed(beta)]
+    while inputs[-1] is None:
+        inputs.pop()
+    o, final = torch.onnx.ops.symbolic_multi_out(
+        "com.microsoft::LinearAttention",
+        inputs,
+        attrs={"q_num_heads": H, "kv_num_heads": H, "update_rule": a.rule, "scale": 1.0},
+        dtypes=(torch.float32, torch.float32),
+        shapes=((B, N, H * E), (B, H, Dk, E)),
+        version=1,
+    )
+    return o.unflatten(-1, (H, E)).transpose(1, 2), final
+
+
+def _packed(x: Tensor | None) -> Tensor | None:
+    """(B, H, N, D) -> (B, N, H * D)."""
+    return None if x is None else x.transpose(1, 2).flatten(2)
+
+
+def _repeated(x: Tensor, heads: int) -> Tensor:
+    return x if x.size(1) == heads else x.repeat_interleave(heads // x.size(1), 1)
