@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
 import sys
 from typing import Any
 
@@ -120,8 +119,3 @@ def test_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         gpu._missing.cache_clear()
         assert gpu._missing(torch.device("cuda", 0)) == reason
     gpu._missing.cache_clear()
-
-
-def test_triton_waits_for_a_gpu() -> None:
-    code = "import sys, gatecc.codegen; sys.exit('gatecc.codegen.triton.launch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

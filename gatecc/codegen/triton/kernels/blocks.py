@@ -127,24 +127,22 @@ def until(C: tl.constexpr):
 
 
 @triton.jit
-def meeting(level, C: tl.constexpr):
-    """Of ``factors``: between a token and the boundary of its pair of halves."""
-    i, t = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+def meeting(level, i, t):
+    """Of ``factors``: between token i and the boundary of its pair of halves, of 2 ** level tokens each."""
     here = i >> level
-    return (t >> level == here) & tl.where(here % 2 == 1, t <= i, t > i)
+    return (here == (t >> level)) & (((here & 1) == 1) == (t <= i))
 
 
 @triton.jit
-def right(level, C: tl.constexpr):
-    """Which tokens are in a right half: (C, 1)."""
-    return (tl.arange(0, C)[:, None] >> level) % 2 == 1
+def right(level, i):
+    """Whether token i is in a right half."""
+    return ((i >> level) & 1) == 1
 
 
 @triton.jit
-def opposite(level, C: tl.constexpr):
-    """Which pairs of tokens are in the two halves of one pair: (C, C)."""
-    i, j = tl.arange(0, C)[:, None] >> level, tl.arange(0, C)[None, :] >> level
-    return (i // 2 == j // 2) & (i != j)
+def opposite(level, i, t):
+    """Whether two tokens are in the two halves of one pair."""
+    return ((i >> level) ^ (t >> level)) == 1
 
 
 @triton.jit
@@ -161,10 +159,10 @@ def diagonal(C: tl.constexpr):
 
 @triton.jit
 def weights(q, k, high, low, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
-    """q_i · k_j times the gates after j up to i, for j <= i, zero above: (C, C). C = 2 ** LEVELS."""
-    found = tl.where(diagonal(C), tl.sum(q * k, 1)[:, None], 0.0)
+    """q_i · k_j times the gates after j up to i, for j <= i; above the diagonal it means nothing. C = 2 ** LEVELS."""
+    i, t = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    found = tl.where(i == t, tl.sum(q * k, 1)[:, None], 0.0)
     for level in range(LEVELS):
-        x = tl.where(right(level, C), q, k) * factors(meeting(level, C), high, low)
-        met = tl.dot(x, tl.trans(x), input_precision=PRECISION)
-        found += tl.where(opposite(level, C) & lower(C), met, 0.0)
+        x = tl.where(right(level, i), q, k) * factors(meeting(level, i, t), high, low)
+        found += tl.where(opposite(level, i, t), tl.dot(x, tl.trans(x), input_precision=PRECISION), 0.0)
     return found

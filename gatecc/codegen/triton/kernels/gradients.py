@@ -83,7 +83,7 @@ def differentiate(
     query = tile(q, row, head, tokens, valid, keys, DK) * scale
     key = tile(k, row, head, tokens, valid, keys, DK)
     if g is None:
-        met = tl.where(lower(C) | diagonal(C), met, 0.0)
+        met = tl.where(since(C), met, 0.0)
         dquery = tl.dot(met, key, dquery, input_precision=PRECISION)
         dkey = tl.dot(tl.trans(met), query, dkey, input_precision=PRECISION)
     else:
@@ -96,14 +96,17 @@ def differentiate(
         dquery += itself * key
         dkey += itself * query
         met = tl.where(lower(C), met, tl.trans(met))
+        i, t = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
         for level in range(LEVELS):
-            decay = factors(meeting(level, C), high, low)
-            x = tl.where(right(level, C), query, key)
-            pairs = tl.where(opposite(level, C), met, 0.0)
+            picks = meeting(level, i, t)
+            decay = factors(picks, high, low)
+            later = right(level, i)
+            x = tl.where(later, query, key)
+            pairs = tl.where(opposite(level, i, t), met, 0.0)
             dx = tl.dot(pairs, x * decay, input_precision=PRECISION) * decay
-            dquery += tl.where(right(level, C), dx, 0.0)
-            dkey += tl.where(right(level, C), 0.0, dx)
-            dgate += back(meeting(level, C), x * dx, PRECISION)
+            dquery += tl.where(later, dx, 0.0)
+            dkey += tl.where(later, 0.0, dx)
+            dgate += back(picks, x * dx, PRECISION)
         if NORMALIZER is not None:
             logit = tile(g, row, head, tokens, valid, keys, DK)
             dgate *= 1.0 / ((1.0 + tl.exp(logit)) * NORMALIZER)

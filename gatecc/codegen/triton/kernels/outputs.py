@@ -7,10 +7,8 @@ import triton.language as tl
 
 from gatecc.codegen.triton.kernels.blocks import (
     chunk,
-    diagonal,
     factors,
     gates,
-    lower,
     put,
     since,
     state_tile,
@@ -66,7 +64,7 @@ def mix(
         if states is not None:
             state = state_tile(states, index, head, heads, keys, values, DK, DV)
             found = tl.dot(reads, state, found, input_precision=PRECISION)
-    inner = tl.where(lower(C) | diagonal(C), inner, 0.0)
+    inner = tl.where(since(C), inner, 0.0)
     value = tile(y, row, head, tokens, valid, values, DV)
     found = tl.dot(tl.trans(inner) if BACKWARD else inner, value, found, input_precision=PRECISION)
     put(out, row, head, tokens, valid, values, found, DV)
