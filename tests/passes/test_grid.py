@@ -15,7 +15,7 @@ from gatecc.ir.gate import GateSpec
 from gatecc.ir.match import find_sites
 from gatecc.ir.rewrite import rewrite_from_json
 from gatecc.ir.select import Selector
-from gatecc.ir.site import Value
+from gatecc.ir.site import Attention, Value
 from gatecc.passes.branch import Branch
 from gatecc.passes.canonicalize import canonicalize
 from gatecc.passes.grid import GridConv
@@ -44,7 +44,7 @@ def test_tokens_may_come_first() -> None:
     """(N, B, C), as inside torch.nn.MultiheadAttention: here the first axis is taken for the tokens."""
     program = Reader(attention()).program
     canonicalize(program)
-    site = find_sites(program).sites[0]
+    site = next(s for s in find_sites(program).sites if isinstance(s, Attention))
     first = replace(site, values={**site.values, "hidden": Value(site.values["hidden"].node, "nbc")})
     edit = Editor(program, first, "branch")
     edit.replace(program.outputs[0], GridConv(rows=2, columns=1).build(first, first.values["hidden"], edit))
