@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -273,6 +274,8 @@ class _Watch(TorchDispatchMode):
         log_decay = options.get("log_decay", args[3] if len(args) > 3 else None)
         if func.name().startswith("gatecc::linear_attention") and isinstance(log_decay, Tensor):
             owner = self.running[-1] if self.running else ""
+            if options.get("gate_normalizer") is not None:
+                log_decay = F.logsigmoid(log_decay.float()) / options["gate_normalizer"]
             self.count[owner] = self.count.get(owner, -1) + 1
             self.found.append(decay_of(log_decay, f"{owner}#{self.count[owner]}", args[0].shape[2]))
         return func(*args, **options)

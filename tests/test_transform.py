@@ -146,7 +146,8 @@ def test_scopes(model: nn.Module, x: Tensor, scope: Any) -> None:
     }
     mask = torch.ones(6, 6, dtype=torch.bool).tril()
     assert torch.allclose(gated(x, mask), model(x, mask), atol=1e-6)
-    assert torch.allclose(gated(torch.randn(3, 9, 16)[:, :6]).mean(), gated(x).mean(), atol=10)
+    longer = torch.randn(3, 9, 16)
+    assert torch.allclose(gated(longer), model(longer), atol=1e-6)
 
 
 def test_selection_and_several_rewrites(model: nn.Module, x: Tensor) -> None:
@@ -161,7 +162,7 @@ def test_selection_and_several_rewrites(model: nn.Module, x: Tensor) -> None:
         ("blocks.0.attention#0", "blocks.0.attention"),
         ("blocks.1#0", "blocks.1"),
         ("blocks.1#1", "blocks.1"),
-    ] or {r.scope for r in report.rewrites} == {"blocks.0.attention", "blocks.1"}
+    ]
     assert torch.allclose(gated(x), model(x), atol=1e-6)
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import fx, nn
+from torch._dynamo import config as dynamo
 from torch.export import Dim, ExportedProgram
 from torch.fx.graph import CodeGen
 
@@ -71,7 +72,8 @@ def capture(
         raise CaptureError("the call cannot become a graph", where=fqn, found=str(e)) from e
     leaves = _apart(leaves)
     flat = _Flat(module, forward or module, args, kwargs)
-    with adapted(module), _quiet():
+    with adapted(module), _quiet(), dynamo.patch(fake_tensor_cache_enabled=False):
+        # The cache of fake tensors serves graphs that repeat: here its bookkeeping is a fifth of the time of a capture.
         exported = _export(flat, leaves, fqn, dynamic)
     return _program(exported, module, leaves, fqn, _paths(module, args, kwargs))
 

@@ -3,6 +3,6 @@
 Importing this makes the kernels known to the operators that they belong to.
 """
 
-from gatecc.codegen import c
+from gatecc.codegen import c, triton
 
-__all__ = ["c"]
+__all__ = ["c", "triton"]

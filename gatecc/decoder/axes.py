@@ -34,11 +34,15 @@ Spans = tuple[Span | None, ...]  # one for each axis of a tensor; None where the
 
 @dataclass(frozen=True)
 class Lengths:
-    """The symbols of the length and of the batch. ``bound`` is the largest length that the capture allows."""
+    """The symbols of the length, of the batch, and of other sizes: the lengths of what an encoder reads.
+
+    ``bound`` is the largest length that the capture allows.
+    """
 
     length: frozenset[sympy.Symbol]
     batch: frozenset[sympy.Symbol]
     bound: int
+    other: frozenset[sympy.Symbol] = frozenset()
     known: dict[Any, list[Any]] = field(default_factory=dict[Any, list[Any]], compare=False)
 
     def has(self, size: Any) -> bool:
@@ -48,8 +52,8 @@ class Lengths:
         return expression(size) in self.length or len(set(self._values(size))) > 1
 
     def foreign(self, size: Any) -> bool:
-        """Whether a size depends on something other than length and batch."""
-        return bool(symbols(size) - self.length - self.batch)
+        """Whether a size depends on the length of a context."""
+        return bool(symbols(size) & self.other)
 
     def pure(self, size: Any) -> bool:
         """Whether a size is the length itself: its value equals the length wherever that can be tried.

@@ -185,7 +185,8 @@ class Emitter(Positions):
     # --- linear attention ---
 
     def _is_simple(self, node: fx.Node) -> bool:
-        return named(node, "mask") is None and not named(node, "normalize")
+        plain = named(node, "mask") is None and not named(node, "normalize")
+        return plain and named(node, "gate_normalizer") is None
 
     def _one_token(self, node: fx.Node) -> tuple[Any, Any]:
         """linear_attention for one token: the step kernel on a copy of the state. -> (o, state)"""

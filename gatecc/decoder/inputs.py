@@ -48,22 +48,10 @@ def read_inputs(program: Program) -> Inputs:
     others = [n for n in program.placeholders if n is not tokens]
     history = [n for n in others if _is_history(n, length)]
     batch = {s for n in (tokens, *history) for s in symbols((node_shape(n) or (1,))[0])} - {length}
-    lengths = Lengths(frozenset({length}), frozenset(batch), upper_bound(sizes[1]))
     context = [n for n in others if n not in history]
-    for node in context:
-        _check_context(node, lengths)
+    other = {s for n in context for size in node_shape(n) or () for s in symbols(size)} - batch - {length}
+    lengths = Lengths(frozenset({length}), frozenset(batch), upper_bound(sizes[1]), frozenset(other))
     return Inputs(tokens, history, context, lengths)
-
-
-def _check_context(node: fx.Node, lengths: Lengths) -> None:
-    if any(lengths.foreign(size) for size in node_shape(node) or ()):
-        raise DecoderError(
-            "an input has a length of its own: models with an encoder are not decoded yet",
-            where=node.name,
-            found=f"{node.name} of shape {tuple(node_shape(node) or ())}",
-            expected="token ids, values per token, and inputs of a fixed size",
-            do="transformers' own generate decodes such models, with their gates",
-        )
 
 
 def _is_history(node: fx.Node, length: sympy.Symbol) -> bool:

@@ -22,6 +22,7 @@ from gatecc.ir.evaluate import Evaluator
 from gatecc.ir.match import find_sites
 from gatecc.ir.program import Program
 from gatecc.ir.site import Attention
+from gatecc.ir.sizes import expression, node_shape, symbols
 
 
 @dataclass(eq=False)
@@ -40,6 +41,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         self.nodes: list[fx.Node] = list(self.program.graph.nodes)
+        self.context = self._context()
         self.evaluator = Evaluator(self.flow)
         self.windows: list[int] = sorted({s.span.window for s in self.slots if s.span.window is not None})
 
@@ -47,6 +49,22 @@ class Plan:
     def lengths(self) -> Lengths:
         """The symbols of length and batch."""
         return self.inputs.lengths
+
+    def _context(self) -> list[fx.Node]:
+        """What the steps read of the context: its nodes that others read, and an input for each length of its own."""
+        found = [
+            node
+            for node in self.nodes
+            if self.kind(node) == "context" and any(self._steps(user) for user in node.users)
+        ]
+        read = {s for n in self.nodes if self._steps(n) for size in node_shape(n) or () for s in symbols(size)}
+        for symbol in sorted(read & self.lengths.other, key=str):
+            if not any(symbol in map(expression, node_shape(n) or ()) for n in found):
+                found += [n for n in self.inputs.context if symbol in map(expression, node_shape(n) or ())][:1]
+        return found
+
+    def _steps(self, user: fx.Node) -> bool:
+        return user.op == "output" or self.kind(user) in ("data", "live")
 
     def kind(self, node: fx.Node) -> str:
         """What the node depends on."""

@@ -40,6 +40,7 @@ class Positions:
         self.weights: dict[str, torch.Tensor] = {}
         self.tables: list[fx.Node] = []  # in the order of the program's tuple of tables
         self.inputs: dict[str, fx.Node] = {}
+        self.given = plan.context  # the nodes that the program's tuple ``context`` holds
         self.bounds: dict[Span, tuple[Any, Any]] = {}
         self.batch: Any = None
         self._known: dict[Any, Any] = {}
@@ -90,6 +91,8 @@ class Positions:
         if found in self.lengths.length:
             assert span is not None
             return self.bound(span)[1]
+        if found in self.lengths.other:
+            return self._measured(found)
         operands = [self._number(a, span) for a in found.args]
         if isinstance(found, FloorDiv):
             return self.combine(operator.floordiv, *operands)
@@ -100,6 +103,17 @@ class Positions:
         for operand in operands[1:]:
             result = self.combine(function, result, operand)
         return result
+
+    def _measured(self, symbol: Any) -> Any:
+        """The length of a context, taken from a tensor of that length."""
+        for node in self.given:
+            sizes = [expression(size) for size in node_shape(node) or ()]
+            if symbol in sizes:
+                at = sizes.index(symbol)
+                if ("extent", symbol) not in self._known:
+                    self._known["extent", symbol] = self.graph.call_method("size", (self.whole(node), at))
+                return self._known["extent", symbol]
+        raise ArithmeticError(f"the size {symbol} is that of no input")
 
     def narrow(self, x: Any, axis: int, start: Any, count: Any) -> fx.Node:
         """Part of an axis."""
@@ -137,6 +151,9 @@ class Positions:
 
     def whole(self, node: fx.Node) -> Any:
         """A node at all positions up to now."""
+        if node in self.given:
+            at = self.given.index(node)
+            return self.once(("context", at), operator.getitem, self.inputs["context"], at)
         key = ("whole", node)
         if key not in self._known:
             if self.flow.writers.get(self.flow.base.get(node, node)):
@@ -251,13 +268,10 @@ class Positions:
         return self.once(("table", node), operator.getitem, self.inputs["tables"], self.tables.index(node))
 
     def _given(self, node: fx.Node) -> Any:
-        """Values per token, up to now; or a part of the context."""
-        if node in self.plan.inputs.history:
-            at = self.plan.inputs.history.index(node)
-            held = self.once(("history", at), operator.getitem, self.inputs["history"], at)
-            return self.narrow(held, 1, 0, self.bounds[ALL][1])
-        at = self.plan.inputs.context.index(node)
-        return self.once(("context", at), operator.getitem, self.inputs["context"], at)
+        """Values per token, up to now."""
+        at = self.plan.inputs.history.index(node)
+        held = self.once(("history", at), operator.getitem, self.inputs["history"], at)
+        return self.narrow(held, 1, 0, self.bounds[ALL][1])
 
 
 def sized(node: fx.Node) -> Callable[..., Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from gatecc.decoder.context import Context
 from gatecc.decoder.emit import Emitter
 from gatecc.decoder.generate import Generation
 from gatecc.decoder.plan import Plan
@@ -42,6 +43,7 @@ class Decoder(Generation):
     def __init__(self, plan: Plan, capacity: int | None) -> None:
         self.plan, self.fixed = plan, capacity
         self.memory = Memory(plan)
+        self.context = Context(plan)
         self._live = self._find_live()
         self._programs: dict[tuple[bool, bool], Program] = {}
         self.bound = plan.lengths.bound
@@ -83,19 +85,14 @@ class Decoder(Generation):
     # --- the public face ---
 
     def init_state(self, batch: int, *, capacity: int | None = None, context: Mapping[str, Any] | None = None) -> State:
-        """The state before the first token, with room for ``capacity`` tokens (by default it grows)."""
+        """The state before the first token, with room for ``capacity`` tokens (by default it grows).
+
+        ``context``: the inputs that are no tokens, by name. An encoder runs here, and not again.
+        """
         if batch < 1:
             raise ArgumentError("a state needs a sample", found=str(batch), expected="batch >= 1")
-        given = dict(context or {})
-        tensors = [given.pop(n.name, None) for n in self.plan.inputs.context]
-        if given or any(x is None for x in tensors):
-            names = [n.name for n in self.plan.inputs.context]
-            raise ArgumentError(
-                "the context is not what the model was captured with",
-                found=str(list(context or {})),
-                expected=str(names),
-            )
-        return self.memory.empty(batch, capacity or self.fixed or min(_FIRST, self.bound), tensors)
+        held = self.context(batch, context or {})
+        return self.memory.empty(batch, capacity or self.fixed or min(_FIRST, self.bound), held)
 
     def prefill(
         self, ids: torch.Tensor, state: State | None = None, **values: torch.Tensor
@@ -103,11 +100,15 @@ class Decoder(Generation):
         """Run T tokens at once. ids: (B, T) -> logits (B, T, V), the state after them.
 
         ``values``: the inputs with a value per token, (B, T) each: ``attention_mask`` (0 for padding on the left) and
-        ``position_ids``, if the model was captured with them. Without them every token counts.
+        ``position_ids``, if the model was captured with them. Without them every token counts. Without a state they are
+        also the inputs that are no tokens (``input_ids`` of an encoder): see init_state.
         """
         if ids.dim() < 2 or not ids.shape[1]:
             raise ArgumentError("no tokens", found=f"shape {tuple(ids.shape)}", expected="(batch, length)")
-        state = self.init_state(ids.shape[0]) if state is None else state
+        if state is None:
+            given = {name: x for name, x in values.items() if name in self.context.names}
+            values = {name: x for name, x in values.items() if name not in given}
+            state = self.init_state(ids.shape[0], context=given)
         return self._advance(ids, state, values)
 
     def step(self, ids: torch.Tensor, state: State, **values: torch.Tensor) -> tuple[torch.Tensor, State]:
@@ -175,7 +176,7 @@ class Decoder(Generation):
 
     def _assumed(self, name: str, names: list[str], state: State, past: int, new: int) -> torch.Tensor | int:
         """What an input is when it is not given: every token counts, and positions count the tokens that do."""
-        if name == "attention_mask":
+        if name in ("attention_mask", "decoder_attention_mask"):
             return 1
         if name == "token_type_ids":
             return 0

@@ -80,6 +80,7 @@ class Editor:
     steps: list[Step] = field(default_factory=list[Step])
     weights: list[WeightStep] = field(default_factory=list[WeightStep])
     inserted: set[fx.Node] = field(default_factory=set[fx.Node])
+    erased: set[fx.Node] = field(default_factory=set[fx.Node])
     sites: Sequence[Site] = ()
     lost: set[str] = field(default_factory=set[str])  # parameters that the edit takes out of the graph on purpose
     whole_sequence: bool = False  # the edit makes later tokens depend on earlier ones in a way that no KV cache holds
@@ -156,19 +157,20 @@ class Editor:
         some = any(user not in self.inserted and user is not new for user in old.users)
         self.steps.append(Replace(old, new, some))
 
-    def discard(self, node: fx.Node) -> None:
+    def discard(self, node: fx.Node, *, inside: bool = False) -> None:
         """Erase a value that nobody reads any more with all that only it needed, random operators included.
 
         Dead code elimination keeps random operators, for they move the generator on; a rewrite that replaces attention
-        means to be rid of them. The values of the site stay, for later rewrites.
+        means to be rid of them. The other values of the site stay, for later rewrites; with ``inside`` they go too
+        where nobody reads them, and a later rewrite of one is refused.
         """
-        kept = {v.node for v in self.site.values.values()} - {node}
-        stack, erased = [node], set[fx.Node]()
+        kept = set[fx.Node]() if inside else {v.node for v in self.site.values.values()} - {node}
+        stack = [node]
         while stack:
             dead = stack.pop()
-            if dead.op != "call_function" or dead.users or dead in kept | erased or _writes(dead):
+            if dead.op != "call_function" or dead.users or dead in kept | self.erased or _writes(dead):
                 continue
-            erased.add(dead)
+            self.erased.add(dead)
             stack.extend(dead.all_input_nodes)
             self.program.graph.erase_node(dead)
 

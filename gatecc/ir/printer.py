@@ -11,6 +11,7 @@ stand the size, the dtype unless it is float32, and after a bar the owner.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -77,5 +78,4 @@ def _comment(node: fx.Node, names: Mapping[str, str], owners: bool) -> str:
 
 
 def _size(size: Any, names: Mapping[str, str]) -> str:
-    text = str(size)
-    return names.get(text, text.replace(" ", ""))
+    return re.sub(r"\w+", lambda word: names.get(word[0], word[0]), str(size)).replace(" ", "")

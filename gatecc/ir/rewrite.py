@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, cast, get_type_hints
+from typing import Any, ClassVar, cast, get_args, get_type_hints
 
 from gatecc.errors import ArgumentError
 from gatecc.ir.contract import Contract
@@ -29,7 +29,7 @@ class Rewrite(ABC):
     """
 
     name: ClassVar[str]
-    loses_buffers: ClassVar[bool] = False  # tables of the old computation, such as rotary ones, may go with it
+    loses_buffers: ClassVar[bool] = False  # rotary tables and biases of scores may go with attention
 
     site: Selector
 
@@ -37,6 +37,15 @@ class Rewrite(ABC):
         super().__init_subclass__(**options)
         if "name" in vars(cls):
             REWRITES[cls.name] = cls
+
+    @property
+    def loses_parameters(self) -> bool:
+        """Whether what the owner of a site holds, its own parameters or a child's, may be read no more.
+
+        The tensors stay in the module, so that `revert` finds them; they get no gradient. Modules that gatecc made are
+        never lost: a rewrite that cuts off an earlier one is an error.
+        """
+        return False
 
     @abstractmethod
     def contract(self) -> Contract:
@@ -89,7 +98,8 @@ def _plain(value: Any) -> Any:
 
 
 def _typed(hint: Any, value: Any) -> Any:
-    if hasattr(hint, "from_json"):
+    hint = next((h for h in get_args(hint) if hasattr(h, "from_json")), hint)  # GateSpec of GateSpec | None
+    if hasattr(hint, "from_json") and value is not None:
         return hint.from_json(value)
     return tuple(cast("list[Any]", value)) if isinstance(value, list) else value
 

@@ -2,12 +2,12 @@
 
 Checked after each site: no use before definition and no foreign node (graph lint), every inserted or re-wired node gets
 from its inputs the shape and dtype that is recorded for it, every named tensor exists, no parameter that was read is
-lost, and the outputs keep their number, shapes and dtypes.
+lost that the rewrite does not say it replaces, and the outputs keep their number, shapes and dtypes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -39,13 +39,23 @@ class Before:
 
 @dataclass(frozen=True)
 class Suspect:
-    """The rewrite that ran last, the sites that it ran at, and the nodes that it made there."""
+    """The rewrite that ran last, the sites that it ran at, and the nodes that it made there.
+
+    ``replaces`` are modules and tensors (paths in the program) that it may leave unread, except those in ``made``.
+    """
 
     rewrite: str
     sites: Sequence[Site]
     inserted: set[fx.Node]
     loses_buffers: bool = False
-    lost: frozenset[str] = frozenset()  # parameters that were declared to take part no more
+    replaces: Collection[str] = ()
+    made: Collection[str] = ()
+
+    def may_lose(self, name: str, tensor: object) -> bool:
+        """Whether a tensor that was read may be read no more."""
+        if self.loses_buffers and not isinstance(tensor, torch.nn.Parameter):
+            return True
+        return _in(name, self.replaces) and not _in(name, self.made)
 
     def place(self, node: fx.Node) -> str:
         """Site and line that a fault at ``node`` is blamed on: the owner of the nodes around it, else the nearest."""
@@ -150,10 +160,8 @@ def _kept(program: Program, before: Before, rewrite: Suspect) -> None:
     if now != then:
         raise _fail(rewrite, "the outputs changed", output, f"{now}, before {then}")
     live = _live_parameters(program)
-    gone = before.parameters - set(live) - rewrite.lost
-    if rewrite.loses_buffers:
-        gone = {name for name in gone if isinstance(attribute(program.module, name), torch.nn.Parameter)}
-    if lost := sorted(gone):
+    gone = before.parameters - set(live)
+    if lost := sorted(name for name in gone if not rewrite.may_lose(name, _tensor(program, name))):
         guilty = next((n for n in program.graph.nodes if n.op == "get_attr" and str(n.target) == lost[0]), output)
         reader = next(iter(guilty.users), guilty)
         raise _fail(
@@ -163,6 +171,15 @@ def _kept(program: Program, before: Before, rewrite: Suspect) -> None:
             f"{', '.join(lost)} no longer takes part in the output",
             "keep the old value in the new expression, or declare the loss in the rewrite",
         )
+
+
+def _in(name: str, paths: Collection[str]) -> bool:
+    """Whether a tensor is one of these or belongs to one of these modules; "" is the root."""
+    return any(not path or f"{name}.".startswith(f"{path}.") for path in paths)
+
+
+def _tensor(program: Program, name: str) -> object:
+    return None if name in program.constants else attribute(program.module, name)
 
 
 def _kind(output: Any) -> tuple[tuple[Any, ...], str] | None:

@@ -1,10 +1,10 @@
-"""Branch: add a parallel sub-graph to a value of a site, scaled by a gate."""
+"""Branch: add a parallel sub-graph to a value of a site, or put it in the value's place; a gate may scale it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -19,14 +19,22 @@ from gatecc.ir.mask import Mask
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.site import Attention, Site, Value
 from gatecc.passes.gate import gate_node, read_by, reads_afar
-from gatecc.passes.operands import place, stage
+from gatecc.passes.operands import place, readers, stage
 
 
 @dataclass(frozen=True)
 class Body(Option, slot="body"):
     """Base of the sub-graphs that a branch can be."""
 
-    reads: ClassVar[tuple[str, ...]] = ()  # stages of the site
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Stages of the site beside the value."""
+        return ()
+
+    @property
+    def starts_at_zero(self) -> bool:
+        """Whether the sub-graph yields exactly 0 when it is fresh."""
+        return False
 
     def build(self, site: Site, value: Value, edit: Editor) -> fx.Node:
         """Insert the sub-graph; its result broadcasts against ``value``."""
@@ -41,7 +49,9 @@ class Body(Option, slot="body"):
 class PrefixSum(Body, tag="prefix_sum"):
     """The sum of the values of all keys that a query sees: of the earlier ones, of a window, of all (by the mask)."""
 
-    reads: ClassVar[tuple[str, ...]] = ("v",)
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("v",)
 
     def build(self, site: Site, value: Value, edit: Editor) -> fx.Node:
         v = stage(site, "v")
@@ -100,34 +110,54 @@ def add_scaled(value: torch.Tensor, gate: torch.Tensor, branch: torch.Tensor) ->
     return value + gate * branch
 
 
+def add(value: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+    """y <- y + branch"""
+    return value + branch
+
+
+def blend(value: torch.Tensor, gate: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+    """y <- y + g * (branch - y)"""
+    return torch.lerp(value, branch, gate)
+
+
 @dataclass(frozen=True)
 class Branch(Rewrite):
-    """Add a parallel sub-graph to a value, scaled by a gate: ``y <- y + g * body``.
+    """Add a parallel sub-graph to a value, scaled by a gate if there is one: ``y <- y + g * body``.
 
-    A gate that starts at 0 (``init=zero`` and an activation that is 0 at 0) makes it the identity at init. ``label``
-    names the gate's module on the owner.
+    With ``op="lerp"`` the body takes the value's place: ``y <- y + g * (body - y)``, the body itself without a gate. A
+    gate that starts at 0 (``init=zero`` and an activation that is 0 at 0), or a body that does and is added, makes it
+    the identity at init. ``label`` names the gate's module on the owner.
     """
 
     name = "branch"
 
     body: Body
-    gate: GateSpec
+    gate: GateSpec | None = None
     label: str = "branch"
+    op: Literal["add", "lerp"] = "add"
 
     def contract(self) -> Contract:
-        return identity_at_init() if starts_at_zero(self.gate) else changes_function()
+        zero = starts_at_zero(self.gate) if self.gate else self.op == "add" and self.body.starts_at_zero
+        return identity_at_init() if zero else changes_function()
 
     def whole_model(self, site: Site) -> bool:
-        return reads_afar(self.gate) or self.body.whole_model(site)
+        return bool(self.gate and reads_afar(self.gate)) or self.body.whole_model(site)
 
     def reads(self) -> Iterable[str]:
-        return (self.site.stage, *self.body.reads, *read_by(self.gate))
+        return (self.site.stage, *self.body.reads, *(read_by(self.gate) if self.gate else ()))
 
     def rewrite(self, site: Site, edit: Editor) -> None:
         value = stage(site, self.site.stage)
         branch = self.body.build(site, value, edit)
+        joined = self._joined(value, branch, edit)
+        edit.replace(value.node, joined, readers(site, self.site.stage))
+
+    def _joined(self, value: Value, branch: fx.Node, edit: Editor) -> fx.Node:
+        name = f"with_{self.label}"
+        if self.gate is None:
+            return branch if self.op == "lerp" else edit.call(add, value.node, branch, name=name)
         gate, _ = gate_node(self.gate, self.site, value, edit, self.label)
-        edit.replace(value.node, edit.call(add_scaled, value.node, gate, branch, name=f"with_{self.label}"))
+        return edit.call(add_scaled if self.op == "add" else blend, value.node, gate, branch, name=name)
 
 
 def starts_at_zero(spec: GateSpec) -> bool:

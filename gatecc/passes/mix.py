@@ -1,9 +1,10 @@
-"""Mix: put another token mixer in the place of softmax attention, or of a recurrent layer."""
+"""Mix: put another token mixer in the place of softmax attention, with or without its projections, or of an RNN."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,8 +16,8 @@ from gatecc.ir.program import attribute, shape
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.site import Attention, Recurrent, Site, Value
 from gatecc.passes.mixers import Mixer, Place
+from gatecc.passes.operands import condition, stage, static_sizes
 from gatecc.passes.operands import place as where
-from gatecc.passes.operands import stage, static_sizes
 from gatecc.passes.recurrent import replace_recurrent
 from gatecc.passes.windows import biases, grid, prove_regions, seen
 
@@ -24,6 +25,9 @@ from gatecc.passes.windows import biases, grid, prove_regions, seen
 @dataclass(frozen=True)
 class Mix(Rewrite):
     """Replace the core of attention, or a recurrent layer, by ``mixer``; the projections around it keep their weights.
+
+    A mixer that yields ``out`` takes the place of the projections as well. Their weights stay in the state dict, where
+    `revert` finds them, but nothing reads them and they get no gradient.
 
     What a query may see is proved from the mask: a causal site gets a causal mixer, a bidirectional one a mixer in both
     directions, and a site whose mask is not proved is refused. Keys that a padding mask hides stay hidden. A sliding
@@ -39,6 +43,13 @@ class Mix(Rewrite):
 
     mixer: Mixer
     label: str = "mixer"
+
+    @property
+    def loses_parameters(self) -> bool:
+        return self.mixer.stage == "out"
+
+    def whole_model(self, site: Site) -> bool:
+        return bool(self.mixer.inputs)
 
     def contract(self) -> Contract:
         return changes_function()
@@ -61,14 +72,17 @@ class Mix(Rewrite):
         visible = _visible(found, self.mixer)
         place = _place(found, visible, self.mixer, edit)
         path = edit.module(self.label, lambda: self._module(place, edit))
-        _same_windows(path, place, edit)
+        _check_length(attribute(edit.program.module, path), place, self.mixer, found)
+        if self.mixer.windows:
+            _same_windows(path, place, edit)
         values = [_laid(stage(site, name), found, name, edit) for name in self.mixer.reads]
+        values += [_input(name, found, edit) for name in self.mixer.inputs]
         mask = self._hidden(found, values[0], edit)
         edit.lost |= biases(found, edit.program)
         mixed = edit.call(path, *values, mask) if mask is not None else edit.call(path, *values)
         target = stage(site, self.mixer.stage)
         edit.replace(target.node, _back(mixed, target, found, self.mixer, edit))
-        edit.discard(target.node)
+        edit.discard(target.node, inside=self.loses_parameters)
         edit.whole_sequence = True
 
     def _hidden(self, site: Attention, q: fx.Node, edit: Editor) -> fx.Node | None:
@@ -122,7 +136,9 @@ def _place(site: Attention, causal: bool, mixer: Mixer, edit: Editor) -> Place:
     q, v = stage(site, "q"), stage(site, "v")
     key, value = static_sizes(q)["d"], static_sizes(v)["d"]
     hidden = site.find("hidden")
-    tokens = static_sizes(q).get("n")
+    if mixer.stage == "out" and hidden is not None:
+        _check_width(hidden, stage(site, "out"), site)
+    tokens = edit.pin(q.node, q.axes.index("n")) if mixer.fixed_length else static_sizes(q).get("n")
     return Place(
         dim=static_sizes(hidden).get("c", 0) if hidden is not None else 0,
         heads=site.heads,
@@ -152,6 +168,48 @@ def _same_windows(path: str, place: Place, edit: Editor) -> None:
 
 def _owner(site: Site, edit: Editor) -> nn.Module:
     return edit.program.module.get_submodule(edit.program.relative_name(site.owner))
+
+
+def _check_width(hidden: Value, out: Value, site: Attention) -> None:
+    """A mixer of hidden that yields out keeps the number of channels."""
+    had, wanted = static_sizes(hidden).get("c"), static_sizes(out).get("c")
+    if had is None or had != wanted:
+        raise SiteRefusedError(
+            "the attention changes the number of channels",
+            where=where(site),
+            found=f"{had} channels in, {wanted} out",
+            expected="as many out as in",
+            do="leave this site out",
+        )
+
+
+def _check_length(module: Any, place: Place, mixer: Mixer, site: Attention) -> None:
+    """Parameters for each token exist for one number of tokens."""
+    if mixer.fixed_length and module.place.tokens != place.tokens:
+        raise SiteRefusedError(
+            f"{mixer.tag} has parameters for another number of tokens",
+            where=where(site),
+            found=f"{place.tokens} tokens",
+            expected=f"{module.place.tokens} tokens",
+            do="call the model with sequences of the length that it was transformed with",
+        )
+
+
+def _input(name: str, site: Attention, edit: Editor) -> fx.Node:
+    """An input of the model with features of tokens or of pairs of them."""
+    q = stage(site, "q")
+    node = condition(name, edit.program, q).node
+    sizes, tokens = shape(node), shape(q.node)[q.axes.index("n")]
+    # Comparing symbols makes them one, which is meant: the sizes of two inputs must go together in every call.
+    if len(sizes) != 3 or sizes[1] != tokens or (sizes[2] != tokens and sizes[2] != 2):
+        raise SiteRefusedError(
+            f"the input {name!r} holds no features of these tokens",
+            where=where(site),
+            found=f"its shape is ({', '.join(map(str, sizes))}), for {tokens} tokens",
+            expected="(B, N, N), or (B, N, 2) for coordinates",
+            do="name another input, or leave this site out",
+        )
+    return node
 
 
 def _laid(value: Value, site: Attention, name: str, edit: Editor) -> fx.Node:

@@ -1,4 +1,4 @@
-"""Linear attention in the place of softmax attention: GLA, retention, the delta rule, scalar decay, LINA."""
+"""Linear attention in the place of softmax attention: GLA, retention, the delta rule, scalar decay."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gatecc.ir.select import Selector
 from gatecc.passes.gate import Gate
 from gatecc.passes.mix import Mix
 from gatecc.passes.mixers.decay import LowRank, Retention, Scalar
-from gatecc.passes.mixers.features import FeatureMap, ReluMap, UnitMap
+from gatecc.passes.mixers.features import FeatureMap, UnitMap
 from gatecc.passes.mixers.linear import Linear
 from gatecc.recipes.registry import recipe
 
@@ -118,20 +118,3 @@ def scalar_decay(
     where = chosen(sites, keep)
     mixer = Linear(decay=Scalar("slow" if start == "slow" else "published"), norm="rms", conv=conv)
     return (Mix(where, mixer), *((output_gate(where),) if gate else ()))
-
-
-@recipe(
-    "lina",
-    system=34,
-    citation="LINA, linear attention for image generation with gates on keys and values",
-)
-def lina(sites: str = "attention[...]", keep: str = "") -> tuple[Rewrite, ...]:
-    """Divided linear attention with relu features, and learned constants of shape (tokens, heads) on keys and values.
-
-    k <- k * kappa, v <- v * nu, both 1 at first; q <- relu(q) + 1e-6 and k likewise; y = q (k^T v) / (q · sum k). The
-    constants fix the number of tokens. The convolution over image tokens that the paper adds is not part of it.
-    """
-    where = chosen(sites, keep)
-    constant = GateSpec("param", "none", "token*head", "linear")
-    mixer = Linear(ReluMap(), rope=True, scale=1.0, normalize=True)
-    return Gate(where.k, constant, label="kappa"), Gate(where.v, constant, label="nu"), Mix(where, mixer)

@@ -117,21 +117,23 @@ class Sites:
     def __init__(self, sites: list[Site]) -> None:
         self._sites = sites
         self._moved: dict[fx.Node, fx.Node] = {}
+        self._gone: set[fx.Node] = set()
 
     def now(self) -> list[Site]:
         """The sites as they are now."""
         return [self.of(site) for site in self._sites] if self._moved else self._sites
 
     def of(self, site: Site) -> Site:
-        """One site as it is now."""
-        if not any(value.node in self._moved for value in site.values.values()):
+        """One site as it is now, without the values that an edit did away with."""
+        if not any(value.node in self._moved or value.node in self._gone for value in site.values.values()):
             return site
         values = {name: Value(self._last(value.node), value.axes) for name, value in site.values.items()}
-        return replace(site, values=values)
+        return replace(site, values={name: value for name, value in values.items() if value.node not in self._gone})
 
     def note(self, edit: Editor) -> None:
-        """Remember what an edit replaced for all readers."""
+        """Remember what an edit replaced for all readers, and what it erased."""
         self._moved.update({s.old: s.new for s in edit.steps if isinstance(s, Replace) and not s.some})
+        self._gone |= edit.erased
 
     def _last(self, node: fx.Node) -> fx.Node:
         while node in self._moved:
@@ -144,6 +146,7 @@ def apply(
 ) -> list[Editor]:
     """One rewrite at its sites in a program, verified structurally."""
     before = Before.of(program)
+    replaces = replaced_by(rewrite, program, sites)
     editors: list[Editor] = []
     for site in map(work.of, sites):
         edit = Editor(program, site, rewrite.name, own, taken, sites=work.now())
@@ -158,9 +161,31 @@ def apply(
         editors.append(edit)
         work.note(edit)
     inserted = {node for edit in editors for node in edit.inserted}
-    lost = frozenset(name for edit in editors for name in edit.lost)
-    verify(program, before, Suspect(str(rewrite), sites, inserted, rewrite.loses_buffers, lost))
+    lost = {name for edit in editors for name in edit.lost}
+    verify(program, before, Suspect(str(rewrite), sites, inserted, rewrite.loses_buffers, replaces | lost, own))
     return editors
+
+
+def replaced_by(rewrite: Rewrite, program: Program, sites: list[Site]) -> set[str]:
+    """What a rewrite may leave unread: learned biases of scores; owners of sites, and weights that lie elsewhere."""
+    masks = [site.mask_node for site in sites if isinstance(site, Attention) and site.mask_node is not None]
+    tables = {str(n.target) for n in upstream(masks) if n.op == "get_attr"} if rewrite.loses_buffers else set[str]()
+    if not rewrite.loses_parameters:
+        return tables
+    weights = [w for site in sites for w in site.weights.values()]
+    names = {site.owner for site in sites} | {n for w in weights for n in (w.fqn, w.bias) if n}
+    return tables | {program.relative_name(name) for name in names}
+
+
+def upstream(nodes: list[fx.Node]) -> set[fx.Node]:
+    """The nodes with all that they are computed from."""
+    found, todo = set[fx.Node](), list(nodes)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo.extend(node.all_input_nodes)
+    return found
 
 
 def install_weights(module: nn.Module, steps: list[WeightStep]) -> dict[str, int]:

@@ -84,7 +84,7 @@ def heal(
     stages = [s for s in (transfer, tune) if s is not None]
     if not stages:
         raise ArgumentError("no stage to run", expected="transfer=Transfer(...), tune=Tune(...), or both")
-    if teacher is None and (transfer is not None or (tune is not None and tune.distill)):
+    if teacher is None and (transfer is not None or (tune is not None and (tune.distill or tune.hidden))):
         raise ArgumentError("this needs a teacher", found="teacher=None", do="pass the model before the rewrite")
     if teacher is student:
         raise ArgumentError("the teacher is the student", do="transform makes a copy unless inplace=True")

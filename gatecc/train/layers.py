@@ -74,17 +74,50 @@ def recorded(teacher: nn.Module, names: Sequence[str]) -> Generator[dict[str, Se
             handle.remove()
 
 
+@contextmanager
+def yields(model: nn.Module, names: Sequence[str]) -> Generator[dict[str, list[Tensor]]]:
+    """Fill in what the layers of a model yield while it runs inside the block: copies, through which gradients flow."""
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def hook(name: str) -> Any:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            found[name].append(first_tensor(output, name).clone())
+
+        return keep
+
+    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def match_loss(student: dict[str, list[Tensor]], teacher: dict[str, list[Tensor]]) -> Tensor:
+    """The mean over layers of the squared difference of what they yield, relative to the teacher's mean square."""
+    losses = [
+        relative(got, want.to(got.device), name)
+        for name in student
+        for got, want in zip(student[name], teacher[name], strict=True)
+    ]
+    return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+
+
+def relative(got: Tensor, want: Tensor, name: str) -> Tensor:
+    """The mean squared difference over the mean square of what is wanted. Raises ArgumentError if shapes differ."""
+    if got.shape != want.shape:
+        raise ArgumentError(
+            "the layers' outputs differ in shape", where=name, found=f"{tuple(got.shape)} and {tuple(want.shape)}"
+        )
+    want = want.float()
+    return (got.float() - want).square().mean() / want.square().mean().clamp_min(1e-12)
+
+
 def transfer_loss(layer: nn.Module, seen: Seen, name: str) -> Tensor:
     """The mean squared difference of a layer's output from the teacher's, over the teacher's mean square."""
     total = torch.zeros(())
     for args, kwargs, want in seen.calls:
-        got = first_tensor(layer(*args, **kwargs), name)
-        if got.shape != want.shape:
-            raise ArgumentError(
-                "the layers' outputs differ in shape", where=name, found=f"{tuple(got.shape)} and {tuple(want.shape)}"
-            )
-        want = want.float()
-        error = (got.float() - want).square().mean() / want.square().mean().clamp_min(1e-12)
+        error = relative(first_tensor(layer(*args, **kwargs), name), want, name)
         total = total.to(error.device) + error / len(seen.calls)
     return total
 

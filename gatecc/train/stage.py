@@ -118,8 +118,11 @@ class Tune(Stage):
 
     The loss is ``task`` times the task's loss (next token cross entropy, or ``loss(output, batch)``) plus ``distill``
     times the distance from the teacher's logits: KL with ``temperature``, or ``distance(student, teacher)``, for
-    example ``functools.partial(topk_kld, k=32)``. ``lora``: the matrices that it selects train through low-rank
-    adapters, and in full only what ``train`` chooses, by default the new parameters. At the end they are merged.
+    example ``functools.partial(topk_kld, k=32)``, plus ``hidden`` times the distance of what layers yield from what the
+    teacher's yield, as in Transfer, but each model in its own stream (MOHAWK, 2024). ``layers``: names or globs of
+    modules that both models have; None: every scope of the student. ``lora``: the matrices that it selects train
+    through low-rank adapters, and in full only what ``train`` chooses, by default the new parameters. At the end they
+    are merged.
     """
 
     task: float = 1.0
@@ -127,13 +130,18 @@ class Tune(Stage):
     distill: float = 0.0
     temperature: float = 1.0
     distance: Distillation | None = None
+    hidden: float = 0.0
+    layers: tuple[str, ...] | None = None
     lora: Lora | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.task < 0 or self.distill < 0 or self.task + self.distill == 0 or self.temperature <= 0:
+        weights = (self.task, self.distill, self.hidden)
+        if min(weights) < 0 or not any(weights) or self.temperature <= 0:
             raise ArgumentError(
-                "nothing to learn from", found=f"task={self.task}, distill={self.distill}", expected="one of them > 0"
+                "nothing to learn from",
+                found=f"task={self.task}, distill={self.distill}, hidden={self.hidden}",
+                expected="one of them > 0, none < 0",
             )
         if self.lora is not None and self.train == "all":
             object.__setattr__(self, "train", "new")

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from gatecc.errors import ArgumentError, TrainingError
 from gatecc.train.batches import Batch, call_of, device_of, labels_of, padding_of
-from gatecc.train.layers import recorded, transfer_loss
+from gatecc.train.layers import layers_of, match_loss, recorded, transfer_loss, yields
 from gatecc.train.lora import Adapters
 from gatecc.train.losses import next_token_loss
 from gatecc.train.stage import Transfer, Tune
@@ -83,11 +83,14 @@ class TransferWork(Work):
 
 
 class TuneWork(Work):
-    """The task's loss and the distance from the teacher's logits."""
+    """The task's loss, the distance from the teacher's logits, and that of layers from the teacher's layers."""
 
     def __init__(self, stage: Tune, student: nn.Module, teacher: nn.Module | None, new: frozenset[str]) -> None:
         self.stage, self.student = stage, student
-        self.teacher = teacher if stage.distill else None
+        self.teacher = teacher if stage.distill or stage.hidden else None
+        self.layers: list[str] = []
+        if stage.hidden and teacher is not None:
+            self.layers = layers_of(student, teacher, stage.layers)
         spec, self.adapters = stage.lora, None
         if spec is not None and spec.package == "gatecc":
             self.adapters = Adapters(student, spec)
@@ -108,25 +111,29 @@ class TuneWork(Work):
         device = device_of(self.student)
         args, kwargs = call_of(batch, device)
         kwargs = without_cache(self.student, kwargs)
-        if self.adapters is None:
-            output = self.student(*args, **kwargs)
-        else:
-            output = functional_call(self.student, self.adapters.weights(self.student), args, kwargs)
-        loss = self._loss(output, batch, device)
+        with yields(self.student, self.layers) as made:
+            if self.adapters is None:
+                output = self.student(*args, **kwargs)
+            else:
+                output = functional_call(self.student, self.adapters.weights(self.student), args, kwargs)
+        loss = self._loss(output, made, batch, device)
         cast("Any", loss * weight).backward()
         return float(loss.detach())
 
-    def _loss(self, output: Any, batch: Batch, device: torch.device) -> Tensor:
+    def _loss(self, output: Any, made: dict[str, list[Tensor]], batch: Batch, device: torch.device) -> Tensor:
         loss = torch.zeros((), device=device)
         if self.stage.task:
             loss = loss + self.stage.task * self._task(output, batch, device)
         if self.teacher is not None:
             args, kwargs = call_of(batch, device_of(self.teacher))
-            with torch.no_grad():
-                theirs = logits_of(self.teacher(*args, **without_cache(self.teacher, kwargs)))
-            keep = padding_of(batch, device)
-            distance = self.stage.distance_of(logits_of(output), theirs.to(device), keep)
-            loss = loss + self.stage.distill * distance
+            with torch.no_grad(), yields(self.teacher, self.layers) as wanted:
+                theirs = self.teacher(*args, **without_cache(self.teacher, kwargs))
+            if self.stage.distill:
+                keep = padding_of(batch, device)
+                distance = self.stage.distance_of(logits_of(output), logits_of(theirs).to(device), keep)
+                loss = loss + self.stage.distill * distance
+            if self.layers:
+                loss = loss + self.stage.hidden * match_loss(made, wanted).to(device)
         return loss
 
     def _task(self, output: Any, batch: Batch, device: torch.device) -> Tensor:

@@ -1,12 +1,9 @@
 """Identity gates on the architectures of the zoo: sites, equality, gradients, sizes, masks, modes.
 
-By default one architecture in three runs, in every family; GATECC_ZOO=all runs all variants.
+By default one architecture in four runs, in every family; GATECC_ZOO=all runs all variants.
 """
 
 from __future__ import annotations
-
-import os
-from collections.abc import Iterator
 
 import pytest
 
@@ -16,25 +13,10 @@ from gatecc.ir.gate import GateSpec
 from gatecc.ir.site import Attention
 from gatecc.passes.gate import Gate
 from tests.acceptance import gates
-from tests.zoo.models import FAST, variants
+from tests.zoo import sample
 from tests.zoo.spec import Spec
 
-
-def _chosen() -> Iterator[tuple[str, Spec]]:
-    """FAST, and every third architecture, in the implementation that its place in the list picks."""
-    if os.getenv("GATECC_ZOO") == "all":
-        yield from variants()
-        return
-    architectures: dict[tuple[str, str], list[tuple[str, Spec]]] = {}
-    for name, spec in variants():
-        architectures.setdefault((spec.family, spec.name), []).append((name, spec))
-    for i, entries in enumerate(architectures.values()):
-        if i % 3 == 0:
-            yield entries[i // 3 % len(entries)]
-        yield from (entry for entry in entries if entry[0] in FAST and i % 3)
-
-
-CHOSEN = list(_chosen())
+CHOSEN = sample(4)
 
 
 def test_enough_architectures() -> None:

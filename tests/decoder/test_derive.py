@@ -81,12 +81,6 @@ def test_gates_act_in_every_step() -> None:
     assert difference(expected, stepped(made, ids)) <= 1e-5
 
 
-def test_a_model_with_an_encoder_is_refused() -> None:
-    case = SPECS["torch/decoder"].build()
-    with pytest.raises(DecoderError, match="models with an encoder"):
-        gatecc.decoder(case.model, case.inputs)
-
-
 def test_no_tokens() -> None:
     model = Mixed(nn.Linear(D, D)).eval()
     with pytest.raises(ExampleInputsError, match="no tokens"):

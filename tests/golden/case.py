@@ -9,7 +9,7 @@ from __future__ import annotations
 import textwrap
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import torch
 
@@ -108,6 +108,7 @@ def rewrite_from_text(line: str) -> Rewrite:
 def _option(hint: Any, value: Any) -> Any:
     if hint is Selector:
         return Selector.parse(value)
+    hint = next((h for h in get_args(hint) if hasattr(h, "coerce")), hint)  # GateSpec of GateSpec | None
     return hint.coerce(value) if hasattr(hint, "coerce") else value
 
 

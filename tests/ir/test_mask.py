@@ -155,6 +155,19 @@ def test_padding() -> None:
     assert str(proved(Masked(numbers), tokens.float())) == "bidirectional+padding"
 
 
+class Cross(nn.Module):
+    """Queries of one sequence, keys of another, some of which are padding."""
+
+    def forward(self, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, memory, memory, attn_mask=mask.bool()[:, None, None])
+
+
+def test_padding_of_another_sequence() -> None:
+    """Integers might be numbers of packed texts too: that is tried, though queries here have no such number."""
+    mask = proved(Cross(), torch.randn(B, H, N + 2, E), torch.ones(B, N + 2, dtype=torch.int64))
+    assert (mask.kind, mask.padding) == ("bidirectional", True)
+
+
 def test_padding_that_spares_empty_rows() -> None:
     """transformers makes rows visible that would see nothing."""
 

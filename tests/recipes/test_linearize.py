@@ -1,4 +1,4 @@
-"""[19] GLA and its relatives, [34] LINA: against the recurrence written in Python, token by token."""
+"""[19] GLA and its relatives, against the recurrence written in Python, token by token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 import gatecc
 from gatecc.errors import CallNotCapturedError, SiteRefusedError
 from tests.recipes.checks import case, causal, gradients, new_parameters, randomise, reverted
-from tests.recipes.tiny import HEAD, HEADS, KV_HEADS, reference, tiny
+from tests.recipes.tiny import HEAD, HEADS, reference, tiny
 
 X = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(9))
 
@@ -147,37 +147,6 @@ def test_both_directions_under_a_bidirectional_mask() -> None:
             a.data, b.data = b.data, a.data
         assert torch.allclose(model(X.flip(1)).flip(1), straight, atol=1e-5)
         assert not torch.allclose(model(X), straight, atol=1e-3)
-
-
-def test_lina_divides_and_knows_its_places() -> None:
-    plain = tiny(layers=1)
-    model: Any = gatecc.transform(plain, gatecc.recipe("lina"), (X,))
-    new = new_parameters(model, plain)
-    assert all(bool((p == 1).all()) for p in new.values())
-    turned = torch.cat([X[:, 3:], X[:, :3]], 1)
-    with torch.no_grad():
-        assert torch.allclose(torch.cat([model(X)[:, 3:], model(X)[:, :3]], 1), model(turned), atol=1e-5)
-    randomise(new.values(), 0.5)
-
-    def at(place: str, layer: int, value: Tensor, **seen: Tensor) -> Tensor:
-        if place not in ("k", "v", "heads"):
-            return value
-        attn: Any = model.get_submodule(f"blocks.{layer}.attn")
-        if place in ("k", "v"):
-            gate = attn.kappa if place == "k" else attn.nu
-            return value * gate.weight.mT.unsqueeze(-1)
-        x = seen["x"]
-        q, k = _heads(x, attn.q_proj), _heads(x, attn.k_proj)
-        k = k * attn.kappa.weight.mT.repeat_interleave(HEADS // KV_HEADS, 0).unsqueeze(-1)
-        q, k = F.relu(q) + 1e-6, F.relu(k) + 1e-6
-        weights = q @ k.mT
-        return weights @ seen["v"] / weights.sum(-1, keepdim=True)
-
-    assert gap(model, reference(plain, at), X) <= 1e-5
-    with torch.no_grad():
-        assert not torch.allclose(torch.cat([model(X)[:, 3:], model(X)[:, :3]], 1), model(turned), atol=1e-3)
-    with pytest.raises(SiteRefusedError, match="number of tokens"):
-        model(X[:, :5])
 
 
 def test_kept_layers_stay_softmax() -> None:

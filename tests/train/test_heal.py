@@ -86,6 +86,23 @@ def test_distillation_brings_the_student_to_the_teacher(stage: Tune) -> None:
     assert result.values[-1][1] == pytest.approx(distance(student, teacher))
 
 
+def test_hidden_states_are_matched_in_the_students_own_stream() -> None:
+    """The loss is the hand-written one, of both models on the same batch; no logits are needed to learn from it."""
+    student, teacher = pair()
+    stage = Tune(steps=30, lr=1e-2, task=0, hidden=2.0, layers=("layers.?",))
+    with torch.no_grad():
+        streams = [model.get_submodule("embed")(batches()[0]) for model in (student, teacher)]
+        errors: list[Tensor] = []
+        for i in range(2):
+            streams = [m.get_submodule(f"layers.{i}")(x) for m, x in zip((student, teacher), streams, strict=True)]
+            errors.append((streams[0] - streams[1]).square().mean() / streams[1].square().mean())
+    before = distance(student, teacher)
+    losses = [p.loss for p in heal(student, teacher, batches(), tune=stage).curve if p.stage == "tune"]
+    assert losses[0] == pytest.approx(2 * float(torch.stack(errors).mean()), rel=1e-5)
+    assert losses[-1] < 0.6 * losses[0]
+    assert distance(student, teacher) < before
+
+
 def test_a_student_learns_its_task_without_a_teacher() -> None:
     """Tokens that count up: the next one is known."""
     student, _ = pair()

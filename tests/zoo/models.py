@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 from tests.zoo import decoys, handwritten, huggingface, plain, structures, vision
@@ -40,3 +41,16 @@ def variants(*families: str, fast: bool = False) -> Iterator[tuple[str, Spec]]:
     for name, spec in SPECS.items():
         if (not families or spec.family in families) and (not fast or name in FAST):
             yield name, spec
+
+
+def sample(every: int) -> list[tuple[str, Spec]]:
+    """FAST, and one architecture in so many, in the implementation that its place picks; all with GATECC_ZOO=all."""
+    if os.getenv("GATECC_ZOO") == "all":
+        return list(variants())
+    architectures: dict[tuple[str, str], list[str]] = {}
+    for name, spec in SPECS.items():
+        architectures.setdefault((spec.family, spec.name), []).append(name)
+    picked = {names[i // every % len(names)] for i, names in enumerate(architectures.values()) if i % every == 0}.union(
+        FAST
+    )
+    return [(name, spec) for name, spec in SPECS.items() if name in picked]

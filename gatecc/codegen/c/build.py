@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import logging
 import os
 import platform
 import shutil
@@ -17,9 +16,9 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
+from gatecc.codegen.notice import LOG, say_once
 from gatecc.ir.files import write_atomic
 
-LOG = logging.getLogger("gatecc")
 COMMON = ("-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 # The best first; a compiler that does not know a flag gets the next.
 FLAGS = (("-march=native", "-fopenmp"), ("-march=native", "-pthread"), ("-mcpu=native", "-pthread"), ("-pthread",))
@@ -108,9 +107,3 @@ def _cpu() -> str:
 @lru_cache
 def _private() -> Path:
     return Path(tempfile.mkdtemp(prefix="gatecc-kernels-"))
-
-
-@lru_cache
-def say_once(what: str) -> None:
-    """Log a warning, the first time."""
-    LOG.warning(what)

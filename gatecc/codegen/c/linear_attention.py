@@ -67,6 +67,8 @@ def library(spec: Spec) -> ctypes.CDLL | None:
 class CpuKernels:
     """Serves float32, bfloat16 and float16 on the CPU."""
 
+    activates = False
+
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor] | None:
         """See gatecc.ops.linear_attention.kernels.Kernels."""
         c = _library(problem, "forward")

@@ -76,6 +76,8 @@ def effect(base: torch.Tensor, probe: Probe, shown: torch.Tensor) -> str:
         return "none"
     if probe.segments is not None:
         together = probe.segments[:, None] == probe.segments
+        if base.shape[-2] not in (1, len(together)):
+            return "other"  # cross-attention: queries have no place in the segments of the keys
         return "packed" if _matches(shown, base & together) else "other"
     assert probe.changed is not None
     keep = _per_key(~probe.changed, shown)

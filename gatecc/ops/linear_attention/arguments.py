@@ -33,6 +33,7 @@ class Arguments(NamedTuple):
     normalize: bool
     cu_seqlens: Tensor | None
     mask: Tensor | None
+    gate_normalizer: float | None
 
     @property
     def rule(self) -> Rule:
@@ -71,6 +72,7 @@ def arguments(
     normalize: bool = False,
     cu_seqlens: Tensor | None = None,
     mask: Tensor | None = None,
+    gate_normalizer: float | None = None,
 ) -> Arguments:
     """Check the arguments of a call. Raises ArgumentError for shapes, dtypes or options that do not fit."""
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -83,7 +85,8 @@ def arguments(
     if beta is not None and beta.dim() == 3:
         beta = beta.unsqueeze(-1)
     factor = q.size(3) ** -0.5 if scale is None else scale
-    found = Arguments(q, k, v, log_decay, beta, initial_state, factor, reverse, normalize, cu_seqlens, mask)
+    options = (factor, reverse, normalize, cu_seqlens, mask, gate_normalizer)
+    found = Arguments(q, k, v, log_decay, beta, initial_state, *options)
     _check_operands(found)
     _check_options(found)
     return found
@@ -115,6 +118,9 @@ def _check_operands(a: Arguments) -> None:
 def _check_options(a: Arguments) -> None:
     if a.normalize and a.beta is not None:
         raise _misfit("a delta rule has no normaliser", "beta and normalize=True", "one of the two")
+    if a.gate_normalizer is not None and (a.log_decay is None or a.gate_normalizer <= 0):
+        found = f"gate_normalizer={a.gate_normalizer}" + (" without logits" if a.log_decay is None else "")
+        raise _misfit("gate_normalizer divides logsigmoid(log_decay)", found, "log_decay, and a normaliser above 0")
     if a.mask is not None:
         _check_shape("mask", a.mask, (a.q.size(0), a.q.size(2)))
         if a.mask.dtype != torch.bool:

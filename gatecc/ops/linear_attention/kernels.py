@@ -19,6 +19,8 @@ from gatecc.ops.linear_attention.reference import recurrence
 class Kernels(Protocol):
     """What a device does itself."""
 
+    activates: bool  # whether it takes logits in the place of log decays (Problem.normalizer)
+
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor] | None:
         """o: (B, H, N, E), in any dtype, and the final state, (S, H, Dk, E), a tensor of its own."""
         ...
@@ -55,7 +57,7 @@ def register(device: str, kernels: Kernels) -> None:
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """o and the final state, by the device's kernel or in ATen."""
     kernels = KERNELS.get(problem.q.device.type)
-    found = kernels.forward(problem) if kernels else None
+    found = kernels.forward(problem if kernels.activates else problem.activated()) if kernels else None
     if found is not None:
         return found
     o, state = problem.run(_form(problem))
@@ -65,8 +67,11 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
 def backward(problem: Problem, grad_o: Tensor, grad_state: Tensor) -> Gradients:
     """Gradients of the problem's tensors, by the device's kernel or in ATen."""
     kernels = KERNELS.get(problem.q.device.type)
-    found = kernels.backward(problem, grad_o, grad_state.contiguous()) if kernels else None
-    return problem.differentiate(_form(problem), grad_o, grad_state) if found is None else found
+    given = problem if kernels is None or kernels.activates else problem.activated()
+    found = kernels.backward(given, grad_o, grad_state.contiguous()) if kernels else None
+    if found is None:
+        return problem.differentiate(_form(problem), grad_o, grad_state)
+    return found if given is problem else problem.through_activation(found)
 
 
 def _form(problem: Problem) -> Body:

@@ -13,7 +13,8 @@ from gatecc.ops.linear_attention.problem import finish, finish_backward, prepare
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? log_decay=None, Tensor? beta=None, Tensor? initial_state=None, "
-    "Tensor? cu_seqlens=None, Tensor? mask=None, *, float? scale=None, bool reverse=False, bool normalize=False"
+    "Tensor? cu_seqlens=None, Tensor? mask=None, *, float? scale=None, bool reverse=False, bool normalize=False, "
+    "float? gate_normalizer=None"
 )
 LIBRARY = torch.library.Library("gatecc", "FRAGMENT")
 LIBRARY.define(f"linear_attention({_INPUTS}) -> (Tensor o, Tensor final_state)")
@@ -112,6 +113,7 @@ def linear_attention(
     normalize: bool = False,
     cu_seqlens: Tensor | None = None,
     mask: Tensor | None = None,
+    gate_normalizer: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention by a recurrence with a state of constant size: o: (B, H, N, Dv) and the final state, (B, H, Dk, Dv).
 
@@ -128,6 +130,8 @@ def linear_attention(
             the states have Dv + 1 columns and the last one is z. Where q · z is 0, o is 0. Not with beta.
         cu_seqlens: (S + 1,) where packed sequences begin, ascending from 0 to N; B = 1, states (S, H, Dk, Dv).
         mask: (B, N), False at padding: such a token writes nothing, decays nothing, and its output is zero.
+        gate_normalizer: log_decay holds logits x instead, and the log decay is logsigmoid(x) / gate_normalizer (GLA has
+            16); so is its gradient that of x. A GPU kernel activates them where it reads them.
 
     The rule follows from what is given: linear (Katharopoulos et al. 2020), gated with log_decay (Yang et al. 2024,
     GLA), delta with beta (Schlag et al. 2021), gated delta with both (Yang et al. 2025):
@@ -138,9 +142,8 @@ def linear_attention(
     States are float32 (float64 for float64 inputs). Differentiable in the first six arguments, once. Raises
     ArgumentError for shapes, dtypes or options that do not fit.
     """
-    return torch.ops.gatecc.linear_attention(
-        q, k, v, log_decay, beta, initial_state, cu_seqlens, mask, scale=scale, reverse=reverse, normalize=normalize
-    )
+    options = {"scale": scale, "reverse": reverse, "normalize": normalize, "gate_normalizer": gate_normalizer}
+    return torch.ops.gatecc.linear_attention(q, k, v, log_decay, beta, initial_state, cu_seqlens, mask, **options)
 
 
 def bidirectional(*operands: Tensor | None, mean: bool = True, **options: Any) -> Tensor:

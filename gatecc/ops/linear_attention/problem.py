@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gatecc.ops.linear_attention.arguments import Arguments, boundaries
@@ -26,6 +27,7 @@ class Problem(NamedTuple):
     Any strides, zero included; Hk, Hv, Hg and Hb divide H: head h reads head h // (H / Hk) of k. state: (S, H, Dk, E)
     in float32 (float64), contiguous, never written to; None is zero. ``segments`` are the sequences as (row of the
     batch, first token, length); q is to be multiplied by ``scale``; with ``reverse`` sequences run from their ends.
+    With a ``normalizer`` log_decay holds logits: the log decay is logsigmoid(x) / normalizer.
     """
 
     q: Tensor
@@ -37,6 +39,7 @@ class Problem(NamedTuple):
     scale: float
     reverse: bool
     segments: tuple[tuple[int, int, int], ...]
+    normalizer: float | None = None
 
     @property
     def packed(self) -> bool:
@@ -58,8 +61,25 @@ class Problem(NamedTuple):
         """The same with zero written out."""
         return self if self.state is not None else self._replace(state=self.new_state().zero_())
 
+    def activated(self) -> Problem:
+        """The same with log decays, whether or not it came with logits."""
+        if self.normalizer is None or self.log_decay is None:
+            return self
+        logits = self.log_decay.to(self.state_dtype)
+        return self._replace(log_decay=F.logsigmoid(logits) / self.normalizer, normalizer=None)
+
+    def through_activation(self, grads: Gradients) -> Gradients:
+        """Gradients of this problem from those of the activated one."""
+        q, k, v, decay, beta, state = grads
+        if self.normalizer is None or self.log_decay is None or decay is None:
+            return grads
+        slope = torch.sigmoid(-self.log_decay.to(decay.dtype)) / self.normalizer
+        return q, k, v, decay * slope, beta, state
+
     def run(self, body: Body) -> tuple[Tensor, Tensor]:
         """o: (B, H, N, E) in the dtype of the state, and the final state, by an ATen form. Differentiable."""
+        if self.normalizer is not None:
+            return self.activated().run(body)
         start = self.with_state().state
         assert start is not None
         dtype, heads = start.dtype, self.q.size(1)
@@ -105,7 +125,8 @@ def prepare(a: Arguments) -> Problem:
     if decay is not None and decay.shape[::2] != (B, N):
         decay = decay.expand(B, -1, N, -1)
     if decay is not None and a.mask is not None:
-        decay = decay.masked_fill(_padding(a.mask), 0)
+        # A padding token keeps everything: a log decay of 0, a logit of infinity.
+        decay = decay.masked_fill(_padding(a.mask), 0 if a.gate_normalizer is None else torch.inf)
     segments = (
         tuple((row, 0, N) for row in range(B))
         if a.cu_seqlens is None
@@ -113,7 +134,7 @@ def prepare(a: Arguments) -> Problem:
     )
     state = None if a.initial_state is None else a.initial_state.to(a.state_dtype).contiguous()
     beta = a.beta if a.beta is None or a.mask is None else a.beta.masked_fill(_padding(a.mask), 0)
-    return Problem(a.q, k, v, decay, beta, state, a.scale, a.reverse, segments)
+    return Problem(a.q, k, v, decay, beta, state, a.scale, a.reverse, segments, a.gate_normalizer)
 
 
 def finish(a: Arguments, o: Tensor) -> Tensor:

@@ -52,8 +52,11 @@ class Mixer(Option, slot="mixer"):
     """Base of mixers. ``reads`` names the stages of the site that its module takes, in this order.
 
     The module maps q, k, v as (B, H, N, D), the latter two with their own number of heads, and hidden as (B, N, C), to
-    heads (B, H, N, D) or out (B, N, C), as ``stage`` says. Where there is padding, a further argument follows: (B, N),
-    False at padding; for a mixer of ``windows`` (B, 1 or H, N, N), False where a key is hidden.
+    heads (B, H, N, D) or out (B, N, C), as ``stage`` says. The inputs of the model that ``inputs`` names follow as they
+    are. Where there is padding, a last argument does: (B, N), False at padding; for a mixer of ``windows``
+    (B, 1 or H, N, N), False where a key is hidden.
+
+    A mixer that yields out takes the place of the projections too: what they hold is read no more.
     """
 
     site: ClassVar[str] = "attention"  # the kind of site that it takes the place of
@@ -72,6 +75,11 @@ class Mixer(Option, slot="mixer"):
     def reads(self) -> tuple[str, ...]:
         """The stages of the site that the module takes."""
         return ("q", "k", "v")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Inputs of the model that the module takes, by the names of its parameters: features of pairs of tokens."""
+        return ()
 
     def named(self, values: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
         """The arguments of the module by their stage, and the padding mask if there is one."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatecc.errors import ArgumentError
@@ -180,6 +181,19 @@ def test_compile_without_a_graph_break() -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_logits_in_the_place_of_log_decays(dtype: torch.dtype) -> None:
+    given = {name: x.to(dtype) for name, x in operands("gated_delta", B=2, N=7, log_decay=1).items()}
+    logits = given.pop("log_decay").normal_().mul_(4).requires_grad_()
+    mask = torch.arange(7)[None] >= torch.tensor([[0], [3]])
+    fused = linear_attention(**given, log_decay=logits, mask=mask, gate_normalizer=8.0)
+    apart = linear_attention(**given, log_decay=F.logsigmoid(logits) / 8, mask=mask)
+    for found, expected in zip(fused, apart, strict=True):
+        torch.testing.assert_close(found, expected)
+    grads = [torch.autograd.grad(o.square().sum() + state.sum(), logits)[0] for o, state in (fused, apart)]
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_keeps_its_state_in_float32(dtype: torch.dtype) -> None:
     given = operands("gated_delta", N=20)
@@ -202,6 +216,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "state": ({"initial_state": torch.zeros(1, 2, 16, 15)}, "initial_state does not fit"),
     "mask": ({"mask": torch.ones(1, 9)}, "torch.bool"),
     "packed": ({"cu_seqlens": torch.tensor([0, 4])}, "does not divide the tokens"),
+    "no logits": ({"gate_normalizer": 16.0}, "gate_normalizer divides"),
+    "sign": ({"log_decay": torch.zeros(1, 2, 9, 1), "gate_normalizer": -1.0}, "gate_normalizer divides"),
     "axes": ({"q": torch.zeros(2, 9, 16)}, "four axes"),
 }
 
