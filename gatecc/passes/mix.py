@@ -73,6 +73,8 @@ class Mix(Rewrite):
         place = _place(found, visible, self.mixer, edit)
         path = edit.module(self.label, lambda: self._module(place, edit))
         _check_length(attribute(edit.program.module, path), place, self.mixer, found)
+        if self.mixer.windows:
+            _same_windows(path, place, edit)
         values = [_laid(stage(site, name), found, name, edit) for name in self.mixer.reads]
         values += [_input(name, found, edit) for name in self.mixer.inputs]
         mask = self._hidden(found, values[0], edit)
@@ -150,6 +152,19 @@ def _place(site: Attention, causal: bool, mixer: Mixer, edit: Editor) -> Place:
         tokens=tokens,
         grid=grid(_owner(site, edit), tokens, site) if mixer.windows else (1, 1),
     )
+
+
+def _same_windows(path: str, place: Place, edit: Editor) -> None:
+    """A mixer of windows is made for one size of them. Raises SiteRefusedError for another."""
+    made = attribute(edit.program.module, path).place
+    if made.grid != place.grid:
+        raise SiteRefusedError(
+            "the mixer was made for windows of another size",
+            where=where(edit.site),
+            found=f"{place.grid[0]} x {place.grid[1]} places",
+            expected=f"{made.grid[0]} x {made.grid[1]}",
+            do="call the model with images of the size that it was transformed with",
+        )
 
 
 def _owner(site: Site, edit: Editor) -> nn.Module:

@@ -179,16 +179,16 @@ def grid(module: nn.Module, tokens: int | None, site: Attention) -> tuple[int, i
 
     Raises SiteRefusedError.
     """
-    sizes = [vars(m).get("window_size") for m in module.modules()]
-    said = [_pair(s) for s in sizes if s is not None]
+    sizes = [vars(m).get("window_size") for m in (module, *module.children())]
+    said = next((s for s in sizes if s is not None), None)
     side = round((tokens or 0) ** 0.5)
-    found = said[0] if said else (side, side)
+    found = (side, side) if said is None else _pair(said)
     if tokens and found is not None and found[0] * found[1] == tokens:
         return found
     raise SiteRefusedError(
         "the tokens of this attention are no grid of places",
         where=place(site),
-        found=f"{tokens or 'a varying number of'} tokens" + (f", window_size {sizes[0]}" if said else ""),
+        found=f"{tokens or 'a varying number of'} tokens" + (f", window_size {said}" if said is not None else ""),
         expected="a fixed number: height times width of a window, or a square",
         do="leave this site out, or assert in the model which size it is made for",
     )

@@ -187,6 +187,33 @@ def test_a_declared_change_passes() -> None:
     assert not torch.equal(changed(x), model(x))
 
 
+@dataclass(frozen=True)
+class Replacing(Rewrite):
+    """Puts zeros in the place of a value, whose weights go: as many of them as it declares."""
+
+    name = "replacing"
+
+    declared: int = 0
+
+    def contract(self) -> Contract:
+        from gatecc.ir.contract import changes_function
+
+        return changes_function()
+
+    def rewrite(self, site: Site, edit: Editor) -> None:
+        FAULTS["lost_parameter"](site, edit)
+        edit.lost |= set(["up.weight", "up.bias", "down.weight", "down.bias"][: self.declared])
+
+
+def test_parameters_may_go_if_each_is_declared() -> None:
+    model, x = Model().eval(), torch.randn(2, 3, 8)
+    changed = gatecc.transform(model, [Replacing(MLP["first"].out, 4)], (x,))
+    assert torch.equal(changed(x), model.second(x))
+    assert changed.state_dict().keys() == model.state_dict().keys()
+    with pytest.raises(GraphError, match=r"down\.bias no longer takes part"):
+        gatecc.transform(model, [Replacing(MLP["first"].out, 3)], (x,))
+
+
 def test_errors_are_gatecc_errors_and_survive_pickling() -> None:
     import pickle
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import gatecc
 from gatecc.errors import SiteRefusedError
+from gatecc.passes.windows import grid
+from tests.ir.match.found import find
 from tests.recipes.checks import gradients, new_parameters, randomise, reverted
 
 HEADS, HEAD, SIDE = 2, 4, 2
@@ -181,6 +183,29 @@ def test_a_neighbourhood_cannot_be_split() -> None:
     with torch.no_grad():
         moved = ((model(changed) - model(X)).abs().amax((0, -1)) > 1e-7).nonzero().tolist()
     assert moved == [[0, 0], [0, 3], [3, 0]]
+
+
+def test_the_grid_of_a_window() -> None:
+    (site,) = find(windows(), X).sites("attention")
+    owner: Any = nn.Module()
+    assert grid(owner, 9, site) == (3, 3)
+    owner.window_size = 4
+    assert grid(owner, 16, site) == (4, 4)
+    owner.window_size = [2, 8]
+    assert grid(owner, 16, site) == (2, 8)
+    for tokens in (15, None):
+        with pytest.raises(SiteRefusedError, match="no grid of places"):
+            grid(owner, tokens, site)
+
+
+def test_a_learned_bias_goes_with_the_softmax_for_other_mixers_too() -> None:
+    plain = windows(masked="none")
+    recipe = gatecc.recipe("gla", gate=False)
+    with pytest.raises(SiteRefusedError, match="differs between"):
+        gatecc.transform(windows(), recipe, (X,), scope="model")
+    model = gatecc.transform(plain, recipe, (X,), scope="model")
+    model(X).sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == ["table"]
 
 
 def test_what_it_does_not_fit_is_refused() -> None:

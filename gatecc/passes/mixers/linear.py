@@ -111,7 +111,8 @@ class LinearMixer(MixerModule):
         for i, conv in enumerate(self.convs):
             q, k, v = (conv(x) if j == i else x for j, x in enumerate((q, k, v)))
         q, k = self.feature_q(q), self.feature_k(k)
-        return q, k.to(q.dtype), v.to(q.dtype)
+        v = v.to(q.dtype)
+        return q, k.to(q.dtype), v
 
     def _mixed(self, q: Tensor, k: Tensor, v: Tensor, at: dict[str, Tensor], mask: Tensor | None) -> Tensor:
         scale = self.spec.scale or q.size(-1) ** -0.5
