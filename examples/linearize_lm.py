@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 import gatecc
 from gatecc.train import Healed, Tune, heal, tasks
 
-LENGTH, BATCH = 512, 2  # many small steps: the number of updates decides, not the number of tokens in each
+LENGTH = 512
 BUDGET = 750_000
 LENGTHS = (64, 256, 1024, 4000)
 PROMPT = "def read_file(path, encoding=None):\n    "
@@ -42,7 +42,10 @@ console = Console(highlight=False)
 
 @dataclass(frozen=True)
 class Conversion:
-    """One way to linearize: a recipe with options, the rates that heal it and the weight of the task's loss."""
+    """One way to linearize: a recipe with options, the rates, the weights of losses and the batch that heal it.
+
+    Batches are small, for the number of updates decides, not the number of tokens in each.
+    """
 
     title: str
     recipe: str
@@ -50,6 +53,8 @@ class Conversion:
     lr: float = 2e-3
     lr_new: float = 4e-3
     task: float = 0.0
+    hidden: float = 0.0
+    batch: int = 2
 
     def student(self, teacher: nn.Module) -> nn.Module:
         """A copy of the teacher with other token mixers."""
@@ -59,11 +64,28 @@ class Conversion:
 
     def heal(self, teacher: nn.Module, data: Bytes, budget: int, evaluations: int = 8, **options: Any) -> Healed:
         """Distil the teacher's logits into a new student, with at most ``budget`` bytes."""
-        steps = max(1, budget // (LENGTH * BATCH))
-        stage = Tune(steps, optimizer="muon", lr=self.lr, lr_new=self.lr_new, task=self.task, distill=1)
+        steps = max(1, budget // (LENGTH * self.batch))
         student = self.student(teacher)
+        stage = Tune(
+            steps,
+            optimizer="muon",
+            lr=self.lr,
+            lr_new=self.lr_new,
+            task=self.task,
+            distill=1,
+            hidden=self.hidden,
+            layers=blocks(student),
+        )
         every = max(1, steps // evaluations)
-        return heal(student, teacher, data, tune=stage, evaluate=data.bits, every=every, **options)
+        batches = Batches(data, self.batch)
+        return heal(student, teacher, batches, tune=stage, evaluate=data.bits, every=every, **options)
+
+
+def blocks(model: nn.Module) -> tuple[str, ...]:
+    """The names of a model's layers: the members of its longest list."""
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    name, longest = max(lists, key=lambda pair: len(pair[1]))
+    return tuple(f"{name}.{i}" for i in range(len(longest)))
 
 
 # Features of rotated queries and keys, divided by their sum: an average of values at first, as softmax attention is.
@@ -78,26 +100,37 @@ GLA = {
 }
 CONVERSIONS = {
     "liger": Conversion("Liger: linear and a window of softmax", "liger", lr=3e-4, task=0.5),
-    "hybrid": Conversion("GLA, 1 layer in 4 softmax", "gla", {**GLA, "keep": "3::4"}, lr=5e-4),
+    "hybrid": Conversion(
+        "GLA, 1 layer in 4 softmax", "gla", {**GLA, "keep": "3::4"}, 5e-4, 3e-3, task=0.5, hidden=1, batch=1
+    ),
     "gla": Conversion("GLA in all layers", "gla", GLA),
 }
 
 
 class Bytes:
-    """The standard library's source: batches of random windows of the training part, bits per byte of the other."""
+    """The standard library's source: random windows of the training part, bits per byte of the other."""
 
     def __init__(self, seed: int = 0, windows: int = 30) -> None:
         self.train, self.held = tasks.stdlib_bytes()
         self.seed, self.windows = seed, windows
 
-    def __iter__(self) -> Iterator[Tensor]:
-        count = BUDGET // LENGTH + BATCH
-        yield from tasks.windows_of(self.train, LENGTH, count - count % BATCH, self.seed).split(BATCH)
-
     def bits(self, model: nn.Module) -> float:
         """Bits per byte on the held-out part."""
         call: Any = model
         return tasks.bits_per_token(lambda x: call(x, use_cache=False).logits, self.held, LENGTH, self.windows)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Random windows, a few at a time: as many as the budget pays for, the same in each reading."""
+
+    data: Bytes
+    size: int = 2
+
+    def __iter__(self) -> Iterator[Tensor]:
+        count = BUDGET // LENGTH + self.size
+        windows = tasks.windows_of(self.data.train, LENGTH, count - count % self.size, self.data.seed)
+        yield from windows.split(self.size)
 
 
 def pretrained(folder: Path) -> nn.Module:
@@ -123,7 +156,7 @@ def small(data: Bytes, steps: int) -> nn.Module:
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
-    heal(model, None, data, tune=Tune(steps, optimizer="muon", lr=5e-3, lr_new=5e-3), progress=True)
+    heal(model, None, Batches(data), tune=Tune(steps, optimizer="muon", lr=5e-3, lr_new=5e-3), progress=True)
     return model.eval()
 
 
