@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -210,28 +208,3 @@ def test_a_tensor_that_is_filled_in_place_has_a_node_for_the_whole() -> None:
     assert len(written) == 2
     assert {opname(user) for user in whole.users} == {"mT", "matmul"}
     assert_same(model, program, x)
-
-
-class Deep(nn.Module):
-    def __init__(self, layers: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.TransformerEncoderLayer(16, 2, 16, batch_first=True) for _ in range(layers)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-def test_cost_is_linear() -> None:
-    x = torch.randn(2, 4, 16)
-
-    def seconds(layers: int) -> float:
-        program = capture(Deep(layers).eval(), (x,))
-        start = time.process_time()
-        canonicalize(program)
-        return (time.process_time() - start) / len(program.graph.nodes)
-
-    seconds(1)
-    few, many = min(seconds(2) for _ in range(2)), min(seconds(16) for _ in range(2))
-    assert many < 4 * few + 1e-5

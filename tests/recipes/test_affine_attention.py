@@ -70,7 +70,7 @@ def test_the_cost_is_two_gates_and_no_second_attention() -> None:
 
 @pytest.mark.parametrize(
     ("name", "export"),
-    [("hf/llama-sdpa", True), ("hf/gpt2-eager", False), ("hf/bert-sdpa", False), ("hf/vit-eager", False)],
+    [("hf/llama-sdpa", True), ("hf/vit-eager", False)],
 )
 def test_real_models(name: str, export: bool) -> None:
     zoo(name, "affine-attention", export=export)

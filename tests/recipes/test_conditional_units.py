@@ -104,7 +104,7 @@ def test_sampling_in_training_and_deciding_in_eval() -> None:
     assert torch.equal(model(X), model(X))
 
 
-@pytest.mark.parametrize(("name", "export"), [("hf/bert-sdpa", True), ("hf/vit-sdpa", False), ("hf/gpt2-eager", False)])
+@pytest.mark.parametrize(("name", "export"), [("hf/bert-sdpa", True), ("hf/gpt2-eager", False)])
 def test_real_models(name: str, export: bool) -> None:
     known_options: dict[str, Any] = {"estimator": "noise(std=0.5)"}
     zoo(name, "conditional-units", export=export, tolerance=2e-2, **known_options)

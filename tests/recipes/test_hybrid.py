@@ -100,7 +100,7 @@ def test_lolcats_shares_one_denominator() -> None:
 
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_hopfield_updates_its_queries(is_causal: bool) -> None:
-    plain = tiny(causal=is_causal)
+    plain = tiny(causal=is_causal, layers=1)
     once = gatecc.transform(plain, gatecc.recipe("hopfield", steps=1), (X,))
     assert gap(once, plain, X) <= 1e-6, "one step at the model's own scale is attention"
     model: Any = gatecc.transform(plain, gatecc.recipe("hopfield", steps=3, beta=0.7), (X,))

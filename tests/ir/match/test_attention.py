@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -441,27 +440,3 @@ def test_routers_and_classifiers_are_not_mentioned() -> None:
     _, sites, refusals = found(Router(), torch.randn(B, N, D))
     assert not sites
     assert not refusals
-
-
-class Deep(nn.Module):
-    def __init__(self, layers: int) -> None:
-        super().__init__()
-        how = Spelling("matmul", "scores", "masked_fill", "method", "matmul", "none", fused=True)
-        self.layers = nn.ModuleList([Spelled(how) for _ in range(layers)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = x + layer(x)
-        return x
-
-
-def test_cost_is_linear() -> None:
-    def seconds(layers: int) -> float:
-        program = capture(Deep(layers), (torch.randn(B, N, D),))
-        canonicalize(program)
-        start = time.process_time()
-        assert len(match_attention(program)[0]) == layers
-        return time.process_time() - start
-
-    seconds(1)
-    assert seconds(24) < 12 * seconds(3) + 0.05

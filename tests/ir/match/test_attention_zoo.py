@@ -1,6 +1,6 @@
 """match_attention on the zoo: the cores that run are found, owner for owner and in order, and nothing else is.
 
-Every second architecture; GATECC_ZOO=all runs all variants, and so does benchmarks/attention_sites.py.
+Every third architecture; GATECC_ZOO=all runs all variants, and so does benchmarks/attention_sites.py.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ UNCAPTURABLE = ("hf/longformer-", "torch/decoder_detected")
 KINDS = {"bidirectional": "bidirectional", "causal": "causal"}
 
 
-CHOSEN = sample(2)
+CHOSEN = sample(3)
 
 
 def test_enough_architectures() -> None:
     chosen = [s for _, s in CHOSEN if s.cores]
-    assert len({(s.family, s.name) for s in chosen}) >= 80
-    assert min(sum(s.impl == impl for s in chosen) for impl in ("sdpa", "eager")) >= 20
+    assert len({(s.family, s.name) for s in chosen}) >= 50
+    assert min(sum(s.impl == impl for s in chosen) for impl in ("sdpa", "eager")) >= 14
 
 
 @pytest.mark.parametrize("spec", [pytest.param(spec, id=name) for name, spec in CHOSEN])

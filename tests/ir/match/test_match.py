@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 
-from gatecc.ir.match import find_sites
 from gatecc.ir.site import KINDS
 from tests.ir.match.found import Found, find
 from tests.zoo import find as zoo
@@ -136,28 +133,3 @@ def test_residuals_are_where_the_blocks_are(name: str) -> None:
         total = found.value(site, "skip") + found.value(site, "branch")
         torch.testing.assert_close(total, found.value(site, "out"))
     assert not found.sites("merge")
-
-
-def test_time_grows_linearly() -> None:
-    """Twelve layers cost less than a third more, a layer, than three: no walk is quadratic."""
-
-    def seconds(layers: int) -> float:
-        config = transformers.LlamaConfig(
-            vocab_size=97,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=layers,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-        )
-        found = find(transformers.LlamaForCausalLM(config), input_ids=torch.zeros(2, 8, dtype=torch.long))
-        assert len(found.sites("mlp")) == layers
-        return min(_timed(lambda: find_sites(found.program)) for _ in range(7))
-
-    assert seconds(12) < 4 * 1.34 * seconds(3)
-
-
-def _timed(function: Callable[[], object]) -> float:
-    start = time.process_time()
-    function()
-    return time.process_time() - start
