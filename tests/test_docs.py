@@ -40,7 +40,7 @@ def blocks(page: Path) -> list[Block]:
     return [Block(meant.strip(), code) for meant, code in _BLOCK.findall(page.read_text())]
 
 
-CAUSAL = ("liger.md", "lolcats.md", "gated-delta-net.md")  # recipes for decoders
+CAUSAL = ("gam.md", "liger.md", "lolcats.md", "gated-delta-net.md")  # recipes for decoders
 
 
 def namespace(causal: bool = False) -> dict[str, Any]:

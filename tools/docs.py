@@ -60,6 +60,7 @@ MODELS: dict[str, str] = {
 shape = {"img_size": 8, "patch_size": 2, "embed_dim": 8, "depths": (1,), "num_heads": (2,), "window_size": 4}
 model, example_inputs = timm.create_model("swin_tiny_patch4_window7_224", **shape), (torch.randn(2, 3, 8, 8),)
 """,
+    **dict.fromkeys(("lina", "vig"), "example_inputs = torch.randn(2, 9, 16), example_inputs[1]  # 3 x 3 patches\n"),
     "pgn": "model, example_inputs = nn.GRU(8, 16, batch_first=True), (torch.randn(2, 9, 8),)\n",
 }
 # What a call in a recipe's test file shows (tests/recipes/checks.py).
