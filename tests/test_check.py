@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gatecc.check import compare, reference
+import gatecc
+from gatecc.check import Checked, check, compare, reference
+from gatecc.errors import ContractError
+from tests.recipes.tiny import tiny
 
 T = torch.tensor
 
@@ -47,3 +50,25 @@ def test_an_output_that_torch_cannot_look_into_is_noted() -> None:
 
     assert "no output was compared" in reference(Model(), (torch.ones(2),), {}).notes[0]
     assert not reference(nn.ReLU(), (torch.ones(2),), {}).notes
+
+
+def test_a_small_difference_is_looked_at_in_float64() -> None:
+    """What float32 rounds is no broken contract; what float64 shows as well, or what is large, is one."""
+    x = torch.randn(2, 7, 16)
+    plain = tiny(layers=1)
+    recipe = gatecc.recipe("gated-attention")
+    gated = gatecc.transform(plain, recipe, (x,), verify=False)
+
+    def checked(error: float) -> Checked:
+        before = reference(plain, (x,), {})
+        before.outputs = [out + error for out in before.outputs]  # as if the original had rounded otherwise
+        return check(before, gated, recipe, (x,), {})
+
+    assert checked(0.0).notes == ()
+    (note,) = checked(3e-5).notes
+    assert note.endswith("by 0.0e+00 in float64: rounding")
+    with pytest.raises(ContractError):
+        checked(3e-2)
+    gated.get_parameter("blocks.0.attn.gate.bias").data += 1e-4
+    with pytest.raises(ContractError):
+        checked(0.0)

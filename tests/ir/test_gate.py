@@ -155,6 +155,19 @@ def test_every_layout_of_the_heads_has_the_same_gate(axes: str, granularity: str
     torch.testing.assert_close(back, v * want)
 
 
+@pytest.mark.parametrize("granularity", ["head", "element", "head*token"])
+def test_one_head_by_itself_needs_no_axis_for_its_number(granularity: str) -> None:
+    """Attention that runs head after head: values (B, N, D) beside sizes that know of one head."""
+    shape = GateShape("bnd", {"h": 1, "d": D}, (SourceShape("bnc", C),))
+    gate = GateSpec("hidden", "linear", granularity, init="random(std=1)").build(shape)
+    value, x = torch.randn(B, N, D), torch.randn(B, N, C)
+    assert gate(value, x).expand(B, N, D).shape == value.shape
+    bnhd = GateShape("bnhd", {"h": 1, "d": D}, (SourceShape("bnc", C),))
+    same = GateSpec("hidden", "linear", granularity, init="random(std=1)").build(bnhd)
+    same.load_state_dict(gate.state_dict())
+    torch.testing.assert_close(value * gate(value, x), (value.unsqueeze(2) * same(value.unsqueeze(2), x)).squeeze(2))
+
+
 def test_pixels_gate_tokens_and_tokens_gate_flat_ones() -> None:
     x = torch.randn(B, C, 2, 3)
     spec = GateSpec("hidden", "linear", "token", init="random(std=1)")

@@ -134,9 +134,11 @@ def emit(gate: Features, letters: str, shape: GateShape, value: Tensor) -> Tenso
     have = gate.at + letters
     if letters == "e":
         return _broadcast(x, have, positions(shape.axes) + "e")
+    if "h" in have and shape.sizes["h"] == 1 and not set("hcg") & set(shape.axes):
+        x, have = x.squeeze(have.index("h")), have.replace("h", "")  # a head by itself has no axis for its number
     if "g" in shape.axes:
         return _merge_batch(x, have, shape, value)
-    if "h" in letters and "h" not in shape.axes:
+    if "h" in have and "h" not in shape.axes:
         return _merge_channels(x, have, shape)
     return _broadcast(x, have, shape.axes)
 
