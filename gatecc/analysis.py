@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from gatecc.capture import capture
 from gatecc.capture.record import RecordedCall, record_calls
+from gatecc.capture.signature import split_inputs
 from gatecc.errors import CaptureError, ExampleInputsError, UnsupportedModelError
 from gatecc.ir.cost import cost
 from gatecc.ir.match import find_sites
@@ -75,22 +76,6 @@ def report_of(model: nn.Module, analysis: Analysis) -> Report:
 def parameter_count(model: nn.Module) -> int:
     """The number of parameter elements, tied ones once."""
     return sum(p.numel() for p in model.parameters())
-
-
-def split_inputs(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """``example_inputs`` as (args, kwargs). Raises ExampleInputsError for any other form."""
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, tuple):
-        if len(example_inputs) == 2 and isinstance(example_inputs[0], tuple) and isinstance(example_inputs[1], Mapping):
-            return example_inputs[0], dict(example_inputs[1])
-        return example_inputs, {}
-    raise ExampleInputsError(
-        "example_inputs has an unknown form",
-        found=type(example_inputs).__name__,
-        expected="a tuple (positional), a dict (keyword arguments) or (tuple, dict)",
-        do="put a single tensor in a tuple: (x,)",
-    )
 
 
 def check_model(model: object) -> None:

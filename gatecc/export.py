@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from gatecc.analysis import Inputs, check_model, evaluation, split_inputs
+from gatecc.analysis import Inputs, check_model, evaluation
 from gatecc.capture.adapters import adapted
-from gatecc.capture.signature import OpaqueArgumentError, map_tensors
+from gatecc.capture.signature import OpaqueArgumentError, map_tensors, split_inputs
 from gatecc.codegen.onnx.build import DATA, IR_VERSION, MODEL, Graph, build, write
 from gatecc.codegen.onnx.leaves import Call, flat_call
 from gatecc.codegen.onnx.packages import EXPORT, RUNTIME, need, versions

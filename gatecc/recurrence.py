@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from gatecc.analysis import Inputs, check_model, evaluation, split_inputs
-from gatecc.capture.signature import map_tensors
+from gatecc.analysis import Inputs, check_model, evaluation
+from gatecc.capture.signature import map_tensors, split_inputs
 from gatecc.diagnose import Values, values_of
 from gatecc.errors import ArgumentError
 from gatecc.ir.edit import Call, Editor

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from gatecc.analysis import Inputs, analyse, check_model, evaluation, parameter_count, report_of, split_inputs
+from gatecc.analysis import Inputs, analyse, check_model, evaluation, parameter_count, report_of
 from gatecc.capture.adapters import switch_caches
 from gatecc.capture.record import RecordedCall, record_calls
-from gatecc.capture.signature import OpaqueArgumentError
+from gatecc.capture.signature import OpaqueArgumentError, split_inputs
 from gatecc.check import Checked, check, reference
 from gatecc.errors import ArgumentError, CaptureError, GraphError, SiteRefusedError, UnsupportedModelError
 from gatecc.ir.edit import NewModule, WeightStep

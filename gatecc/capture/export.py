@@ -49,7 +49,7 @@ class _Flat(nn.Module):
 
 def capture(
     module: nn.Module,
-    args: tuple[Any, ...] = (),
+    args: tuple[Any, ...] | Mapping[str, Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
     fqn: str = "",
@@ -58,6 +58,7 @@ def capture(
 ) -> Program:
     """Capture ``module(*args, **kwargs)`` as a Program.
 
+    Without ``kwargs``, ``args`` are example inputs as everywhere: a tuple, a dict of keyword arguments or (tuple, dict).
     ``fqn`` is the module's place in the model and prefixes every owner. ``forward`` stands in for ``module.__call__``
     (an unbound forward with the module bound to it). With ``dynamic="auto"`` every dimension of size 2 or more is
     dynamic unless the model specialises it; the guards say which. Height and width of an image that enters the whole
@@ -65,7 +66,7 @@ def capture(
 
     Raises CaptureError with torch's reason; the module is left as it was.
     """
-    kwargs = dict(kwargs or {})
+    args, kwargs = signature.split_inputs(args if kwargs is None else (args, kwargs))
     try:
         _, leaves = signature.flatten(args, kwargs)
     except signature.OpaqueArgumentError as e:

@@ -13,6 +13,8 @@ from typing import Any, cast
 import torch
 from torch.utils import _pytree as pytree
 
+from gatecc.errors import ExampleInputsError
+
 Key = tuple[Any, ...]
 CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.memory_format, torch.layout)
 
@@ -120,3 +122,19 @@ def _paths(x: Any, path: tuple[Any, ...], paths: list[tuple[Any, ...]]) -> None:
         children = list(enumerate(_registered(x).flatten_fn(x)[0]))
     for k, v in children:
         _paths(v, (*path, k), paths)
+
+
+def split_inputs(example_inputs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``example_inputs`` as (args, kwargs). Raises ExampleInputsError for any other form."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple):
+        if len(example_inputs) == 2 and isinstance(example_inputs[0], tuple) and isinstance(example_inputs[1], Mapping):
+            return example_inputs[0], dict(example_inputs[1])
+        return example_inputs, {}
+    raise ExampleInputsError(
+        "example_inputs has an unknown form",
+        found=type(example_inputs).__name__,
+        expected="a tuple (positional), a dict (keyword arguments) or (tuple, dict)",
+        do="put a single tensor in a tuple: (x,)",
+    )

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from gatecc.analysis import Inputs, check_model, evaluation, split_inputs
+from gatecc.analysis import Inputs, check_model, evaluation
 from gatecc.capture.adapters import adapted
+from gatecc.capture.signature import split_inputs
 from gatecc.decoder.inputs import enlarged
 from gatecc.decoder.plan import Plan, plan
 from gatecc.decoder.runtime import Decoder

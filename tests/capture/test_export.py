@@ -156,3 +156,15 @@ def test_an_image_keeps_its_size_and_other_tensors_do_not() -> None:
     queries = capture(nn.Softmax(-1), (torch.randn(2, 3, 8, 8),))
     free = [[isinstance(s, torch.SymInt) for s in p.placeholders[0].meta["val"].shape[2:]] for p in (image, queries)]
     assert free == [[False, False], [True, True]]
+
+
+def test_example_inputs_in_every_form() -> None:
+    x, other = torch.randn(2, 4), torch.randn(2, 4)
+    forms = ((x, other), ((x, other), {}), ((x,), {"other": other}), {"x": x, "other": other})
+    shown = {tuple(n.name for n in capture(Add(), form).placeholders) for form in forms}
+    assert shown == {("x", "other")}
+
+
+class Add(nn.Module):
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        return x + other
