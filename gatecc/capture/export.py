@@ -58,7 +58,7 @@ def capture(
 ) -> Program:
     """Capture ``module(*args, **kwargs)`` as a Program.
 
-    Without ``kwargs``, ``args`` are example inputs as everywhere: a tuple, a dict of keyword arguments or (tuple, dict).
+    Without ``kwargs``, ``args`` are example inputs in any form: a tuple, a dict of keyword arguments or (tuple, dict).
     ``fqn`` is the module's place in the model and prefixes every owner. ``forward`` stands in for ``module.__call__``
     (an unbound forward with the module bound to it). With ``dynamic="auto"`` every dimension of size 2 or more is
     dynamic unless the model specialises it; the guards say which. Height and width of an image that enters the whole
