@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from gatecc.capture.adapters import adapted
 from gatecc.capture.signature import CONSTANTS, OpaqueArgumentError, map_tensors
-from gatecc.errors import ExampleInputsError, GateccError
+from gatecc.errors import ExampleInputsError
 from gatecc.ir.rewrite import Recipe, Rewrite
 from gatecc.scope.blame import blame
 from gatecc.scope.family import difference
@@ -115,6 +115,7 @@ def _in_float64(model: nn.Module, calls: Sequence[tuple[tuple[Any, ...], dict[st
     """The difference from the model without its rewrites where rounding does not matter; infinite if that cannot be.
 
     Weights into which a rewrite was folded are not those of the original, so such models have no other form to run.
+    Nor have models that cannot be copied, or do not run in float64: then the difference stands as it was found.
     """
     if any(state.widened for _, _, state in scopes(model)):
         return float("inf")
@@ -126,7 +127,7 @@ def _in_float64(model: nn.Module, calls: Sequence[tuple[tuple[Any, ...], dict[st
             with plain(wide):
                 expected = _run(wide, args, kwargs)
             worst = max(worst, compare(expected, _run(wide, args, kwargs)))
-    except (GateccError, RuntimeError):
+    except Exception:
         return float("inf")
     return worst
 

@@ -60,7 +60,9 @@ def views(model: nn.Module, example_inputs: Inputs, sites: Selector | None = Non
     """
     selector = Attention[...] if sites is None else sites
     if selector.kind != "attention":
-        raise ArgumentError("only attention has this form", found=str(selector), expected="Attention[...]")
+        raise ArgumentError(
+            "only attention has this form", found=str(selector), expected="Attention[...]", do="select attention"
+        )
     check_model(model)
     wide = copy.deepcopy(model).double()
     args, kwargs = map_tensors(lambda x: x.double() if x.is_floating_point() else x, split_inputs(example_inputs))
@@ -131,7 +133,12 @@ def _softmax(site: Attention) -> _Read:
         if site.spelling == "sdpa":
             return of_weights(_fused_weights(core, values), values[_operand(core, 2)])
         if weights is None or (weights.axes, v.axes.replace("m", "n")) != ("bhnm", "bhnd"):
-            raise ArgumentError("the weights or values of this attention have other axes")
+            raise ArgumentError(
+                "the weights or values of this attention have other axes",
+                found=f"{weights.axes if weights else 'no weights'} and {v.axes}",
+                expected="bhnm and bhnd",
+                do="leave this site out",
+            )
         return of_weights(values[weights.node], values[v.node])
 
     def pair(made: Recurrence, values: Values) -> tuple[Tensor, Tensor]:

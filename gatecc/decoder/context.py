@@ -72,7 +72,11 @@ class Context:
 
     def _error(self, where: str, found: str, expected: str) -> ArgumentError:
         return ArgumentError(
-            "an input is not of the shape that was captured", where=where, found=found, expected=expected
+            "an input is not of the shape that was captured",
+            where=where,
+            found=found,
+            expected=expected,
+            do="call it as in the example inputs, or derive the decoder again from inputs like these",
         )
 
 

@@ -29,7 +29,7 @@ class Rewrite(ABC):
     """
 
     name: ClassVar[str]
-    loses_buffers: ClassVar[bool] = False  # rotary tables and biases of scores may go with attention
+    loses_buffers: ClassVar[bool] = False  # tables of the old computation, such as rotary ones, may go with it
 
     site: Selector
 

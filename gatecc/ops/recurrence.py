@@ -74,7 +74,12 @@ class Recurrence:
     def __add__(self, other: Recurrence) -> Recurrence:
         """Both side by side on one input, their outputs added: the states are stacked."""
         if not torch.equal(self.u, other.u):
-            raise ArgumentError("only recurrences of one input add up", found="two inputs", expected="the same u")
+            raise ArgumentError(
+                "only recurrences of one input add up",
+                found="two inputs",
+                expected="the same u",
+                do="make both of the same values",
+            )
         full = self.a.dim() == 5 or other.a.dim() == 5
         a = _blocks(_matrix(self.a), _matrix(other.a)) if full else torch.cat([self.a, other.a], -1)
         d = [r.d for r in (self, other) if r.d is not None]
@@ -92,7 +97,12 @@ def gap(one: Recurrence, other: Recurrence) -> float:
     """The largest difference of two kernels, relative to max(1, the largest entry): 0 if both are the same layer."""
     left, right = one.kernel(), other.kernel()
     if left.shape != right.shape:
-        raise ArgumentError("kernels of other shapes", found=f"{tuple(left.shape)} and {tuple(right.shape)}")
+        raise ArgumentError(
+            "kernels of other shapes",
+            found=f"{tuple(left.shape)} and {tuple(right.shape)}",
+            expected="the same shape",
+            do="compare layers with as many heads, on as many tokens",
+        )
     return float((left - right).abs().max() / left.abs().max().clamp_min(1))
 
 
@@ -128,7 +138,10 @@ def linear(
     if not normalize:
         return Recurrence(a, b, c, v, start=start)
     if start is not None or strength is not None:
-        raise ArgumentError("a normaliser with an initial state or a delta rule", do="leave out one of them")
+        other = "beta" if strength is not None else "initial_state"
+        raise ArgumentError(
+            "a normaliser has no such form", found=f"normalize=True and {other}", do="leave out one of them"
+        )
     total = Recurrence(a, b, c, torch.ones_like(v[..., :1])).run()[0]
     return Recurrence(a, b, torch.where(total == 0, 0.0, c / torch.where(total == 0, 1.0, total)), v)
 
@@ -140,7 +153,12 @@ def of_weights(weights: Tensor, v: Tensor) -> Recurrence:
     """
     weights, v = weights.double(), _wide(v, weights.size(1))
     if weights.size(-1) != weights.size(-2) or bool(weights.triu(1).any()):
-        raise ArgumentError("a recurrence does not look ahead", found="weights on later tokens", expected="causal ones")
+        raise ArgumentError(
+            "a recurrence does not look ahead",
+            found="weights on later tokens",
+            expected="square weights, zero above the diagonal",
+            do="choose causal sites",
+        )
     unit = torch.eye(v.size(2), dtype=v.dtype, device=v.device).expand_as(weights)
     return Recurrence(torch.ones_like(weights), unit, weights, v)
 

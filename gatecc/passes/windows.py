@@ -53,7 +53,10 @@ def learned(addend: fx.Node, program: Program) -> set[str]:
 
 def biases(site: Attention, program: Program) -> set[str]:
     """The parameters that an attention uses to bias its scores: they go when its softmax goes."""
-    return {name for addend in addends(site, program) or () for name in learned(addend, program)}
+    added = addends(site, program)
+    if added is None:
+        added = [] if site.mask_node is None else [site.mask_node]
+    return {name for addend in added for name in learned(addend, program)}
 
 
 def masks(site: Attention, program: Program) -> list[fx.Node]:

@@ -42,7 +42,7 @@ def gated_swinrmt(
     if form == "retention":
         return Mix(where, Manhattan("softmax", split, local, initial, spread)), g1(where, init)
     if form != "swat":
-        raise ArgumentError("unknown form", found=repr(form), expected="retention or swat")
+        raise ArgumentError("unknown form", found=repr(form), expected="retention or swat", do="pass one of them")
     swish = GateSpec("hidden", "linear(bias=False)", "element", "silu", init=Random())
     mixer = Manhattan("sigmoid", split, 0, initial, spread)
     return Gate(where.v, swish, label="swish"), Mix(where, mixer), g1(where, init)

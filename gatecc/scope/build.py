@@ -167,25 +167,12 @@ def apply(
 
 
 def replaced_by(rewrite: Rewrite, program: Program, sites: list[Site]) -> set[str]:
-    """What a rewrite may leave unread: learned biases of scores; owners of sites, and weights that lie elsewhere."""
-    masks = [site.mask_node for site in sites if isinstance(site, Attention) and site.mask_node is not None]
-    tables = {str(n.target) for n in upstream(masks) if n.op == "get_attr"} if rewrite.loses_buffers else set[str]()
+    """What a rewrite may leave unread: the owners of its sites, and weights of theirs that lie elsewhere."""
     if not rewrite.loses_parameters:
-        return tables
+        return set()
     weights = [w for site in sites for w in site.weights.values()]
     names = {site.owner for site in sites} | {n for w in weights for n in (w.fqn, w.bias) if n}
-    return tables | {program.relative_name(name) for name in names}
-
-
-def upstream(nodes: list[fx.Node]) -> set[fx.Node]:
-    """The nodes with all that they are computed from."""
-    found, todo = set[fx.Node](), list(nodes)
-    while todo:
-        node = todo.pop()
-        if node not in found:
-            found.add(node)
-            todo.extend(node.all_input_nodes)
-    return found
+    return {program.relative_name(name) for name in names}
 
 
 def install_weights(module: nn.Module, steps: list[WeightStep]) -> dict[str, int]:

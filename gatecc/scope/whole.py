@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -27,23 +28,28 @@ def whole_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     in the whole graph it is made of positions. Scopes whose weights hold rows of gates run inline nevertheless, for
     the plain graph would not fit these weights. Raises CaptureError, SiteRefusedError, GraphError.
     """
-    return whole_edits(model, args, kwargs)[0]
+    program, states = _captured(model, args, kwargs)
+    if states:
+        rewrite_program(program, _merged(states), find_sites(program).sites)
+    return program
 
 
 def whole_edits(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Program, Sites, list[Editor]]:
     """`whole_program`, the sites that it had before its rewrites, and the edits: none for scopes that run inline."""
+    program, states = _captured(model, args, kwargs)
+    found = find_sites(program)
+    editors = rewrite_program(program, _merged(states), found.sites) if states else []
+    return program, found, [editor for of_one in editors for editor in of_one]
+
+
+def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Program, dict[str, Scope]]:
+    """The canonical graph, and the scopes whose rewrites are still to be done on it."""
     states = {fqn: state for fqn, _, state in scopes(model)}
-    if not states or any(state.widened for state in states.values()):
-        with recurrences(model):
-            program = capture(model, args, kwargs)
-        canonicalize(program)
-        return program, find_sites(program), []
-    with plain(model), recurrences(model):
+    inline = any(state.widened for state in states.values())
+    with nullcontext() if inline else plain(model), recurrences(model):
         program = capture(model, args, kwargs)
     canonicalize(program)
-    found = find_sites(program)
-    editors = rewrite_program(program, _merged(states), found.sites)
-    return program, found, [editor for of_one in editors for editor in of_one]
+    return program, {} if inline else states
 
 
 class Whole(nn.Module):

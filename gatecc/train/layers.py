@@ -93,13 +93,30 @@ def yields(model: nn.Module, names: Sequence[str]) -> Generator[dict[str, list[T
             handle.remove()
 
 
-def match_loss(student: dict[str, list[Tensor]], teacher: dict[str, list[Tensor]]) -> Tensor:
-    """The mean over layers of the squared difference of what they yield, relative to the teacher's mean square."""
-    losses = [
-        relative(got, want.to(got.device), name)
-        for name in student
-        for got, want in zip(student[name], teacher[name], strict=True)
-    ]
+def match_loss(
+    student: dict[str, list[Tensor]], teacher: dict[str, list[Tensor]], keep: Tensor | None = None
+) -> Tensor:
+    """The mean over layers of the squared difference of what they yield, relative to the teacher's mean square.
+
+    ``keep`` (B, N): the tokens that count, in layers that yield (B, N, ...). Raises ArgumentError if a layer ran in one
+    model more often than in the other, or in neither.
+    """
+    losses: list[Tensor] = []
+    for name, yielded in student.items():
+        if not yielded or len(yielded) != len(teacher[name]):
+            raise ArgumentError(
+                "a layer did not run alike in both models",
+                where=name,
+                found=f"{len(yielded)} calls in the student, {len(teacher[name])} in the teacher",
+                expected="the same number of calls, one or more",
+                do="name layers that every forward runs, in layers=(...)",
+            )
+        for got, want in zip(yielded, teacher[name], strict=True):
+            want = want.to(got.device)
+            if keep is not None and got.shape[:2] == want.shape[:2] == keep.shape:
+                mask = keep.to(got.device)
+                got, want = got[mask], want[mask]
+            losses.append(relative(got, want, name))
     return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
 
 
@@ -107,7 +124,11 @@ def relative(got: Tensor, want: Tensor, name: str) -> Tensor:
     """The mean squared difference over the mean square of what is wanted. Raises ArgumentError if shapes differ."""
     if got.shape != want.shape:
         raise ArgumentError(
-            "the layers' outputs differ in shape", where=name, found=f"{tuple(got.shape)} and {tuple(want.shape)}"
+            "the layers' outputs differ in shape",
+            where=name,
+            found=f"{tuple(got.shape)} and {tuple(want.shape)}",
+            expected="the same shape in student and teacher",
+            do="leave this layer out of layers=(...)",
         )
     want = want.float()
     return (got.float() - want).square().mean() / want.square().mean().clamp_min(1e-12)

@@ -128,12 +128,12 @@ class TuneWork(Work):
             args, kwargs = call_of(batch, device_of(self.teacher))
             with torch.no_grad(), yields(self.teacher, self.layers) as wanted:
                 theirs = self.teacher(*args, **without_cache(self.teacher, kwargs))
+            keep = padding_of(batch, device)
             if self.stage.distill:
-                keep = padding_of(batch, device)
                 distance = self.stage.distance_of(logits_of(output), logits_of(theirs).to(device), keep)
                 loss = loss + self.stage.distill * distance
             if self.layers:
-                loss = loss + self.stage.hidden * match_loss(made, wanted).to(device)
+                loss = loss + self.stage.hidden * match_loss(made, wanted, keep).to(device)
         return loss
 
     def _task(self, output: Any, batch: Batch, device: torch.device) -> Tensor:

@@ -18,7 +18,8 @@ from tests.acceptance import gates
 from tests.zoo import sample
 from tests.zoo.spec import Spec
 
-# Minutes for the first, half a minute for the other; timm's Swin and other encoders of images stand in.
+# Swin takes minutes; timm's stands in. SAM misses the bar: at another batch size float32 rounds 1.5e-6 apart (float64
+# does not). With GATECC_ZOO=all both run, and SAM fails.
 SLOW = ("torchvision/swin_t", "hf/sam-sdpa") if os.getenv("GATECC_ZOO") != "all" else ()
 CHOSEN = [(name, spec) for name, spec in sample(4) if name not in SLOW]
 

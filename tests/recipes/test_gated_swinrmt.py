@@ -139,7 +139,7 @@ def hand(plain: Windows, model: Any, form: str, split: bool) -> Windows:
             return value if form != "swat" else value * _heads(F.silu(x @ model.swish.weight.T))
         return value * 2 * _heads(torch.sigmoid(x @ model.gate.weight.T + model.gate.bias))
 
-    other.mix, other.at = mix, at  # type: ignore[method-assign]
+    vars(other).update(mix=mix, at=at)  # on the object, before the methods of its class
     return other
 
 

@@ -103,6 +103,26 @@ def test_hidden_states_are_matched_in_the_students_own_stream() -> None:
     assert distance(student, teacher) < before
 
 
+def test_padding_and_layers_that_do_not_run_have_no_hidden_states_to_match() -> None:
+    ids = batches()[0]
+    mask = torch.ones_like(ids)
+    mask[:, 8:] = 0
+    stage = Tune(steps=1, task=0, hidden=1.0, layers=("layers.?",))
+
+    def first(batch: Any) -> float:
+        student, teacher = pair()
+        return heal(student, teacher, [batch], tune=stage).curve[1].loss
+
+    shown, padded = first(ids[:, :8]), first({"input_ids": ids, "attention_mask": mask})
+    assert padded == pytest.approx(shown, rel=1e-5)  # causal: what follows changes nothing before it
+    assert abs(first(ids) - shown) > 1e-4
+    student, teacher = pair()
+    for model in (student, teacher):
+        model.spare = nn.Linear(2, 2)
+    with pytest.raises(ArgumentError, match="did not run alike"):
+        heal(student, teacher, [ids], tune=Tune(steps=1, task=0, hidden=1.0, layers=("spare",)))
+
+
 def test_a_student_learns_its_task_without_a_teacher() -> None:
     """Tokens that count up: the next one is known."""
     student, _ = pair()

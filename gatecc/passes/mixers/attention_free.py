@@ -61,6 +61,7 @@ class AttentionFreeMixer(MixerModule):
                 "attention-free mixing multiplies values by their own queries and keys, channel by channel",
                 found=f"keys of {place.key} and values of {place.value} channels",
                 expected="as many channels in both",
+                do="leave this site out, or choose another mixer",
             )
         self.spec, self.place = spec, place
         width = spec.width or place.dim or place.heads * place.value

@@ -40,7 +40,7 @@ class MixerModule(nn.Module):
 
         Raises ArgumentError if it has no such form.
         """
-        raise ArgumentError(f"{self.tag} has no recurrent form")
+        raise ArgumentError(f"{self.tag} has no recurrent form", found=self.tag, do="leave this site out")
 
     def finished(self, y: Tensor) -> Tensor:
         """What the forward makes of the recurrence's output."""

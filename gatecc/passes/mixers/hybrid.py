@@ -72,7 +72,9 @@ class LigerMixer(MixerModule):
         at, mask = self.spec.named(values)
         if mask is not None:
             raise ArgumentError(
-                "the form of liger is known without padding", do="call the model without a padding mask"
+                "the form of liger is known without padding",
+                found="a padding mask",
+                do="call the model without a padding mask",
             )
         features, decay = self._far(at)
         far = linear(*features, at["v"], decay, scale=1.0)

@@ -91,7 +91,9 @@ class LinearMixer(MixerModule):
     def recurrence(self, *values: Tensor) -> Recurrence:
         """`gatecc.ops.recurrence.linear` of what the operator reads."""
         if not self.place.causal:
-            raise ArgumentError("a recurrence does not look ahead: the site is bidirectional")
+            raise ArgumentError(
+                "a recurrence does not look ahead", found="a bidirectional site", do="choose causal sites"
+            )
         at, mask = self.spec.named(values)
         q, k, v = self._operands(at, mask)
         decay = self._decay(0, at) if self.decays else None
