@@ -35,6 +35,11 @@ static struct sequence sequence_of(const struct problem *p, int64_t job) {
     return (struct sequence){s[0], job % p->heads, s[1], s[2], job};
 }
 
+// Of an output: the last sequence lies in the last row of the batch.
+INLINE int64_t rows(const struct problem *p) {
+    return p->count ? (p->segments[(p->count - 1) * 3] + 1) * p->heads * p->tokens : 0;
+}
+
 INLINE int64_t token_of(const struct problem *p, const struct sequence *s, int64_t t) {
     return p->reverse ? s->first + s->length - 1 - t : s->first + t;
 }

@@ -19,6 +19,7 @@ static void forward_job(const void *context, int64_t job) {
     read_state(w->S, p->state ? p->state + job * size : NULL);
     for (int d = 0; d < DKP; d++) w->decay[d] = 1;
     const int reads = p->o.data != NULL;
+    if (reads) populate((char *)row_of(&p->o, &s, s.first), s.length * DV * (p->o.type == FLOAT32 ? 4 : 2));
     for (int64_t t = 0; t < s.length; t += T) {
         const int count = s.length - t < T ? (int)(s.length - t) : T;
         read_tokens(p, &s, t, count, reads ? w->q : NULL, w->k, w->a, w->v, w->beta);
@@ -37,4 +38,7 @@ static void forward_job(const void *context, int64_t job) {
     if (p->decay) memcpy(p->decay + job * DK, w->decay, 4 * DK);
 }
 
-void forward(const struct problem *p) { parallel(forward_job, p, p->count * p->heads, p->threads); }
+void forward(const struct problem *p) {
+    if (p->o.data) expect(p->o.data, rows(p) * DV * (p->o.type == FLOAT32 ? 4 : 2));
+    parallel(forward_job, p, p->count * p->heads, p->threads);
+}

@@ -204,6 +204,8 @@ APART void read_span(const struct problem *p, const struct sequence *s, struct b
 static void *scratch(size_t bytes) {
     void *memory = NULL;
     if (posix_memalign(&memory, 64, bytes)) abort();  // as malloc, only where the machine is out of memory
+    expect(memory, (int64_t)bytes);
+    populate(memory, (int64_t)bytes);
     return memory;
 }
 
@@ -213,6 +215,11 @@ static void backward_job(const void *context, int64_t job) {
     const int64_t size = (int64_t)DK * DV, spans = (s.length + SPAN - 1) / SPAN;
     struct backward_scratch *w = scratch(sizeof *w);
     float *kept = scratch(sizeof(float) * DKP * PITCH * (size_t)(spans + 1));
+    const int64_t first = (s.batch * p->heads + s.head) * p->tokens + s.first;
+    populate(p->dq + first * DK, s.length * 4 * DK);
+    populate(p->dk + first * DK, s.length * 4 * DK);
+    populate(p->dv + first * DV, s.length * 4 * DV);
+    if (GATED) populate(p->dg + first * p->g.width, s.length * 4 * p->g.width);
     memset(w->D, 0, sizeof w->D);
     w->chunk_scale = p->scale;
     read_state(w->S, p->state ? p->state + job * size : NULL);
@@ -254,4 +261,10 @@ static void backward_job(const void *context, int64_t job) {
     free(w);
 }
 
-void backward(const struct problem *p) { parallel(backward_job, p, p->count * p->heads, p->threads); }
+void backward(const struct problem *p) {
+    expect(p->dq, rows(p) * 4 * DK);
+    expect(p->dk, rows(p) * 4 * DK);
+    expect(p->dv, rows(p) * 4 * DV);
+    if (GATED) expect(p->dg, rows(p) * 4 * p->g.width);
+    parallel(backward_job, p, p->count * p->heads, p->threads);
+}
