@@ -20,6 +20,7 @@ from gatecc.capture import signature
 from gatecc.capture.adapters import adapted
 from gatecc.capture.guards import size_guards
 from gatecc.errors import CaptureError
+from gatecc.ir.loops import free_lengths
 from gatecc.ir.program import META, Origin, Program, attribute
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
@@ -73,7 +74,7 @@ def capture(
         raise CaptureError("the call cannot become a graph", where=fqn, found=str(e)) from e
     leaves = _apart(leaves)
     flat = _Flat(module, forward or module, args, kwargs)
-    with adapted(module), _quiet(), dynamo.patch(fake_tensor_cache_enabled=False):
+    with adapted(module), free_lengths(), _quiet(), dynamo.patch(fake_tensor_cache_enabled=False):
         # The cache of fake tensors serves graphs that repeat: here its bookkeeping is a fifth of the time of a capture.
         exported = _export(flat, leaves, fqn, dynamic)
     return _program(exported, module, leaves, fqn, _paths(module, args, kwargs))
