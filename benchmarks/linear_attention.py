@@ -1,8 +1,8 @@
 """gatecc::linear_attention on one CPU thread against SDPA, ONNX Runtime's operator, other lengths, and float64.
 
 ``python benchmarks/linear_attention.py [--check] [--short]``. B = 1, head size 64, 8 heads (4 at 32768 tokens), gates
-logsigmoid / 16. Ratios are of CPU times taken in turn in this run. Where a CPU has matrix units for bfloat16 (AMX), its
-SDPA uses them and the kernel does not: the bars for bfloat16 are those of a CPU without.
+logsigmoid / 16. Ratios are of CPU times taken in turn in this run. The bars for bfloat16 were set on a CPU without
+matrix units (AMX). Where there are some both sides use them, and SDPA, which is mostly products, gains more by them.
 """
 
 from __future__ import annotations
