@@ -24,7 +24,7 @@ from _table import Row, best_of, main
 from torch import Tensor
 
 from gatecc.codegen.c import build
-from gatecc.codegen.c.linear_attention import STEP, Spec, library
+from gatecc.codegen.c.linear_attention import STEP, Part, Spec, has_matrix_units, library
 from gatecc.ops.linear_attention import linear_attention, linear_attention_step
 
 D = 64
@@ -173,10 +173,11 @@ def building() -> Iterator[Row]:
     """A kernel built into an empty cache (CPU time of the compiler), and found there again."""
     kept = os.environ.get("GATECC_CACHE")
     try:
-        for part in ("forward", "backward"):
+        parts: tuple[Part, ...] = ("forward", "backward", "tiles")
+        for part in parts[: 2 + has_matrix_units()]:
             with tempfile.TemporaryDirectory() as folder:
                 os.environ["GATECC_CACHE"] = folder
-                source = Spec(part, True, True, D, D).source()
+                source = Spec(part, True, part != "tiles", D, D).source()
                 yield Row(f"build, {part}", _build_seconds(source), 2, unit="s")
                 assert len(list(Path(folder).iterdir())) == 1
                 again = statistics.median(_build_seconds(source) for _ in range(5))

@@ -32,10 +32,11 @@ _NOTHING = _OPERAND.pack(0, 0, 0, 0, 0, 0, 1, 0)
 
 Part = Literal["forward", "backward", "tiles"]  # tiles: forward, on a CPU's matrix units
 CHUNK = 32  # tokens that matrix units take at once
-LEFT_OUT = {
-    "forward": ("6_tiles.h", "7_backward.h"),
-    "backward": ("6_forward.h", "6_tiles.h", "8_step.h"),
-    "tiles": ("4_chunk.h", "5_sweep.h", "6_forward.h", "7_backward.h", "8_step.h"),
+COMMON = ("1_vectors", "2_pages", "2_threads", "3_tokens")
+FILES = {
+    "forward": (*COMMON, "4_chunk", "5_sweep", "6_forward", "8_step"),
+    "backward": (*COMMON, "4_chunk", "5_sweep", "7_backward"),
+    "tiles": (*COMMON, "tiles_1_units", "tiles_2_mild", "tiles_3_halves", "tiles_4_forward"),
 }
 EXPORTS = {"forward": ("forward", "step"), "backward": ("backward",), "tiles": ("forward",)}
 
@@ -60,8 +61,7 @@ class Spec:
 
 @lru_cache
 def _template(part: Part) -> str:
-    files = sorted(path for path in TEMPLATE.glob("*.h") if path.name not in LEFT_OUT[part])
-    return "\n".join(path.read_text(encoding="utf-8") for path in files)
+    return "\n".join((TEMPLATE / f"{name}.h").read_text(encoding="utf-8") for name in FILES[part])
 
 
 @lru_cache

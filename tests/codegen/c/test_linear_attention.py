@@ -162,6 +162,20 @@ def test_matrix_units(kind: str | None, sizes: tuple[int, int], parts: list[str]
 
 
 @needs_matrix_units
+@pytest.mark.parametrize("strong", [-torch.inf, -40.0, float("nan")])
+def test_matrix_units_around_a_strong_gate(strong: float) -> None:
+    """Chunks with mild gates divide by them, others do not: a sequence may go from one to the other and back."""
+    inputs = rounded(operands("gated", N=600, Dk=32, Dv=32))
+    inputs["log_decay"][:, 0, 70:72] = strong
+    (found, state), (truth, last) = (linear_attention(**x) for x in (inputs, double(inputs)))
+    before, after, other = (0, slice(None, 64)), (0, slice(64, None)), 1
+    for head in (before, other) if strong != strong else (before, after, other):
+        assert rms(found[0][head], truth[0][head]) < 5e-3
+    assert bool(found[0, 0, 72:].isnan().all()) == bool(truth[0, 0, 72:].isnan().all())
+    assert bool(state[0, 0].isnan().all()) == bool(last[0, 0].isnan().all())
+
+
+@needs_matrix_units
 @settings(max_examples=8)
 @example(
     gates=st.sampled_from([None, "float32", "a head", "channels apart"]),
