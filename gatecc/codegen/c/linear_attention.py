@@ -48,7 +48,7 @@ class Spec:
 
 @lru_cache
 def _template(part: str) -> str:
-    left_out = {"forward": ("7_backward.h",), "backward": ("6_forward.h", "8_step.h")}[part]
+    left_out = {"forward": ("7_backward.h",), "backward": ("5_sweep.h", "6_forward.h", "8_step.h")}[part]
     files = sorted(path for path in TEMPLATE.glob("*.h") if path.name not in left_out)
     return "\n".join(path.read_text(encoding="utf-8") for path in files)
 
