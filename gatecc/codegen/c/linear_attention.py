@@ -35,7 +35,7 @@ CHUNK = 32  # tokens that matrix units take at once
 COMMON = ("1_vectors", "2_pages", "2_threads", "3_tokens")
 FILES = {
     "forward": (*COMMON, "4_chunk", "5_sweep", "6_forward", "8_step"),
-    "backward": (*COMMON, "4_chunk", "5_sweep", "7_backward"),
+    "backward": (*COMMON, "4_chunk", "7_backward"),
     "tiles": (*COMMON, "tiles_1_units", "tiles_2_mild", "tiles_3_halves", "tiles_4_forward"),
 }
 EXPORTS = {"forward": ("forward", "step"), "backward": ("backward",), "tiles": ("forward",)}

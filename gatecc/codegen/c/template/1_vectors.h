@@ -22,6 +22,20 @@ typedef float vf_anywhere __attribute__((vector_size(4 * LANES), aligned(4), may
 INLINE vf load(const float *p) { return *(const vf_anywhere *)p; }
 INLINE void store(float *p, vf x) { *(vf_anywhere *)p = x; }
 INLINE vf splat(float x) { return x - (vf){0}; }
+// A store past the caches: it neither reads the line first nor pushes others out. p is aligned to a vector.
+INLINE void stream(float *p, vf x) {
+#if defined(__AVX__)
+    __asm__ volatile("vmovntps %1, %0" : "=m"(*(vf *)p) : "v"(x));
+#else
+    *(vf *)p = x;
+#endif
+}
+// Streams of this thread are seen by all that come after.
+INLINE void end_streams(void) {
+#if defined(__AVX__)
+    __builtin_ia32_sfence();
+#endif
+}
 // One value for all lanes, kept in a register: left alone, GCC reads it from memory again at each use.
 INLINE vf broadcast(float x) {
     vf y = splat(x);

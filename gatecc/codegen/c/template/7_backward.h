@@ -1,5 +1,4 @@
-// Gradients. States are transposed here, DV rows of DKW with key channels in the lanes, because most sums run over value
-// channels. A job goes forward once to keep the state before every span of SPAN tokens, then backward span by span:
+// Gradients. A job goes forward once to keep the state before every span of SPAN tokens, then backward span by span:
 // the states before its micro-chunks are computed again, and the gradient of the state, D, is carried from the end.
 //
 // With S the state before a micro-chunk and D the gradient of the state after it (both through the gates of the chunk
@@ -7,55 +6,56 @@
 //     X_i = S do_i,  Z_i = -S e_i,  Y_j = D u_j,  W = the products of S and D summed over value channels,
 //     dq_i = P_i X_i + pairs,  dk_j = R_j Y_j + P_j Z_j + pairs,  du_j = D^T (k_j R_j) + pairs,
 //     dg_t = all W + sum_{j<t} k_j R_j Y_j + sum_{i>=t} P_i (q_i X_i + k_i Z_i) + pairs that the gate t lies between.
+//
+// Most sums run over value channels: here a vector holds key channels. A state is kept in the order in which it is read,
+// DKP / LANES blocks of DVL vectors.
 #define SPAN 64
-#define DKW (DKP + LANES)
+#define CHUNKS (SPAN / M)
 #define DVL PADDED(DV)
+#define AT(d, n) ((d) * DVL + (n) * LANES)  // key channels d to d + LANES of value channel n
+#define STATE (DKP * DVL)
 
 struct backward_scratch {
-    float S[DKP * PITCH], before[SPAN / M][DVL * DKW], D[DVL * DKW];
-    float q[SPAN][DKP], k[SPAN][DKP], a[SPAN][DKP], v[SPAN][DVP], u[SPAN][DVP], grad[SPAN][DVP], beta[SPAN];
-    float dq[SPAN][DKP], dk[SPAN][DKP], dg[SPAN][DKP], dv[SPAN][DVP], dbeta[SPAN];
-    float e[M][DVP], X[M][DKP], Y[M][DKP], Z[M][DKP], W[DKP], chunk_scale;
+    float S[STATE], after[CHUNKS][STATE], D[STATE];  // after: each chunk of a span
+    float q[SPAN][DKP], k[SPAN][DKP], a[SPAN][DKP], v[SPAN][DVP], u[SPAN][DVP], grad[SPAN][DVP];
+    float dq[M][DKP], dk[M][DKP], dg[M][DKP], du[M][DVP], e[M][DVP];
+    float X[M][DKP], Y[M][DKP], Z[M][DKP], W[DKP];
     struct chunk chunk;
+    float beta[SPAN], dbeta[LANES];
 };
 
-APART void transpose(float *to, const float *S) {
-    for (int r = 0; r < DKP; r++)
-        for (int c = 0; c < DV; c++) to[c * DKW + r] = S[r * PITCH + c];
-}
-
-// du_j = D^T (k_j R_j) for the M tokens of a chunk.
-APART void read_gradient(const float *D, const struct chunk *c, float (*du)[DVP]) {
-    UNROLL for (int j = 0; j < M; j++)
-        for (int n = 0; n < DVL; n += LANES) {
-            vf x[LANES];
-            UNROLL for (int i = 0; i < LANES; i++) x[i] = load(D + (n + i) * DKW) * load(c->kr[j]);
+// x_j = S^T k_j for M rows.
+APART void look_up(float (*x)[DVP], const float *S, const float (*k)[DKP]) {
+    for (int n = 0; n < DVL; n += LANES)
+        for (int j = 0; j < M; j++) {
+            vf y[LANES];
+            UNROLL for (int i = 0; i < LANES; i++) y[i] = load(S + AT(0, n + i)) * load(k[j]);
             for (int d = LANES; d < DKP; d += LANES) {
-                const vf k = load(c->kr[j] + d);
-                UNROLL for (int i = 0; i < LANES; i++) x[i] += load(D + (n + i) * DKW + d) * k;
+                const vf z = load(k[j] + d);
+                UNROLL for (int i = 0; i < LANES; i++) y[i] += load(S + AT(d, n + i)) * z;
             }
-            store(du[j] + n, sums(x));
+            store(x[j] + n, sums(y));
         }
 }
 
-// The transposed state ``to`` after a chunk that wrote u, from that before it.
-APART void write_values(float *restrict to, const float *restrict S, const struct chunk *c, const float (*u)[DVP]) {
+// The state ``to`` after a chunk that wrote u, from that before it.
+APART void write_values(float *to, const float *S, const struct chunk *c, const float (*u)[DVP]) {
     for (int d = 0; d < DKP; d += LANES) {
         const vf all = load(c->all + d);
         vf k[M];
         UNROLL for (int j = 0; j < M; j++) k[j] = load(c->kr[j] + d);
-        for (int n = 0; n < DV; n++) {
-            vf s = load(S + n * DKW + d);
+        for (int n = 0; n < DVL; n++) {
+            vf s = load(S + AT(d, n));
             if (GATED) s *= all;
-            UNROLL for (int j = 0; j < M; j++) s += k[j] * broadcast(u[j][n]);
-            store(to + n * DKW + d, s);
+            UNROLL for (int j = 0; j < M; j++) s += k[j] * u[j][n];
+            store(to + AT(d, n), s);
         }
     }
 }
 
 // X, Y, Z, W of a chunk, and D of the state before it.
 APART void carry_back(struct backward_scratch *w, const float *S, const float (*u)[DVP], const float (*grad)[DVP]) {
-    struct chunk *c = &w->chunk;
+    const struct chunk *c = &w->chunk;
     for (int d = 0; d < DKP; d += LANES) {
         vf X[M] = {0}, Y[M] = {0}, Z[M] = {0}, W = {0}, q[M], k[M];
         const vf all = load(c->all + d);
@@ -64,125 +64,160 @@ APART void carry_back(struct backward_scratch *w, const float *S, const float (*
             if (DELTA) k[i] = load(c->kp[i] + d);
         }
         for (int n = 0; n < DV; n++) {
-            const vf s = load(S + n * DKW + d), after = load(w->D + n * DKW + d);
+            const vf s = load(S + AT(d, n)), after = load(w->D + AT(d, n));
             vf before = GATED ? after * all : after;
             if (GATED) W += s * after;
             UNROLL for (int i = 0; i < M; i++) {
                 const vf g = broadcast(grad[i][n]);
                 X[i] += s * g;
                 before += q[i] * g;
-                Y[i] += after * broadcast(u[i][n]);
+                Y[i] += after * u[i][n];
                 if (!DELTA) continue;
                 const vf e = broadcast(w->e[i][n]);
                 Z[i] -= s * e;
                 before -= k[i] * e;
             }
-            store(w->D + n * DKW + d, before);
+            store(w->D + AT(d, n), before);
         }
         UNROLL for (int i = 0; i < M; i++) {
             store(w->X[i] + d, X[i]);
             store(w->Y[i] + d, Y[i]);
-            store(w->Z[i] + d, Z[i]);
+            if (DELTA) store(w->Z[i] + d, Z[i]);
         }
         store(w->W + d, W);
     }
 }
 
-APART float dot(const float *x, const float *y) {
-    vf sum = {0};
-    for (int d = 0; d < DVP; d += LANES) sum += load(x + d) * load(y + d);
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += sum[i];
-    return total;
+// products[i][j] = x_i · y_j for j <= i.
+APART void multiply(float *products, const float (*x)[DVP], const float (*y)[DVP]) {
+    vf sum[M * M] = {0};
+    for (int n = 0; n < DVP; n += LANES)
+        UNROLL for (int i = 0; i < M; i++)
+            UNROLL for (int j = 0; j <= i; j++) sum[i * M + j] += load(x[i] + n) * load(y[j] + n);
+    UNROLL for (int n = 0; n < M * M; n += LANES) store(products + n, sums(sum + n));
 }
 
-// dq, dk and dg of a chunk; qu[i][j] = do_i · u_j and eu[i][j] = -e_i · u_j.
-APART void share(struct backward_scratch *w, int t, const float qu[M][M], const float eu[M][M]) {
-    const struct chunk *c = &w->chunk;
+// dq, dk and dg of a chunk from X, Y, Z and W; qu[i][j] = do_i · u_j and eu[i][j] = e_i · u_j. What passes a gate is added
+// up, never found as a difference, so that dg is exact where it is small.
+APART void share(struct backward_scratch *w, int t, const float *qu, const float *eu, float scale) {
     for (int d = 0; d < DKP; d += LANES) {
-        vf q[M], k[M], a[M], dq[M], dk[M], dg[M];
+        vf q[M], k[M], a[M], y[M], dq[M], dk[M], dg[M];
+        vf P = splat(1.0f), R = splat(1.0f), passed = load(w->chunk.all + d) * load(w->W + d);
         UNROLL for (int i = 0; i < M; i++) {
             q[i] = load(w->q[t + i] + d);
             k[i] = load(w->k[t + i] + d);
-            if (GATED) a[i] = load(w->a[t + i] + d);
-            dg[i] = load(c->all + d) * load(w->W + d);
-        }
-        vf P = splat(1.0f), R = splat(1.0f);
-        UNROLL for (int i = 0; i < M; i++) {
-            if (GATED) P *= a[i];
+            a[i] = GATED ? load(w->a[t + i] + d) : splat(1.0f);
+            P *= a[i];
             dq[i] = P * load(w->X[i] + d);
             dk[i] = DELTA ? P * load(w->Z[i] + d) : splat(0.0f);
-            vf share = dq[i] * q[i];
-            if (DELTA) share += dk[i] * k[i];
-            UNROLL for (int g = 0; GATED && g <= i; g++) dg[g] += share;
+            dg[i] = dq[i] * q[i] + dk[i] * k[i];
         }
         UNROLL for (int j = M - 1; j >= 0; j--) {
-            const vf y = R * load(w->Y[j] + d);
-            dk[j] += y;
-            UNROLL for (int g = j + 1; GATED && g < M; g++) dg[g] += y * k[j];
-            if (GATED) R *= a[j];
+            if (j + 1 < M) dg[j] += dg[j + 1];
+            y[j] = R * load(w->Y[j] + d);
+            R *= a[j];
         }
         UNROLL for (int j = 0; j < M; j++) {
-            vf between = splat(1.0f);
+            vf between = splat(1.0f), pair[M], sum = splat(0.0f);
+            dg[j] += passed;
+            passed += y[j] * k[j];
+            dk[j] += y[j];
             UNROLL for (int i = j; i < M; i++) {
-                if (GATED && i > j) between *= a[i];
+                if (i > j) between *= a[i];
                 const vf through = between * k[j];
-                dq[i] += through * qu[i][j];
-                vf read = q[i] * qu[i][j];
+                vf read = q[i] * qu[i * M + j];
+                dq[i] += through * qu[i * M + j];
                 if (DELTA && i > j) {
-                    dk[i] += through * eu[i][j];
-                    read += k[i] * eu[i][j];
+                    read -= k[i] * eu[i * M + j];
+                    dk[i] -= through * eu[i * M + j];
                 }
                 dk[j] += between * read;
-                UNROLL for (int g = j + 1; GATED && g <= i; g++) dg[g] += through * read;
+                pair[i] = through * read;
+            }
+            UNROLL for (int i = M - 1; i > j; i--) {
+                sum += pair[i];
+                dg[i] += sum;
             }
         }
         UNROLL for (int i = 0; i < M; i++) {
-            store(w->dq[t + i] + d, dq[i] * w->chunk_scale);
-            store(w->dk[t + i] + d, dk[i]);
-            store(w->dg[t + i] + d, dg[i]);
+            store(w->dq[i] + d, dq[i] * scale);
+            store(w->dk[i] + d, dk[i]);
+            if (GATED) store(w->dg[i] + d, dg[i]);
         }
     }
 }
 
-APART void chunk_backward(struct backward_scratch *w, int t) {
-    const struct chunk *c = &w->chunk;
-    float qu[M][M] = {{0}}, eu[M][M] = {{0}};
-    read_gradient(w->D, c, w->dv + t);  // du, for now
-    for (int j = M - 1; j >= 0; j--) {
-        float *du = w->dv[t + j];
-        for (int i = j; i < M; i++)
-            for (int n = 0; n < DVP; n += LANES) {
-                vf x = load(du + n) + load(w->grad[t + i] + n) * c->qk[i * M + j];
-                if (DELTA && i > j) x -= load(w->e[i] + n) * c->kk[i * M + j];
-                store(du + n, x);
-            }
-        if (!DELTA) continue;
-        w->dbeta[t + j] = dot(du, w->v[t + j]);  // v: the error by now
-        for (int n = 0; n < DVP; n += LANES) store(w->e[j] + n, load(du + n) * w->beta[t + j]);
-        memcpy(du, w->e[j], sizeof w->e[j]);
-    }
+// u of a chunk, and in the place of v its error, v - S^T k.
+APART void correct(const float *S, const struct chunk *c, float (*v)[DVP], float (*u)[DVP], const float *beta) {
+    float held[M][DVP];
+    look_up(held, S, c->kp);
     for (int i = 0; i < M; i++)
-        for (int j = 0; j <= i; j++) {
-            qu[i][j] = dot(w->grad[t + i], w->u[t + j]);
-            if (DELTA && i > j) eu[i][j] = -dot(w->e[i], w->u[t + j]);
+        for (int n = 0; n < DVP; n += LANES) {
+            vf error = load(v[i] + n) - load(held[i] + n);
+            for (int j = 0; j < i; j++) error -= load(u[j] + n) * c->kk[i * M + j];
+            store(v[i] + n, error);
+            store(u[i] + n, error * beta[i]);
         }
-    carry_back(w, w->before[t / M], w->u + t, w->grad + t);
-    share(w, t, qu, eu);
+}
+
+// The state ``to`` after the M tokens from t on, from that before them.
+APART void chunk_forward(struct backward_scratch *w, float *to, const float *S, int t) {
+    prepare(&w->chunk, NULL, w->k + t, w->a + t);
+    if (DELTA) correct(S, &w->chunk, w->v + t, w->u + t, w->beta + t);
+    write_values(to, S, &w->chunk, DELTA ? w->u + t : w->v + t);
+}
+
+// The gradients of the M tokens from t on, S being the state before them.
+APART void chunk_backward(struct backward_scratch *w, const float *S, int t, float scale) {
+    const struct chunk *c = &w->chunk;
+    float (*const grad)[DVP] = w->grad + t, (*const u)[DVP] = DELTA ? w->u + t : w->v + t;
+    float qu[M * M], eu[M * M];
+    prepare(&w->chunk, w->q + t, w->k + t, w->a + t);
+    look_up(w->e, w->D, c->kr);
+    vf slope[LANES] = {0};
+    for (int j = M - 1; j >= 0; j--)
+        for (int n = 0; n < DVP; n += LANES) {
+            vf du = load(w->e[j] + n);
+            for (int i = j; i < M; i++) du += load(grad[i] + n) * c->qk[i * M + j];
+            for (int i = j + 1; DELTA && i < M; i++) du -= load(w->e[i] + n) * c->kk[i * M + j];
+            if (DELTA) slope[j] += du * load(w->v[t + j] + n);  // v: the error by now
+            store(w->e[j] + n, DELTA ? du * w->beta[t + j] : du);
+        }
+    if (DELTA) store(w->dbeta, sums(slope));
+    multiply(qu, grad, u);
+    if (DELTA) multiply(eu, w->e, u);
+    carry_back(w, S, u, grad);
+    share(w, t, qu, eu, scale);
+}
+
+// Outputs are (batch, heads, tokens, width).
+INLINE int64_t row_at(const struct problem *p, const struct sequence *s, int64_t token) {
+    return (s->batch * p->heads + s->head) * p->tokens + token;
+}
+
+// Gradients of a megabyte and more are streamed: a store to a line that is far away reads it first, and the four of 2048
+// tokens and 8 heads cost a quarter of the time that way.
+INLINE void put_row(float *to, const float *from, const int n, int streamed) {
+    if (!streamed || n % LANES || (uintptr_t)to % sizeof(vf)) {
+        memcpy(to, from, sizeof(float) * n);
+        return;
+    }
+    for (int d = 0; d < n; d += LANES) stream(to + d, load(from + d));
 }
 
 static void write_gradients(
     const struct problem *p, const struct sequence *s, const struct backward_scratch *w, int64_t t, int count
 ) {
+    const int streamed = rows(p) * DK >= 1 << 18;
     for (int i = 0; i < count; i++) {
-        const int64_t at = (s->batch * p->heads + s->head) * p->tokens + token_of(p, s, t + i);
-        memcpy(p->dq + at * DK, w->dq[i], 4 * DK);
-        memcpy(p->dk + at * DK, w->dk[i], 4 * DK);
-        memcpy(p->dv + at * DV, w->dv[i], 4 * DV);
+        const int64_t at = row_at(p, s, token_of(p, s, t + i));
+        put_row(p->dq + at * DK, w->dq[i], DK, streamed);
+        put_row(p->dk + at * DK, w->dk[i], DK, streamed);
+        put_row(p->dv + at * DV, w->e[i], DV, streamed);
         if (DELTA) p->dbeta[at] = w->dbeta[i];
         if (!GATED) continue;
         if (p->g.width != 1) {
-            memcpy(p->dg + at * DK, w->dg[i], 4 * DK);
+            put_row(p->dg + at * DK, w->dg[i], DK, streamed);
             continue;
         }
         float sum = 0;
@@ -191,19 +226,31 @@ static void write_gradients(
     }
 }
 
-// Tokens of a span, its chunks prepared one after the other by ``backward_job``.
-APART void read_span(const struct problem *p, const struct sequence *s, struct backward_scratch *w, int64_t t, int count) {
-    read_tokens(p, s, t, count, w->q, w->k, w->a, w->v, w->beta);
-    for (int i = 0; i < count; i++) {
-        const int64_t token = token_of(p, s, t + i);
-        read_row(&p->grad_o, row_of(&p->grad_o, s, token), w->grad[i], DV, PLAIN, 1);
-    }
-    for (int i = count; i % M; i++) memset(w->grad[i], 0, sizeof w->grad[i]);
+// Tokens of a span, with their outputs' gradients if ``all`` is wanted; how many there are.
+static int read_span(const struct problem *p, const struct sequence *s, struct backward_scratch *w, int64_t t, int all) {
+    const int count = s->length - t < SPAN ? (int)(s->length - t) : SPAN;
+    read_tokens(p, s, t, count, all ? w->q : NULL, w->k, w->a, w->v, w->beta);
+    for (int i = 0; all && i < count; i++)
+        read_row(&p->grad_o, row_of(&p->grad_o, s, token_of(p, s, t + i)), w->grad[i], DV, PLAIN, 1);
+    for (int i = count; all && i % M; i++) memset(w->grad[i], 0, sizeof w->grad[i]);
+    return count;
+}
+
+// A state as it is here, from and to the caller's rows.
+static void take_state(float *S, const float *from) {
+    memset(S, 0, sizeof(float) * STATE);
+    for (int r = 0; from && r < DK; r++)
+        for (int n = 0; n < DV; n++) S[AT(r / LANES * LANES, n) + r % LANES] = from[r * DV + n];
+}
+
+static void give_state(float *to, const float *S) {
+    for (int r = 0; r < DK; r++)
+        for (int n = 0; n < DV; n++) to[r * DV + n] = S[AT(r / LANES * LANES, n) + r % LANES];
 }
 
 static void *scratch(size_t bytes) {
     void *memory = NULL;
-    if (posix_memalign(&memory, 64, bytes)) abort();  // as malloc, only where the machine is out of memory
+    if (posix_memalign(&memory, 4096, bytes)) abort();  // as malloc, only where the machine is out of memory
     expect(memory, (int64_t)bytes);
     populate(memory, (int64_t)bytes);
     return memory;
@@ -214,49 +261,29 @@ static void backward_job(const void *context, int64_t job) {
     const struct sequence s = sequence_of(p, job);
     const int64_t size = (int64_t)DK * DV, spans = (s.length + SPAN - 1) / SPAN;
     struct backward_scratch *w = scratch(sizeof *w);
-    float *kept = scratch(sizeof(float) * DKP * PITCH * (size_t)(spans + 1));
-    const int64_t first = (s.batch * p->heads + s.head) * p->tokens + s.first;
+    float *kept = scratch(sizeof(float) * STATE * (size_t)(spans + 1)), *S = kept;
+    const int64_t first = row_at(p, &s, s.first);
     populate(p->dq + first * DK, s.length * 4 * DK);
     populate(p->dk + first * DK, s.length * 4 * DK);
     populate(p->dv + first * DV, s.length * 4 * DV);
     if (GATED) populate(p->dg + first * p->g.width, s.length * 4 * p->g.width);
-    memset(w->D, 0, sizeof w->D);
-    w->chunk_scale = p->scale;
-    read_state(w->S, p->state ? p->state + job * size : NULL);
-    for (int64_t n = 0; n < spans; n++) {
-        memcpy(kept + n * DKP * PITCH, w->S, sizeof w->S);
-        const int count = s.length - n * SPAN < SPAN ? (int)(s.length - n * SPAN) : SPAN;
-        if (n + 1 == spans) break;
-        read_tokens(p, &s, n * SPAN, count, NULL, w->k, w->a, w->v, w->beta);
-        for (int i = 0; i < count; i += M) {
-            prepare(&w->chunk, NULL, w->k + i, w->a + i);
-            advance_state(w->S, &w->chunk, w->v + i, w->beta + i);
-        }
+    take_state(S, p->state ? p->state + job * size : NULL);
+    take_state(w->D, p->grad_final ? p->grad_final + job * size : NULL);
+    for (int64_t n = 0; n + 1 < spans; n++, S += STATE) {
+        read_span(p, &s, w, n * SPAN, 0);
+        for (int m = 0; m < CHUNKS; m++) chunk_forward(w, m + 1 < CHUNKS ? w->S : S + STATE, m ? w->S : S, m * M);
     }
-    for (int r = 0; p->grad_final && r < DK; r++)
-        for (int c = 0; c < DV; c++) w->D[c * DKW + r] = p->grad_final[job * size + r * DV + c];
-    for (int64_t n = spans - 1; n >= 0; n--) {
-        const int count = s.length - n * SPAN < SPAN ? (int)(s.length - n * SPAN) : SPAN;
-        const int chunks = (count + M - 1) / M;
-        read_span(p, &s, w, n * SPAN, count);
-        memcpy(w->S, kept + n * DKP * PITCH, sizeof w->S);
-        transpose(w->before[0], w->S);
-        for (int m = 0; m < chunks; m++) {
-            prepare(&w->chunk, w->q + m * M, w->k + m * M, w->a + m * M);
-            if (DELTA) advance_state(w->S, &w->chunk, w->v + m * M, w->beta + m * M);
-            for (int i = m * M; i < m * M + M; i++)
-                for (int d = 0; d < DVP; d += LANES) store(w->u[i] + d, load(w->v[i] + d) * (DELTA ? w->beta[i] : 1));
-            if (m + 1 == chunks) break;
-            write_values(w->before[m + 1], w->before[m], &w->chunk, w->u + m * M);
-        }
+    for (int64_t n = spans - 1; n >= 0; n--, S -= STATE) {
+        const int count = read_span(p, &s, w, n * SPAN, 1), chunks = (count + M - 1) / M;
+        for (int m = 0; m < chunks; m++) chunk_forward(w, w->after[m], m ? w->after[m - 1] : S, m * M);
         for (int m = chunks - 1; m >= 0; m--) {
-            prepare(&w->chunk, w->q + m * M, w->k + m * M, w->a + m * M);
-            chunk_backward(w, m * M);
+            const int64_t t = n * SPAN + m * M;
+            chunk_backward(w, m ? w->after[m - 1] : S, m * M, p->scale);
+            write_gradients(p, &s, w, t, s.length - t < M ? (int)(s.length - t) : M);
         }
-        write_gradients(p, &s, w, n * SPAN, count);
     }
-    for (int r = 0; r < DK; r++)
-        for (int c = 0; c < DV; c++) p->dstate[job * size + r * DV + c] = w->D[c * DKW + r];
+    end_streams();
+    give_state(p->dstate + job * size, w->D);
     free(kept);
     free(w);
 }
