@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from torch import fx, nn
-from torch._dynamo import config as dynamo
 from torch.export import Dim, ExportedProgram
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.graph import CodeGen
@@ -223,6 +222,8 @@ def _fast() -> Generator[None]:
     export's passes print their graph as Python after each step, which a lazy graph module leaves until someone calls
     it: a tenth.
     """
+    from torch._dynamo import config as dynamo  # half of the time of ``import gatecc``, if it is imported there
+
     with dynamo.patch(fake_tensor_cache_enabled=False), _use_lazy_graph_module(True):
         yield
 
