@@ -12,14 +12,15 @@ from typing import Any, Literal
 
 import torch
 from torch import fx, nn
-from torch._dynamo import config as dynamo
 from torch.export import Dim, ExportedProgram
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.graph import CodeGen
 
 from gatecc.capture import signature
 from gatecc.capture.adapters import adapted
 from gatecc.capture.guards import size_guards
 from gatecc.errors import CaptureError
+from gatecc.ir.loops import free_lengths
 from gatecc.ir.program import META, Origin, Program, attribute
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
@@ -73,8 +74,7 @@ def capture(
         raise CaptureError("the call cannot become a graph", where=fqn, found=str(e)) from e
     leaves = _apart(leaves)
     flat = _Flat(module, forward or module, args, kwargs)
-    with adapted(module), _quiet(), dynamo.patch(fake_tensor_cache_enabled=False):
-        # The cache of fake tensors serves graphs that repeat: here its bookkeeping is a fifth of the time of a capture.
+    with adapted(module), free_lengths(), _quiet(), _fast():
         exported = _export(flat, leaves, fqn, dynamic)
     return _program(exported, module, leaves, fqn, _paths(module, args, kwargs))
 
@@ -213,6 +213,20 @@ def _line(trace: str | None) -> str:
 
 def _short(path: str, line: str) -> str:
     return f"{path.rsplit('/', 1)[-1]}:{line}"
+
+
+@contextmanager
+def _fast() -> Generator[None]:
+    """Two things that torch does for other uses of export.
+
+    The cache of fake tensors serves graphs that repeat: here its bookkeeping is a fifth of the time of a capture. And
+    export's passes print their graph as Python after each step, which a lazy graph module leaves until someone calls
+    it: a tenth.
+    """
+    from torch._dynamo import config as dynamo  # half of the time of ``import gatecc``, if it is imported there
+
+    with dynamo.patch(fake_tensor_cache_enabled=False), _use_lazy_graph_module(True):
+        yield
 
 
 @contextmanager

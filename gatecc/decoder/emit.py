@@ -89,8 +89,10 @@ class Emitter(Positions):
             return self._one_token(node)
         result = self._call(node)
         for source in node.all_input_nodes:
-            if source.target is marks.recalled:
-                self.next[int(str(source.args[0]))] = self.graph.call_function(operator.getitem, (result, 1))
+            if source.target in marks.STATES:
+                index = int(str(source.args[-1]))
+                output = self.plan.slots[index].output
+                self.next[index] = self.graph.call_function(operator.getitem, (result, output))
         return result
 
     def _call(self, node: fx.Node) -> fx.Node:
@@ -159,14 +161,17 @@ class Emitter(Positions):
         held = self.graph.call_function(operator.getitem, (self.inputs["slots"], index))
         if node.target is marks.recalled:
             return held
+        if node.target is marks.resumed:
+            start = self._read(node, node.args[0])
+            return self.graph.call_function(first, (self.bounds[NOW][0], start, held))
         x = self.env[node.all_input_nodes[0]]
         if node.target is marks.kept:
             return self._keep(held, x, slot.axis, slot.span)
         new = self.bounds[NOW][1]
-        if node.target is marks.extended:
+        if node.target in (marks.extended, marks.delayed):
             longer = self.graph.call_function(torch.cat, ([held, x], slot.axis))
             self.next[index] = self._alone(self.narrow(longer, slot.axis, new, slot.count))
-            return longer
+            return longer if node.target is marks.extended else self.narrow(longer, slot.axis, 0, new)
         total = self.graph.call_function(_COMBINE[opname(slot.node)], (x, held))
         self.next[index] = self._alone(self.narrow(total, slot.axis, self.combine(operator.sub, new, 1), 1))
         return total
@@ -198,8 +203,8 @@ class Emitter(Positions):
         read = [self._read(node, x) for x in node.args[:5]]
         taken = [self.graph.call_method("select", (x, 2, 0)) if isinstance(x, fx.Node) else None for x in read]
         o = self.graph.call_function(linear_attention_step, (*taken, held), {"scale": named(node, "scale")})
-        start = next(n for n in node.all_input_nodes if n.target is marks.recalled)
-        self.next[int(str(start.args[0]))] = held
+        start = next(n for n in node.all_input_nodes if n.target in marks.STATES)
+        self.next[int(str(start.args[-1]))] = held
         return self.graph.call_method("unsqueeze", (o, 2)), held
 
     def _attention(self, node: fx.Node) -> Any:
@@ -243,6 +248,11 @@ def table_program(plan: Plan, tables: Sequence[fx.Node]) -> tuple[fx.GraphModule
     writer.bounds = {ALL: (0, writer.graph.placeholder("length"))}
     writer.graph.output(tuple(writer.whole(node) for node in tables))
     return writer.module(), writer.weights
+
+
+def first(past: int, start: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
+    """The state that an operator starts from: its own before the first token, then what was held."""
+    return held if past else start.to(held.dtype)
 
 
 def slice_bounds(node: fx.Node) -> tuple[int, int] | None:

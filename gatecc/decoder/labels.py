@@ -79,6 +79,10 @@ class Labels:
             return self.spread(node, None)
         source, slot = node.args[0], self.slots[int(str(node.args[1]))]
         assert isinstance(source, fx.Node)
+        if node.target is marks.resumed:
+            if self.kind(source) not in ("position", "context") or self.lengths.axes(source):
+                raise refusal(slot.node, f"it starts from a state, {source.name}, that depends on the tokens")
+            return self.spread(node, None)
         if self.kind(source) != "data":
             raise refusal(source, "keys or values that do not depend on the tokens")
         if node.target is marks.kept:

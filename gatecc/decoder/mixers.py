@@ -1,16 +1,20 @@
-"""Step rules of the token mixers that are no attention: causal convolution, running totals, linear attention."""
+"""Step rules of the token mixers that are no attention: causal convolution and running totals.
+
+Delays are in gatecc.decoder.delays, operators with a state of their own in gatecc.decoder.recurrent.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import fx
 
 from gatecc.decoder.axes import Lengths
+from gatecc.decoder.delays import SHIFTS, delay
 from gatecc.decoder.labels import named
+from gatecc.decoder.recurrent import LAYERS, layers, linear_attention
 from gatecc.decoder.refuse import refusal
-from gatecc.decoder.slots import Slot, carried, extended, recalled
+from gatecc.decoder.slots import Slot, carried, extended
 from gatecc.ir.ops import argument, opname
 from gatecc.ir.program import META, Program, origin
 from gatecc.ir.sizes import node_shape, same
@@ -33,7 +37,11 @@ def mixers(program: Program, data: set[fx.Node], slots: list[Slot], lengths: Len
         elif name == "conv1d":
             _convolution(node, slots, lengths)
         elif name == "linear_attention":
-            _linear_attention(node, slots)
+            linear_attention(node, slots)
+        elif name in LAYERS:
+            layers(node, slots, lengths)
+        elif name in SHIFTS:
+            delay(node, slots, lengths)
 
 
 # --- running totals -------------------------------------------------------------------------------------------------
@@ -87,7 +95,8 @@ def _convolution(node: fx.Node, slots: list[Slot], lengths: Lengths) -> None:
     with graph.inserting_before(node):
         longer = graph.call_function(extended, (before, len(slots) - 1))
     longer.meta = {"val": source.meta["val"], META: node.meta.get(META)}
-    node.args = (longer, *node.args[1:4], [0], *node.args[5:])
+    node.args = (longer, weight, named(node, "bias"), [1], [0], [dilation], named(node, "groups"))
+    node.kwargs = {}
     if cut is not None:
         node.meta["val"] = cut.meta["val"]
         cut.replace_all_uses_with(node)
@@ -117,24 +126,3 @@ def _cut(node: fx.Node, source: fx.Node) -> fx.Node | None:
     first = argument(cut, 2, "start") in (None, 0)
     kept = same((node_shape(cut) or (0,))[-1], (node_shape(source) or (1,))[-1])
     return cut if axis == 2 and first and kept else None
-
-
-# --- linear attention -----------------------------------------------------------------------------------------------
-
-
-def _linear_attention(node: fx.Node, slots: list[Slot]) -> None:
-    """gatecc::linear_attention starts from the state that the last step returned. State: (B, H, Dk, Dv)."""
-    for name, plain in (("reverse", False), ("cu_seqlens", None)):
-        found = named(node, name)
-        if found is not plain:
-            raise refusal(node, f"linear attention with {name}", do="a decoder runs forwards over one text a sample")
-    if named(node, "initial_state") is not None:
-        raise refusal(node, "linear attention that starts from a state of the model's own")
-    state = node.meta["val"][1]
-    assert isinstance(state, torch.Tensor)
-    slots.append(Slot("state", node, value=state, owner=origin(node).owner))
-    with node.graph.inserting_before(node):
-        start = node.graph.call_function(recalled, (len(slots) - 1,))
-    start.meta = {"val": state, META: node.meta.get(META)}
-    args = list(node.args) + [None] * (6 - len(node.args))
-    node.args = (*args[:5], start, *args[6:])

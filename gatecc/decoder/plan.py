@@ -17,6 +17,7 @@ from gatecc.decoder.refuse import refusal
 from gatecc.decoder.rules import Recalled, attention
 from gatecc.decoder.slots import Slot
 from gatecc.decoder.ways import label
+from gatecc.decoder.weighing import weighings
 from gatecc.errors import DecoderError
 from gatecc.ir.dataflow import Flow
 from gatecc.ir.evaluate import Evaluator
@@ -86,11 +87,12 @@ def plan(program: Program) -> Plan:
     logits, output_at = _only_logits(program, inputs)
     slots: list[Slot] = []
     fused: dict[fx.Node, Recalled] = {}
-    for site in find_sites(program).of("attention"):
-        assert isinstance(site, Attention)
+    sites = [site for site in find_sites(program).of("attention") if isinstance(site, Attention)]
+    for site in sites:
         recalled = attention(site, slots, inputs.lengths)
         if recalled is not None:
             fused[site.core] = recalled
+    weighings(Flow(program), {site.core for site in sites}, slots, inputs.lengths)
     mixers(program, Flow(program).data, slots, inputs.lengths)
     program.graph.eliminate_dead_code()
     flow = Flow(program)

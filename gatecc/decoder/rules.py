@@ -1,21 +1,23 @@
 """Step rules: where positions meet, the graph is changed so that the past enters through a slot of the state.
 
-Attention keeps keys and values, before heads are repeated. The other mixers are in gatecc.decoder.mixers.
+Attention keeps keys and values, before heads are repeated; one whose weights are normalised later is in
+gatecc.decoder.weighing. The other mixers are in gatecc.decoder.mixers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
 from gatecc.decoder.axes import ALL, Lengths, Span
 from gatecc.decoder.refuse import refusal
 from gatecc.decoder.slots import Slot, kept
+from gatecc.ir.mask import Mask
 from gatecc.ir.match.product import product
 from gatecc.ir.ops import CASTS, VIEWS, opname
 from gatecc.ir.program import META
-from gatecc.ir.site import Attention, Value
+from gatecc.ir.site import Attention
 from gatecc.ir.sizes import node_shape
 
 _ON_THE_WAY = VIEWS | CASTS | frozenset(("mul", "div"))
@@ -44,19 +46,16 @@ def attention(site: Attention, slots: list[Slot], lengths: Lengths) -> Recalled 
     k, v = site.values["k"], site.values["v"]
     if not any(lengths.has(size) for size in k.node.meta["val"].shape):
         return None
-    if not site.mask.causal:
-        raise refusal(
-            site.core,
-            f"the mask of this attention does not prove causal: {site.mask.reason or site.mask.kind}",
-            do="a decoder needs a model in which no token sees a later one",
-        )
-    span = Span(window=site.mask.window) if site.mask.kind == "sliding_window" else ALL
+    span = causal_span(site.core, site.mask)
     marks: list[fx.Node] = []
     repeats: list[fx.Node] = []
-    for value, reader in ((k, _product(site, k.node)), (v, site.core)):
-        mark, way = _keep(value, reader, span, slots, lengths, site.owner)
+    for start, reader in ((k.node, _product(site, k.node)), (v.node, site.core)):
+        way = _way(start, reader)
+        if way is None:
+            raise refusal(reader, f"{start.name} reaches it on a way that is not understood")
+        mark, copies = keep(start, way, reader, Slot("keys", start, span=span, owner=site.owner), slots, lengths)
         marks.append(mark)
-        repeats += way
+        repeats += copies
     if site.spelling != "sdpa":
         return None
     mask = site.mask
@@ -96,21 +95,28 @@ def _ancestry(user: fx.Node) -> list[fx.Node]:
     return [n for n in user.all_input_nodes if n.op != "get_attr"]
 
 
-def _keep(
-    value: Value, reader: fx.Node, span: Span, slots: list[Slot], lengths: Lengths, owner: str
-) -> tuple[fx.Node, list[fx.Node]]:
-    """Put a mark behind ``value`` on its way to ``reader``; what else reads it goes on with the new positions.
+def causal_span(core: fx.Node, mask: Mask) -> Span:
+    """The keys that a query may see. Raises DecoderError if the mask does not prove causal."""
+    if not mask.causal:
+        raise refusal(
+            core,
+            f"the mask of this attention does not prove causal: {mask.reason or mask.kind}",
+            do="a decoder needs a model in which no token sees a later one",
+        )
+    return Span(window=mask.window) if mask.kind == "sliding_window" else ALL
 
-    Returns the mark and the nodes between it and the reader.
+
+def keep(
+    start: fx.Node, way: list[fx.Node], reader: fx.Node, slot: Slot, slots: list[Slot], lengths: Lengths
+) -> tuple[fx.Node, list[fx.Node]]:
+    """Put a mark behind ``start`` on its ``way`` to ``reader``; what else reads it goes on with the new positions.
+
+    Returns the mark and the nodes between it and the reader, which are copies.
     """
-    start = value.node
-    way = _way(start, reader)
-    if way is None:
-        raise refusal(reader, f"{start.name} reaches it on a way that is not understood")
     axes = lengths.axes(start)
     if len(axes) != 1 or not lengths.pure(start.meta["val"].shape[axes[0]]):
         raise refusal(start, f"keys or values of shape {tuple(start.meta['val'].shape)}")
-    slots.append(Slot("keys", start, axes[0], span, owner=owner))
+    slots.append(replace(slot, axis=axes[0]))
     graph = start.graph
     with graph.inserting_before(way[0] if way else reader):
         mark = graph.call_function(kept, (start, len(slots) - 1))

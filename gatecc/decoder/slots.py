@@ -22,8 +22,8 @@ class Slot:
 
     ``keys``: values of all positions (or of a window) along ``axis``, appended in each step.
     ``taps``: the last ``count`` values along ``axis``. ``scan``: a running total (size 1 along ``axis``).
-    ``state``: whatever the operator returns as its next state. ``node`` has the shape, dtype and device (for taps, of
-    what is remembered of: the axis is cut to ``count``); ``fill`` is the value before the first token.
+    ``state``: what the operator returns as its next state, in its ``output``. ``node`` has the shape, dtype and device
+    (for taps, of what is remembered of: the axis is cut to ``count``); ``fill`` is the value before the first token.
     """
 
     kind: Kind
@@ -34,6 +34,7 @@ class Slot:
     fill: float = 0.0
     value: torch.Tensor | None = None  # the recorded value that has the shape, if it is not the node's own
     owner: str = ""
+    output: int = 1
 
     @property
     def like(self) -> torch.Tensor:
@@ -56,9 +57,20 @@ def carried(x: Any, slot: int) -> Any:
     raise NotImplementedError("a mark is written out before it runs")
 
 
-def recalled(slot: int) -> Any:
-    """Mark: the state that an operator starts from."""
+def delayed(x: Any, slot: int) -> Any:
+    """Mark: what ``x`` was as many positions before as the slot remembers."""
     raise NotImplementedError("a mark is written out before it runs")
 
 
-MARKS = (kept, extended, carried, recalled)
+def recalled(slot: int) -> Any:
+    """Mark: the state that an operator starts from, zero before the first token."""
+    raise NotImplementedError("a mark is written out before it runs")
+
+
+def resumed(start: Any, slot: int) -> Any:
+    """Mark: the state that an operator starts from, ``start`` before the first token."""
+    raise NotImplementedError("a mark is written out before it runs")
+
+
+STATES = (recalled, resumed)
+MARKS = (kept, extended, carried, delayed, *STATES)

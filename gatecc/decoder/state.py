@@ -66,8 +66,9 @@ class Memory:
     def batch(self, state: State) -> int | None:
         """The number of samples that a state is of; None if it remembers nothing yet."""
         for slot, buffer in zip(self.slots, state["slots"], strict=True):
-            if expression(slot.like.shape[0]) in self.plan.lengths.batch:
-                return buffer.shape[0]
+            for size, held in zip(slot.like.shape, buffer.shape, strict=True):
+                if expression(size) in self.plan.lengths.batch:
+                    return held
         return state["history"][0].shape[0] if state["history"] else None
 
     # --- room ---

@@ -16,6 +16,7 @@ from gatecc.decoder import slots as marks
 from gatecc.decoder.axes import ALL, NOW, Span, Spans
 from gatecc.decoder.kinds import Kinds
 from gatecc.decoder.labels import CUT, Labels, Rule, named
+from gatecc.decoder.recurrent import LAYERS
 from gatecc.decoder.refuse import refusal
 from gatecc.decoder.slots import Slot
 from gatecc.ir.match.axes import axis_map
@@ -337,8 +338,17 @@ def _create(labels: Labels, node: fx.Node) -> Any:
 
 def _recurrence(labels: Labels, node: fx.Node) -> Any:
     """gatecc::linear_attention with its state in a slot: everything else is at the new positions."""
-    if not any(n.target is marks.recalled for n in node.all_input_nodes):
+    if not any(n.target in marks.STATES for n in node.all_input_nodes):
         raise refusal(node, "no step rule was found for it")
+    return labels.one(node)
+
+
+def _layers(labels: Labels, node: fx.Node) -> Any:
+    """RNN, GRU and LSTM layers: with their state in a slot, or along an axis that is none of positions."""
+    if str(node.target).endswith(".data"):
+        raise refusal(node, "packed sequences have no step rule", do="call the layers with padded sequences")
+    if not any(n.target in marks.STATES for n in node.all_input_nodes):
+        labels.forbid(node, node.all_input_nodes[0], 1 if named(node, "batch_first") else 0)
     return labels.one(node)
 
 
@@ -356,6 +366,7 @@ def _table() -> dict[str, Rule]:
         (_CREATE, _create),
         (_SPLITS, _split),
         (_SAME_PLACE, _same_place),
+        (LAYERS, _layers),
     ):
         rules |= dict.fromkeys(names, rule)
     return rules | {

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 from torch._guards import detect_fake_mode
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from gatecc.errors import GraphError, SiteRefusedError
@@ -317,7 +318,7 @@ def _trace(function: Callable[..., torch.Tensor], arguments: Sequence[Any]) -> f
             return cast("torch.Tensor", torch.func.functional_call(function, own, tuple(actual)))
         return function(*actual)
 
-    with mode:
+    with mode, _use_lazy_graph_module(True):  # only the graph is wanted, no Python of it
         inputs = [mode.from_tensor(t, static_shapes=True) for _, t in tensors] + values
         traced = make_fx(flat, pre_dispatch=True)(*inputs)
     traced.graph.eliminate_dead_code()

@@ -17,6 +17,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 
 from gatecc.errors import GraphError
+from gatecc.ir.loops import free_lengths
 from gatecc.ir.program import Program, attribute, fake, origin, window
 from gatecc.ir.site import Site
 
@@ -135,7 +136,7 @@ def _shape(node: fx.Node, recorded: torch.Tensor, rewrite: Suspect) -> None:
     mode = detect_fake_mode([recorded])
     try:
         # Without Python's decompositions some operators ask for the number behind a symbolic size, and fix it.
-        with mode or torch.no_grad(), enable_python_dispatcher():
+        with mode or torch.no_grad(), enable_python_dispatcher(), free_lengths():
             got = cast("Callable[..., Any]", node.target)(*args, **kwargs)
     except Exception as e:
         raise _fail(rewrite, "an operator does not accept its inputs", node, f"{type(e).__name__}: {e}") from e

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from gatecc.capture.reads import same_reads
-from gatecc.capture.signature import Key
+from gatecc.capture.signature import Key, map_tensors
 from gatecc.scope.variant import Variant
 
 LIMIT = 64  # kinds of call kept per family; the oldest goes first
@@ -72,23 +72,31 @@ def proves(
 ) -> bool:
     """Whether the entry's plain graph is this layer's function: equal attributes read, and equal outputs on this call.
 
-    The layer runs twice from the same random state, its buffers are restored after each run, and no gradient is taken.
+    The layer runs twice from the same random state, on copies of the inputs, which it may change in place. Its buffers
+    are restored after each run, and no gradient is taken.
     """
     if not same_reads(entry.plain.reads, module):
         return False
     buffers = [(b, b.clone()) for b in module.buffers()]
     devices = sorted({x.device.index or 0 for x in leaves if x.device.type == "cuda"})
     results: list[Any] = []
-    for run in (lambda: forward(*args, **kwargs), lambda: entry.plain(module, leaves)):
+    its_args, its_kwargs = map_tensors(torch.clone, (args, kwargs))
+    its_leaves = [x.clone() for x in leaves]
+    for run in (lambda: forward(*its_args, **its_kwargs), lambda: entry.plain(module, its_leaves)):
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             results.append(run())
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
-    if not same_outputs(results[0], results[1], 1e-5):
+    if not same_outputs(results[0], results[1], 1e-5) or _recorded(results[0]) != _recorded(results[1]):
         return False
     entry.layers.add(module)
     return True
+
+
+def _recorded(output: Any) -> list[bool]:
+    """Which output tensors carry gradients all the same: a forward may switch them on for itself."""
+    return [isinstance(x, torch.Tensor) and x.requires_grad for x in pytree.tree_leaves(output)]
 
 
 def same_outputs(a: Any, b: Any, tolerance: float) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable, without importing Dynamo for it
 
-from gatecc.capture.reads import Read
+from gatecc.capture.reads import Read, recorded_reads
 from gatecc.capture.signature import Key, OpaqueArgumentError, autocast, flatten
 from gatecc.errors import CallNotCapturedError, CaptureError
 from gatecc.ir.rewrite import Rewrite
@@ -208,11 +208,34 @@ def entry_for(
 def _share(
     module: nn.Module, state: Scope, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[torch.Tensor]
 ) -> Entry | None:
-    """An entry that another layer of the family has made and that is proved for this one now."""
+    """An entry of another layer of the family, or of the same call with gradients, proved for this call now."""
     for entry in state.family.find(key, leaves):
         with narrowed(module, state.widened):
             proved = entry not in state.trusted and proves(entry, module, base_forward(module), args, kwargs, leaves)
         if proved:
+            state.trusted.append(entry)
+            return entry
+    return _without_gradients(module, state, key, args, kwargs, leaves)
+
+
+def _without_gradients(
+    module: nn.Module, state: Scope, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[torch.Tensor]
+) -> Entry | None:
+    """For a call without gradients, the graph of the same call with them, if it is proved to be this call's function.
+
+    Most modules do the same in both, and a proof costs two runs instead of a capture. Not the other way round: a graph
+    that was captured without gradients forgets which of its regions had none.
+    """
+    call, gradients, *modes = key
+    if gradients:
+        return None
+    for known in state.family.find((call, True, *modes), leaves):
+        with narrowed(module, state.widened), recorded_reads(module) as seen:
+            proved = proves(known, module, base_forward(module), args, kwargs, leaves)
+        if proved and seen.keys() <= {(read.path, read.name) for read in known.plain.reads}:
+            entry = Entry(known.variant, known.plain)
+            entry.layers.add(module)
+            state.family.add(key, entry)
             state.trusted.append(entry)
             return entry
     return None

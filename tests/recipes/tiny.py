@@ -19,19 +19,20 @@ WIDTH, HEADS, KV_HEADS, HEAD = 16, 4, 2, 4
 At = Callable[..., Tensor]
 
 
-def as_it_is(place: str, layer: int, value: Tensor, **seen: Tensor) -> Tensor:
-    """No gate."""
-    return value
-
-
 class Place(nn.Module):
-    """A module with places to gate."""
+    """A module with places to gate.
 
-    layer: int
-    gated_by: At = staticmethod(as_it_is)
+    Only a reference reads which layer it is: the layers of a plain model share their captures.
+    """
 
-    def at(self, place: str, value: Tensor, number: int | None = None, **seen: Tensor) -> Tensor:
-        return self.gated_by(place, self.layer if number is None else number, value, **seen)
+    layer = 0
+    steps = 1  # how often the module comes to its places
+    gated_by: At | None = None
+
+    def at(self, place: str, value: Tensor, number: int = 0, **seen: Tensor) -> Tensor:
+        if self.gated_by is None:
+            return value
+        return self.gated_by(place, self.steps * self.layer + number, value, **seen)
 
 
 class Attention(Place):
@@ -77,6 +78,8 @@ class Mlp(Place):
 
 
 class Block(Place):
+    steps = 2
+
     def __init__(self, layer: int, causal: bool, fused: bool) -> None:
         super().__init__()
         self.layer = layer
@@ -84,7 +87,7 @@ class Block(Place):
         self.attn, self.mlp = Attention(layer, causal, fused), Mlp(layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        for number, step in enumerate((self.attend, self.feed), 2 * self.layer):
+        for number, step in enumerate((self.attend, self.feed)):
             branch = self.at("branch", step(x), number, skip=x)
             joined = self.at("skip", x, number) + branch
             x = self.at("join", joined, number, skip=x, branch=branch)

@@ -30,37 +30,49 @@ STEP = struct.Struct("@7Pqqfi")
 _NOTHING = _OPERAND.pack(0, 0, 0, 0, 0, 0, 1, 0)
 
 
+Part = Literal["forward", "backward", "tiles"]  # tiles: forward, on a CPU's matrix units
+CHUNK = 32  # tokens that matrix units take at once
+COMMON = ("1_vectors", "2_pages", "2_threads", "3_tokens")
+FILES = {
+    "forward": (*COMMON, "4_chunk", "5_sweep", "6_forward", "8_step"),
+    "backward": (*COMMON, "4_chunk", "7_backward"),
+    "tiles": (*COMMON, "tiles_1_units", "tiles_2_mild", "tiles_3_halves", "tiles_4_forward"),
+}
+EXPORTS = {"forward": ("forward", "step"), "backward": ("backward",), "tiles": ("forward",)}
+
+
 @dataclass(frozen=True)
 class Spec:
     """What a source is written for. Dtypes and the width of gates are found out at run time: a row at a time."""
 
-    part: Literal["forward", "backward"]
+    part: Part
     gated: bool
     delta: bool
     Dk: int
     Dv: int
 
     def source(self) -> str:
-        """The C of this kernel: four constants, and the template."""
+        """The C of this kernel: its constants, and the template."""
         sizes = {"GATED": int(self.gated), "DELTA": int(self.delta), "DK": self.Dk, "DV": self.Dv}
+        if self.part == "tiles":
+            sizes["WHOLE"] = CHUNK
         return "".join(f"#define {name} {value}\n" for name, value in sizes.items()) + _template(self.part)
 
 
 @lru_cache
-def _template(part: str) -> str:
-    left_out = {"forward": ("7_backward.h",), "backward": ("5_sweep.h", "6_forward.h", "8_step.h")}[part]
-    files = sorted(path for path in TEMPLATE.glob("*.h") if path.name not in left_out)
-    return "\n".join(path.read_text(encoding="utf-8") for path in files)
+def _template(part: Part) -> str:
+    return "\n".join((TEMPLATE / f"{name}.h").read_text(encoding="utf-8") for name in FILES[part])
 
 
 @lru_cache
 def library(spec: Spec) -> ctypes.CDLL | None:
-    """The kernels of a spec, built if need be. None without a compiler."""
+    """The kernels of a spec, built if need be. None without a compiler, or without the units that the part needs."""
     found = load(spec.source())
-    if found is not None:
-        for name in ("forward", "step") if spec.part == "forward" else ("backward",):
-            function = getattr(found, name)
-            function.argtypes, function.restype = [ctypes.c_char_p], None
+    if found is None or (spec.part == "tiles" and not found.ready()):
+        return None
+    for name in EXPORTS[spec.part]:
+        function = getattr(found, name)
+        function.argtypes, function.restype = [ctypes.c_char_p], None
     return found
 
 
@@ -71,7 +83,7 @@ class CpuKernels:
 
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor] | None:
         """See gatecc.ops.linear_attention.kernels.Kernels."""
-        c = _library(problem, "forward")
+        c = (_library(problem, "tiles") if _suits_tiles(problem) else None) or _library(problem, "forward")
         if c is None:
             return None
         parts = parts_of(problem, torch.get_num_threads())
@@ -180,7 +192,23 @@ def _ungroup(grad: Tensor, heads: int) -> Tensor:
     return grad if grad.size(1) == heads else grad.unflatten(1, (heads, -1)).sum(2)
 
 
-def _library(problem: Problem, part: Literal["forward", "backward"]) -> ctypes.CDLL | None:
+def _suits_tiles(p: Problem) -> bool:
+    """Whether the matrix units serve: their numbers are bfloat16, their rows whole, and chunks should be full."""
+    tokens = sum(length for *_, length in p.segments)
+    rows = all(x.dtype == torch.bfloat16 and x.stride(3) == 1 for x in (p.q, p.k, p.v))
+    return has_matrix_units() and p.beta is None and rows and tokens >= CHUNK * len(p.segments)
+
+
+@cache
+def has_matrix_units() -> bool:
+    """Whether this CPU multiplies tiles of bfloat16 (AMX)."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+
+
+def _library(problem: Problem, part: Part) -> ctypes.CDLL | None:
     Dk, Dv = problem.q.size(3), problem.v.size(3)
     if problem.q.dtype not in TYPES or not 0 < Dk <= LARGEST or not 0 < Dv <= LARGEST:
         return None

@@ -13,7 +13,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gatecc.codegen.c.linear_attention import CpuKernels, Spec, library
+from gatecc.codegen.c import linear_attention as kernels_in_c
+from gatecc.codegen.c.linear_attention import CpuKernels, Spec, has_matrix_units, library
 from gatecc.ops.linear_attention import linear_attention, linear_attention_step
 from gatecc.ops.linear_attention.kernels import KERNELS
 from tests.ops.linear_attention.cases import RULES, double, leaves, operands, relative
@@ -132,6 +133,126 @@ def test_half_precision(dtype: torch.dtype) -> None:
     inputs = {name: x.to(dtype) for name, x in operands("gated_delta", N=70, Dk=5, Dv=33).items()}
     for name, found, truth in both(inputs):
         assert relative(found, truth) < (1e-5 if name == "state" else 2 * torch.finfo(dtype).eps), name
+
+
+needs_matrix_units = pytest.mark.skipif(not has_matrix_units(), reason="this CPU has no matrix units (AMX)")
+
+
+def rms(found: Tensor, truth: Tensor) -> float:
+    """Root mean square of the error, relative to that of the truth. NaN counts as infinite."""
+    error = (found.double() - truth).square().mean().sqrt() / truth.square().mean().sqrt()
+    return float(error.nan_to_num(torch.inf))
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which parts of the kernels were asked for."""
+    asked: list[str] = []
+
+    def spy(spec: Spec) -> ctypes.CDLL | None:
+        asked.append(spec.part)
+        return library(spec)
+
+    monkeypatch.setattr(kernels_in_c, "library", spy)
+    return asked
+
+
+def rounded(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same in bfloat16."""
+    return {name: x.bfloat16() for name, x in inputs.items()}
+
+
+@needs_matrix_units
+@pytest.mark.parametrize("kind", [*HARD, None])
+@pytest.mark.parametrize("sizes", [(64, 64), (40, 17)])
+def test_matrix_units(kind: str | None, sizes: tuple[int, int], parts: list[str]) -> None:
+    """bfloat16 rounds inputs and outputs to 1.7e-3; its products twice as much, as on every such unit."""
+    for N, reverse, Hk in ((32, False, 2), (33, True, 1), (130, False, 1)):
+        given = operands("gated" if kind else "linear", B=2, N=N, Dk=sizes[0], Dv=sizes[1], kind=kind or "", k=Hk, v=Hk)
+        inputs = rounded(given)
+        inputs["initial_state"] = torch.randn(2, 2, *sizes)
+        found, truth = (linear_attention(**x, reverse=reverse) for x in (inputs, double(inputs)))
+        assert rms(found[0], truth[0]) < 5e-3, N
+        assert rms(found[1], truth[1]) < 5e-3, N
+    assert set(parts) == {"tiles"}
+
+
+@needs_matrix_units
+@pytest.mark.parametrize("strong", [-torch.inf, -40.0, float("nan")])
+def test_matrix_units_around_a_strong_gate(strong: float) -> None:
+    """Chunks with mild gates divide by them, others do not: a sequence may go from one to the other and back."""
+    inputs = rounded(operands("gated", N=600, Dk=32, Dv=32))
+    inputs["log_decay"][:, 0, 70:72] = strong
+    (found, state), (truth, last) = (linear_attention(**x) for x in (inputs, double(inputs)))
+    before, after, other = (0, slice(None, 64)), (0, slice(64, None)), 1
+    for head in (before, other) if strong != strong else (before, after, other):
+        assert rms(found[0][head], truth[0][head]) < 5e-3
+    assert bool(found[0, 0, 72:].isnan().all()) == bool(truth[0, 0, 72:].isnan().all())
+    assert bool(state[0, 0].isnan().all()) == bool(last[0, 0].isnan().all())
+
+
+@needs_matrix_units
+@settings(max_examples=8)
+@example(
+    gates=st.sampled_from([None, "float32", "a head", "channels apart"]),
+    threads=st.sampled_from([1, 8]),
+    cuts=st.sampled_from([None, [0, 40, 40, 700], [0, 700]]),
+    tokens_first=st.booleans(),
+)
+def test_matrix_units_take_any_layout(
+    gates: str | None, threads: int, cuts: list[int] | None, tokens_first: bool
+) -> None:
+    inputs = rounded(operands("gated", N=700, Dk=32, Dv=48))
+    g = inputs["log_decay"]
+    if tokens_first:
+        inputs = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in inputs.items()}
+    if gates is not None:
+        twice = torch.stack([g, g], -1)[..., 0]
+        inputs["log_decay"] = {"float32": g.float(), "a head": g[..., :1], "channels apart": twice}[gates]
+    options: dict[str, Any] = {"cu_seqlens": torch.tensor(cuts)} if cuts else {}
+    torch.set_num_threads(threads)
+    try:
+        found, state = linear_attention(**inputs, **options)
+    finally:
+        torch.set_num_threads(1)
+    truth, last = linear_attention(**double(inputs), **options)
+    assert rms(found, truth) < 5e-3
+    assert rms(state, last) < 5e-3
+
+
+@needs_matrix_units
+def test_matrix_units_are_left_as_they_were() -> None:
+    """Other libraries keep the shapes of tiles per thread, too."""
+    a = torch.randn(64, 64).bfloat16()
+    before = a @ a
+    linear_attention(**rounded(operands("gated", N=64)))
+    assert torch.equal(a @ a, before)
+
+
+@needs_matrix_units
+def test_what_does_not_suit_matrix_units(parts: list[str]) -> None:
+    """Steps, short sequences, delta rules, wider numbers and channels that lie apart."""
+    half = rounded(operands("gated", N=40))
+    apart: dict[str, Any] = {**half, "k": torch.stack([half["k"], half["k"]], -1)[..., 0]}
+    delta = rounded(operands("delta", N=40))
+    short: dict[str, Any] = {name: x[:, :, :31] for name, x in half.items()}
+    for inputs in (apart, delta, short, operands("gated", N=40)):
+        linear_attention(**inputs)
+    assert set(parts) == {"forward"}
+
+
+def test_without_the_right_to_matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Systems may refuse them, and compilers may not know them: the vector units serve."""
+    inputs = rounded(operands("gated", N=40))
+    monkeypatch.setattr(kernels_in_c, "has_matrix_units", lambda: True)
+
+    def refused(spec: Spec) -> ctypes.CDLL | None:
+        return None if spec.part == "tiles" else library(spec)
+
+    monkeypatch.setattr(kernels_in_c, "library", refused)
+    found, truth = linear_attention(**inputs), linear_attention(**double(inputs))
+    assert relative(found[0], truth[0]) < 2 * torch.finfo(torch.bfloat16).eps
+    assert relative(found[1], truth[1]) < 1e-5
 
 
 def test_float16_denormals_are_read() -> None:

@@ -14,7 +14,6 @@
 #define INLINE static inline __attribute__((always_inline))
 #define APART static __attribute__((noinline))  // once in the binary: the compiler is to be quick, too
 #define UNROLL _Pragma("GCC unroll 16")
-#define PADDED(n) (((n) + LANES - 1) / LANES * LANES)
 
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));

@@ -1,5 +1,9 @@
 // What the caller hands over, and rows of it as floats.
 enum { FLOAT32, BFLOAT16, FLOAT16 };
+#ifndef WHOLE
+#define WHOLE LANES  // channels of a row are padded to a multiple of it
+#endif
+#define PADDED(n) (((n) + WHOLE - 1) / WHOLE * WHOLE)
 #define DKP PADDED(DK)
 #define DVP PADDED(DV)
 #define PITCH (DVP + LANES)  // of a state's rows: stores that are 4096 bytes before a load would hold it up
