@@ -112,6 +112,22 @@ def test_threads_along_the_sequence(rule: str, reverse: bool, packed: bool) -> N
         assert relative(found, truth) < 1e-5, name
 
 
+def test_large_outputs_are_those_of_their_parts() -> None:
+    """4 MB an output: huge pages, and gradients past the caches; half a megabyte is neither."""
+    inputs = operands("gated", B=8, H=4, N=512, Dk=64, Dv=64)
+    weight = torch.randn_like(inputs["v"])
+
+    def results(*rows: Tensor) -> list[Tensor]:
+        given = [x.detach().requires_grad_() for x in rows[1:]]
+        o, state = linear_attention(*given)
+        return [o.detach(), state.detach(), *torch.autograd.grad((o * rows[0]).sum(), given)]
+
+    whole = results(weight, *inputs.values())
+    parts = [results(*rows) for rows in zip(*(x.split(1) for x in (weight, *inputs.values())), strict=True)]
+    for found, *pieces in zip(whole, *parts, strict=True):
+        assert torch.equal(found, torch.cat(pieces))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
     inputs = {name: x.to(dtype) for name, x in operands("gated_delta", N=70, Dk=5, Dv=33).items()}

@@ -22,15 +22,15 @@ typedef float vf_anywhere __attribute__((vector_size(4 * LANES), aligned(4), may
 INLINE vf load(const float *p) { return *(const vf_anywhere *)p; }
 INLINE void store(float *p, vf x) { *(vf_anywhere *)p = x; }
 INLINE vf splat(float x) { return x - (vf){0}; }
-// A store past the caches: it neither reads the line first nor pushes others out. p is aligned to a vector.
+// A store past the caches: it does not read the line first, nor push others out. p is aligned to a vector.
 INLINE void stream(float *p, vf x) {
 #if defined(__AVX__)
-    __asm__ volatile("vmovntps %1, %0" : "=m"(*(vf *)p) : "v"(x));
+    __asm__ volatile("vmovntps %1, %0" : "=m"(*(vf_anywhere *)p) : "v"(x));
 #else
-    *(vf *)p = x;
+    store(p, x);
 #endif
 }
-// Streams of this thread are seen by all that come after.
+// What this thread has streamed is written before what it stores from now on.
 INLINE void end_streams(void) {
 #if defined(__AVX__)
     __builtin_ia32_sfence();
