@@ -16,7 +16,7 @@ from gatecc.decoder.refuse import refusal
 from gatecc.decoder.slots import Slot, recalled, resumed
 from gatecc.ir.ops import opname
 from gatecc.ir.program import META, origin
-from gatecc.ir.sizes import node_shape
+from gatecc.ir.sizes import node_shape, symbols
 
 LAYERS = frozenset("gru lstm rnn_tanh rnn_relu".split())
 
@@ -48,6 +48,10 @@ def layers(node: fx.Node, slots: list[Slot], lengths: Lengths) -> None:
     if named(node, "bidirectional"):
         raise refusal(
             node, "recurrent layers that read the tokens in both directions", do="a decoder needs one: forwards"
+        )
+    if not symbols((node_shape(x) or (1, 1, 1))[1 - axis]) & lengths.batch:  # torch does not check the size of states
+        raise refusal(
+            node, "the batch is fixed while the model is captured", do="write x.shape[0] in the place of len(x)"
         )
     given = [given] if isinstance(given, fx.Node) else given
     assert isinstance(given, list | tuple)
