@@ -19,6 +19,7 @@ from gatecc.ir.program import META, origin
 from gatecc.ir.sizes import node_shape, symbols
 
 LAYERS = frozenset("gru lstm rnn_tanh rnn_relu".split())
+_ZEROS = frozenset("zeros new_zeros zeros_like".split())
 
 
 def linear_attention(node: fx.Node, slots: list[Slot]) -> None:
@@ -68,8 +69,9 @@ def _start(node: fx.Node, given: object, output: int, slots: list[Slot]) -> fx.N
     assert isinstance(state, torch.Tensor)
     slots.append(Slot("state", node, value=state, owner=origin(node).owner, output=output))
     at = len(slots) - 1
-    own = isinstance(given, fx.Node) and opname(given) not in ("zeros", "new_zeros", "zeros_like")
+    own = given if isinstance(given, fx.Node) and opname(given) not in _ZEROS else None
     with node.graph.inserting_before(node):
-        start = node.graph.call_function(*((resumed, (given, at)) if own else (recalled, (at,))))
+        call = node.graph.call_function
+        start = call(recalled, (at,)) if own is None else call(resumed, (own, at))
     start.meta = {"val": state, META: node.meta.get(META)}
     return start

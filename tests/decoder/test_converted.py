@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 import gatecc
 from tests.decoder.mixing import D, Mixed, V
-from tests.decoder.stepping import difference, full, stepped
+from tests.decoder.stepping import PIECES, difference, full, stepped
 
 
 def llama(layers: int) -> Any:
@@ -127,7 +127,7 @@ def test_left_padding_is_hidden_from_windows_and_from_states(recipe: str) -> Non
     mask[0, :6] = 0
     given = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
     expected, seen = full(model, input_ids=ids, **given), mask.bool()
-    assert difference(expected[seen], stepped(made, ids, **given)[seen]) <= 1e-5
+    assert difference(expected[seen], stepped(made, ids, PIECES, **given)[seen]) <= 1e-5
     together = made.generate(ids, 4, attention_mask=mask)
     assert torch.equal(together[:1, 6:], made.generate(ids[:1, 6:], 4))
 
