@@ -124,12 +124,15 @@ def _visible(site: Attention, mixer: Mixer) -> bool:
     if pattern in mixer.masks and (mixer.pads or not site.mask.padding):
         return pattern == "causal"
     wanted = " or ".join(mixer.masks) + ("" if mixer.pads else " without padding")
+    do = "choose another mixer, or leave this site out"
+    if site.mask.kind == "unknown":  # transformers makes no mask where it need not: a call with one is of another kind
+        do = f"transform with a padded mask in the example inputs (torch.compile and torch.export make one, too), {do}"
     raise SiteRefusedError(
         f"{mixer.tag} cannot take the place of this attention",
         where=where(site),
         found=f"the mask is {site.mask}" + (f": {site.mask.reason}" if site.mask.reason else ""),
         expected=f"a mask that is proved to be {wanted}",
-        do="call the model as in the example inputs, choose another mixer, or leave this site out",
+        do=do,
     )
 
 

@@ -32,6 +32,6 @@ def test_torch_has_its_own_back() -> None:
             return x if bool(x.sum() > 0) else -x
 
     before = proxy.CapturedTraceback
-    with pytest.raises(CaptureError, match="test_frames.py"):
+    with pytest.raises(CaptureError, match=r"test_frames\.py"):
         capture(Undecided(), (torch.randn(2, 3),))
     assert proxy.CapturedTraceback is before is not Frames

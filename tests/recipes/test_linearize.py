@@ -170,6 +170,28 @@ def test_a_cache_is_refused_with_a_pointer_to_the_decoder() -> None:
         model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
 
 
+def test_a_model_that_makes_its_mask_compiles_and_exports_whole() -> None:
+    """transformers makes a mask for padding and while a compiler looks on: its making must be in the scope by then."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    llama = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2, num_key_value_heads=1, use_cache=False)).eval()
+    ids = torch.arange(12).view(2, 6)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    without: Any = gatecc.transform(llama, "gla", {"input_ids": ids})
+    with torch.no_grad(), pytest.raises(SiteRefusedError, match="a padded mask in the example inputs"):
+        without(ids, attention_mask=mask)
+    model: Any = gatecc.transform(llama, "gla", {"input_ids": ids, "attention_mask": mask})
+    with torch.no_grad():
+        model(ids)  # and without one
+        expected = model(ids, attention_mask=mask).logits
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(ids, attention_mask=mask).logits
+        program = torch.export.export(model, (ids, mask), strict=False)
+        torch.testing.assert_close(compiled, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(program.module()(ids, mask).logits, expected, atol=1e-5, rtol=0)
+
+
 def test_a_mask_that_is_not_proved_is_refused() -> None:
     class Masked(torch.nn.Module):
         def __init__(self) -> None:

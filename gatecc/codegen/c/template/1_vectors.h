@@ -48,8 +48,8 @@ INLINE vf either(vi mask, vf x, vf y) { return (vf)(((vi)x & mask) | ((vi)y & ~m
 
 // e^x, exactly 1 at 0, 0 far below 0 and at -inf, inf above 88, NaN for NaN.
 #if defined(__AVX512DQ__)
-// To 2e-7 (and 1e-7 |x|): 2^y as the power of two below y, by the instruction that scales, and a polynomial in the rest,
-// of least relative error.
+// To 2e-7 (and 1e-7 |x|): 2^y as the power of two below y, by the instruction that scales, and a polynomial in the
+// rest, of least relative error.
 INLINE vf exponential(vf x) {
     const vf y = x * 1.44269504088896341f;
     vf rest, result;
