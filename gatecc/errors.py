@@ -205,7 +205,7 @@ class DecoderError(GateccError):
 
     Fails: ``gatecc.decoder(bert, inputs)``: attention in both directions has no decode step.
     Mended: a causal model; where one operator stands in the way, write it with one that has a rule (attention,
-    linear attention, causal convolution, cumulative sum).
+    linear attention, recurrent layers, causal convolution, delay, cumulative sum).
     """
 
     code = "GCC015"

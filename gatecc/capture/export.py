@@ -18,6 +18,7 @@ from torch.fx.graph import CodeGen
 
 from gatecc.capture import signature
 from gatecc.capture.adapters import adapted
+from gatecc.capture.frames import no_source_lines
 from gatecc.capture.guards import size_guards
 from gatecc.errors import CaptureError
 from gatecc.ir.loops import free_lengths
@@ -217,15 +218,15 @@ def _short(path: str, line: str) -> str:
 
 @contextmanager
 def _fast() -> Generator[None]:
-    """Two things that torch does for other uses of export.
+    """Three things that torch does for other uses of export.
 
     The cache of fake tensors serves graphs that repeat: here its bookkeeping is a fifth of the time of a capture. And
     export's passes print their graph as Python after each step, which a lazy graph module leaves until someone calls
-    it: a tenth.
+    it: a tenth. The third is in frames.py.
     """
     from torch._dynamo import config as dynamo  # half of the time of ``import gatecc``, if it is imported there
 
-    with dynamo.patch(fake_tensor_cache_enabled=False), _use_lazy_graph_module(True):
+    with dynamo.patch(fake_tensor_cache_enabled=False), _use_lazy_graph_module(True), no_source_lines():
         yield
 
 

@@ -16,9 +16,10 @@ from gatecc.decoder.refuse import refusal
 from gatecc.decoder.slots import Slot, recalled, resumed
 from gatecc.ir.ops import opname
 from gatecc.ir.program import META, origin
-from gatecc.ir.sizes import node_shape
+from gatecc.ir.sizes import node_shape, symbols
 
 LAYERS = frozenset("gru lstm rnn_tanh rnn_relu".split())
+_ZEROS = frozenset("zeros new_zeros zeros_like".split())
 
 
 def linear_attention(node: fx.Node, slots: list[Slot]) -> None:
@@ -49,6 +50,10 @@ def layers(node: fx.Node, slots: list[Slot], lengths: Lengths) -> None:
         raise refusal(
             node, "recurrent layers that read the tokens in both directions", do="a decoder needs one: forwards"
         )
+    if not symbols((node_shape(x) or (1, 1, 1))[1 - axis]) & lengths.batch:  # torch does not check the size of states
+        raise refusal(
+            node, "the batch is fixed while the model is captured", do="write x.shape[0] in the place of len(x)"
+        )
     given = [given] if isinstance(given, fx.Node) else given
     assert isinstance(given, list | tuple)
     starts = [_start(node, state, i + 1, slots) for i, state in enumerate(given)]
@@ -64,8 +69,9 @@ def _start(node: fx.Node, given: object, output: int, slots: list[Slot]) -> fx.N
     assert isinstance(state, torch.Tensor)
     slots.append(Slot("state", node, value=state, owner=origin(node).owner, output=output))
     at = len(slots) - 1
-    own = isinstance(given, fx.Node) and opname(given) not in ("zeros", "new_zeros", "zeros_like")
+    own = given if isinstance(given, fx.Node) and opname(given) not in _ZEROS else None
     with node.graph.inserting_before(node):
-        start = node.graph.call_function(*((resumed, (given, at)) if own else (recalled, (at,))))
+        call = node.graph.call_function
+        start = call(recalled, (at,)) if own is None else call(resumed, (own, at))
     start.meta = {"val": state, META: node.meta.get(META)}
     return start

@@ -173,8 +173,10 @@ def _same_place(labels: Labels, node: fx.Node) -> Spans:
     if opname(node) in ("roll", "flip"):
         for dim in named(node, "dims", ()) or range(len(before)):
             labels.forbid(node, source, int(dim) % len(before))
+    pad = list(named(node, "pad")) if "pad" in opname(node) else []
     for i, size in enumerate(before):
-        if not same(size, after[i + shift]):
+        at = 2 * (len(before) - 1 - i)
+        if not same(size, after[i + shift]) or any(pad[at : at + 2]):
             labels.forbid(node, source, i)
     return (None,) * shift + labels.of[source]
 

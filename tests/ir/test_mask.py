@@ -178,6 +178,16 @@ def test_padding_that_spares_empty_rows() -> None:
     assert str(proved(Masked(build), torch.ones(B, N, dtype=torch.bool))) == "causal+padding"
 
 
+def test_padding_that_sees_itself() -> None:
+    """gatecc's own windows leave each row a key."""
+
+    def build(x: Tensor, keep: Tensor) -> Tensor:
+        own = torch.eye(x.shape[-2], dtype=torch.bool)
+        return keep[:, None, None] & window(3)(x) | own
+
+    assert str(proved(Masked(build), torch.ones(B, N, dtype=torch.bool))) == "sliding_window(3)+padding"
+
+
 def test_packed_by_positions() -> None:
     def build(x: Tensor, ids: Tensor) -> Tensor:
         text = (ids.diff(dim=-1, prepend=ids[:, :1] - 1) != 1).cumsum(-1)

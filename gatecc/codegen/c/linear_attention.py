@@ -36,7 +36,7 @@ COMMON = ("1_vectors", "2_pages", "2_threads", "3_tokens")
 FILES = {
     "forward": (*COMMON, "4_chunk", "5_sweep", "6_forward", "8_step"),
     "backward": (*COMMON, "4_chunk", "7_backward"),
-    "tiles": (*COMMON, "tiles_1_units", "tiles_2_mild", "tiles_3_halves", "tiles_4_forward"),
+    "tiles": (*COMMON, "4_chunk", "5_sweep", "tiles_1_units", "tiles_2_chunk", "tiles_3_forward"),
 }
 EXPORTS = {"forward": ("forward", "step"), "backward": ("backward",), "tiles": ("forward",)}
 
@@ -83,7 +83,7 @@ class CpuKernels:
 
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor] | None:
         """See gatecc.ops.linear_attention.kernels.Kernels."""
-        c = (_library(problem, "tiles") if _suits_tiles(problem) else None) or _library(problem, "forward")
+        c = _tiles(problem) or _library(problem, "forward")
         if c is None:
             return None
         parts = parts_of(problem, torch.get_num_threads())
@@ -192,11 +192,13 @@ def _ungroup(grad: Tensor, heads: int) -> Tensor:
     return grad if grad.size(1) == heads else grad.unflatten(1, (heads, -1)).sum(2)
 
 
-def _suits_tiles(p: Problem) -> bool:
-    """Whether the matrix units serve: their numbers are bfloat16, their rows whole, and chunks should be full."""
-    tokens = sum(length for *_, length in p.segments)
+def _tiles(p: Problem) -> ctypes.CDLL | None:
+    """The kernels on matrix units, if they serve: numbers are bfloat16 there, rows whole, and chunks should be full."""
     rows = all(x.dtype == torch.bfloat16 and x.stride(3) == 1 for x in (p.q, p.k, p.v))
-    return has_matrix_units() and p.beta is None and rows and tokens >= CHUNK * len(p.segments)
+    tokens = sum(length for *_, length in p.segments)
+    if not has_matrix_units() or not rows or p.beta is not None or tokens < CHUNK * len(p.segments):
+        return None
+    return _library(p, "tiles")
 
 
 @cache

@@ -81,7 +81,11 @@ def effect(base: torch.Tensor, probe: Probe, shown: torch.Tensor) -> str:
         return "packed" if _matches(shown, base & together) else "other"
     assert probe.changed is not None
     keep = _per_key(~probe.changed, shown)
-    return "padding" if keep is not None and _matches(shown, base & keep) else "other"
+    if keep is None:
+        return "other"
+    hidden = base & keep
+    own = base & torch.eye(*base.shape[-2:], dtype=torch.bool)  # padding may see itself, lest it see nothing
+    return "padding" if _matches(shown, hidden) or _matches(shown, hidden | own) else "other"
 
 
 def _matches(shown: torch.Tensor, expected: torch.Tensor) -> bool:

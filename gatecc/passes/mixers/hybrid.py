@@ -99,7 +99,6 @@ class LoLCATs(Mixer, tag="lolcats"):
     """
 
     masks: ClassVar[tuple[str, ...]] = ("causal",)
-    pads: ClassVar[bool] = False
 
     window: int = 64
     feature: FeatureMap = Hedgehog()
@@ -124,22 +123,26 @@ class LoLCATsMixer(MixerModule):
         self.weight = nn.Parameter(torch.full((place.heads, 1, 1), -2.1972245))  # the logit of 0.1
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """q: (B, H, N, D), k and v: (B, Hk, N, D) -> heads (B, H, N, Dv)."""
-        del mask
+        """q: (B, H, N, D), k and v: (B, Hk, N, D), mask: (B, N), False at padding -> heads (B, H, N, Dv)."""
         queries, keys = self.feature_q(q), self.feature_k(k)
         ones = torch.ones_like(v[..., :1])
         held = torch.cat([v, ones], -1).to(queries.dtype)
+        if mask is not None:
+            held = held * mask[:, None, :, None]  # padding has neither value nor weight
         late = [0, 0, self.spec.window, 0]  # a key enters the state when it leaves the window
         far, _ = linear_attention(queries, _cut(keys, late), _cut(held, late), scale=1.0)
-        near = self._near(q, k, held)
+        near = self._near(q, k, held, visible_keys(q.size(2), self.spec.window, q.device, mask))
         total = torch.sigmoid(self.weight.float()) * near + far
-        return (total[..., :-1] / total[..., -1:]).to(v.dtype)
+        weight = total[..., -1:]
+        if mask is not None:
+            weight = weight + ~mask[:, None, :, None]  # a padded query may see nothing
+        return (total[..., :-1] / weight).to(v.dtype)
 
-    def _near(self, q: Tensor, k: Tensor, held: Tensor) -> Tensor:
+    def _near(self, q: Tensor, k: Tensor, held: Tensor, seen: Tensor) -> Tensor:
         """sum over the window of e^(score - largest) [v, 1]."""
         k, held = (grouped(x, q.size(1)) for x in (k, held))
         scores = (q @ k.mT).float() * self.place.scale
-        scores = scores.masked_fill(~window_mask(q.size(2), self.spec.window, q.device), float("-inf"))
+        scores = scores.masked_fill(~seen, float("-inf"))
         return (scores - scores.amax(-1, keepdim=True)).exp() @ held.float()
 
 
@@ -155,12 +158,18 @@ def window_mask(tokens: int, window: int, device: torch.device) -> Tensor:
     return (distance >= 0) & (distance < window)
 
 
+def visible_keys(tokens: int, window: int, device: torch.device, mask: Tensor | None = None) -> Tensor:
+    """`window_mask` without padding: (N, N), or (B, 1, N, N) for a mask (B, N), False at padding."""
+    seen = window_mask(tokens, window, device)
+    if mask is None:
+        return seen
+    own = torch.eye(tokens, dtype=torch.bool, device=device)  # a padded query sees itself, so that it has a key
+    return (seen & mask[:, None, None, :]) | own
+
+
 def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, place: Place, mask: Tensor | None = None) -> Tensor:
     """Softmax attention to the last ``window`` keys, padding left out: (B, H, N, Dv)."""
-    seen = window_mask(q.size(2), window, q.device)
-    if mask is not None:  # a padded query sees itself, so that its softmax has a key
-        own = torch.eye(q.size(2), dtype=torch.bool, device=q.device)
-        seen = (seen & mask[:, None, None, :]) | own
+    seen = visible_keys(q.size(2), window, q.device, mask)
     k, v = (grouped(x, q.size(1)) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=place.scale)
 

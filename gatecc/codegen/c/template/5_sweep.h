@@ -57,3 +57,10 @@ APART void advance_state(float *S, const struct chunk *c, float (*v)[DVP], const
     for (; LANES == 16 && n + 2 * LANES <= DVP; n += 2 * LANES) sweep(S + n, c, v[0] + n, NULL, beta, 2);
     for (; n < DVP; n += LANES) sweep(S + n, c, v[0] + n, NULL, beta, 1);
 }
+
+// One micro-chunk: the state and the outputs.
+APART void advance(float *S, const struct chunk *c, float (*v)[DVP], float (*o)[DVP], const float *beta) {
+    int n = 0;
+    for (; LANES == 16 && n + 2 * LANES <= DVP; n += 2 * LANES) sweep(S + n, c, v[0] + n, o[0] + n, beta, 2);
+    for (; n < DVP; n += LANES) sweep(S + n, c, v[0] + n, o[0] + n, beta, 1);
+}
