@@ -7,6 +7,7 @@ struct chunk {
     float all[DKP];     // P of the last token
     float qk[M * M];    // q_i · k_j through the gates between, j <= i
     float kk[M * M];    // k_i · k_j likewise, j < i, delta rules
+    struct ahead *ahead;  // lines to ask for while the chunk is worked on, or NULL
 };
 
 APART void prepare(struct chunk *c, const float (*q)[DKP], const float (*k)[DKP], const float (*a)[DKP]) {

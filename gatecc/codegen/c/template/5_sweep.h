@@ -25,8 +25,11 @@ INLINE void sweep(float *S, const struct chunk *c, float *v, float *o, const flo
 #endif
     UNROLL for (int i = 0; o && i < M; i++) UNROLL for (int j = 0; j <= i; j++) UNROLL for (int n = 0; n < cols; n++)
         y[i][n] += u[j][n] * c->qk[i * M + j];
+    struct ahead *const ahead = c->ahead && c->ahead->next < 4 * M * LINES ? c->ahead : NULL;
+    int line = ahead ? ahead->next : 0;
     for (int r = 0; r < DK; r += ROWS) {
         vf s[ROWS][2], written[ROWS][2];
+        for (int i = 0; ahead && i < ASKED; i++) ask(ahead, line++);
         UNROLL for (int j = 0; j < M; j++) UNROLL for (int m = 0; m < ROWS; m++) {
             const vf k = broadcast(c->kr[j][r + m]);
             UNROLL for (int n = 0; n < cols; n++) written[m][n] = j ? written[m][n] + u[j][n] * k : u[j][n] * k;
@@ -43,6 +46,7 @@ INLINE void sweep(float *S, const struct chunk *c, float *v, float *o, const flo
                 store(S + (r + m) * PITCH + n * LANES, GATED ? s[m][n] * all + written[m][n] : s[m][n] + written[m][n]);
         }
     }
+    if (ahead) ahead->next = line;
     UNROLL for (int i = 0; o && i < M; i++) UNROLL for (int n = 0; n < cols; n++)
         store(o + i * DVP + n * LANES, y[i][n]);
 }

@@ -1,6 +1,7 @@
 struct forward_scratch {
     float S[DKP * PITCH], q[T][DKP], k[T][DKP], a[T][DKP], v[T][DVP], o[T][DVP], beta[T], decay[DKP];
     struct chunk chunk;
+    struct ahead ahead;
 };
 
 static void forward_job(const void *context, int64_t job) {
@@ -11,13 +12,15 @@ static void forward_job(const void *context, int64_t job) {
     const int64_t size = (int64_t)DK * DV;
     read_state(w->S, p->state ? p->state + job * size : NULL);
     for (int d = 0; d < DKP; d++) w->decay[d] = 1;
-    const int reads = p->o.data != NULL;
+    for (int i = 0; i < AHEAD; i++) w->ahead.row[i] = (const char *)w;
+    w->chunk.ahead = LOOKS ? &w->ahead : NULL;
+    const int reads = p->o.data != NULL, straight = reads && p->o.type == FLOAT32 && streamed(p, DV);
     if (reads) populate((char *)row_of(&p->o, &s, s.first), s.length * DV * (p->o.type == FLOAT32 ? 4 : 2));
     for (int64_t t = 0; t < s.length; t += T) {
         const int count = s.length - t < T ? (int)(s.length - t) : T;
         read_tokens(p, &s, t, count, reads ? w->q : NULL, w->k, w->a, w->v, w->beta);
         for (int i = 0; i < count; i += M) {
-            fetch_tokens(p, &s, t + T + i);
+            if (LOOKS) look_ahead(&w->ahead, p, &s, t + T + i, reads);
             prepare(&w->chunk, reads ? w->q + i : NULL, w->k + i, w->a + i);
             if (reads)
                 advance(w->S, &w->chunk, w->v + i, w->o + i, w->beta + i);
@@ -25,8 +28,15 @@ static void forward_job(const void *context, int64_t job) {
                 advance_state(w->S, &w->chunk, w->v + i, w->beta + i);
             for (int d = 0; p->decay && d < DKP; d++) w->decay[d] *= w->chunk.all[d];
         }
-        for (int i = 0; reads && i < count; i++) write_row(&p->o, &s, token_of(p, &s, t + i), w->o[i]);
+        for (int i = 0; reads && i < count; i++) {
+            const int64_t token = token_of(p, &s, t + i);
+            if (straight)
+                put_row((float *)row_of(&p->o, &s, token), w->o[i], DV, 1);
+            else
+                write_row(&p->o, &s, token, w->o[i]);
+        }
     }
+    end_streams();
     if (p->final) write_state(p->final + job * size, w->S);
     if (p->decay) memcpy(p->decay + job * DK, w->decay, 4 * DK);
 }

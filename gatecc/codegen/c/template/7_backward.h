@@ -194,29 +194,19 @@ INLINE int64_t row_at(const struct problem *p, const struct sequence *s, int64_t
     return (s->batch * p->heads + s->head) * p->tokens + token;
 }
 
-// Gradients of a megabyte and more are streamed: a store to a line that is far away reads that line first, which took a
-// sixth of the time at 2048 tokens and 8 heads.
-INLINE void put_row(float *to, const float *from, const int n, int streamed) {
-    if (!streamed || n % LANES || (uintptr_t)to % sizeof(vf)) {
-        memcpy(to, from, sizeof(float) * n);
-        return;
-    }
-    for (int d = 0; d < n; d += LANES) stream(to + d, load(from + d));
-}
-
 static void write_gradients(
     const struct problem *p, const struct sequence *s, const struct backward_scratch *w, int64_t t, int count
 ) {
-    const int streamed = rows(p) * DK >= 1 << 18;
+    const int straight = streamed(p, DK);
     for (int i = 0; i < count; i++) {
         const int64_t at = row_at(p, s, token_of(p, s, t + i));
-        put_row(p->dq + at * DK, w->dq[i], DK, streamed);
-        put_row(p->dk + at * DK, w->dk[i], DK, streamed);
-        put_row(p->dv + at * DV, w->e[i], DV, streamed);
+        put_row(p->dq + at * DK, w->dq[i], DK, straight);
+        put_row(p->dk + at * DK, w->dk[i], DK, straight);
+        put_row(p->dv + at * DV, w->e[i], DV, straight);
         if (DELTA) p->dbeta[at] = w->dbeta[i];
         if (!GATED) continue;
         if (p->g.width != 1) {
-            put_row(p->dg + at * DK, w->dg[i], DK, streamed);
+            put_row(p->dg + at * DK, w->dg[i], DK, straight);
             continue;
         }
         float sum = 0;
