@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils import _pytree as pytree
 
 import gatecc
+from gatecc.decoder import Decoder
 from tests.decoder.mixing import D, Mixed, V
 from tests.decoder.stepping import PIECES, difference, full, stepped
 
@@ -56,24 +59,37 @@ def test_the_state_does_not_grow_with_the_length(recipe: Any) -> None:
     assert len(set(sizes)) == 1
 
 
-def hybrid() -> tuple[Any, torch.Tensor]:
-    """A llama with LoLCATs, whose learned weights are no longer those of the start."""
-    ids = torch.randint(0, 32, (2, 16))
-    model: Any = gatecc.transform(llama(1), gatecc.recipe("lolcats", window=4), {"input_ids": ids})
+class Attending(nn.Module):
+    """Causal attention of two heads that share a key head, over tokens that are no padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(V, D), nn.Linear(D, V)
+        self.q, self.k, self.v, self.o = (nn.Linear(D, width) for width in (D, D // 2, D // 2, D))
+
+    def forward(self, ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """ids, attention_mask: (B, N) -> (B, N, V)"""
+        x = self.embed(ids)
+        q, k, v = (y(x).unflatten(-1, (-1, D // 2)).transpose(1, 2) for y in (self.q, self.k, self.v))
+        k, v = (y.repeat_interleave(2, 1) for y in (k, v))
+        seen = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+        if attention_mask is not None:
+            seen = (seen & attention_mask.bool()[:, None, None]) | torch.eye(ids.shape[1], dtype=torch.bool)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        return self.head(x + self.o(y.transpose(1, 2).flatten(2)))
+
+
+@pytest.fixture(scope="module")
+def lolcats() -> tuple[Any, Decoder]:
+    """LoLCATs whose learned weights are no longer those of the start."""
+    inputs = torch.randint(0, V, (2, 16)), torch.ones(2, 16, dtype=torch.long)
+    torch.manual_seed(0)
+    model: Any = gatecc.transform(Attending().eval(), gatecc.recipe("lolcats", window=4), inputs, scope="model")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "mixer" in name:
                 parameter.normal_()
-    return model, ids
-
-
-def recurrent() -> tuple[Any, torch.Tensor]:
-    """A language model of two GRU layers, converted to PGN, and an LSTM that stays."""
-    ids = torch.randint(V, (2, 16))
-    torch.manual_seed(0)
-    plain = Mixed(nn.Sequential(Outputs(nn.GRU(D, D, 2, batch_first=True)), Outputs(nn.LSTM(D, D, batch_first=True))))
-    recipe = gatecc.recipe("pgn", window=4, keep="mixer.1.layer")
-    return gatecc.transform(plain.eval(), recipe, (ids,), scope="model"), ids
+    return model, gatecc.decoder(model, inputs)
 
 
 class Outputs(nn.Module):
@@ -87,20 +103,40 @@ class Outputs(nn.Module):
         return self.layer(x)[0]
 
 
-@pytest.mark.parametrize(
-    ("build", "kinds"),
-    [
-        (hybrid, ["keys", "keys", "taps", "taps", "state"]),
-        (recurrent, ["taps", "taps", "state", "state"]),
-    ],
-    ids=["lolcats", "pgn"],
-)
-def test_windows_and_delays_decode(build: Any, kinds: list[str]) -> None:
-    """Steps, a text that goes on from a saved state, and what is generated are the full forward."""
-    model, ids = build()
+def test_lolcats_decodes(lolcats: tuple[Any, Decoder]) -> None:
+    model, made = lolcats
+    assert [slot.kind for slot in made.plan.slots] == ["keys", "keys", "taps", "taps", "state"]
+    decodes(made, lambda ids: full(model, ids, torch.ones_like(ids)))
+
+
+def test_left_padding_is_hidden_from_windows_and_from_states(lolcats: tuple[Any, Decoder]) -> None:
+    model, made = lolcats
+    ids, mask = torch.randint(0, V, (2, 16)), torch.ones(2, 16, dtype=torch.long)
+    mask[0, :6] = 0
+    expected, seen = full(model, ids, mask), mask.bool()
+    assert difference(expected[seen], stepped(made, ids, PIECES, attention_mask=mask)[seen]) <= 1e-5
+    alone, _ = made.prefill(ids[:1, 6:])
+    assert difference(expected[:1, 6:], alone) <= 1e-5
+    together = made.generate(ids, 4, attention_mask=mask)
+    assert torch.equal(together[:1, 6:], made.generate(ids[:1, 6:], 4))
+
+
+def test_pgn_decodes() -> None:
+    """Two GRU layers that were converted, and an LSTM that was not."""
+    ids = torch.randint(V, (2, 16))
+    torch.manual_seed(0)
+    plain = Mixed(nn.Sequential(Outputs(nn.GRU(D, D, 2, batch_first=True)), Outputs(nn.LSTM(D, D, batch_first=True))))
+    recipe = gatecc.recipe("pgn", window=4, keep="mixer.1.layer")
+    model: Any = gatecc.transform(plain.eval(), recipe, (ids,), scope="model")
     made = gatecc.decoder(model, (ids,))
-    assert [slot.kind for slot in made.plan.slots] == kinds
-    expected = full(model, ids)
+    assert [slot.kind for slot in made.plan.slots] == ["taps", "taps", "state", "state"]
+    decodes(made, lambda ids: full(model, ids))
+
+
+def decodes(made: Decoder, forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Steps, a text that goes on from a saved state, and what is generated are the full forward; states do not grow."""
+    ids = torch.randint(V, (2, 16))
+    expected = forward(ids)
     assert difference(expected, stepped(made, ids)) <= 1e-5
     _, state = made.prefill(ids[:, :7])
     file = io.BytesIO()
@@ -110,26 +146,10 @@ def test_windows_and_delays_decode(build: Any, kinds: list[str]) -> None:
     assert difference(expected[:, 7:], logits) <= 1e-5
     text = ids[:, :9]
     for _ in range(5):
-        text = torch.cat([text, full(model, text)[:, -1:].argmax(-1)], 1)
+        text = torch.cat([text, forward(text)[:, -1:].argmax(-1)], 1)
     assert torch.equal(made.generate(ids[:, :9], 5), text)
     sizes = [held(made.prefill(ids.repeat(1, times))[1]) for times in (1, 4)]
     assert sizes[0] == sizes[1], "the state does not grow with the length"
-
-
-def test_left_padding_is_hidden_from_windows_and_from_states() -> None:
-    ids, mask = torch.randint(0, 32, (2, 16)), torch.ones(2, 16, dtype=torch.long)
-    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": torch.arange(16).expand(2, 16).contiguous()}
-    model: Any = gatecc.transform(llama(1), gatecc.recipe("lolcats", window=4), inputs, scope="model")
-    made = gatecc.decoder(model, inputs)
-    mask = mask.clone()
-    mask[0, :6] = 0
-    given = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-    expected, seen = full(model, input_ids=ids, **given), mask.bool()
-    assert difference(expected[seen], stepped(made, ids, PIECES, **given)[seen]) <= 1e-5
-    alone, _ = made.prefill(ids[:1, 6:])
-    assert difference(expected[:1, 6:], alone) <= 1e-5
-    together = made.generate(ids, 4, attention_mask=mask)
-    assert torch.equal(together[:1, 6:], made.generate(ids[:1, 6:], 4))
 
 
 def held(state: Any) -> int:
