@@ -208,7 +208,7 @@ def entry_for(
 def _share(
     module: nn.Module, state: Scope, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[torch.Tensor]
 ) -> Entry | None:
-    """An entry that another layer of the family, or the same call with gradients, has made, proved for this call now."""
+    """An entry that another layer, or the same call with gradients, has made and that is proved for this one now."""
     for entry in state.family.find(key, leaves):
         with narrowed(module, state.widened):
             proved = entry not in state.trusted and proves(entry, module, base_forward(module), args, kwargs, leaves)
