@@ -13,8 +13,7 @@ from traceback import FrameSummary, StackSummary
 from typing import Any
 
 from torch.fx import proxy
-
-_TORCHS = proxy.CapturedTraceback  # put back whatever another thread has there: captures may overlap
+from torch.utils._traceback import CapturedTraceback
 
 
 class Frames:
@@ -25,7 +24,7 @@ class Frames:
 
     @classmethod
     def extract(cls, **_: Any) -> Frames:
-        """The frames of the caller that run a forward, the outermost first."""
+        """The frames of the caller that run a forward, the outermost first; torch drops the others too."""
         found: list[FrameSummary] = []
         frame = sys._getframe(1)
         while frame is not None:
@@ -43,8 +42,8 @@ class Frames:
 @contextmanager
 def no_source_lines() -> Generator[None]:
     """Nodes that are made meanwhile get stack traces without source lines."""
-    proxy.CapturedTraceback = Frames
+    proxy.__dict__["CapturedTraceback"] = Frames
     try:
         yield
     finally:
-        proxy.CapturedTraceback = _TORCHS
+        proxy.__dict__["CapturedTraceback"] = CapturedTraceback  # whatever was there before: captures may overlap

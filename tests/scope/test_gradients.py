@@ -19,7 +19,7 @@ class Mlp(nn.Module):
         super().__init__()
         self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
         self.act = nn.GELU()
-        self.double = False
+        self.twice = False
         self.last = last
 
     def forward(self, x: Tensor, seen: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def other_value(mlp: Mlp, y: Tensor, seen: Tensor) -> Tensor:
 
 
 def other_attribute(mlp: Mlp, y: Tensor, seen: Tensor) -> Tensor:
-    return y if torch.is_grad_enabled() or not mlp.double else 2 * y
+    return y if torch.is_grad_enabled() or not mlp.twice else 2 * y
 
 
 def gradients_all_the_same(mlp: Mlp, y: Tensor, seen: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def test_sharing_is_proved(last: Callable[[Mlp, Tensor, Tensor], Tensor], shared
     with torch.no_grad():
         for flag in (False, True):
             for layer in (*plain.layers, *model.get_submodule("layers").children()):
-                layer.double = flag
+                vars(layer)["twice"] = flag
             seen, expected = torch.zeros(8), torch.zeros(8)
             assert torch.allclose(model(x, seen), plain(x, expected), atol=1e-6)
             assert torch.equal(seen, expected), "proofs run on copies of the inputs"
