@@ -194,9 +194,10 @@ def _ungroup(grad: Tensor, heads: int) -> Tensor:
 
 def _tiles(p: Problem) -> ctypes.CDLL | None:
     """The kernels on matrix units, if they serve: numbers are bfloat16 there, rows whole, and chunks should be full."""
-    rows = all(x.dtype == torch.bfloat16 and x.stride(3) == 1 for x in (p.q, p.k, p.v))
-    tokens = sum(length for *_, length in p.segments)
-    if not has_matrix_units() or not rows or p.beta is not None or tokens < CHUNK * len(p.segments):
+    if p.q.dtype != torch.bfloat16 or p.beta is not None or not has_matrix_units():
+        return None
+    whole = all(x.dtype == torch.bfloat16 and x.stride(3) == 1 for x in (p.q, p.k, p.v))
+    if not whole or sum(length for *_, length in p.segments) < CHUNK * len(p.segments):
         return None
     return _library(p, "tiles")
 
