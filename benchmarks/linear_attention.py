@@ -125,7 +125,7 @@ def decoding() -> Iterator[Row]:
     c = library(Spec("forward", True, False, D, D))
     assert c is not None
     pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), g.data_ptr(), 0, state.data_ptr(), o.data_ptr())
-    packed = STEP.pack(*pointers, 8, D, D**-0.5, 1)
+    packed = STEP.pack(*pointers, 8, D, 1, 1, 1, 1, D**-0.5, 1)
     many = range(2000)
     kernel, call = best_of(
         lambda: [c.step(packed) for _ in many],

@@ -26,7 +26,7 @@ LARGEST = 512  # channels of a head; beyond it the scratch leaves the caches and
 _OPERAND = struct.Struct("@Pqqqqiiq")
 _TAIL = struct.Struct("@Pqqq10Pfii")
 POINTERS = ("final", "decay", "grad_final", "dq", "dk", "dv", "dg", "dbeta", "dstate")
-STEP = struct.Struct("@7Pqqfi")
+STEP = struct.Struct("@7Pqq4ifi")
 _NOTHING = _OPERAND.pack(0, 0, 0, 0, 0, 0, 1, 0)
 
 
@@ -117,29 +117,35 @@ class CpuKernels:
         scale: float,
     ) -> Tensor | None:
         """See gatecc.ops.linear_attention.kernels.Kernels. Written for speed: it is about as long as the kernel."""
-        shape = state.shape
-        B, H, Dk, Dv = shape
-        if q.shape != shape[:3] or k.shape != shape[:3] or v.shape != (B, H, Dv):
+        B, H, Dk, Dv = state.shape
+        width = 0 if log_decay is None else log_decay.size(-1)
+        groups = (
+            _group(k, B, H, Dk),
+            _group(v, B, H, Dv),
+            1 if log_decay is None else _group(log_decay, B, H, width) if width in (1, Dk) else 0,
+            1 if beta is None else _group(beta, B, H),
+        )
+        if _group(q, B, H, Dk) != 1 or 0 in groups or state.dtype != torch.float32 or not state.is_contiguous():
             return None
-        if not (_plain(q) and _plain(k) and _plain(v) and _plain(state)):
-            return None
-        gates = writes = width = 0
-        if log_decay is not None:
-            width = log_decay.size(2)
-            if log_decay.shape[:2] != shape[:2] or width not in (1, Dk) or not _plain(log_decay):
-                return None
-            gates = log_decay.data_ptr()
-        if beta is not None:
-            if beta.shape != shape[:2] or not _plain(beta):
-                return None
-            writes = beta.data_ptr()
         function = _stepper(log_decay is not None, beta is not None, Dk, Dv)
         if function is None:
             return None
-        o = torch.empty_like(v)
-        pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), gates, writes, state.data_ptr(), o.data_ptr())
-        function(STEP.pack(*pointers, B * H, width, scale, torch.get_num_threads()))
+        o = q.new_empty(B, H, Dv)
+        pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), _pointer(log_decay), _pointer(beta))
+        outputs = (state.data_ptr(), o.data_ptr())
+        function(STEP.pack(*pointers, *outputs, B * H, width, *groups, scale, torch.get_num_threads()))
         return o
+
+
+def _group(x: Tensor, B: int, H: int, *channels: int) -> int:
+    """How many of H heads one head of x: (B, H / group, channels) serves; 0 if the kernel cannot read x as it is."""
+    shape = x.shape
+    if x.dtype != torch.float32 or not x.is_contiguous():
+        return 0
+    if shape == (B, H, *channels):
+        return 1
+    fits = len(shape) == 2 + len(channels) and shape == (B, shape[1], *channels) and shape[1] and not H % shape[1]
+    return H // shape[1] if fits else 0
 
 
 @cache
@@ -148,10 +154,6 @@ def _stepper(gated: bool, delta: bool, Dk: int, Dv: int) -> Callable[[bytes], No
         return None
     c = library(Spec("forward", gated, delta, Dk, Dv))
     return None if c is None else c.step
-
-
-def _plain(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.is_contiguous()
 
 
 def _forward(c: ctypes.CDLL, p: Problem) -> tuple[Tensor, Tensor]:

@@ -39,9 +39,9 @@ class Kernels(Protocol):
         state: Tensor,
         scale: float,
     ) -> Tensor | None:
-        """One token, q: (B, H, Dk), v: (B, H, Dv), ``state`` updated in place.
+        """One token, q: (B, H, Dk), k: (B, Hk, Dk), v: (B, Hv, Dv), ``state`` updated in place.
 
-        Declined unless every tensor has H heads, the state's dtype and is contiguous.
+        May be declined unless every tensor has H heads, the state's dtype and is contiguous.
         """
         ...
 

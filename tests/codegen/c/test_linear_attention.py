@@ -302,6 +302,15 @@ def test_steps(rule: str, sizes: tuple[int, int]) -> None:
     assert relative(state, final) < 1e-5
 
 
+def test_a_step_reads_grouped_heads_as_they_are() -> None:
+    inputs = operands("gated_delta", H=4, N=1, k=2, v=1, log_decay=2, beta=1)
+    token = [inputs[name][:, :, 0] for name in ("q", "k", "v", "log_decay", "beta")]
+    step = CpuKernels().step
+    assert step(*token, state=torch.zeros(1, 4, 16, 16), scale=1.0) is not None
+    token[1] = token[1][:, :, :15]
+    assert step(*token, state=torch.zeros(1, 4, 16, 16), scale=1.0) is None
+
+
 def test_the_kernel_serves() -> None:
     """Nothing above would notice if the ATen form had run."""
     assert isinstance(KERNELS["cpu"], CpuKernels)

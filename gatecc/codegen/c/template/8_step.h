@@ -1,8 +1,9 @@
-// One token for every head, in place: rows of S are DV wide, as the caller keeps them.
+// One token for every head, in place: rows of S are DV wide, as the caller keeps them. A job is a head of a sample.
 struct step {
-    const float *q, *k, *v, *g, *beta;  // (jobs, DK), (jobs, DK), (jobs, DV), (jobs, DK or 1), (jobs)
-    float *state, *o;                   // (jobs, DK, DV), (jobs, DV)
-    int64_t jobs, width;
+    const float *q, *k, *v, *g, *beta;   // (jobs, DK); (jobs / group of each, DK), (, DV), (, DK or 1), ()
+    float *state, *o;                    // (jobs, DK, DV), (jobs, DV)
+    int64_t jobs, width;                 // width: of g
+    int32_t k_group, v_group, g_group, beta_group;  // heads of q that one head serves
     float scale;
     int32_t threads;
 };
@@ -36,12 +37,13 @@ INLINE void step_columns(
 static void step_job(const void *context, int64_t job) {
     const struct step *p = context;
     float q[DKP], a[DKP];
-    const float *k = p->k + job * DK, *v = p->v + job * DV;
+    const float *k = p->k + job / p->k_group * DK, *v = p->v + job / p->v_group * DV;
     float *S = p->state + job * DK * DV, *o = p->o + job * DV;
-    const float beta = DELTA ? p->beta[job] : 1;
+    const float beta = DELTA ? p->beta[job / p->beta_group] : 1;
     for (int r = 0; r < DK; r++) q[r] = p->q[job * DK + r] * p->scale;
     if (GATED) {
-        for (int r = 0; r < DKP; r++) a[r] = r < DK ? p->g[p->width == 1 ? job : job * DK + r] : 0;
+        const float *g = p->g + job / p->g_group * p->width;
+        for (int r = 0; r < DKP; r++) a[r] = r < DK ? g[p->width == 1 ? 0 : r] : 0;
         for (int r = 0; r < DKP; r += LANES) store(a + r, exponential(load(a + r)));
     }
     int n = 0;
