@@ -18,6 +18,7 @@ from gatecc.errors import (
     EmptySelectionError,
     ExampleInputsError,
     GateccError,
+    SiteRefusedError,
     UnknownRecipeError,
     UnsupportedModelError,
 )
@@ -298,3 +299,28 @@ def test_data_dependent_model_climbs_down_the_ladder(x: Tensor) -> None:
     gated = gatecc.transform(model, RECIPE, (x,))
     assert torch.allclose(gated(x), model(x), atol=1e-6)
     assert {n for n, _, _ in scopes(gated)} == {"inner.blocks.0.attention", "inner.blocks.1.attention"}
+
+
+class BetweenChannels(nn.Module):
+    """Cross-covariance attention (XCiT, EdgeNeXt, DaViT): channels attend to channels. x: (B, N, C)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+        self.o = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 4, 1)  # (B, H, D, N)
+        o = (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT).softmax(-1) @ v
+        return self.o(o.permute(0, 3, 1, 2).flatten(2))
+
+
+def test_a_gate_for_each_token_does_not_fit_attention_between_channels() -> None:
+    model, x = BetweenChannels(), torch.randn(2, 7, 16)
+    with pytest.raises(SiteRefusedError, match="other positions"):
+        gatecc.transform(model, "gated-attention", (x,))
+    with pytest.raises(SiteRefusedError, match="no fixed number of channels"):
+        gatecc.transform(model, [Gate(Attention[...].heads, GateSpec("self", granularity="head"))], (x,))
+    gated = gatecc.transform(model, [Gate(Attention[...].heads, GateSpec("param", "none", "head"))], (x,))
+    torch.testing.assert_close(gated(x), model(x))
+    torch.testing.assert_close(gated(torch.cat([x, x], 1)), model(torch.cat([x, x], 1)))

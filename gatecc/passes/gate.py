@@ -21,7 +21,17 @@ from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.site import Site, Value
 from gatecc.passes.fold import fold_into_next
 from gatecc.passes.fused import fused_scores, scored_elsewhere
-from gatecc.passes.operands import condition, gate_shape, laid_out, place, readers, source, source_shape, stage
+from gatecc.passes.operands import (
+    check_positions,
+    condition,
+    gate_shape,
+    laid_out,
+    place,
+    readers,
+    source,
+    source_shape,
+    stage,
+)
 
 
 def multiply(value: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
@@ -102,6 +112,7 @@ def gate_node(spec: GateSpec, selector: Any, value: Value, edit: Editor, label: 
     if spec.fuse_into:
         sources = [fused_scores(spec, value, sources[0], edit)]
         spec = scored_elsewhere(spec)
+    check_positions(value, sources, edit.site)
     at = gate_shape(spec, value, sources, edit)
     like = next(edit.program.module.parameters(), None)
 

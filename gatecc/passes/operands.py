@@ -104,14 +104,46 @@ def _within(owner: str, outer: str) -> bool:
 
 
 def source_shape(value: Value) -> SourceShape:
-    """Axes and channels of a source."""
-    return SourceShape(value.axes, prod(size for axis, size in static_sizes(value).items() if axis in FEATURES))
+    """Axes and channels of a source. Raises SiteRefusedError where the number of channels changes from call to call."""
+    known = static_sizes(value)
+    for axis in value.axes:
+        if axis in FEATURES and axis not in known:
+            raise SiteRefusedError(
+                "the source of the gate has no fixed number of channels",
+                where=str(origin(value.node).owner),
+                found=f"axis {axis} of {_size(value, axis)}: attention between channels has tokens there",
+                do="use a gate that reads nothing (source 'param'), gate stage 'out', or leave this site out",
+            )
+    return SourceShape(value.axes, prod(size for axis, size in known.items() if axis in FEATURES))
 
 
 def static_sizes(value: Value) -> dict[str, int]:
     """The sizes of a value's axes that are the same in every call."""
     known = {a: expression(s) for a, s in zip(value.axes, shape(value.node), strict=True)}
     return {a: int(s) for a, s in known.items() if s.is_Integer}
+
+
+def check_positions(value: Value, sources: Sequence[Value], site: Site) -> None:
+    """Refuse a source that counts other places by the value's letter: attention between channels has tokens elsewhere.
+
+    Raises SiteRefusedError.
+    """
+    mine = static_sizes(value)
+    for other in sources:
+        theirs = static_sizes(other)
+        for axis in set(positions(value.axes)) & set(other.axes) - {"b"}:
+            sizes = mine.get(axis), theirs.get(axis)
+            if sizes[0] != sizes[1] and 1 not in sizes:
+                raise SiteRefusedError(
+                    "the source of the gate has other positions than the value",
+                    where=place(site),
+                    found=f"axis {axis} of {_size(value, axis)} and of {_size(other, axis)}",
+                    do="use a gate that reads nothing (source 'param'), gate stage 'out', or leave this site out",
+                )
+
+
+def _size(value: Value, axis: str) -> str:
+    return f"{shape(value.node)[value.axes.index(axis)]} in {value.node.name}"
 
 
 def gate_shape(spec: GateSpec, value: Value, sources: Sequence[Value], edit: Editor) -> GateShape:
