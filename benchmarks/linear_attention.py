@@ -40,8 +40,7 @@ def inputs(N: int, H: int = 8, dtype: torch.dtype = torch.float32) -> list[Tenso
 
 
 def forward() -> Iterator[Row]:
-    """Forward passes against SDPA, and the growth with the length."""
-    seconds: dict[tuple[torch.dtype, int], float] = {}
+    """Forward passes against SDPA."""
     for dtype, bars in FORWARD.items():
         short = str(dtype).removeprefix("torch.")
         for N, bar in bars.items():
@@ -56,15 +55,19 @@ def forward() -> Iterator[Row]:
             )
             if N > 8192:  # SDPA runs once, for it takes seconds; ours several times
                 (ours,) = best_of(lambda q=q, k=k, v=v, g=g: linear_attention(q, k, v, g), repeats=12)
-            seconds[dtype, N] = ours / (N * H)
             yield Row(f"{short} N={N}: SDPA / ours", sdpa / ours, bar, at_most=False)
             yield Row(f"{short} N={N}", 1e9 * ours / (N * H), unit="ns a token and head")
             if dtype == torch.float32 and N == 512:
                 yield Row("hard goal: SDPA / ours, 512", sdpa / ours, HARD["ratio to SDPA, 512"], at_most=False)
-    single, half = seconds[torch.float32, 2048], seconds[torch.bfloat16, 2048]
-    yield Row("hard goal: float32 / bfloat16", single / half, HARD["float32 / bfloat16"], at_most=False)
-    if (torch.float32, 32768) in seconds:
-        yield Row("time a token, 32768 / 2048", seconds[torch.float32, 32768] / single, 1.1)
+
+
+def proportions() -> Iterator[Row]:
+    """Our forward passes against each other, taken in turn: by dtype and by length."""
+    single, half, long = inputs(2048), inputs(2048, dtype=torch.bfloat16), inputs(LONGEST, 4)
+    works = [lambda x=x: linear_attention(*x) for x in (single, half, long)]
+    one, other, longest = best_of(*works, repeats=20)
+    yield Row("hard goal: float32 / bfloat16", one / other, HARD["float32 / bfloat16"], at_most=False)
+    yield Row(f"time a token, {LONGEST} / 2048", (longest / (4 * LONGEST)) / (one / (8 * 2048)), 1.1)
 
 
 def backward() -> Iterator[Row]:
@@ -201,7 +204,7 @@ def _build_seconds(source: str) -> float:
 def measure() -> Iterator[Row]:
     """The rows of the benchmark."""
     torch.manual_seed(0)
-    for part in (building, forward, backward, against_onnxruntime, decoding, accuracy):
+    for part in (building, forward, proportions, backward, against_onnxruntime, decoding, accuracy):
         yield from part()
 
 
