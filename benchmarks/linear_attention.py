@@ -51,7 +51,7 @@ def forward() -> Iterator[Row]:
             sdpa, ours = best_of(
                 lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
                 lambda q=q, k=k, v=v, g=g: linear_attention(q, k, v, g),
-                repeats={512: 40, 2048: 8, 8192: 2}.get(N, 1),
+                repeats={512: 100, 2048: 16, 8192: 3}.get(N, 1),
             )
             if N > 8192:  # SDPA runs once, for it takes seconds; ours several times
                 (ours,) = best_of(lambda q=q, k=k, v=v, g=g: linear_attention(q, k, v, g), repeats=12)
@@ -77,7 +77,7 @@ def backward() -> Iterator[Row]:
     sdpa, ours = best_of(
         lambda: torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v), grad),
         lambda: torch.autograd.grad(linear_attention(q, k, v, g)[0], (q, k, v, g), grad),
-        repeats=4,
+        repeats=12,
     )
     yield Row("forward + backward N=2048: SDPA / ours", sdpa / ours, 10, at_most=False)
     yield Row("forward + backward N=2048", 1e3 * ours, unit="ms")
