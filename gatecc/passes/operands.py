@@ -112,6 +112,7 @@ def source_shape(value: Value) -> SourceShape:
                 "the source of the gate has no fixed number of channels",
                 where=str(origin(value.node).owner),
                 found=f"axis {axis} of {_size(value, axis)}: attention between channels has tokens there",
+                expected="a size that is the same in every call",
                 do="use a gate that reads nothing (source 'param'), gate stage 'out', or leave this site out",
             )
     return SourceShape(value.axes, prod(size for axis, size in known.items() if axis in FEATURES))
@@ -138,6 +139,7 @@ def check_positions(value: Value, sources: Sequence[Value], site: Site) -> None:
                     "the source of the gate has other positions than the value",
                     where=place(site),
                     found=f"axis {axis} of {_size(value, axis)} and of {_size(other, axis)}",
+                    expected="one size",
                     do="use a gate that reads nothing (source 'param'), gate stage 'out', or leave this site out",
                 )
 

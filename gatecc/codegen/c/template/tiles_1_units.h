@@ -28,7 +28,7 @@ struct tiles {
 };
 
 // A sequence's rows of one operand, in the order of the recurrence.
-struct stream {
+struct series {
     const char *first;
     int64_t step;
 };
@@ -36,31 +36,31 @@ struct stream {
 struct job {
     const struct problem *p;
     struct sequence s;
-    struct stream q, k, v, g, o;
+    struct series q, k, v, g, o;
 };
 
-static struct stream stream_of(const struct problem *p, const struct sequence *s, const struct operand *x) {
+static struct series series_of(const struct problem *p, const struct sequence *s, const struct operand *x) {
     const int64_t step = x->token * (x->type == FLOAT32 ? 4 : 2);
-    return (struct stream){x->data ? row_of(x, s, token_of(p, s, 0)) : NULL, p->reverse ? -step : step};
+    return (struct series){x->data ? row_of(x, s, token_of(p, s, 0)) : NULL, p->reverse ? -step : step};
 }
 
 static const float nothing[DKP + DVP];  // a row of zeros
 
 // Beyond the end come zeros, which write nothing.
-INLINE const char *row_at(const struct job *j, struct stream x, int64_t t) {
+INLINE const char *row_at(const struct job *j, struct series x, int64_t t) {
     return t < j->s.length ? x.first + t * x.step : (const char *)nothing;
 }
 
-INLINE void fetch_stream(struct stream x, int64_t t, int channels) {
+INLINE void fetch_series(struct series x, int64_t t, int channels) {
     for (int c = 0; c < channels; c += 32) __builtin_prefetch(x.first + t * x.step + 2 * c);
 }
 
 // Ask for a token of the next chunk while this one is computed.
 INLINE void fetch_ahead(const struct job *j, int64_t t) {
-    fetch_stream(j->q, t + C, DK);
-    fetch_stream(j->k, t + C, DK);
-    fetch_stream(j->v, t + C, DV);
-    if (GATED) fetch_stream(j->g, t + C, DK);
+    fetch_series(j->q, t + C, DK);
+    fetch_series(j->k, t + C, DK);
+    fetch_series(j->v, t + C, DV);
+    if (GATED) fetch_series(j->g, t + C, DK);
 }
 
 // 16 channels from d of a row, and zeros beyond its width.

@@ -38,8 +38,8 @@ static void forward_job(const void *context, int64_t job) {
     const struct problem *p = context;
     const struct sequence s = sequence_of(p, job);
     const struct job j = {
-        p, s, stream_of(p, &s, &p->q), stream_of(p, &s, &p->k), stream_of(p, &s, &p->v), stream_of(p, &s, &p->g),
-        stream_of(p, &s, &p->o),
+        p, s, series_of(p, &s, &p->q), series_of(p, &s, &p->k), series_of(p, &s, &p->v), series_of(p, &s, &p->g),
+        series_of(p, &s, &p->o),
     };
     static __thread struct tiles room __attribute__((aligned(64)));  // kept: fresh pages are dear
     struct tiles *w = &room;
@@ -50,6 +50,7 @@ static void forward_job(const void *context, int64_t job) {
     _tile_loadconfig(&config);
     read_state(w->S, p->state ? p->state + job * DK * DV : NULL);
     round_state(w);
+    w->chunk.ahead = NULL;
     for (int d = 0; d < DKP; d++) w->decay[d] = w->gates[d] = 1;  // gates beyond the last channel stay
     if (j.o.first) populate((char *)row_of(&p->o, &s, s.first), 2 * s.length * DV);
     int patience = 0;
