@@ -20,10 +20,10 @@ from gatecc.planning import Plan
 from gatecc.report import GraphDump, GraphPair, PassRow, Report, RewriteRow
 from gatecc.scope.build import Built, build, install_weights, scale
 from gatecc.scope.family import Family, proves, structure
+from gatecc.scope.key import call_key
 from gatecc.scope.scope import (
     Scope,
     base_forward,
-    call_key,
     install,
     remove,
     scope_of,

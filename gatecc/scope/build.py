@@ -25,7 +25,7 @@ from gatecc.ir.widen import WidenWeight
 from gatecc.passes.canonicalize import canonicalize
 from gatecc.scope.family import Entry
 from gatecc.scope.python_path import PythonPath, python_path
-from gatecc.scope.scope import Scope, base_forward
+from gatecc.scope.state import Scope, base_forward
 from gatecc.scope.variant import Variant
 from gatecc.scope.widened import narrowed, widen
 

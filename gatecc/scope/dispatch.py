@@ -1,0 +1,69 @@
+"""Dispatch: which way a call of a scope takes: a variant that is known, a new one, or the Python path."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable, without importing Dynamo for it
+
+from gatecc.capture.signature import Key, OpaqueArgumentError, flatten
+from gatecc.errors import CallNotCapturedError, CaptureError
+from gatecc.scope.family import Entry
+from gatecc.scope.key import call_key
+from gatecc.scope.learn import entry_for
+from gatecc.scope.python_path import run_python
+from gatecc.scope.state import STATE, Scope, base_forward
+from gatecc.scope.traced import is_traced, outside
+
+
+@_disable_dynamo
+def first_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call of a kind that this scope has not seen: share, capture, or take the Python path.
+
+    Dynamo does not trace into it: where `learn` found nothing to do, the graph breaks here.
+    """
+    state = cast("Scope", getattr(module, STATE))
+    try:
+        key, leaves = call_key(module, args, kwargs)
+    except OpaqueArgumentError as e:
+        return _python(module, state, args, kwargs, str(e))
+    if key in state.refused:
+        return _python(module, state, args, kwargs, state.refused[key])
+    if is_traced(leaves):
+        return _traced(module, state, key, args, kwargs, leaves)
+    try:
+        entry = entry_for(module, state, key, args, kwargs, leaves)
+    except CaptureError as e:
+        state.refused[key] = e.found
+        return _python(module, state, args, kwargs, e.found)
+    return entry.variant(module, leaves)
+
+
+def _traced(
+    module: nn.Module, state: Scope, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[torch.Tensor]
+) -> Any:
+    """Inside someone's torch.export: capture outside of it, and run the variant inside."""
+
+    def work(real_args: tuple[Any, ...], real_kwargs: dict[str, Any]) -> Entry:
+        real = flatten(real_args, real_kwargs)[1]
+        return entry_for(module, state, key, real_args, real_kwargs, real)
+
+    try:
+        entry = outside(module, args, kwargs, work)
+    except CaptureError as e:
+        return _python(module, state, args, kwargs, e.found)
+    return entry.variant(module, leaves)
+
+
+def _python(module: nn.Module, state: Scope, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str) -> Any:
+    if state.python.refused and reason:
+        raise CallNotCapturedError(
+            "this call cannot become a graph, and the rewrite cannot be said in Python",
+            where=state.fqn or type(module).__name__,
+            found=f"{reason}; {state.python.refused}",
+            do="call without a cache object (use_cache=False) and without hooks inside the scope; "
+            "for generation with constant memory use gatecc.decoder",
+        )
+    return run_python(state.python, module, base_forward(module), args, kwargs, state.fqn)

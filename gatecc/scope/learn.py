@@ -1,0 +1,101 @@
+"""Learn: entries for calls that a scope has not seen: shared with another layer where that is proved, else captured."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from gatecc.capture.reads import recorded_reads
+from gatecc.capture.signature import Key, OpaqueArgumentError
+from gatecc.scope.build import build
+from gatecc.scope.family import Entry, proves
+from gatecc.scope.key import call_key, fresh
+from gatecc.scope.state import STATE, Scope, base_forward, scope_of, scopes
+from gatecc.scope.variant import Variant
+from gatecc.scope.widened import narrowed
+
+
+def lookup(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Variant, list[torch.Tensor]] | None:
+    """The trusted variant for a call and the call's tensors, if there is one. Written so that Dynamo can trace it."""
+    state = cast("Scope", getattr(module, STATE))
+    try:
+        key, leaves = call_key(module, args, kwargs)
+    except OpaqueArgumentError:
+        return None
+    for entry in state.family.find(key, leaves):
+        if entry in state.trusted and fresh(entry.variant.reads, module):
+            return entry.variant, leaves
+    return None
+
+
+def entry_for(
+    module: nn.Module, state: Scope, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[torch.Tensor]
+) -> Entry:
+    """An entry of the family that is proved for this layer, or a new capture. Raises CaptureError."""
+    shared = _share(module, state, key, args, kwargs, leaves)
+    if shared is not None:
+        return shared
+    entry = build(module, state, args, kwargs).entry
+    state.family.add(key, entry)
+    state.trusted.append(entry)
+    return entry
+
+
+def _share(
+    module: nn.Module, state: Scope, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[torch.Tensor]
+) -> Entry | None:
+    """An entry of another layer of the family, or of the same call with gradients, proved for this call now."""
+    for entry in state.family.find(key, leaves):
+        with narrowed(module, state.widened):
+            proved = entry not in state.trusted and proves(entry, module, base_forward(module), args, kwargs, leaves)
+        if proved:
+            state.trusted.append(entry)
+            return entry
+    return _without_gradients(module, state, key, args, kwargs, leaves)
+
+
+def _without_gradients(
+    module: nn.Module, state: Scope, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[torch.Tensor]
+) -> Entry | None:
+    """For a call without gradients, the graph of the same call with them, if it is proved to be this call's function.
+
+    Most modules do the same in both, and a proof costs two runs instead of a capture. Not the other way round: a graph
+    that was captured without gradients forgets which of its regions had none.
+    """
+    call, gradients, *modes = key
+    if gradients:
+        return None
+    for known in state.family.find((call, True, *modes), leaves):
+        with narrowed(module, state.widened), recorded_reads(module) as seen:
+            proved = proves(known, module, base_forward(module), args, kwargs, leaves)
+        if proved and seen.keys() <= {(read.path, read.name) for read in known.plain.reads}:
+            entry = Entry(known.variant, known.plain)
+            entry.layers.add(module)
+            state.family.add(key, entry)
+            state.trusted.append(entry)
+            return entry
+    return None
+
+
+def learn(root: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Make an entry for a call of a scope, and prove it for the layers that share captures with it.
+
+    Those are found under ``root``, and among the layers that the scope's entries were proved for: each layer may be
+    compiled by itself. Returns False if the scope knew this call: there is nothing to learn. Raises CaptureError.
+    """
+    state = cast("Scope", getattr(module, STATE))
+    if lookup(module, args, kwargs) is not None:
+        return False
+    like = {id(m): m for entry in state.trusted for m in entry.layers}
+    like |= {id(m): m for _, m, its in scopes(root) if its.family is state.family}
+    key, leaves = call_key(module, args, kwargs)
+    entry_for(module, state, key, args, kwargs, leaves)
+    for other in like.values():
+        its = scope_of(other)
+        if its is not None and its.family is state.family and lookup(other, args, kwargs) is None:
+            _share(other, its, call_key(other, args, kwargs)[0], args, kwargs, leaves)
+    return True

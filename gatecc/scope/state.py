@@ -1,0 +1,86 @@
+"""State: what gatecc keeps on a scoped module, and how to find it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from torch import nn
+
+from gatecc.capture.signature import Key
+from gatecc.ir.rewrite import Rewrite
+from gatecc.ir.widen import Rows
+from gatecc.scope.family import Entry, Family
+from gatecc.scope.python_path import PythonPath
+
+STATE = "_gatecc"
+
+
+@dataclass(frozen=True)
+class Application:
+    """One rewrite and where it is done in a scope: (owner relative to the scope, ordinal) of each site."""
+
+    rewrite: Rewrite
+    sites: tuple[tuple[str, int], ...]
+
+
+@dataclass(eq=False)
+class Scope:
+    """The state behind one scoped module, kept in its ``__dict__``; survives deepcopy and pickling with the module."""
+
+    fqn: str
+    applied: tuple[Application, ...]
+    family: Family = field(default_factory=Family)
+    python: PythonPath = field(default_factory=lambda: PythonPath(refused="no call was captured yet"))
+    own: set[str] = field(default_factory=set[str])  # paths of the modules that gatecc made in this scope
+    refused: dict[Key, str] = field(default_factory=dict[Key, str])  # calls that could not be captured, and why
+    trusted: list[Entry] = field(default_factory=list[Entry])  # entries captured on, or proved for, this layer
+    widened: dict[str, Rows] = field(default_factory=dict[str, Rows])  # weights of the model that hold new rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "refused": {}, "trusted": [], "family": Family()}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Scope:
+        return Scope(
+            self.fqn,
+            self.applied,
+            self.family,
+            self.python,
+            set(self.own),
+            dict(self.refused),
+            list(self.trusted),
+            dict(self.widened),
+        )
+
+
+def scope_of(module: nn.Module) -> Scope | None:
+    """The scope state of a module, None if it is an ordinary module."""
+    return vars(module).get(STATE)
+
+
+def scopes(model: nn.Module) -> Iterator[tuple[str, nn.Module, Scope]]:
+    """Every scoped module of a model: its FQN, the module, its state."""
+    for fqn, module in model.named_modules():
+        state = scope_of(module)
+        if state is not None:
+            yield fqn, module, state
+
+
+def outside_scopes(model: nn.Module) -> list[str]:
+    """The FQNs of the modules that no scope holds, and of the outermost scopes: a hook elsewhere keeps a graph from
+    running."""
+    roots = [f"{fqn}." if fqn else "" for fqn, _, _ in scopes(model)]
+    names = [name for name, _ in model.named_modules()]
+    return [n for n in names if not any(n.startswith(root) and n != root.removesuffix(".") for root in roots)]
+
+
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """The module's own class, whether or not it is a scope."""
+    return cast("type[nn.Module]", getattr(type(module), "gatecc_base", type(module)))
+
+
+def base_forward(module: nn.Module) -> Callable[..., Any]:
+    """The module's own forward, bound."""
+    return functools.partial(base_class(module).forward, module)
