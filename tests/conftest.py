@@ -20,6 +20,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.machine import units
+
 # Derandomised: a failure in CI is the same failure everywhere. No deadline: the first example pays for the tracing.
 settings.register_profile(
     "gatecc",
@@ -33,6 +35,11 @@ torch.set_num_threads(1)
 # pytest hangs its handlers on every logger that does not propagate. On this one torch takes any handler for a wish to
 # have each compilation described in JSON, which costs a third of the time of a capture.
 logging.getLogger("torch.__trace").propagate = True
+
+
+def pytest_report_header() -> str:
+    """Which units this machine has of those that kernels are written for; tests of the others say: not run."""
+    return f"CPU: {', '.join(units()) or 'none of the vector units that gatecc knows'}; torch {torch.__version__}"
 
 
 def pytest_collection_finish() -> None:

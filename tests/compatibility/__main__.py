@@ -1,4 +1,7 @@
-"""Run the cells whose names have all words; without words, write the page: ``python -m tests.compatibility [WORD ...]``."""
+"""``python -m tests.compatibility [WORD ...]``: run the cells whose names have all words.
+
+Without words, all of them, and write docs/compatibility.md.
+"""
 
 from __future__ import annotations
 

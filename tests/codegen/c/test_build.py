@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import platform
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 from gatecc.codegen.c import build
 from gatecc.codegen.c.linear_attention import Spec, library
 from gatecc.ops.linear_attention import linear_attention
+from tests.machine import units
 from tests.ops.linear_attention.cases import double, operands, relative
 
 SOURCE = "int answer(void) { return 42; }"
@@ -92,6 +95,28 @@ def test_narrower_vectors(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatc
     finally:
         torch.set_num_threads(1)
         library.cache_clear()
+
+
+# What a compiler is told for each unit, whatever this machine has.
+MACHINES = {
+    "AVX2": ("-march=haswell",),
+    "AVX-512": ("-march=skylake-avx512",),
+    "AVX-512 bf16": ("-march=cooperlake",),
+    "AMX": ("-march=sapphirerapids",),
+}
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="these units are those of x86_64")
+@pytest.mark.parametrize("unit", MACHINES)
+def test_code_for_every_unit_compiles(unit: str) -> None:
+    """Also for the units that this machine lacks: their code is compiled and not run here, and the run says so."""
+    compiler = build.find_compiler()
+    assert compiler is not None
+    for part, delta in (("forward", True), ("backward", True), ("tiles", False)):
+        source = Spec(part, True, delta, 64, 64).source()
+        assert build.compile_c(source, compiler, (*MACHINES[unit], "-fopenmp")) is not None, part
+    if unit not in units():
+        warnings.warn(f"compiled, not run: this CPU has no {unit}", stacklevel=1)
 
 
 @pytest.mark.usefixtures("cache")

@@ -135,7 +135,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
         assert relative(found, truth) < (1e-5 if name == "state" else 2 * torch.finfo(dtype).eps), name
 
 
-needs_matrix_units = pytest.mark.skipif(not has_matrix_units(), reason="this CPU has no matrix units (AMX)")
+needs_matrix_units = pytest.mark.skipif(not has_matrix_units(), reason="not run: this CPU has no matrix units (AMX)")
 
 
 def rms(found: Tensor, truth: Tensor) -> float:
