@@ -112,9 +112,12 @@ def test_code_for_every_unit_compiles(unit: str) -> None:
     """Also for the units that this machine lacks: their code is compiled and not run here, and the run says so."""
     compiler = build.find_compiler()
     assert compiler is not None
-    for part, delta in (("forward", True), ("backward", True), ("tiles", False)):
-        source = Spec(part, True, delta, 64, 64).source()
-        assert build.compile_c(source, compiler, (*MACHINES[unit], "-fopenmp")) is not None, part
+    for spec in (
+        Spec("forward", True, True, 64, 64),
+        Spec("backward", True, True, 64, 64),
+        Spec("tiles", True, False, 64, 64),
+    ):
+        assert build.compile_c(spec.source(), compiler, (*MACHINES[unit], "-fopenmp")) is not None, spec.part
     if unit not in units():
         warnings.warn(f"compiled, not run: this CPU has no {unit}", stacklevel=1)
 
