@@ -6,12 +6,13 @@ forward pass: ``reinforce_sample`` takes a buffer that is read when the backward
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from gatecc.errors import ArgumentError
+from gatecc.ops.transforms import differentiates, has_tangents, instead, refuse
 
 BASELINES = ("mean", "none", "leave_one_out", "min_variance")
 BASELINE, RUNNING, SCALE = range(
@@ -98,7 +99,27 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return reinforce_backward(gradient, logit, sample, reward, count, state, ctx.baseline), None, None, None, None, None
 
 
+def _no_derivative(*_: Any) -> NoReturn:
+    refuse(
+        "a sample of REINFORCE has one derivative, an estimate that reads the losses of the batch",
+        found="a second derivative, forward mode, or torch.func",
+        do='another estimator ("straight_through", "concrete"), or model.eval()',
+    )
+
+
+def _sample_under_func(
+    logit: Tensor, noise: Tensor, reward: Tensor, count: Tensor, state: Tensor, baseline: str
+) -> Tensor:
+    """Samples alone can be drawn under vmap."""
+    if has_tangents((logit,)) or differentiates(logit):
+        _no_derivative()
+    return (noise < torch.sigmoid(logit)).to(logit.dtype)
+
+
 reinforce_sample.register_autograd(_backward, setup_context=_setup)
+reinforce_backward.register_autograd(_no_derivative)
+instead(reinforce_sample, _sample_under_func)
+instead(reinforce_backward, _no_derivative)
 
 
 def write_reward(reward: Tensor, count: Tensor, state: Tensor, loss: Tensor, *, scale: float) -> None:
@@ -149,4 +170,29 @@ def _backward_bce(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return gradient + (torch.sigmoid(logit) - label) * (ctx.weight / logit.numel()), None, None
 
 
+class _Inject(torch.autograd.Function):
+    """``inject_bce`` for torch.func: under vmap each sample has a mean of its own, as in a loop over the samples."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logit: Tensor, label: Tensor, weight: float) -> Tensor:
+        return logit.clone()
+
+    setup_context = staticmethod(_setup_bce)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        return _backward_bce(ctx, *grad_outputs)
+
+    @staticmethod
+    def jvp(ctx: Any, *grad_inputs: Any) -> NoReturn:
+        refuse(
+            "a loss that is injected into a gradient has no forward mode",
+            found="forward-mode differentiation of inject_bce",
+            do="reverse mode (torch.func.grad, vjp), or weight 0",
+        )
+
+
 inject_bce.register_autograd(_backward_bce, setup_context=_setup_bce)
+instead(inject_bce, _Inject.apply)

@@ -194,3 +194,48 @@ def test_injected_labels_have_the_gradient_of_their_loss() -> None:
     (got,) = torch.autograd.grad(out.sum() * 2, logit)
     (want,) = torch.autograd.grad(logit.sum() * 2 + 0.3 * F.binary_cross_entropy_with_logits(logit, label), logit)
     torch.testing.assert_close(got, want)
+
+
+def test_transforms_of_an_injected_loss() -> None:
+    logit, label = torch.randn(3, UNITS), torch.rand(3, UNITS).round()
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return inject_bce(x, y, 0.5).square().sum()
+
+    def written(x: Tensor, y: Tensor) -> Tensor:
+        return x.square().sum() + 0.5 * F.binary_cross_entropy_with_logits(x, y)
+
+    for found, wanted in (
+        (torch.func.grad(loss)(logit, label), torch.func.grad(written)(logit, label)),
+        (torch.func.vmap(torch.func.grad(loss))(logit, label), torch.func.vmap(torch.func.grad(written))(logit, label)),
+        (torch.func.jacrev(torch.func.grad(loss))(logit, label), torch.func.hessian(written)(logit, label)),
+    ):
+        torch.testing.assert_close(found, wanted)
+    with pytest.raises(ArgumentError, match="no forward mode"):
+        torch.func.jvp(lambda x: loss(x, label), (logit,), (logit,))
+
+
+def test_a_sample_has_one_derivative() -> None:
+    logit, told = torch.zeros(4, UNITS), buffers(4)
+
+    def sample(x: Tensor) -> Tensor:
+        return reinforce_sample(x, torch.full_like(x, 0.4), *told, "none")
+
+    assert torch.func.vmap(sample)(logit).all()
+    leaf = logit.clone().requires_grad_()
+
+    def twice() -> None:
+        bits = sample(leaf)
+        write_reward(*told, torch.rand(4), scale=1.0)
+        (first,) = torch.autograd.grad(bits.sum(), leaf, create_graph=True)
+        first.sum().backward()
+
+    derivatives: list[Callable[[], object]] = [
+        twice,
+        lambda: torch.func.grad(lambda x: sample(x).sum())(logit),
+        lambda: torch.func.jvp(sample, (logit,), (logit,)),
+        lambda: torch.func.vmap(sample)(leaf),
+    ]
+    for derive in derivatives:
+        with pytest.raises(ArgumentError, match="one derivative"):
+            derive()

@@ -32,6 +32,20 @@ def test_gradients_and_registration(kind: str) -> None:
     torch.library.opcheck(torch.ops.gatecc.recurrent.default, (x, *weights, kind))
 
 
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_every_other_derivative(kind: str) -> None:
+    module, weights = cell(kind)
+    x = torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)
+    given = (x, *weights)
+    assert torch.autograd.gradcheck(
+        lambda *leaves: recurrent(*leaves, kind), given, check_forward_ad=True, check_batched_grad=True, fast_mode=True
+    )
+    assert torch.autograd.gradgradcheck(lambda *leaves: recurrent(*leaves, kind), given, fast_mode=True)
+    several = torch.randn(3, 2, 5, 4, dtype=torch.float64)
+    found = torch.func.vmap(lambda x: recurrent(x, *weights, kind))(several)
+    torch.testing.assert_close(found, torch.stack([module(one)[0] for one in several]))
+
+
 def test_a_later_token_changes_nothing_before_it() -> None:
     _, weights = cell("gru")
     x = torch.randn(1, 6, 4, dtype=torch.float64)

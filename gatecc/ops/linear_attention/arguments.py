@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 
 from gatecc.errors import ArgumentError
 
@@ -92,8 +93,19 @@ def arguments(
     return found
 
 
+def read(tensors: Sequence[Tensor | None], options: dict[str, Any]) -> Arguments:
+    """``arguments`` of an operator's call: its tensors in order, of which the last may be left out, and its options."""
+    q, k, v, log_decay, beta, state, cu_seqlens, mask = (*tensors, *[None] * (8 - len(tensors)))
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    return arguments(q, k, v, log_decay, beta, state, cu_seqlens=cu_seqlens, mask=mask, **options)
+
+
 def boundaries(cu_seqlens: Tensor, tokens: int) -> list[tuple[int, int]]:
     """First and last-plus-one token of each packed sequence. Raises ArgumentError if they do not cover the tokens."""
+    if is_batchedtensor(cu_seqlens):
+        raise _misfit("cu_seqlens is one for a whole vmap", "another for each sample", "in_dims=None for it")
     edges: list[int] = cu_seqlens.tolist()
     if not edges or edges[0] != 0 or edges[-1] != tokens or edges != sorted(edges):
         raise _misfit("cu_seqlens does not divide the tokens", edges, f"ascending from 0 to {tokens}")

@@ -60,7 +60,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     found = kernels.forward(problem if kernels.activates else problem.activated()) if kernels else None
     if found is not None:
         return found
-    o, state = problem.run(_form(problem))
+    o, state = problem.run(form(problem))
     return o, state.clone() if state is problem.state else state
 
 
@@ -70,10 +70,10 @@ def backward(problem: Problem, grad_o: Tensor, grad_state: Tensor) -> Gradients:
     given = problem if kernels is None or kernels.activates else problem.activated()
     found = kernels.backward(given, grad_o, grad_state.contiguous()) if kernels else None
     if found is None:
-        return problem.differentiate(_form(problem), grad_o, grad_state)
+        return problem.differentiate(form(problem), grad_o, grad_state)
     return found if given is problem else problem.through_activation(found)
 
 
-def _form(problem: Problem) -> Body:
-    """float64 is for checking: it runs the plain recurrence."""
+def form(problem: Problem) -> Body:
+    """The recurrence in ATen. float64 is for checking: it runs the plain recurrence."""
     return recurrence if problem.state_dtype == torch.float64 else chunked

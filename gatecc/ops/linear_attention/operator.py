@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gatecc.ops.linear_attention import kernels
-from gatecc.ops.linear_attention.arguments import Arguments, arguments
+from gatecc.ops.linear_attention import differentiable, kernels
+from gatecc.ops.linear_attention.arguments import read
 from gatecc.ops.linear_attention.problem import finish, finish_backward, prepare, prepare_backward
+from gatecc.ops.transforms import LIBRARY, UNDER_FUNC, has_tangents
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? log_decay=None, Tensor? beta=None, Tensor? initial_state=None, "
     "Tensor? cu_seqlens=None, Tensor? mask=None, *, float? scale=None, bool reverse=False, bool normalize=False, "
     "float? gate_normalizer=None"
 )
-LIBRARY = torch.library.Library("gatecc", "FRAGMENT")
 LIBRARY.define(f"linear_attention({_INPUTS}) -> (Tensor o, Tensor final_state)")
 LIBRARY.define(
     f"linear_attention_backward(Tensor grad_o, Tensor grad_state, {_INPUTS}) "
@@ -26,19 +26,19 @@ LIBRARY.define(
 
 
 def _forward(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
-    a = _read(tensors, options)
+    a = read(tensors, options)
     o, state = kernels.forward(prepare(a))
     return finish(a, o), state
 
 
 def _fake(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
-    a = _read(tensors, options)
+    a = read(tensors, options)
     return a.q.new_empty(a.output_shape), a.q.new_empty(a.state_shape, dtype=a.state_dtype)
 
 
 def _backward(grad_o: Tensor, grad_state: Tensor, *tensors: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
     """Gradients of the first six inputs; an empty tensor for one that was not given."""
-    a = _read(tensors, options)
+    a = read(tensors, options)
     problem = prepare(a)
     o = kernels.forward(problem)[0].to(a.state_dtype) if a.normalize else None
     grads = prepare_backward(a, kernels.backward(problem, finish_backward(a, o, grad_o), grad_state))
@@ -54,15 +54,6 @@ def _fake_backward(grad_o: Tensor, grad_state: Tensor, *tensors: Tensor | None, 
     return tuple(grad_o.new_empty(0) if x is None else x.new_empty(x.shape) for x in six)
 
 
-def _read(tensors: tuple[Tensor | None, ...], options: dict[str, Any]) -> Arguments:
-    q, k, v, *rest = tensors
-    assert q is not None
-    assert k is not None
-    assert v is not None
-    log_decay, beta, state, cu_seqlens, mask = (*rest, *[None] * (5 - len(rest)))
-    return arguments(q, k, v, log_decay, beta, state, cu_seqlens=cu_seqlens, mask=mask, **options)
-
-
 class _Differentiable(torch.autograd.Function):
     """The operator on tensors of which some need a gradient."""
 
@@ -70,39 +61,76 @@ class _Differentiable(torch.autograd.Function):
     def forward(ctx: Any, keys: Any, options: dict[str, Any], *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(*tensors)
         ctx.options = options
-        return _below_autograd(keys, options, *tensors)
+        return _below_autograd(_OPERATOR, keys, options, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
-        found = torch.ops.gatecc.linear_attention_backward(*grads, *tensors, **ctx.options)
+        found = _GRADIENT(*grads, *tensors, **ctx.options)
         given = [None if x is None else g for x, g in zip(tensors[:6], found, strict=False)]
         return (None, None, *given, *[None] * len(tensors[6:]))
 
 
-def _below_autograd(keys: Any, options: dict[str, Any], *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+class _Gradient(torch.autograd.Function):
+    """Its gradient where that is differentiated in turn (``create_graph=True``)."""
+
+    @staticmethod
+    def forward(ctx: Any, keys: Any, options: dict[str, Any], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*tensors)
+        ctx.options = options
+        return _below_autograd(_GRADIENT, keys, options, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> tuple[Tensor | None, ...]:
+        grad_o, grad_state, *tensors = ctx.saved_tensors
+        found = differentiable.second(cotangents, grad_o, grad_state, tuple(tensors), ctx.options)
+        return (None, None, *found)
+
+
+def _below_autograd(operator: Any, keys: Any, options: dict[str, Any], *tensors: Tensor | None) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
-        operator = torch.ops.gatecc.linear_attention.default
         return operator.redispatch(keys & torch._C._after_autograd_keyset, *tensors, **options)
 
 
 # What torch.library.register_autograd does, without its search for tensors in nested arguments: that search takes
 # longer than short sequences do.
 def _autograd(keys: Any, *tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+    if has_tangents(tensors):
+        return differentiable.forward(*tensors, **options)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return _Differentiable.apply(keys, options, *tensors)
-    return _below_autograd(keys, options, *tensors)
+    return _below_autograd(_OPERATOR, keys, options, *tensors)
+
+
+def _autograd_of_gradient(keys: Any, *tensors: Any, **options: Any) -> tuple[Tensor, ...]:
+    if has_tangents(tensors):
+        return differentiable.gradients(*tensors, **options)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return _Gradient.apply(keys, options, *tensors)
+    return _below_autograd(_GRADIENT, keys, options, *tensors)
 
 
 def _autocast(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+        return torch.ops.gatecc.linear_attention(*_of_one_dtype(tensors), **options)
+
+
+def _of_one_dtype(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """Under autocast q, k and v meet in the widest of their dtypes, as the operands of torch.cat do.
 
     Projections come in a narrow one, features and gates, which are computed from them in float32, do not.
     """
     widest = functools.reduce(torch.promote_types, (x.dtype for x in tensors[:3] if x is not None))
-    wide = (None if x is None else x.to(widest) for x in tensors[:3])
-    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
-        return torch.ops.gatecc.linear_attention(*wide, *tensors[3:], **options)
+    return (*(None if x is None else x.to(widest) for x in tensors[:3]), *tensors[3:])
+
+
+def _under_func(*tensors: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """The operator inside a transform of torch.func, which comes before autocast."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return differentiable.forward(*tensors, **options)
+    with torch.autocast(device, enabled=False):
+        return differentiable.forward(*_of_one_dtype(tensors), **options)
 
 
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
@@ -116,6 +144,11 @@ LIBRARY.impl("linear_attention_backward", _backward, "CompositeExplicitAutograd"
 torch.library.register_fake("gatecc::linear_attention", _fake, lib=LIBRARY)
 torch.library.register_fake("gatecc::linear_attention_backward", _fake_backward, lib=LIBRARY)
 LIBRARY.impl("linear_attention", _autograd, "Autograd", with_keyset=True)
+LIBRARY.impl("linear_attention_backward", _autograd_of_gradient, "Autograd", with_keyset=True)
+LIBRARY.impl("linear_attention", _under_func, UNDER_FUNC)
+LIBRARY.impl("linear_attention_backward", differentiable.gradients, UNDER_FUNC)
+_OPERATOR = torch.ops.gatecc.linear_attention.default
+_GRADIENT = torch.ops.gatecc.linear_attention_backward.default
 
 
 def linear_attention(
@@ -157,8 +190,9 @@ def linear_attention(
         S_t = diag(e^g_t) S_{t-1} + k_t u_t^T,  o_t = scale S_t^T q_t,
         u_t = v_t, or beta_t (v_t - (diag(e^g_t) S_{t-1})^T k_t) for the delta rules.
 
-    States are float32 (float64 for float64 inputs). Differentiable in the first six arguments, once. Raises
-    ArgumentError for shapes, dtypes or options that do not fit.
+    States are float32 (float64 for float64 inputs). Differentiable in the first six arguments to any order, in
+    both modes, and under torch.func; kernels serve the first derivative, the ATen form the others. Raises ArgumentError
+    for shapes, dtypes or options that do not fit.
     """
     options = {"scale": scale, "reverse": reverse, "normalize": normalize, "gate_normalizer": gate_normalizer}
     return torch.ops.gatecc.linear_attention(q, k, v, log_decay, beta, initial_state, cu_seqlens, mask, **options)

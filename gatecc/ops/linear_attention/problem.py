@@ -141,7 +141,8 @@ def finish(a: Arguments, o: Tensor) -> Tensor:
     """The output from the recurrence's: divided by the normaliser, zero at padding, in the dtype of q."""
     if a.normalize:
         o, z = o[..., :-1], o[..., -1:]
-        o = torch.where(z == 0, 0, o / z)
+        # Not divided by zero even where that is thrown away: its gradient would be NaN.
+        o = torch.where(z == 0, 0, o / torch.where(z == 0, 1, z))
     if a.mask is not None:
         o = o.masked_fill(_padding(a.mask), 0)
     return o.to(a.q.dtype)

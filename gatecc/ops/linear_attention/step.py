@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from gatecc.errors import ArgumentError
 from gatecc.ops.linear_attention import kernels
-from gatecc.ops.linear_attention.operator import LIBRARY
 from gatecc.ops.linear_attention.reference import recurrence
+from gatecc.ops.transforms import LIBRARY, UNDER_FUNC, has_tangents, is_plain
 
 LIBRARY.define(
     "linear_attention_step(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? beta, Tensor(a!) state, "
@@ -31,10 +33,12 @@ def linear_attention_step(
     q: (B, H, Dk), k: (B, Hk, Dk), v: (B, Hv, Dv), log_decay: (B, Hg, Dk or 1), beta: (B, Hb), the numbers of heads
     dividing H. state: (B, H, Dk, Dv), contiguous, float32 (float64 with float64 inputs).
 
-    Raises ArgumentError for shapes that do not fit, and for a state that cannot be updated in place.
+    Raises ArgumentError for shapes that do not fit, for a state that cannot be updated in place, and where a derivative
+    is asked for.
     """
     # A plain call on plain tensors goes past the dispatcher, which takes longer than the step.
-    if type(q) is Tensor and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack():
+    own = type(q) is Tensor and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
+    if own and is_plain():
         return _step(q, k, v, log_decay, beta, state, scale=scale)
     return torch.ops.gatecc.linear_attention_step(q, k, v, log_decay, beta, state, scale=scale)
 
@@ -102,5 +106,23 @@ def _fake(
     return q.new_empty(*q.shape[:2], v.size(2))
 
 
+def _autograd(keys: Any, *tensors: Tensor | None, **options: Any) -> Tensor:
+    if has_tangents(tensors) or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)):
+        _refuse(*tensors)
+    with torch._C._AutoDispatchBelowAutograd():
+        operator = torch.ops.gatecc.linear_attention_step.default
+        return operator.redispatch(keys & torch._C._after_autograd_keyset, *tensors, **options)
+
+
+def _refuse(*tensors: Tensor | None, **options: Any) -> Tensor:
+    raise ArgumentError(
+        "a step of linear attention updates its state in place: it has no derivative, and no transform of torch.func",
+        found="tensors that require a gradient, or torch.func",
+        do="call it under torch.no_grad(), or gatecc.ops.linear_attention.linear_attention with initial_state",
+    )
+
+
 LIBRARY.impl("linear_attention_step", _step, "CompositeExplicitAutograd")
+LIBRARY.impl("linear_attention_step", _autograd, "Autograd", with_keyset=True)
+LIBRARY.impl("linear_attention_step", _refuse, UNDER_FUNC)
 torch.library.register_fake("gatecc::linear_attention_step", _fake, lib=LIBRARY)

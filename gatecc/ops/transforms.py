@@ -1,0 +1,70 @@
+"""Operators under torch.func (grad, vmap, jvp) and forward-mode differentiation.
+
+An operator with kernels of its own is opaque to these. What they need is the same function in ATen, which has every
+derivative and every batching rule; it runs in the operator's place, and only there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch._C._functorch import TransformType, get_unwrapped, is_functorch_wrapped_tensor
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch._library.autograd import make_autograd_impl
+from torch._library.custom_ops import CustomOpDef
+from torch.autograd import forward_ad
+
+from gatecc.errors import ArgumentError
+
+LIBRARY = torch.library.Library("gatecc", "FRAGMENT")
+UNDER_FUNC = "FuncTorchDynamicLayerFrontMode"  # the key of a call while a transform of torch.func runs
+
+
+def has_tangents(tensors: Iterable[Any]) -> bool:
+    """Whether forward-mode differentiation follows one of these."""
+    # The level is a number: calls outside of forward-mode pay for one comparison.
+    if forward_ad._current_level < 0:
+        return False
+    return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def is_plain() -> bool:
+    """Whether no derivative is taken and no transform of torch.func runs."""
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        return False
+    return not torch._C._are_functorch_transforms_active()
+
+
+def differentiates(x: Tensor) -> bool:
+    """Whether a derivative with respect to ``x`` may be taken: by torch.func, or by autograd around it."""
+    kinds = {interpreter.key() for interpreter in retrieve_all_functorch_interpreters()}
+    if kinds & {TransformType.Grad, TransformType.Jvp}:
+        return True
+    while is_functorch_wrapped_tensor(x):  # which does not tell
+        x = get_unwrapped(x)
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def instead(operator: CustomOpDef, function: Callable[..., Any]) -> None:
+    """Let ``function``, of the operator's arguments, run in the place of an operator under these transforms.
+
+    To be called after the operator's own gradient was registered.
+    """
+    usual = make_autograd_impl(operator._opoverload, operator)
+
+    def autograd(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        if has_tangents(args):
+            return function(*args, **kwargs)
+        return usual(keys, *args, **kwargs)
+
+    name = operator._qualname
+    LIBRARY.impl(name, autograd, "Autograd", with_keyset=True, allow_override=True)
+    LIBRARY.impl(name, function, UNDER_FUNC)
+
+
+def refuse(what: str, *, found: str, do: str) -> NoReturn:
+    """Raise ArgumentError: the operator has no such derivative."""
+    raise ArgumentError(what, found=found, expected="loss.backward() or torch.autograd.grad, once", do=do)
