@@ -20,6 +20,7 @@ from gatecc.planning import Plan
 from gatecc.report import GraphDump, GraphPair, PassRow, Report, RewriteRow
 from gatecc.scope.build import Built, build, install_weights, scale
 from gatecc.scope.family import Family, proves, structure
+from gatecc.scope.fast_paths import Switch, fast_paths_on
 from gatecc.scope.key import call_key
 from gatecc.scope.scope import (
     Scope,
@@ -38,10 +39,12 @@ class Undo:
     states: list[tuple[nn.Module, Scope | None]] = field(default_factory=list[tuple[nn.Module, Scope | None]])
     weights: list[tuple[nn.Module, WeightStep]] = field(default_factory=list[tuple[nn.Module, WeightStep]])
     caches: list[Any] = field(default_factory=list[Any])
+    switches: list[Switch] = field(default_factory=list[Switch])
 
-    def run(self) -> None:
+    def run(self, model: nn.Module) -> None:
         """Take everything back."""
         caches_on(self.caches)
+        fast_paths_on(model, self.switches)
         for module, step in reversed(self.weights):
             undo_weight(module, step)
         for module, state in reversed(self.states):
@@ -51,6 +54,7 @@ class Undo:
         self.weights.clear()
         self.states.clear()
         self.caches.clear()
+        self.switches.clear()
 
 
 @dataclass

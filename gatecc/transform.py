@@ -22,6 +22,7 @@ from gatecc.ir.widen import Rows
 from gatecc.planning import Plan, called_modules, plans_of
 from gatecc.recipes import resolve
 from gatecc.report import Report
+from gatecc.scope.fast_paths import Switch, fast_paths_off, fast_paths_on
 from gatecc.scope.scope import (
     base_class,
     remove,
@@ -44,6 +45,7 @@ class Step:
     report: Report
     widened: tuple[tuple[str, Rows], ...] = ()  # parameters that hold new rows
     caches: tuple[Any, ...] = ()  # configurations whose use_cache was switched off
+    switches: tuple[Switch, ...] = ()  # fast paths of torch that were switched off
 
 
 def transform(
@@ -81,7 +83,7 @@ def transform(
                 outcome = check(before, target, wanted, args, kwargs)
                 step = replace(step, report=_checked(step.report, outcome))
     except BaseException:
-        undo.run()
+        undo.run(target)
         raise
     vars(target)[HISTORY] = (*history(model), step)
     return target
@@ -108,6 +110,7 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     target = model if inplace else copy.deepcopy(model)
     for step in reversed(history(target)):
         caches_on(step.caches)
+        fast_paths_on(target, step.switches)
         for fqn in step.modules:
             remove_module(target, fqn)
         for fqn, factor in step.scaled:
@@ -147,9 +150,15 @@ def _transform(
         if not failed:
             break
         too_small |= failed
-        undo.run()
+        undo.run(model)
         report.rewrites.clear()
     report.refusals = [*report.refusals, *left_out]
+    undo.switches += (switches := fast_paths_off(model))
+    if switches:
+        where = ", ".join(dict.fromkeys(s.fqn or type(model).__name__ for s in switches))
+        report.notes.append(
+            f"torch's fused path is off in {where}: it reads weights past the modules that were rewritten"
+        )
     if reason := _keeps_no_cache(model):
         undo.caches += switch_caches(model)
         if undo.caches:
@@ -168,6 +177,7 @@ def _transform(
         report,
         tuple(work.widened.items()),
         tuple(undo.caches),
+        tuple(undo.switches),
     )
 
 

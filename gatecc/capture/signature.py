@@ -23,6 +23,10 @@ class OpaqueArgumentError(Exception):
     """An argument is of a type that a graph can neither take nor bake in (a KV cache object, a file, ...)."""
 
 
+class NestedTensorError(OpaqueArgumentError):
+    """An argument is a nested tensor, which torch's fused encoder layers alone can take."""
+
+
 def flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Key, list[torch.Tensor]]:
     """The key of a call and its tensor leaves in order. Raises OpaqueArgumentError. Written so that Dynamo can trace
     it."""
@@ -43,6 +47,8 @@ def autocast(leaves: Sequence[torch.Tensor]) -> tuple[str, torch.dtype] | None:
 
 def _walk(x: Any, leaves: list[torch.Tensor]) -> Any:
     if isinstance(x, torch.Tensor):
+        if x.is_nested:
+            raise NestedTensorError("a nested tensor")
         leaves.append(x)
         return ("tensor", x.dtype, x.device, _small_sizes(x))
     if x is None:

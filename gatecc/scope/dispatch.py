@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable, without importing Dynamo for it
 
-from gatecc.capture.signature import Key, OpaqueArgumentError, flatten
+from gatecc.capture.signature import Key, NestedTensorError, OpaqueArgumentError, flatten
 from gatecc.errors import CallNotCapturedError, CaptureError
 from gatecc.scope.family import Entry
 from gatecc.scope.key import call_key
@@ -27,6 +27,13 @@ def first_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     state = cast("Scope", getattr(module, STATE))
     try:
         key, leaves = call_key(module, args, kwargs)
+    except NestedTensorError as e:
+        raise CallNotCapturedError(
+            "torch's fused operators alone take nested tensors, and they know nothing of the rewrite",
+            where=state.fqn or type(module).__name__,
+            found=str(e),
+            do="pass a padded tensor (torch.nested.to_padded_tensor) and a padding mask",
+        ) from e
     except OpaqueArgumentError as e:
         return _python(module, state, args, kwargs, str(e))
     if key in state.refused:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from gatecc.capture.adapters import fast_path_off
 from gatecc.capture.reads import same_reads
 from gatecc.capture.signature import Key, map_tensors
 from gatecc.scope.variant import Variant
@@ -73,7 +74,8 @@ def proves(
     """Whether the entry's plain graph is this layer's function: equal attributes read, and equal outputs on this call.
 
     The layer runs twice from the same random state, on copies of the inputs, which it may change in place. Its buffers
-    are restored after each run, and no gradient is taken.
+    are restored after each run, and no gradient is taken. torch's fused paths are off, as they were in the capture:
+    they differ where a batch is padded, and the graphs run in their place.
     """
     if not same_reads(entry.plain.reads, module):
         return False
@@ -83,7 +85,7 @@ def proves(
     its_args, its_kwargs = map_tensors(torch.clone, (args, kwargs))
     its_leaves = [x.clone() for x in leaves]
     for run in (lambda: forward(*its_args, **its_kwargs), lambda: entry.plain(module, its_leaves)):
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), fast_path_off():
             results.append(run())
         with torch.no_grad():
             for buffer, before in buffers:
