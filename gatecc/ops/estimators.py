@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gatecc.errors import ArgumentError
-from gatecc.ops.transforms import differentiates, has_tangents, instead, refuse
+from gatecc.ops.transforms import derivatives, has_tangents, instead, refuse
 
 BASELINES = ("mean", "none", "leave_one_out", "min_variance")
 BASELINE, RUNNING, SCALE = range(
@@ -111,7 +111,7 @@ def _sample_under_func(
     logit: Tensor, noise: Tensor, reward: Tensor, count: Tensor, state: Tensor, baseline: str
 ) -> Tensor:
     """Samples alone can be drawn under vmap."""
-    if has_tangents((logit,)) or differentiates(logit):
+    if has_tangents((logit,)) or derivatives(logit):
         _no_derivative()
     return (noise < torch.sigmoid(logit)).to(logit.dtype)
 
@@ -166,6 +166,12 @@ def _setup_bce(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward_bce(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        _injected_once()
+    return _with_bce(ctx, gradient)
+
+
+def _with_bce(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     logit, label = ctx.saved_tensors
     return gradient + (torch.sigmoid(logit) - label) * (ctx.weight / logit.numel()), None, None
 
@@ -183,16 +189,23 @@ class _Inject(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        return _backward_bce(ctx, *grad_outputs)
+        return _with_bce(ctx, *grad_outputs)
 
-    @staticmethod
-    def jvp(ctx: Any, *grad_inputs: Any) -> NoReturn:
-        refuse(
-            "a loss that is injected into a gradient has no forward mode",
-            found="forward-mode differentiation of inject_bce",
-            do="reverse mode (torch.func.grad, vjp), or weight 0",
-        )
+
+def _inject_under_func(logit: Tensor, label: Tensor, weight: float) -> Tensor:
+    if has_tangents((logit,)) or derivatives(logit) > 1:
+        _injected_once()
+    return _Inject.apply(logit, label, weight)
+
+
+def _injected_once() -> NoReturn:
+    # The backward pass adds the same gradient whatever arrives: it is no linear map, and a second pass would add again.
+    refuse(
+        "a loss that is injected into a gradient has one derivative, in reverse mode",
+        found="a second derivative (create_graph=True), or forward mode",
+        do="one derivative; give torch.func tensors that need no gradient (p.detach()); or train without labels",
+    )
 
 
 inject_bce.register_autograd(_backward_bce, setup_context=_setup_bce)
-instead(inject_bce, _Inject.apply)
+instead(inject_bce, _inject_under_func)

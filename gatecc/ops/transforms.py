@@ -38,14 +38,16 @@ def is_plain() -> bool:
     return not torch._C._are_functorch_transforms_active()
 
 
-def differentiates(x: Tensor) -> bool:
-    """Whether a derivative with respect to ``x`` may be taken: by torch.func, or by autograd around it."""
-    kinds = {interpreter.key() for interpreter in retrieve_all_functorch_interpreters()}
-    if kinds & {TransformType.Grad, TransformType.Jvp}:
-        return True
+def derivatives(x: Tensor) -> float:
+    """How many derivatives with respect to ``x`` may be taken, by torch.func and by autograd around it.
+
+    Forward mode counts as endless.
+    """
+    kinds = [interpreter.key() for interpreter in retrieve_all_functorch_interpreters()]
     while is_functorch_wrapped_tensor(x):  # which does not tell
         x = get_unwrapped(x)
-    return torch.is_grad_enabled() and x.requires_grad
+    around = torch.is_grad_enabled() and x.requires_grad
+    return float("inf") if TransformType.Jvp in kinds else kinds.count(TransformType.Grad) + around
 
 
 def instead(operator: CustomOpDef, function: Callable[..., Any]) -> None:

@@ -208,11 +208,19 @@ def test_transforms_of_an_injected_loss() -> None:
     for found, wanted in (
         (torch.func.grad(loss)(logit, label), torch.func.grad(written)(logit, label)),
         (torch.func.vmap(torch.func.grad(loss))(logit, label), torch.func.vmap(torch.func.grad(written))(logit, label)),
-        (torch.func.jacrev(torch.func.grad(loss))(logit, label), torch.func.hessian(written)(logit, label)),
     ):
         torch.testing.assert_close(found, wanted)
-    with pytest.raises(ArgumentError, match="no forward mode"):
-        torch.func.jvp(lambda x: loss(x, label), (logit,), (logit,))
+    leaf = logit.clone().requires_grad_()
+    # Its gradient does not depend on what arrives, so that a second derivative would add it again.
+    more: list[Callable[[], object]] = [
+        lambda: torch.func.jvp(lambda x: loss(x, label), (logit,), (logit,)),
+        lambda: torch.func.jacrev(torch.func.grad(loss))(logit, label),
+        lambda: torch.func.grad(loss)(leaf, label),
+        lambda: torch.autograd.grad(loss(leaf, label), leaf, create_graph=True),
+    ]
+    for derive in more:
+        with pytest.raises(ArgumentError, match="one derivative"):
+            derive()
 
 
 def test_a_sample_has_one_derivative() -> None:
