@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -25,7 +25,7 @@ from gatecc.ir.rewrite import Recipe, rewrite_from_json
 from gatecc.scope.scope import base_class
 from gatecc.transform import Step, history, revert, transform
 
-FORMAT = 1
+FORMAT = 2
 RECIPE = "recipe.json"
 SHOWN = 5  # parameters that an error names
 
@@ -111,9 +111,7 @@ def _step_to_json(step: Step, example: dict[str, torch.Tensor]) -> dict[str, Any
         "scope": step.scope,
         "inputs": encode(step.inputs, example, "example_inputs"),
         "sites": _sites(step),
-        "modules": list(step.modules),
-        "scaled": _lists(step.scaled),
-        "widened": _lists(step.widened),
+        "effects": [effect.to_json() for effect in step.effects],
     }
 
 
@@ -121,23 +119,13 @@ def _sites(step: Step) -> list[str]:
     return [row.site for row in step.report.rewrites]
 
 
-def _lists(rows: Iterable[Iterable[Any]]) -> list[list[Any]]:
-    """Tuples as JSON gives them back."""
-    return [[list(x) if isinstance(x, tuple) else x for x in row] for row in rows]
-
-
 def _base_kinds(model: nn.Module, kinds: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
     """What the base model holds: without the new modules, and without new rows in its own weights."""
     steps = history(model)
     ties = _ties(model)
-    new = tuple(f"{m}." for step in steps for m in step.modules)
-    base = {name: kind for name, kind in kinds.items() if not name.startswith(new)}
-    for step in reversed(steps):
-        wide = {ties.get(name, name): rows for name, rows in step.widened}
-        for name, (dtype, shape) in list(base.items()):
-            rows = wide.get(ties.get(name, name))
-            if rows is not None:
-                base[name] = [dtype, [rows.groups * rows.old, *shape[1:]]]
+    base = dict(kinds)
+    for effect in reversed([effect for step in steps for effect in step.effects]):
+        base = effect.before(base, ties)
     return base
 
 
@@ -198,9 +186,7 @@ class _SavedStep:
     scope: Any
     inputs: tuple[tuple[Any, ...], dict[str, Any]]
     sites: list[str]
-    modules: list[str]
-    scaled: list[list[Any]]
-    widened: list[list[Any]]
+    effects: list[list[Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,8 +232,7 @@ def _read_step(step: dict[str, Any], example: dict[str, torch.Tensor]) -> _Saved
         ) from e
     recipe = Recipe(step["recipe"], step["citation"], rewrites, step["summary"], tuple(options.items()))
     inputs = decode(step["inputs"], example)
-    done = (step["sites"], step["modules"], step["scaled"], step["widened"])
-    return _SavedStep(recipe, step["scope"], inputs, *done)
+    return _SavedStep(recipe, step["scope"], inputs, step["sites"], step["effects"])
 
 
 def _check_base(model: nn.Module, saved: _Saved) -> None:
@@ -302,9 +287,7 @@ def _replay(target: nn.Module, step: _SavedStep) -> None:
     made = history(target)[-1]
     for name, found, expected in (
         ("sites", _sites(made), step.sites),
-        ("new modules", list(made.modules), step.modules),
-        ("scaled weights", _lists(made.scaled), step.scaled),
-        ("widened weights", _lists(made.widened), step.widened),
+        ("effects on weights", [effect.to_json() for effect in made.effects], step.effects),
     ):
         if found != expected:
             raise CheckpointError(

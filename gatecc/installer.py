@@ -13,12 +13,12 @@ from torch import nn
 from gatecc.capture.record import RecordedCall
 from gatecc.capture.signature import OpaqueArgumentError
 from gatecc.errors import CaptureError, GraphError, UnsupportedModelError
-from gatecc.ir.edit import NewModule, WeightStep
+from gatecc.ir.program import Program
 from gatecc.ir.rewrite import Recipe
-from gatecc.ir.widen import Rows, WidenWeight
+from gatecc.ir.weights import Effect, NewModule
 from gatecc.planning import Plan
 from gatecc.report import GraphDump, GraphPair, PassRow, Report, RewriteRow
-from gatecc.scope.build import Built, build, install_weights, scale
+from gatecc.scope.build import Built, build, rebuild, same_for_layers
 from gatecc.scope.family import Family, proves, structure
 from gatecc.scope.fast_paths import Switch, fast_paths_on
 from gatecc.scope.key import call_key
@@ -29,7 +29,7 @@ from gatecc.scope.scope import (
     remove,
     scope_of,
 )
-from gatecc.scope.widened import narrow, narrowed
+from gatecc.scope.widened import narrowed
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Undo:
     """How to leave an in-place model as it was if something fails half-way."""
 
     states: list[tuple[nn.Module, Scope | None]] = field(default_factory=list[tuple[nn.Module, Scope | None]])
-    weights: list[tuple[nn.Module, WeightStep]] = field(default_factory=list[tuple[nn.Module, WeightStep]])
+    effects: list[tuple[nn.Module, Effect]] = field(default_factory=list[tuple[nn.Module, Effect]])
     caches: list[Any] = field(default_factory=list[Any])
     switches: list[Switch] = field(default_factory=list[Switch])
 
@@ -45,16 +45,25 @@ class Undo:
         """Take everything back."""
         caches_on(self.caches)
         fast_paths_on(model, self.switches)
-        for module, step in reversed(self.weights):
-            undo_weight(module, step)
+        for module, effect in reversed(self.effects):
+            effect.undo(module)
         for module, state in reversed(self.states):
             remove(module)
             if state is not None:
                 install(module, state)
-        self.weights.clear()
+        self.effects.clear()
         self.states.clear()
         self.caches.clear()
         self.switches.clear()
+
+
+@dataclass
+class Shared:
+    """A distinct graph: what was built, the scopes that run it, and the graph before and after."""
+
+    built: Built
+    scopes: list[str]
+    dumps: list[GraphDump]
 
 
 @dataclass
@@ -66,14 +75,9 @@ class Installer:
     undo: Undo
     report: Report
     leaders: dict[Any, list[tuple[Family, Built]]] = field(default_factory=dict[Any, "list[tuple[Family, Built]]"])
-    pairs: dict[int, tuple[list[str], list[GraphDump]]] = field(
-        default_factory=dict[int, "tuple[list[str], list[GraphDump]]"]
-    )
+    shared: dict[int, Shared] = field(default_factory=dict[int, "Shared"])  # by the id of what was built
     seconds: dict[str, float] = field(default_factory=dict[str, float])
-    modules: list[str] = field(default_factory=list[str])
-    scaled: list[tuple[str, float]] = field(default_factory=list[tuple[str, float]])
-    widened: dict[str, Rows] = field(default_factory=dict[str, Rows])
-    done: set[tuple[type, str]] = field(default_factory=set[tuple[type, str]])  # weight steps by kind and FQN
+    effects: list[Effect] = field(default_factory=list[Effect])  # on the model's weights, in order, as plain data
 
     def install(self, plan: Plan, calls: list[RecordedCall]) -> None:
         """Make one planned scope."""
@@ -97,85 +101,93 @@ class Installer:
         made: dict[str, int] = {}
         for call in calls:
             built = self._one(module, state, (kind, _key(module, call)), call)
-            made |= self._weights(module, state, built.weights(first=len(old.applied) if old else 0))
+            made |= self._weights(module, state, built.effects(first=len(old.applied) if old else 0))
         ms = (time.process_time() - clock) * 1e3
         self._rows(plan, made, ms)
 
     def _one(self, module: nn.Module, state: Scope, kind: Any, call: RecordedCall) -> Built:
         known = self.leaders.setdefault(kind, [])
         for family, built in known:
-            if self._share(module, state, family, built, call):
-                self.pairs[id(built)][0].append(state.fqn)
-                return built
+            mine = self._share(module, state, family, built, call)
+            if mine is not None:
+                return mine
         known.append((state.family, self._lead(module, state, call)))
         return known[-1][1]
 
-    def _lead(self, module: nn.Module, state: Scope, call: RecordedCall) -> Built:
+    def _lead(self, module: nn.Module, state: Scope, call: RecordedCall, leader: Built | None = None) -> Built:
+        """Build a layer: from a capture of its own, or on the graph of a leader that was proved to be its function."""
         dumps: list[GraphDump] = []
         before = dict(module.named_modules())
         own = set(state.own)
-        try:
-            with _gradients():
-                built = build(
-                    module, state, call.args, call.kwargs, lambda _, program: dumps.append(GraphDump.of(program))
-                )
-        finally:
-            for path in state.own - own:
-                if path not in before:
-                    self.undo.weights.append((module, NewModule(path, nn.Identity)))
+
+        def observe(stage: str, program: Program) -> None:
+            dumps.append(GraphDump.of(program))
+
         with _gradients():
-            key, _ = call_key(module, call.args, call.kwargs)
-        state.family.add(key, built.entry)
-        state.trusted.append(built.entry)
-        state.python = built.python
-        self.pairs[id(built)] = ([state.fqn], dumps)
+            key, leaves = call_key(module, call.args, call.kwargs)
+            try:
+                if leader is None:
+                    built = build(module, state, call.args, call.kwargs, observe)
+                else:
+                    built = rebuild(module, state, leader, leaves, observe)
+            finally:
+                new = [path for path in state.own - own if path not in before]
+                self.undo.effects.extend((module, NewModule(path)) for path in new)
         for name, seconds in built.seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        if leader is None or built.entry is not leader.entry:
+            state.family.add(key, built.entry)
+            self._trust(state, built)
+            self.shared[id(built)] = Shared(built, [state.fqn], dumps)
         return built
 
-    def _share(self, module: nn.Module, state: Scope, family: Family, built: Built, call: RecordedCall) -> bool:
+    def _share(
+        self, module: nn.Module, state: Scope, family: Family, leader: Built, call: RecordedCall
+    ) -> Built | None:
+        """What a leader's graph is for another layer, if it is proved to be that layer's function; else None."""
         clock = time.process_time()
         with _gradients():
             key, leaves = call_key(module, call.args, call.kwargs)
         with narrowed(module, state.widened):
-            held = proves(built.entry, module, base_forward(module), call.args, call.kwargs, leaves)
+            held = proves(leader.entry, module, base_forward(module), call.args, call.kwargs, leaves)
         self.seconds["share"] = self.seconds.get("share", 0.0) + time.process_time() - clock
         if not held:
-            return False
+            return None
+        mine = leader if same_for_layers(state) else self._lead(module, state, call, leader)
+        if mine.entry is not leader.entry:  # the rewrite made another graph of this layer: it shares none
+            return mine
         if not state.family.entries:
             state.family = family
-        elif built.entry not in state.family.find(key, leaves):  # another kind of call of the same layer
-            state.family.add(key, built.entry)
+        elif leader.entry not in state.family.find(key, leaves):  # another kind of call of the same layer
+            state.family.add(key, leader.entry)
+        self._trust(state, mine)
+        self.shared[id(leader)].scopes.append(state.fqn)
+        return mine
+
+    def _trust(self, state: Scope, built: Built) -> None:
         state.python = built.python
         state.trusted.append(built.entry)
-        return True
 
-    def _weights(self, module: nn.Module, state: Scope, steps: list[WeightStep]) -> dict[str, int]:
+    def _weights(self, module: nn.Module, state: Scope, effects: list[Effect]) -> dict[str, int]:
         """New parameters and changed weights of one layer, once even if it is called several times."""
-        names = {(type(step), state_path(state, step)) for step in steps}
-        if names & self.done:
+        placed = [effect.placed(state.fqn) for effect in effects]
+        done = {(type(effect), effect.path) for effect in self.effects}
+        if any((type(effect), effect.path) in done for effect in placed):
             return {}
-        self.done |= names
-        self._refuse_tied(state, steps)
-        new = [s for s in steps if isinstance(s, NewModule) and s.path not in state.own]
-        self.undo.weights.extend((module, s) for s in new)
-        made = install_weights(module, steps)
-        for step in steps:
-            if isinstance(step, NewModule):
-                state.own.add(step.path)
-                self.modules.append(state_path(state, step))
-                continue
-            self.undo.weights.append((module, step))
-            if isinstance(step, WidenWeight):
-                state.widened[step.path] = step.rows
-                self.widened[state_path(state, step)] = step.rows
-            else:
-                self.scaled.append((state_path(state, step), step.factor))
+        self._refuse_tied(placed)
+        made: dict[str, int] = {}
+        for effect, record in zip(effects, placed, strict=True):
+            there = effect.path in state.own  # made while the graph was built, and known to undo
+            if not there:
+                self.undo.effects.append((module, effect))
+            made |= effect.apply(module)
+            effect.note(state)
+            self.effects.append(record)
         return made
 
-    def _refuse_tied(self, state: Scope, steps: list[WeightStep]) -> None:
+    def _refuse_tied(self, effects: list[Effect]) -> None:
         """A weight that another module reads too must not be changed for one of them."""
-        for fqn in (state_path(state, step) for step in steps if not isinstance(step, NewModule)):
+        for fqn in (effect.path for effect in effects if effect.edits_model):
             weight = self.model.get_parameter(fqn)
             others = [n for n, p in self.model.named_parameters(remove_duplicate=False) if p is weight and n != fqn]
             if others:
@@ -206,7 +218,7 @@ class Installer:
 
     def graphs(self) -> list[GraphPair]:
         """Each distinct graph before and after, with the scopes that share it."""
-        return [GraphPair(tuple(names), *dumps[:2]) for names, dumps in self.pairs.values()]
+        return [GraphPair(tuple(one.scopes), *one.dumps[:2]) for one in self.shared.values()]
 
     def pass_rows(self) -> list[PassRow]:
         """Times per pass over all scopes."""
@@ -217,33 +229,11 @@ class Installer:
         from gatecc.ir.cost import cost
 
         flops, traffic = report.totals.flops_before or 0, report.totals.bytes_before or 0
-        for _, built in (pair for pairs in self.leaders.values() for pair in pairs):
-            count = len(self.pairs[id(built)][0])
-            after = cost(built.program)
-            flops += count * (after.flops - built.cost_before.flops)
-            traffic += count * (after.bytes - built.cost_before.bytes)
+        for one in self.shared.values():
+            count, before, after = len(one.scopes), one.built.cost_before, cost(one.built.program)
+            flops += count * (after.flops - before.flops)
+            traffic += count * (after.bytes - before.bytes)
         return {"flops_after": flops, "bytes_after": traffic}
-
-
-def state_path(state: Scope, step: WeightStep) -> str:
-    """The FQN in the model of what a weight step touches."""
-    return f"{state.fqn}.{step.path}".lstrip(".")
-
-
-def undo_weight(module: nn.Module, step: WeightStep) -> None:
-    """Take back one weight step on a layer."""
-    if isinstance(step, NewModule):
-        remove_module(module, step.path)
-    elif isinstance(step, WidenWeight):
-        narrow(module, step.path, step.rows)
-    else:
-        scale(module, step, 1 / step.factor)
-
-
-def remove_module(root: nn.Module, path: str) -> None:
-    """Take a submodule away, if it is there."""
-    holder, _, name = path.rpartition(".")
-    root.get_submodule(holder)._modules.pop(name, None)
 
 
 def caches_on(configurations: Sequence[Any]) -> None:

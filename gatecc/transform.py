@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from gatecc.analysis import Inputs, analyse, check_model, evaluation, parameter_count, report_of
@@ -16,9 +15,9 @@ from gatecc.capture.record import record_calls
 from gatecc.capture.signature import split_inputs
 from gatecc.check import Checked, check, reference
 from gatecc.errors import ArgumentError, CaptureError, SiteRefusedError
-from gatecc.installer import Installer, Undo, caches_on, remove_module
+from gatecc.installer import Installer, Undo, caches_on
 from gatecc.ir.rewrite import Recipe, Rewrite
-from gatecc.ir.widen import Rows
+from gatecc.ir.weights import Effect
 from gatecc.planning import Plan, called_modules, plans_of
 from gatecc.recipes import resolve
 from gatecc.report import Report
@@ -28,7 +27,6 @@ from gatecc.scope.scope import (
     remove,
     scopes,
 )
-from gatecc.scope.widened import narrow
 
 HISTORY = "_gatecc_history"
 
@@ -40,10 +38,8 @@ class Step:
     recipe: Recipe
     scope: str
     inputs: tuple[tuple[Any, ...], dict[str, Any]]
-    modules: tuple[str, ...]  # new submodules
-    scaled: tuple[tuple[str, float], ...]  # parameters and the powers of two that they were multiplied by
+    effects: tuple[Effect, ...]  # what was done to weights and modules, in order
     report: Report
-    widened: tuple[tuple[str, Rows], ...] = ()  # parameters that hold new rows
     caches: tuple[Any, ...] = ()  # configurations whose use_cache was switched off
     switches: tuple[Switch, ...] = ()  # fast paths of torch that were switched off
 
@@ -111,12 +107,8 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     for step in reversed(history(target)):
         caches_on(step.caches)
         fast_paths_on(target, step.switches)
-        for fqn in step.modules:
-            remove_module(target, fqn)
-        for fqn, factor in step.scaled:
-            _scale(target, fqn, 1 / factor)
-        for fqn, rows in step.widened:
-            narrow(target, fqn, rows)
+        for effect in reversed(step.effects):
+            effect.undo(target)
     for _, module, _ in list(scopes(target)):
         remove(module)
     vars(target).pop(HISTORY, None)
@@ -172,10 +164,8 @@ def _transform(
         recipe,
         scope,
         (args, kwargs),
-        tuple(work.modules),
-        tuple(work.scaled),
+        tuple(work.effects),
         report,
-        tuple(work.widened.items()),
         tuple(undo.caches),
         tuple(undo.switches),
     )
@@ -209,11 +199,6 @@ def _install(
             cls = base_class(work.model.get_submodule(plan.fqn))
             return {p.fqn for p in plans if base_class(work.model.get_submodule(p.fqn)) is cls} - largest
     return set()
-
-
-def _scale(model: nn.Module, fqn: str, factor: float) -> None:
-    with torch.no_grad():
-        model.get_parameter(fqn).mul_(factor)
 
 
 def _checked(report: Report, outcome: Checked) -> Report:

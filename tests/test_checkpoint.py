@@ -133,7 +133,7 @@ def test_the_files_and_what_the_recipe_says(model: nn.Module, tmp_path: Path) ->
     gatecc.save(model, str(tmp_path))
     assert {p.name for p in tmp_path.iterdir()} == {"recipe.json", "model.safetensors", "example.safetensors"}
     data = json.loads((tmp_path / "recipe.json").read_text())
-    assert data["format"] == 1
+    assert data["format"] == 2
     assert data["aliases"] == {"head.weight": "embed.weight"} == data["tied"]
     (step,) = data["steps"]
     assert step["recipe"] == ATTENTION
@@ -165,7 +165,7 @@ def test_transformed_twice_and_trained(tmp_path: Path) -> None:
 def test_bfloat16_and_folded_weights(tmp_path: Path) -> None:
     recipe = gatecc.recipe(ATTENTION, init="identity(how=fold)")
     model = gatecc.transform(Tiny().to(torch.bfloat16).eval(), recipe, (ids(),))
-    assert history(model)[0].scaled
+    assert [e.path for e in history(model)[0].effects if e.edits_model]
     perturb(model)
     gatecc.save(model, tmp_path)
     loaded = gatecc.load(Tiny().to(torch.bfloat16).eval(), tmp_path)
@@ -190,7 +190,7 @@ class Separate(nn.Module):
 def test_widened_weights(tmp_path: Path) -> None:
     x = torch.randn(2, 5, 16)
     model = gatecc.transform(Separate().eval(), gatecc.recipe(ATTENTION, fuse_into="q"), (x,))
-    assert history(model)[0].widened
+    assert [e.path for e in history(model)[0].effects if e.edits_model]
     perturb(model)
     gatecc.save(model, tmp_path)
     loaded = gatecc.load(base := Separate().eval(), tmp_path)

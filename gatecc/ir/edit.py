@@ -21,7 +21,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from gatecc.errors import GraphError, SiteRefusedError
 from gatecc.ir.program import META, Origin, Program, attribute, fake, origin, window
 from gatecc.ir.site import Site
-from gatecc.ir.widen import Rows, WidenWeight
+from gatecc.ir.weights import Build, Effect, Fill, NewModule, ScaleWeight, WidenWeight
+from gatecc.ir.widen import Rows
 
 CONTAINERS = (
     nn.Sequential,
@@ -49,24 +50,7 @@ class Replace:
     some: bool = False
 
 
-@dataclass(frozen=True, eq=False)
-class NewModule:
-    """A module that an edit needs at ``path`` (relative to the program's module), and how to make one."""
-
-    path: str
-    build: Callable[[], nn.Module]
-
-
-@dataclass(frozen=True)
-class ScaleWeight:
-    """Multiply an existing parameter by a power of two (so that dividing restores it bitwise)."""
-
-    path: str
-    factor: float
-
-
 Step = Call | Replace
-WeightStep = NewModule | ScaleWeight | WidenWeight
 
 
 @dataclass(eq=False)
@@ -79,18 +63,20 @@ class Editor:
     own: set[str] = field(default_factory=set[str])  # paths of the modules that gatecc made in this scope, ever
     taken: set[str] = field(default_factory=set[str])  # those that the edits of this very build use
     steps: list[Step] = field(default_factory=list[Step])
-    weights: list[WeightStep] = field(default_factory=list[WeightStep])
+    weights: list[Effect] = field(default_factory=list[Effect])
     inserted: set[fx.Node] = field(default_factory=set[fx.Node])
     erased: set[fx.Node] = field(default_factory=set[fx.Node])
     sites: Sequence[Site] = ()
     lost: set[str] = field(default_factory=set[str])  # parameters that the edit takes out of the graph on purpose
     whole_sequence: bool = False  # the edit makes later tokens depend on earlier ones in a way that no KV cache holds
 
-    def module(self, name: str, build: Callable[[], nn.Module]) -> str:
+    def module(self, name: str, build: Build, fill: Fill | None = None) -> str:
         """The path of a new submodule called ``name`` on the site's owner; made by ``build`` unless it exists already.
 
-        It is registered on the owner, or on the nearest module whose forward does not iterate over its children. A name
-        that the model or an earlier edit has taken gets a number.
+        What it takes from weights of the model is written by ``fill(new, layer)``: ``layer`` is the module of the
+        program, and each layer that shares the graph gets a module filled from its own weights. The module is
+        registered on the owner, or on the nearest module whose forward does not iterate over its children. A name that
+        the model or an earlier edit has taken gets a number.
         """
         holder_path = self._holder()
         holder = self.program.module.get_submodule(holder_path)
@@ -101,9 +87,10 @@ class Editor:
             candidate = f"{name}_{next(number)}"
             path = f"{holder_path}.{candidate}".lstrip(".")
         self.taken.add(path)
-        self.weights.append(NewModule(path, build))
+        new = NewModule(path, build, fill)
+        self.weights.append(new)
         if path not in self.own:
-            holder.add_module(candidate, build().train(holder.training))
+            new.apply(self.program.module)
             self.own.add(path)
         return path
 

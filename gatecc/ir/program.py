@@ -8,8 +8,8 @@ output is the flat tuple of output leaves. Parameters and buffers are ``get_attr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -85,6 +85,24 @@ class Program:
     def calls(self) -> Iterator[fx.Node]:
         """The call_function nodes in execution order."""
         return (n for n in self.graph.nodes if n.op == "call_function")
+
+
+def copy_for(program: Program, module: nn.Module, fqn: str, example: Sequence[torch.Tensor]) -> Program:
+    """A copy of a program as that of another module of the same structure, at ``fqn``; it can be edited by itself."""
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.nodes:
+        copied[node] = new = graph.node_copy(node, copied.__getitem__)
+        old = origin(node)
+        owner = ".".join(part for part in (fqn, program.relative_name(old.owner)) if part)
+        new.meta = {**node.meta, META: replace(old, owner=owner)}
+        if new.op == "output":
+            new.args = fx.map_arg(node.args, copied.__getitem__)
+    graph._codegen = program.graph._codegen
+    graph_module = fx.GraphModule(nn.Module(), fx.Graph())  # what it holds is shared: constants, bodies of operators
+    vars(graph_module).update({**vars(program.graph_module), "_graph": graph})
+    paths, guards, constants = list(program.paths), list(program.guards), dict(program.constants)
+    return Program(module, graph_module, fqn, list(example), program.out_spec, paths, guards, constants)
 
 
 def origin(node: fx.Node) -> Origin:

@@ -26,15 +26,22 @@ class Rewrite(ABC):
 
     A subclass is registered under its ``name`` and documented from its docstring. Write ``contract`` and ``rewrite``;
     override ``reads`` if the edit needs more values of a site than the stage that is selected.
+
+    Layers that compute the same share one captured graph. The edit is done on it for each layer, with that layer's
+    module, weights and names, so that it may read them. With ``same_for_layers = True`` it is done once: the class
+    promises that it reads nothing but the graph, and fills new modules by ``edit.module(..., fill=)`` alone.
     """
 
     name: ClassVar[str]
     loses_buffers: ClassVar[bool] = False  # tables of the old computation, such as rotary ones, may go with it
+    same_for_layers: ClassVar[bool] = False  # see below; a subclass says so for itself
 
     site: Selector
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        if "same_for_layers" not in vars(cls):
+            cls.same_for_layers = False  # the promise of a base class does not hold for what a subclass adds
         if "name" in vars(cls):
             REWRITES[cls.name] = cls
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 
 class Rows(NamedTuple):
@@ -26,13 +25,18 @@ class Rows(NamedTuple):
         return weight.unflatten(0, (self.groups, -1))[:, : self.old].flatten(0, 1)
 
 
-@dataclass(frozen=True, eq=False)
-class WidenWeight:
-    """Give an existing parameter new rows; ``fill`` makes their values: (groups*new, ...)."""
+def widen(root: nn.Module, path: str, rows: Rows, more: torch.Tensor) -> None:
+    """Add rows to a parameter in place: it stays the same Parameter, so ties and optimisers hold it still."""
+    parameter = root.get_parameter(path)
+    parameter.data = rows.widen(parameter.data, more)
+    _resized(root, path, parameter)
 
-    path: str
-    rows: Rows
-    fill: Callable[[], torch.Tensor]
+
+def narrow(root: nn.Module, path: str, rows: Rows) -> None:
+    """The inverse of widen, bitwise."""
+    parameter = root.get_parameter(path)
+    parameter.data = rows.narrow(parameter.data)
+    _resized(root, path, parameter)
 
 
 def own_features(wide: torch.Tensor, groups: int, old: int, new: int) -> torch.Tensor:
@@ -43,3 +47,11 @@ def own_features(wide: torch.Tensor, groups: int, old: int, new: int) -> torch.T
 def new_features(wide: torch.Tensor, groups: int, old: int, new: int) -> torch.Tensor:
     """What the new rows yield: (..., groups*(old+new)) -> (..., groups*new)"""
     return wide.unflatten(-1, (groups, old + new))[..., old:].flatten(-2)
+
+
+def _resized(root: nn.Module, path: str, parameter: nn.Parameter) -> None:
+    """A gradient of the old shape is void, and nn.Linear says how many features it yields."""
+    parameter.grad = None
+    linear = root.get_submodule(path.rpartition(".")[0])
+    if isinstance(linear, nn.Linear):
+        linear.out_features = parameter.shape[0]

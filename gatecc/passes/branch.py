@@ -130,6 +130,7 @@ class Branch(Rewrite):
     """
 
     name = "branch"
+    same_for_layers = True
 
     body: Body
     gate: GateSpec | None = None

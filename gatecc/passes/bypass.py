@@ -30,6 +30,7 @@ class Bypass(Rewrite):
     """
 
     name = "bypass"
+    same_for_layers = True
 
     gate: GateSpec
     label: str = "gate"

@@ -38,6 +38,7 @@ class Fuse(Rewrite):
     """
 
     name = "fuse"
+    same_for_layers = True
 
     gate: GateSpec
     values: tuple[str, ...] = ("skip", "branch")

@@ -14,7 +14,6 @@ from gatecc.errors import SiteRefusedError
 from gatecc.ir.contract import Contract
 from gatecc.ir.edit import Editor
 from gatecc.ir.gate import GateModule, GateShape, GateSpec
-from gatecc.ir.gates.init import Reuse
 from gatecc.ir.gates.layout import positions
 from gatecc.ir.program import attribute
 from gatecc.ir.rewrite import Rewrite
@@ -62,6 +61,7 @@ class Gate(Rewrite):
     """
 
     name = "gate"
+    same_for_layers = True
 
     gate: GateSpec
     op: Literal["mul", "lerp"] = "mul"
@@ -118,12 +118,9 @@ def gate_node(spec: GateSpec, selector: Any, value: Value, edit: Editor, label: 
 
     def build() -> nn.Module:
         dtype = None if like is None else like.dtype
-        module = spec.build(at, device=None if like is None else like.device, dtype=dtype)
-        if isinstance(spec.init, Reuse):
-            module.reuse(attribute(edit.program.module, spec.init.name))
-        return module
+        return spec.build(at, device=None if like is None else like.device, dtype=dtype)
 
-    path = edit.module(label, build)
+    path = edit.module(label, build, spec.init.fill_from)
     _check_size(cast("GateModule", attribute(edit.program.module, path)), at, edit.site)
     return edit.call(path, value.node, *(s.node for s in sources), name=label), at
 

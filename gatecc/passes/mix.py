@@ -39,6 +39,7 @@ class Mix(Rewrite):
     """
 
     name = "mix"
+    same_for_layers = True
     loses_buffers = True
 
     mixer: Mixer

@@ -7,43 +7,46 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from gatecc.capture import capture
 from gatecc.capture.reads import reads_of, recorded_reads
 from gatecc.errors import CaptureError, GateccError, GraphError
 from gatecc.ir.cost import Cost, cost
-from gatecc.ir.edit import Editor, NewModule, Replace, ScaleWeight, WeightStep
-from gatecc.ir.gate import GateModule
-from gatecc.ir.gates.init import Reuse
+from gatecc.ir.edit import Editor, Replace
 from gatecc.ir.match import find_sites
-from gatecc.ir.program import Program, attribute, window
+from gatecc.ir.program import Program, copy_for, window
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.site import Attention, Site, Value
 from gatecc.ir.verify import Before, Suspect, verify
-from gatecc.ir.widen import WidenWeight
+from gatecc.ir.weights import Effect
 from gatecc.passes.canonicalize import canonicalize
 from gatecc.scope.family import Entry
 from gatecc.scope.python_path import PythonPath, python_path
 from gatecc.scope.state import Scope, base_forward
 from gatecc.scope.variant import Variant
-from gatecc.scope.widened import narrowed, widen
+from gatecc.scope.widened import narrowed
 
 
 @dataclass
 class Built:
-    """What one build made: the entry, the program before variants were cut from it, the steps, and times in seconds."""
+    """What one build made: the entry, the program before variants were cut from it, the steps, and times in seconds.
+
+    ``canonical`` is the program before the rewrites, kept where they are to be done again for each layer.
+    """
 
     entry: Entry
     program: Program
     editors: list[list[Editor]]  # of each application
     python: PythonPath
     cost_before: Cost
+    canonical: Program | None = None
     seconds: dict[str, float] = field(default_factory=dict[str, float])
 
-    def weights(self, first: int = 0) -> list[WeightStep]:
-        """The changes of weights that the applications from the ``first`` on ask for, in order."""
-        return [step for editors in self.editors[first:] for editor in editors for step in editor.weights]
+    def effects(self, first: int = 0) -> list[Effect]:
+        """What the applications from the ``first`` on do to weights, in order."""
+        return [effect for editors in self.editors[first:] for editor in editors for effect in editor.weights]
 
 
 Observer = Callable[[str, Program], None]
@@ -69,25 +72,62 @@ def _build(
     clock.lap("capture")
     canonicalize(program)
     clock.lap("canonicalize")
-    reads = reads_of(seen)
-    plain = Variant(program, reads)
+    plain = Variant(program, reads_of(seen))
     clock.lap("print")
     before = cost(program)
     if observe:
         observe("before", program)
+    canonical = None if same_for_layers(state) else copy_for(program, module, state.fqn, program.example)
+    return _rewritten(program, state, plain, before, canonical, clock, observe)
+
+
+def same_for_layers(state: Scope) -> bool:
+    """Whether the rewrites of a scope read nothing of their layer, so that they need not be done again for others."""
+    return all(application.rewrite.same_for_layers for application in state.applied)
+
+
+def rebuild(
+    module: nn.Module, state: Scope, leader: Built, leaves: list[torch.Tensor], observe: Observer | None = None
+) -> Built:
+    """The rewrites of a leader's graph done again for another layer that it was proved for, from that layer's weights.
+
+    The entry is the leader's own if the graph came out the same.
+    """
+    assert leader.canonical is not None
+    clock = _Clock()
+    with narrowed(module, state.widened):
+        program = copy_for(leader.canonical, module, state.fqn, leaves)
+        if observe:
+            observe("before", program)
+        built = _rewritten(program, state, leader.entry.plain, leader.cost_before, None, clock, observe)
+    if built.entry.variant.same_as(leader.entry.variant):
+        leader.entry.layers.add(module)
+        built.entry = leader.entry
+    return built
+
+
+def _rewritten(
+    program: Program,
+    state: Scope,
+    plain: Variant,
+    before: Cost,
+    canonical: Program | None,
+    clock: _Clock,
+    observe: Observer | None,
+) -> Built:
+    """Match, rewrite and print a canonical program."""
     sites = find_sites(program).sites
     clock.lap("match")
     editors = rewrite_program(program, state, sites)
     clock.lap("rewrite")
     flat = [editor for of_one in editors for editor in of_one]
     path = python_path(program, flat, [s for s in sites if isinstance(s, Attention)], _argument_paths(program))
-    variant = Variant(program, reads)
+    entry = Entry(Variant(program, plain.reads), plain)
     clock.lap("print")
     if observe:
         observe("after", program)
-    entry = Entry(variant, plain)
-    entry.layers.add(module)
-    return Built(entry, program, editors, path, before, clock.seconds)
+    entry.layers.add(program.module)
+    return Built(entry, program, editors, path, before, canonical, clock.seconds)
 
 
 def rewrite_program(program: Program, state: Scope, sites: list[Site]) -> list[list[Editor]]:
@@ -173,42 +213,6 @@ def replaced_by(rewrite: Rewrite, program: Program, sites: list[Site]) -> set[st
     weights = [w for site in sites for w in site.weights.values()]
     names = {site.owner for site in sites} | {n for w in weights for n in (w.fqn, w.bias) if n}
     return {program.relative_name(name) for name in names}
-
-
-def install_weights(module: nn.Module, steps: list[WeightStep]) -> dict[str, int]:
-    """Make on a layer the modules and weight changes that a build asks for; returns new parameter counts by path.
-
-    The layer that the build ran on has its modules already; every layer gets its weights scaled here.
-    """
-    made: dict[str, int] = {}
-    for step in steps:
-        if isinstance(step, NewModule):
-            holder_path, _, name = step.path.rpartition(".")
-            holder = module.get_submodule(holder_path)
-            if name not in dict(holder.named_children()):
-                holder.add_module(name, _fresh(step, module).train(holder.training))
-            new = module.get_submodule(step.path)
-            made.update({f"{step.path}.{n}": p.numel() for n, p in new.named_parameters()})
-        elif isinstance(step, WidenWeight):
-            more = step.fill()
-            widen(module, step.path, step.rows, more)
-            made[step.path] = more.numel()
-        else:
-            scale(module, step, step.factor)
-    return made
-
-
-def _fresh(step: NewModule, layer: nn.Module) -> nn.Module:
-    """A new module for a layer that shares another one's build; what it starts from is the layer's own weight."""
-    new = step.build()
-    if isinstance(new, GateModule) and isinstance(new.spec.init, Reuse):
-        new.reuse(attribute(layer, new.spec.init.name))
-    return new
-
-
-def scale(module: nn.Module, step: ScaleWeight, factor: float) -> None:
-    """Multiply an existing parameter in place."""
-    attribute(module, step.path).data.mul_(factor)
 
 
 def _argument_paths(program: Program) -> dict[Any, tuple[Any, ...]]:

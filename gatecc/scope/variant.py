@@ -32,6 +32,11 @@ class Variant:
         spec = program.out_spec
         self._out_spec = None if _is_plain(spec) else spec
 
+    def same_as(self, other: Variant) -> bool:
+        """Whether another variant is the same function of a module and leaves."""
+        mine, its = (self.source, self.guards, self._out_spec), (other.source, other.guards, other._out_spec)
+        return mine == its and len(self._extra) == len(other._extra) and all(map(_same, self._extra, other._extra))
+
     def __call__(self, module: nn.Module, leaves: Sequence[torch.Tensor]) -> Any:
         out = self._function(module, *leaves, *self._extra)
         return out if self._out_spec is None else pytree.tree_unflatten(out, self._out_spec)
@@ -62,6 +67,12 @@ def _function(program: Program) -> tuple[str, Callable[..., Any], tuple[Any, ...
     names: dict[str, Any] = dict(code.globals)
     exec(compile(code.src, f"<gatecc {program.fqn or type(program.module).__name__}>", "exec"), names)
     return code.src, names["forward"], tuple(values)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a is b or (a.dtype == b.dtype and torch.equal(a, b))
+    return a is b
 
 
 def _hold(

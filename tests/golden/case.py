@@ -13,19 +13,19 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 
-from gatecc.ir.edit import NewModule, ScaleWeight, WeightStep
 from gatecc.ir.match import find_sites
 from gatecc.ir.printer import graph_text
 from gatecc.ir.program import Program
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.select import Selector, select
+from gatecc.ir.weights import Effect
 from gatecc.passes.branch import Branch
 from gatecc.passes.bypass import Bypass
 from gatecc.passes.canonicalize import canonicalize
 from gatecc.passes.fuse import Fuse
 from gatecc.passes.gate import Gate
 from gatecc.passes.mix import Mix
-from gatecc.scope.build import Sites, apply, install_weights
+from gatecc.scope.build import Sites, apply
 from gatecc.scope.family import difference
 from gatecc.scope.variant import Variant
 from tests.golden.reader import Reader
@@ -72,7 +72,7 @@ class Case:
         program = reader.program
         before = graph_text(program, sizes=reader.sizes)
         expected = Variant(program, ())(program.module, program.example)
-        steps: list[WeightStep] = []
+        steps: list[Effect] = []
         contracts = ["exact"]
         work: Sites | None = None
         own: set[str] = set()
@@ -89,7 +89,8 @@ class Case:
             contracts.append(str(rewrite.contract()))
         program.graph.eliminate_dead_code()
         after = graph_text(program, sizes=reader.sizes)
-        install_weights(program.module, steps)
+        for step in steps:
+            step.apply(program.module)
         got = Variant(program, ())(program.module, program.example)
         weights = "\n".join(_step_text(step, program) for step in steps)
         return Case(self.intro, self.pipeline, before, after, weights, _contract(contracts, expected, got))
@@ -112,15 +113,12 @@ def _option(hint: Any, value: Any) -> Any:
     return hint.coerce(value) if hasattr(hint, "coerce") else value
 
 
-def _step_text(step: WeightStep, program: Program) -> str:
-    if isinstance(step, NewModule):
-        made = program.module.get_submodule(step.path).named_parameters()
-        shapes = [f"{name} {' '.join(map(str, p.shape))}" for name, p in made]
-        return f"new {step.path}: {', '.join(shapes) or 'no parameters'}"
-    if isinstance(step, ScaleWeight):
-        return f"scale {step.path} by {step.factor:g}"
-    rows = step.rows
-    return f"widen {step.path}: {rows.groups} times [{rows.old} rows | {rows.new} rows of the gate]"
+def _step_text(step: Effect, program: Program) -> str:
+    if step.edits_model:
+        return step.describe()
+    made = program.module.get_submodule(step.path).named_parameters()
+    shapes = [f"{name} {' '.join(map(str, p.shape))}" for name, p in made]
+    return f"{step.describe()}: {', '.join(shapes) or 'no parameters'}"
 
 
 def _contract(contracts: list[str], expected: tuple[Any, ...], got: tuple[Any, ...]) -> str:

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from gatecc.ir.edit import Editor, WeightStep
+from gatecc.ir.edit import Editor
 from gatecc.ir.match import find_sites
 from gatecc.ir.program import Program
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.select import select
+from gatecc.ir.weights import Effect
 from gatecc.passes.canonicalize import canonicalize
-from gatecc.scope.build import Sites, apply, install_weights
+from gatecc.scope.build import Sites, apply
 from gatecc.scope.family import difference
 from gatecc.scope.variant import Variant
 from tests.golden.reader import Reader
@@ -69,7 +70,7 @@ class Done:
     values: dict[str, Tensor]
 
     @property
-    def steps(self) -> list[WeightStep]:
+    def steps(self) -> list[Effect]:
         return [step for edit in self.edits for step in edit.weights]
 
     def run(self) -> tuple[Tensor, ...]:
@@ -97,7 +98,8 @@ def done(text: str, *rewrites: Rewrite) -> Done:
         edits += apply(rewrite, program, select(rewrite.site, work.now()), own, taken, work)
     program.graph.eliminate_dead_code()
     result = Done(program, edits, before, values)
-    install_weights(program.module, result.steps)
+    for step in result.steps:
+        step.apply(program.module)
     return result
 
 

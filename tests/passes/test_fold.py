@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from gatecc.errors import ArgumentError, SiteRefusedError
-from gatecc.ir.edit import Editor, ScaleWeight
+from gatecc.ir.edit import Editor
 from gatecc.ir.gate import GateSpec
 from gatecc.ir.match import find_sites
 from gatecc.ir.select import Selector
+from gatecc.ir.weights import ScaleWeight
 from gatecc.passes.canonicalize import canonicalize
 from gatecc.passes.fold import fold_into_next
 from gatecc.passes.gate import Gate

@@ -13,7 +13,8 @@ from gatecc.errors import ArgumentError, EmptySelectionError, SiteRefusedError
 from gatecc.ir.edit import NewModule
 from gatecc.ir.gate import GateSpec
 from gatecc.ir.select import Selector
-from gatecc.ir.widen import Rows, WidenWeight, new_features, own_features
+from gatecc.ir.weights import WidenWeight
+from gatecc.ir.widen import Rows, new_features, own_features
 from gatecc.passes.gate import Gate
 from tests.passes.graphs import MLP, attention, done
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from gatecc.ir.widen import Rows
-from gatecc.scope.widened import narrow, narrowed, widen
+from gatecc.ir.widen import Rows, narrow, widen
+from gatecc.scope.widened import narrowed
 
 ROWS = Rows(groups=2, old=3, new=1)
 

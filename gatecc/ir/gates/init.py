@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from gatecc.errors import ArgumentError
 from gatecc.ir.gates.option import Option
+from gatecc.ir.program import attribute
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,9 @@ class Init(Option, slot="init"):
         score, where weight is not one: "bias", or "weight" if the scores are the weights themselves.
         """
         raise NotImplementedError
+
+    def fill_from(self, gate: Any, layer: nn.Module) -> None:
+        """Write what the gate takes from weights of the layer that it is for; most inits take nothing."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +92,22 @@ class Random(Init, tag="random"):
 
 @dataclass(frozen=True)
 class Reuse(Init, tag="reuse"):
-    """A copy of a weight of the model, by its name; the bias is 0. The engine hands it to ``GateModule.reuse``."""
+    """A copy of a weight of the layer, by its name in the scope; the bias is 0."""
 
     name: str
 
     def fill(self, params: Mapping[str, Tensor], start: float, constant: str) -> None:
         _all(params, 0.0)
+
+    def fill_from(self, gate: Any, layer: nn.Module) -> None:
+        try:
+            weight = attribute(layer, self.name)
+        except AttributeError as e:
+            have = ", ".join(name for name, _ in layer.named_parameters())
+            raise ArgumentError(
+                f"init=reuse({self.name}): the layer has no such weight", found=str(e), expected=f"one of {have}"[:300]
+            ) from e
+        gate.reuse(weight)
 
 
 def _all(params: Mapping[str, Tensor], value: float) -> None:

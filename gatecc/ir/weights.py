@@ -1,0 +1,201 @@
+"""Weights: what a rewrite does to the modules and parameters of a layer, as objects that can be done and undone.
+
+An edit asks for effects (`Editor.module`, `Editor.scale_weight`, `Editor.widen`); the engine does them on every layer
+that shares the edit's graph, records them with the model, and takes them back. It knows no kind of effect: a new kind
+is a new class here and nothing elsewhere. Paths are relative to the layer until `placed` puts its name before them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol, cast
+
+import torch
+from torch import nn
+
+from gatecc.errors import ArgumentError
+from gatecc.ir.widen import Rows, narrow, widen
+
+Build = Callable[[], nn.Module]
+Fill = Callable[[Any, nn.Module], None]
+Kinds = dict[str, list[Any]]  # FQN -> [dtype, shape]
+
+
+class Ledger(Protocol):
+    """What a scope remembers of its effects: paths of new modules, and weights that hold new rows."""
+
+    own: set[str]
+    widened: dict[str, Rows]
+
+
+@dataclass(frozen=True, eq=False)
+class Effect(ABC):
+    """One change at ``path``: a module or a parameter. ``edits_model``: it changes a weight that the model had."""
+
+    path: str
+    edits_model: ClassVar[bool] = True
+
+    @abstractmethod
+    def apply(self, layer: nn.Module) -> dict[str, int]:
+        """Do it on a layer, from that layer's own weights; returns the number of new elements by parameter path."""
+
+    @abstractmethod
+    def undo(self, layer: nn.Module) -> None:
+        """Take it back, bitwise."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """One line for a report."""
+
+    def note(self, ledger: Ledger) -> None:
+        """Enter it in what a scope remembers."""
+        return
+
+    def before(self, kinds: Kinds, same: Mapping[str, str]) -> Kinds:
+        """Dtypes and shapes of a state dict without it. ``same``: the first name of each tied parameter."""
+        return kinds
+
+    def to_json(self) -> list[Any]:
+        """Plain data: the kind, the path and the numbers. Two effects are the same if this is."""
+        return [type(self).__name__, self.path]
+
+    def placed(self, fqn: str) -> Effect:
+        """The same as plain data, from the root of a model whose layer ``fqn`` it belongs to: to undo, not to do."""
+        return replace(self, path=".".join(p for p in (fqn, self.path) if p))
+
+
+@dataclass(frozen=True, eq=False)
+class NewModule(Effect):
+    """A new submodule. ``build`` makes one, and ``fill(new, layer)`` writes what it takes from the weights of a layer.
+
+    Every layer gets a module of its own: ``fill`` is called with that layer, so it reads that layer's weights.
+    """
+
+    build: Build | None = None
+    fill: Fill | None = None
+    edits_model: ClassVar[bool] = False
+
+    def apply(self, layer: nn.Module) -> dict[str, int]:
+        holder_path, _, name = self.path.rpartition(".")
+        holder = layer.get_submodule(holder_path)
+        if name not in holder._modules:
+            if self.build is None:
+                raise ValueError(f"{self.path}: a recorded effect cannot be done again")
+            new = cast("object", self.build())  # what a user wrote may return anything
+            if not isinstance(new, nn.Module):
+                raise ArgumentError(
+                    "the builder of a new module made something else",
+                    where=self.path,
+                    found=type(new).__name__,
+                    expected="a torch.nn.Module",
+                )
+            if self.fill is not None:
+                with torch.no_grad():
+                    self.fill(new, layer)
+            _refuse_shared(self.path, new, layer)
+            holder.add_module(name, new.train(holder.training))
+        made = layer.get_submodule(self.path)
+        return {f"{self.path}.{n}": p.numel() for n, p in made.named_parameters()}
+
+    def undo(self, layer: nn.Module) -> None:
+        holder, _, name = self.path.rpartition(".")
+        layer.get_submodule(holder)._modules.pop(name, None)
+
+    def describe(self) -> str:
+        return f"new {self.path}"
+
+    def note(self, ledger: Ledger) -> None:
+        ledger.own.add(self.path)
+
+    def before(self, kinds: Kinds, same: Mapping[str, str]) -> Kinds:
+        return {name: kind for name, kind in kinds.items() if not name.startswith(f"{self.path}.")}
+
+    def placed(self, fqn: str) -> Effect:
+        return NewModule(super().placed(fqn).path)  # closures hold graphs, and no file can
+
+
+@dataclass(frozen=True, eq=False)
+class ScaleWeight(Effect):
+    """Multiply a parameter by a power of two (so that dividing restores it bitwise)."""
+
+    factor: float
+
+    def apply(self, layer: nn.Module) -> dict[str, int]:
+        layer.get_parameter(self.path).data.mul_(self.factor)
+        return {}
+
+    def undo(self, layer: nn.Module) -> None:
+        layer.get_parameter(self.path).data.mul_(1 / self.factor)
+
+    def describe(self) -> str:
+        return f"scale {self.path} by {self.factor:g}"
+
+    def to_json(self) -> list[Any]:
+        return [*super().to_json(), self.factor]
+
+
+@dataclass(frozen=True, eq=False)
+class WidenWeight(Effect):
+    """Give a parameter new rows; ``fill`` makes their values: (groups*new, ...)."""
+
+    rows: Rows
+    fill: Callable[[], torch.Tensor] | None = None
+
+    def apply(self, layer: nn.Module) -> dict[str, int]:
+        if self.fill is None:
+            raise ValueError(f"{self.path}: a recorded effect cannot be done again")
+        more = self.fill()
+        widen(layer, self.path, self.rows, more)
+        return {self.path: more.numel()}
+
+    def undo(self, layer: nn.Module) -> None:
+        narrow(layer, self.path, self.rows)
+
+    def describe(self) -> str:
+        groups, old, new = self.rows
+        return f"widen {self.path}: {groups} times [{old} rows | {new} rows of the gate]"
+
+    def note(self, ledger: Ledger) -> None:
+        ledger.widened[self.path] = self.rows
+
+    def before(self, kinds: Kinds, same: Mapping[str, str]) -> Kinds:
+        first = same.get(self.path, self.path)
+        height = self.rows.groups * self.rows.old
+        return {
+            name: [dtype, [height, *shape[1:]]] if same.get(name, name) == first else [dtype, shape]
+            for name, (dtype, shape) in kinds.items()
+        }
+
+    def to_json(self) -> list[Any]:
+        return [*super().to_json(), list(self.rows)]
+
+    def placed(self, fqn: str) -> Effect:
+        return WidenWeight(super().placed(fqn).path, self.rows)
+
+
+def _refuse_shared(path: str, new: nn.Module, layer: nn.Module) -> None:
+    """Another tensor on the memory of a weight of the layer would be a tie that no state dict and no optimiser knows.
+
+    The same Parameter is an ordinary tie, and is taken.
+    """
+    held = {_memory(t): (name, t) for name, t in (*layer.named_parameters(), *layer.named_buffers())}
+    held.pop(None, None)
+    for name, tensor in (*new.named_parameters(), *new.named_buffers()):
+        other, known = held.get(_memory(tensor), ("", tensor))
+        if known is not tensor:
+            raise ArgumentError(
+                "a new module shares the memory of a weight of the model",
+                where=f"{path}.{name}",
+                found=f"the memory of {other}",
+                expected="parameters of its own",
+                do="copy it: nn.Parameter(weight.detach().clone())",
+            )
+
+
+def _memory(tensor: torch.Tensor) -> int | None:
+    try:
+        return tensor.untyped_storage().data_ptr() or None
+    except (NotImplementedError, RuntimeError):  # a tensor subclass without memory of its own
+        return None
