@@ -73,7 +73,9 @@ def heal(
         evaluate: a figure of the student, recorded before the first step, after each stage, and ``every`` so many
             steps. The student is in eval mode, adapters are merged, and no gradient is taken.
         checkpoint: a folder that holds the whole state of the run, replaced as one every ``save_every`` steps and
-            after each stage. If it holds a state of a run with these settings, that run is continued, bit by bit.
+            after each stage. If it holds a state of a run with these settings, that run is continued, bit by bit; with
+            more steps in its last stage, or further stages, it goes on where it ended. Rates are those of the schedule
+            of all steps: at step n of N that of an uninterrupted run of N steps.
         progress: show a bar; None: if stderr is a terminal.
 
     Training and eval modes, and which parameters require gradients, are afterwards as they were before.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +23,11 @@ Stored = tuple[dict[str, Any], dict[str, Tensor]]
 
 @dataclass
 class Folder:
-    """Where a run keeps itself; ``settings`` are those of its stages, which a resumed run must have too."""
+    """Where a run keeps itself; ``settings`` are those of its stages.
+
+    A resumed run has the same, but for what is still to come: the steps of the stage that it is in, as long as they
+    are no fewer than were done, and the stages after it.
+    """
 
     path: str | os.PathLike[str]
     settings: list[dict[str, str]]
@@ -42,20 +47,43 @@ class Folder:
             return None
         data = read_head(self.path, HEAD)
         try:
-            if data["settings"] != self.settings:
-                raise CheckpointError(
-                    "the folder holds another healing run",
-                    where=str(self.path),
-                    found=str(data["settings"]),
-                    expected=str(self.settings),
-                    do="resume with the settings that it was begun with, or choose another folder",
-                )
             state = decode(data["state"], read_tensors(self.path, data, "state"))
-        except (KeyError, TypeError, ValueError) as e:
-            if isinstance(e, CheckpointError):
-                raise
+            other = _differences(data["settings"], self.settings, int(state["stage"]), int(state["step"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise CheckpointError("this is no state of a healing run", where=str(self.path), found=repr(e)) from e
+        if other:
+            raise CheckpointError(
+                "the folder holds another healing run",
+                where=str(self.path),
+                found="; ".join(f"{name} was {had}" for name, had, _ in other),
+                expected="; ".join(f"{name} is {asked}" for name, _, asked in other),
+                do="resume with what it was begun with (more steps continue it), or choose another folder",
+            )
         return cast("dict[str, Any]", state), read_tensors(self.path, data, "weights")
+
+
+def _differences(
+    had: Sequence[Mapping[str, str]], asked: Sequence[Mapping[str, str]], stage: int, step: int
+) -> list[tuple[str, str, str]]:
+    """The settings that keep a run from going on with others: their name, what was and what is asked for.
+
+    ``stage`` and ``step`` are how far the run got.
+    """
+    found: list[tuple[str, str, str]] = []
+    for number, (old, new) in enumerate(zip_longest(had, asked, fillvalue=None)):
+        if old is None or new is None or old.get("stage") != new.get("stage"):
+            kind = [None if x is None else x.get("stage") for x in (old, new)]
+            if number <= stage or None not in kind:
+                found.append((f"stage {number + 1}", str(kind[0]), str(kind[1])))
+            break
+        rows = [(key, old.get(key, "nothing"), new.get(key, "nothing")) for key in {**old, **new}]
+        ahead = number > stage  # it has not begun
+        for key, was, wanted in rows:
+            longer = key == "steps" and number == stage and int(wanted) >= step
+            if was != wanted and not ahead and not longer:
+                done = f" ({step} done)" if key == "steps" and number == stage else ""
+                found.append((f"{new['stage']}.{key}", was + done, wanted))
+    return found
 
 
 def load_tensors(name: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

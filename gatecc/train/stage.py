@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from gatecc.errors import ArgumentError
 from gatecc.train.lora import Lora
 from gatecc.train.losses import kld
+from gatecc.train.muon import Muon
 
 Loss = Callable[[Any, Any], Tensor]  # (output of the student, batch) -> scalar
 Optimizers = list[Optimizer]
@@ -26,11 +27,11 @@ class Stage:
     """``steps`` updates, each from ``accumulate`` batches.
 
     ``optimizer``: "adamw"; "muon" gives the matrices of hidden layers to torch.optim.Muon, at AdamW's rates, and the
-    rest to AdamW, which gets further on little data. The rate climbs to ``lr`` over ``warmup`` steps and falls along a
-    cosine to ``floor`` times it. Parameters that the teacher does not have, such as gates, have ``lr_new`` (None:
-    ``lr``). ``train``: "new" trains these alone, "all" every parameter, a tuple of globs those whose names match.
-    Gradients are clipped to the norm ``clip`` (0: not). ``autocast`` is the dtype of matrix products, such as
-    torch.bfloat16.
+    rest to AdamW, which gets further on little data (where a CPU is slow at bfloat16, in float32: train/muon.py). The
+    rate climbs to ``lr`` over ``warmup`` steps and falls along a cosine to ``floor`` times it. Parameters that the
+    teacher does not have, such as gates, have ``lr_new`` (None: ``lr``). ``train``: "new" trains these alone, "all"
+    every parameter, a tuple of globs those whose names match. Gradients are clipped to the norm ``clip`` (0: not).
+    ``autocast`` is the dtype of matrix products, such as torch.bfloat16.
     """
 
     steps: int

@@ -224,11 +224,51 @@ def test_a_run_that_was_cut_off_goes_on_bit_by_bit(after: int, tmp_path: Path) -
     assert all(torch.equal(p, done.get_parameter(n)) for n, p in student.named_parameters())
 
 
+def test_a_finished_run_goes_on_with_more_steps(tmp_path: Path) -> None:
+    """As the uninterrupted run of all steps, where the rate does not depend on their number."""
+    level: dict[str, Any] = {"lr": 1e-2, "distill": 1.0, "warmup": 0, "floor": 1.0, "optimizer": "muon"}
+    (whole, teacher), (parts, _) = pair(), pair()
+    data = batches()
+    want = heal(whole, teacher, data, transfer=Transfer(3, layers=ATTENTION), tune=Tune(5, **level))
+    heal(parts, teacher, data, transfer=Transfer(3, layers=ATTENTION), checkpoint=tmp_path)
+    for steps in (2, 5):  # a stage more, then more steps of it, each in a model of its own
+        parts, _ = pair()
+        stages: dict[str, Any] = {"transfer": Transfer(3, layers=ATTENTION), "tune": Tune(steps, **level)}
+        found = heal(parts, teacher, data, checkpoint=tmp_path, **stages)
+    assert [(p.stage, p.step, p.loss) for p in found.curve[1:]] == [(p.stage, p.step, p.loss) for p in want.curve[1:]]
+    assert all(torch.equal(p, parts.get_parameter(n)) for n, p in whole.named_parameters())
+
+
+def test_the_rates_of_a_run_that_goes_on_are_those_of_all_its_steps(tmp_path: Path) -> None:
+    student, teacher = pair()
+    seen: list[float] = []
+    stages = [Tune(n, distill=1.0, warmup=0) for n in (4, 8)]
+
+    class Seen(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            seen.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gatecc.train.stage.AdamW", Seen)
+        for stage in stages:
+            heal(student, teacher, batches(), tune=stage, checkpoint=tmp_path)
+    assert seen == [1e-3 * stages[n > 3].rate(n) for n in range(8)]
+
+
 def test_a_checkpoint_of_another_run_or_model_is_refused(tmp_path: Path) -> None:
     student, teacher = pair()
     heal(student, teacher, batches(), tune=Tune(2), checkpoint=tmp_path)
-    with pytest.raises(CheckpointError, match="another healing run"):
-        heal(student, teacher, batches(), tune=Tune(3), checkpoint=tmp_path)
+    for other, found, expected in (
+        (Tune(1), "Tune.steps was 2 (2 done)", "Tune.steps is 1"),
+        (Tune(3, lr=0.5, clip=0), "Tune.lr was 0.001; Tune.clip was 1.0", "Tune.lr is 0.5; Tune.clip is 0"),
+    ):
+        with pytest.raises(CheckpointError, match="another healing run") as raised:
+            heal(student, teacher, batches(), tune=other, checkpoint=tmp_path)
+        assert (raised.value.found, raised.value.expected) == (found, expected)  # the difference alone
+    with pytest.raises(CheckpointError, match="another healing run") as raised:
+        heal(student, teacher, batches(), transfer=Transfer(2, layers=ATTENTION), tune=Tune(2), checkpoint=tmp_path)
+    assert raised.value.found == "stage 1 was Tune"
     with pytest.raises(CheckpointError, match="another model"):
         heal(LM(layers=1), teacher, batches(), tune=Tune(2), checkpoint=tmp_path)
     (tmp_path / "heal.json").write_text("{")
