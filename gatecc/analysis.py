@@ -123,15 +123,21 @@ def _quantised(name: str, found: str) -> UnsupportedModelError:
     )
 
 
-def evaluation(model: nn.Module) -> _Evaluation:
+def evaluation(model: nn.Module) -> _InMode:
     """A context in which the model is in eval mode; afterwards its modules have their modes and its buffers their
     values back: a forward may count its calls."""
-    return _Evaluation(model)
+    return _InMode(model, False)
 
 
-class _Evaluation:
-    def __init__(self, model: nn.Module) -> None:
+def in_mode(model: nn.Module, training: bool) -> _InMode:
+    """The same for train or eval mode. The model's own train() is not called: it may merge weights."""
+    return _InMode(model, training)
+
+
+class _InMode:
+    def __init__(self, model: nn.Module, training: bool) -> None:
         self.model = model
+        self.wanted = training
 
     def __enter__(self) -> None:
         self.training = {id(m): m.training for m in self.model.modules()}
@@ -139,7 +145,7 @@ class _Evaluation:
             (m, n, b, b.clone()) for m in self.model.modules() for n, b in m._buffers.items() if b is not None
         ]
         for m in self.model.modules():
-            m.training = False
+            m.training = self.wanted
 
     def __exit__(self, *error: object) -> None:
         self._restore(self.model, self.model.training)

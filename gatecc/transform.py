@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from gatecc.analysis import Inputs, analyse, check_model, evaluation, parameter_count, report_of
+from gatecc.acts import acts
+from gatecc.analysis import Analysis, Inputs, analyse, check_model, evaluation, parameter_count, report_of
 from gatecc.capture.adapters import switch_caches
 from gatecc.capture.record import record_calls
 from gatecc.capture.signature import split_inputs
@@ -20,7 +21,7 @@ from gatecc.ir.rewrite import Recipe, Rewrite
 from gatecc.ir.weights import Effect
 from gatecc.planning import Plan, called_modules, plans_of
 from gatecc.recipes import resolve
-from gatecc.report import Report
+from gatecc.report import PassRow, Report
 from gatecc.scope.fast_paths import Switch, fast_paths_off, fast_paths_on
 from gatecc.scope.scope import (
     base_class,
@@ -74,7 +75,7 @@ def transform(
     target = model if inplace else _copy(model)
     try:
         with evaluation(target):
-            step = _transform(target, wanted, args, kwargs, scope, undo)
+            step = _transform(target, wanted, args, kwargs, scope, undo, verify)
             if before is not None:
                 outcome = check(before, target, wanted, args, kwargs)
                 step = replace(step, report=_checked(step.report, outcome))
@@ -127,7 +128,13 @@ def _copy(model: nn.Module) -> nn.Module:
 
 
 def _transform(
-    model: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs: dict[str, Any], scope: str, undo: Undo
+    model: nn.Module,
+    recipe: Recipe,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    scope: str,
+    undo: Undo,
+    verify: bool,
 ) -> Step:
     analysis = analyse(model, args, kwargs)
     report = report_of(model, analysis)
@@ -139,18 +146,14 @@ def _transform(
         plans, left_out = plans_of(model, recipe, analysis, scope, called, too_small)
         work = Installer(model, recipe, undo, report)
         failed = _install(work, plans, {p.fqn for p in analysis.programs}, args, kwargs)
-        if not failed:
+        missed = set[str]() if failed else _seen_to_act(work, plans, analysis, verify, (args, kwargs))
+        if not failed and not missed:
             break
         too_small |= failed
+        called -= missed
         undo.run(model)
         report.rewrites.clear()
     report.refusals = [*report.refusals, *left_out]
-    undo.switches += (switches := fast_paths_off(model))
-    if switches:
-        where = ", ".join(dict.fromkeys(s.fqn or type(model).__name__ for s in switches))
-        report.notes.append(
-            f"torch's fused path is off in {where}: it reads weights past the modules that were rewritten"
-        )
     if reason := _keeps_no_cache(model):
         undo.caches += switch_caches(model)
         if undo.caches:
@@ -199,6 +202,31 @@ def _install(
             cls = base_class(work.model.get_submodule(plan.fqn))
             return {p.fqn for p in plans if base_class(work.model.get_submodule(p.fqn)) is cls} - largest
     return set()
+
+
+def _seen_to_act(work: Installer, plans: list[Plan], analysis: Analysis, verify: bool, call: Any) -> set[str]:
+    """Switch off what goes past the scopes, and see that they act in every mode. Returns those that some mode misses: a
+    parent reads their weights and does not call them, so the parent has to be the scope.
+
+    Raises ContractError if the scope that is missed has no parent in a graph.
+    """
+    model, report, undo = work.model, work.report, work.undo
+    undo.switches += (switches := fast_paths_off(model))
+    if switches:
+        where = ", ".join(dict.fromkeys(s.fqn or type(model).__name__ for s in switches))
+        report.notes.append(f"torch's fused path is off in {where}: it reads weights past the rewritten modules")
+    if not verify:
+        return set()
+    found = acts(model, [p.fqn for p in plans], work.effects, call)
+    largest = {p.fqn for p in analysis.programs}
+    for fqn, error in found.missed.items():
+        if fqn in largest or fqn not in {p.fqn for p in plans}:
+            raise error
+        report.notes.append(f"{fqn}: rewritten in the graph of a parent; alone: {error.found}")
+    if not found.missed:
+        report.notes += found.notes
+        report.passes = [*report.passes, *(PassRow(f"modes: {n}", s * 1e3) for n, s in found.seconds.items())]
+    return set(found.missed)
 
 
 def _checked(report: Report, outcome: Checked) -> Report:

@@ -104,6 +104,24 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> 
     return rebuild(tree, iter([function(x) for x in leaves]))
 
 
+def copied(call: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call with copies of its tensors, which a model may change in place; one that is passed twice is one copy.
+
+    Calls that hold other things than tensors and constants come back as they are.
+    """
+    made: dict[int, torch.Tensor] = {}
+
+    def copy(x: torch.Tensor) -> torch.Tensor:
+        if id(x) not in made:
+            made[id(x)] = x.detach().clone().requires_grad_(x.requires_grad)
+        return made[id(x)]
+
+    try:
+        return map_tensors(copy, call)
+    except OpaqueArgumentError:
+        return call
+
+
 def leaf_paths(args: tuple[Any, ...], kwargs: Mapping[str, Any], parameters: list[str]) -> list[tuple[Any, ...]]:
     """Where each tensor leaf stands in a call: parameter name first, e.g. ``("position_embeddings", 0)``."""
     paths: list[tuple[Any, ...]] = []

@@ -21,6 +21,7 @@ from gatecc.ir.widen import Rows, narrow, widen
 Build = Callable[[], nn.Module]
 Fill = Callable[[Any, nn.Module], None]
 Kinds = dict[str, list[Any]]  # FQN -> [dtype, shape]
+Values = dict[nn.Parameter, torch.Tensor]  # what parameters shall hold for a while
 
 
 class Ledger(Protocol):
@@ -52,6 +53,10 @@ class Effect(ABC):
     def note(self, ledger: Ledger) -> None:
         """Enter it in what a scope remembers."""
         return
+
+    def noisy(self, layer: nn.Module, generator: torch.Generator) -> Values:
+        """What the parameters that it brought would hold with noise: a gate that starts at 1 then shows its effect."""
+        return {}
 
     def before(self, kinds: Kinds, same: Mapping[str, str]) -> Kinds:
         """Dtypes and shapes of a state dict without it. ``same``: the first name of each tied parameter."""
@@ -109,6 +114,9 @@ class NewModule(Effect):
     def note(self, ledger: Ledger) -> None:
         ledger.own.add(self.path)
 
+    def noisy(self, layer: nn.Module, generator: torch.Generator) -> Values:
+        return {p: p.data + noise(p.data, generator) for p in layer.get_submodule(self.path).parameters()}
+
     def before(self, kinds: Kinds, same: Mapping[str, str]) -> Kinds:
         return {name: kind for name, kind in kinds.items() if not name.startswith(f"{self.path}.")}
 
@@ -160,6 +168,12 @@ class WidenWeight(Effect):
     def note(self, ledger: Ledger) -> None:
         ledger.widened[self.path] = self.rows
 
+    def noisy(self, layer: nn.Module, generator: torch.Generator) -> Values:
+        parameter = layer.get_parameter(self.path)
+        new = parameter.data.unflatten(0, (self.rows.groups, -1))[:, self.rows.old :].flatten(0, 1)
+        own = self.rows.narrow(parameter.data)
+        return {parameter: self.rows.widen(own, new + noise(new, generator))}
+
     def before(self, kinds: Kinds, same: Mapping[str, str]) -> Kinds:
         first = same.get(self.path, self.path)
         height = self.rows.groups * self.rows.old
@@ -173,6 +187,13 @@ class WidenWeight(Effect):
 
     def placed(self, fqn: str) -> Effect:
         return WidenWeight(super().placed(fqn).path, self.rows)
+
+
+def noise(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Noise for a parameter: a matrix of it keeps the scale of what it multiplies, a vector of it is half a unit."""
+    scale = 0.5 if x.dim() < 2 else (x.shape[0] / max(x.numel(), 1)) ** 0.5
+    kind = x.dtype if x.is_floating_point() or x.is_complex() else torch.float32
+    return (torch.randn(x.shape, generator=generator) * scale).to(device=x.device, dtype=kind)
 
 
 def _refuse_shared(path: str, new: nn.Module, layer: nn.Module) -> None:

@@ -122,7 +122,7 @@ def _rewritten(
     clock.lap("rewrite")
     flat = [editor for of_one in editors for editor in of_one]
     path = python_path(program, flat, [s for s in sites if isinstance(s, Attention)], _argument_paths(program))
-    entry = Entry(Variant(program, plain.reads), plain)
+    entry = Entry(Variant(program, plain.reads), plain, seconds=clock.seconds)
     clock.lap("print")
     if observe:
         observe("after", program)

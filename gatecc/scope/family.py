@@ -28,6 +28,7 @@ class Entry:
     variant: Variant
     plain: Variant
     layers: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)  # made on, or proved for (not copies)
+    seconds: dict[str, float] = field(default_factory=dict[str, float])  # what making it took, by step
 
 
 @dataclass(eq=False)
