@@ -23,7 +23,7 @@ from gatecc.errors import CheckpointError, GateccError
 from gatecc.ir import store
 from gatecc.ir.rewrite import Recipe, rewrite_from_json
 from gatecc.scope.scope import base_class
-from gatecc.transform import Step, history, revert, transform
+from gatecc.transform import Step, history, revert, rewritten
 
 FORMAT = 2
 RECIPE = "recipe.json"
@@ -112,6 +112,7 @@ def _step_to_json(step: Step, example: dict[str, torch.Tensor]) -> dict[str, Any
         "inputs": encode(step.inputs, example, "example_inputs"),
         "sites": _sites(step),
         "effects": [effect.to_json() for effect in step.effects],
+        "missed": list(step.missed),
     }
 
 
@@ -187,6 +188,7 @@ class _SavedStep:
     inputs: tuple[tuple[Any, ...], dict[str, Any]]
     sites: list[str]
     effects: list[list[Any]]
+    missed: list[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,7 +234,7 @@ def _read_step(step: dict[str, Any], example: dict[str, torch.Tensor]) -> _Saved
         ) from e
     recipe = Recipe(step["recipe"], step["citation"], rewrites, step["summary"], tuple(options.items()))
     inputs = decode(step["inputs"], example)
-    return _SavedStep(recipe, step["scope"], inputs, step["sites"], step["effects"])
+    return _SavedStep(recipe, step["scope"], inputs, step["sites"], step["effects"], step["missed"])
 
 
 def _check_base(model: nn.Module, saved: _Saved) -> None:
@@ -279,7 +281,7 @@ def _described(kind: list[Any] | None) -> str:
 def _replay(target: nn.Module, step: _SavedStep) -> None:
     with torch.random.fork_rng(devices=[]):  # new parameters start from random values, which are overwritten
         try:
-            transform(target, step.recipe, step.inputs, scope=step.scope, inplace=True, verify=False)
+            rewritten(target, step.recipe, step.inputs, step.scope, inplace=True, verify=False, missed=step.missed)
         except GateccError as e:
             raise CheckpointError(
                 f"the recipe {step.recipe.name} cannot be replayed on this base model", where=e.where, found=e.render()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -43,6 +43,7 @@ class Step:
     report: Report
     caches: tuple[Any, ...] = ()  # configurations whose use_cache was switched off
     switches: tuple[Switch, ...] = ()  # fast paths of torch that were switched off
+    missed: tuple[str, ...] = ()  # modules that some mode goes past, so that a parent is the scope
 
 
 def transform(
@@ -64,7 +65,20 @@ def transform(
     Raises UnknownRecipeError, EmptySelectionError, ExampleInputsError, UnsupportedModelError, CaptureError, GraphError,
     ContractError. `last_report(result)` tells what was done.
     """
-    wanted = resolve(recipe)
+    return rewritten(model, resolve(recipe), example_inputs, scope, inplace=inplace, verify=verify)
+
+
+def rewritten(
+    model: nn.Module,
+    wanted: Recipe,
+    example_inputs: Inputs,
+    scope: str,
+    *,
+    inplace: bool,
+    verify: bool,
+    missed: Collection[str] = (),
+) -> nn.Module:
+    """`transform`, told which modules some mode goes past: what a transform that is done again knows already."""
     args, kwargs = split_inputs(example_inputs)
     check_model(model)
     if scope not in ("auto", "model"):
@@ -75,7 +89,7 @@ def transform(
     target = model if inplace else _copy(model)
     try:
         with evaluation(target):
-            step = _transform(target, wanted, args, kwargs, scope, undo, verify)
+            step = _transform(target, wanted, args, kwargs, scope, undo, verify, missed)
             if before is not None:
                 outcome = check(before, target, wanted, args, kwargs)
                 step = replace(step, report=_checked(step.report, outcome))
@@ -135,6 +149,7 @@ def _transform(
     scope: str,
     undo: Undo,
     verify: bool,
+    known: Collection[str],
 ) -> Step:
     analysis = analyse(model, args, kwargs)
     report = report_of(model, analysis)
@@ -142,15 +157,16 @@ def _transform(
     parameters = parameter_count(model)
     called = called_modules(model, args, kwargs)
     too_small: set[str] = set()
+    missed = set(known)
     while True:
-        plans, left_out = plans_of(model, recipe, analysis, scope, called, too_small)
+        plans, left_out = plans_of(model, recipe, analysis, scope, called - missed, too_small)
         work = Installer(model, recipe, undo, report)
         failed = _install(work, plans, {p.fqn for p in analysis.programs}, args, kwargs)
-        missed = set[str]() if failed else _seen_to_act(work, plans, analysis, verify, (args, kwargs))
-        if not failed and not missed:
+        more = set[str]() if failed else _seen_to_act(work, plans, analysis, verify, (args, kwargs))
+        if not failed and not more:
             break
         too_small |= failed
-        called -= missed
+        missed |= more
         undo.run(model)
         report.rewrites.clear()
     report.refusals = [*report.refusals, *left_out]
@@ -171,6 +187,7 @@ def _transform(
         report,
         tuple(undo.caches),
         tuple(undo.switches),
+        tuple(sorted(missed)),
     )
 
 

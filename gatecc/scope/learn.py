@@ -9,6 +9,7 @@ from torch import nn
 
 from gatecc.capture.reads import recorded_reads
 from gatecc.capture.signature import Key, OpaqueArgumentError
+from gatecc.errors import CaptureError
 from gatecc.scope.build import build
 from gatecc.scope.family import Entry, proves
 from gatecc.scope.key import call_key, fresh
@@ -36,7 +37,9 @@ def entry_for(
     module: nn.Module, state: Scope, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[torch.Tensor]
 ) -> Entry:
     """An entry of the family that is proved for this layer, or a new capture. Raises CaptureError."""
-    shared = _share(module, state, key, args, kwargs, leaves)
+    shared = _share(module, state, key, args, kwargs, leaves) or _with_gradients(
+        module, state, key, args, kwargs, leaves
+    )
     if shared is not None:
         return shared
     entry = build(module, state, args, kwargs).entry
@@ -79,6 +82,25 @@ def _without_gradients(
             state.trusted.append(entry)
             return entry
     return None
+
+
+def _with_gradients(
+    module: nn.Module, state: Scope, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[torch.Tensor]
+) -> Entry | None:
+    """For a call without gradients, a capture of the same call with them, if it is proved to be this call's function.
+
+    Whichever grad mode is called first, both then run the same graph: without gradients a module may take a fused path
+    that hides its sites.
+    """
+    call, gradients, *modes = key
+    if gradients:
+        return None
+    try:
+        with torch.enable_grad():
+            entry_for(module, state, (call, True, *modes), args, kwargs, leaves)
+    except CaptureError:
+        return None
+    return _without_gradients(module, state, key, args, kwargs, leaves)
 
 
 def learn(root: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
