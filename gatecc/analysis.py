@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gatecc.capture import capture
+from gatecc.capture.compiled import behind, refuse_compiled
 from gatecc.capture.record import RecordedCall, record_calls
 from gatecc.capture.signature import split_inputs
 from gatecc.errors import CaptureError, ExampleInputsError, UnsupportedModelError
@@ -51,6 +52,7 @@ def inspect(model: nn.Module, example_inputs: Inputs) -> Report:
     Raises ExampleInputsError, UnsupportedModelError, CaptureError (if not even a submodule can be captured).
     """
     args, kwargs = split_inputs(example_inputs)
+    model = behind(model)
     check_model(model)
     with evaluation(model):
         analysis = analyse(model, args, kwargs)
@@ -87,7 +89,9 @@ def check_model(model: object) -> None:
             do="pass the nn.Module that the script was made from",
         )
     if not isinstance(model, nn.Module):
-        raise UnsupportedModelError("not a model", found=type(model).__name__, expected="a torch.nn.Module")
+        do = "pass program.module()" if isinstance(model, torch.export.ExportedProgram) else ""
+        raise UnsupportedModelError("not a model", found=type(model).__name__, expected="a torch.nn.Module", do=do)
+    refuse_compiled(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         _check_tensor(name, tensor)
         if isinstance(tensor, nn.Parameter) and tensor.dtype in PACKED:

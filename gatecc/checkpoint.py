@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from gatecc.analysis import check_model
+from gatecc.capture.compiled import behind
 from gatecc.capture.tree import decode, encode
 from gatecc.errors import CheckpointError, GateccError
 from gatecc.ir import store
@@ -36,13 +37,14 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Raises CheckpointError if the model was not transformed, or a file cannot be written; ArgumentError if a rewrite
     selects sites by a Python function, or an example input is an object that no file can hold.
     """
+    model = behind(model)
     steps = history(model)
     if not steps:
         raise CheckpointError(
             "the model was not transformed: there is no recipe to save",
             found=type(model).__name__,
-            do="save what gatecc.transform returned, without wrappers (model.module of DDP, model._orig_mod of "
-            "torch.compile); for other models use torch.save",
+            do="save what gatecc.transform returned, without wrappers (model.module of DDP); "
+            "for other models use torch.save",
         )
     state = _state(model)
     stored, aliases = _stored(state)

@@ -21,7 +21,7 @@ from gatecc.codegen.onnx.build import DATA, IR_VERSION, MODEL, Graph, build, wri
 from gatecc.codegen.onnx.leaves import Call, flat_call
 from gatecc.codegen.onnx.packages import EXPORT, RUNTIME, need, versions
 from gatecc.codegen.onnx.runtime import Session, check, check_dtypes
-from gatecc.errors import ArgumentError, ExampleInputsError, ExportError, UnsupportedModelError
+from gatecc.errors import ArgumentError, ExampleInputsError, ExportError
 from gatecc.scope.family import difference
 from gatecc.scope.recurrences import recurrences
 from gatecc.scope.whole import Whole, mixes
@@ -82,7 +82,6 @@ def export(
         raise ArgumentError("this opset cannot be written", found=str(opset), expected="18 to 25; 24 is best tried")
     args, kwargs = split_inputs(example_inputs)
     check_model(model)
-    _check_not_compiled(model)
     if verify:
         check_dtypes([*model.parameters(), *model.buffers()])
     notes: list[str] = []
@@ -100,19 +99,6 @@ def export(
             _write_manifest(made / MANIFEST, model, result)
             _move(made, Path(folder))
     return result
-
-
-def _check_not_compiled(model: nn.Module) -> None:
-    """Rewrites that a compile backend makes are not part of the model: its ONNX graph would lack them in silence."""
-    for name, module in model.named_modules():
-        wrapped = isinstance(module, torch._dynamo.OptimizedModule)
-        if wrapped or module._compiled_call_impl is not None:
-            raise UnsupportedModelError(
-                "a compiled module is not exported: what its backend does would be lost",
-                where=name,
-                found="torch.compile(module)" if wrapped else "module.compile()",
-                do="export the module that was compiled (compiled._orig_mod), or export before compiling",
-            )
 
 
 def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], notes: list[str]) -> Call:

@@ -12,6 +12,7 @@ from torch import nn
 from gatecc.acts import acts
 from gatecc.analysis import Analysis, Inputs, analyse, check_model, evaluation, parameter_count, report_of
 from gatecc.capture.adapters import switch_caches
+from gatecc.capture.compiled import behind, compiled_like
 from gatecc.capture.record import record_calls
 from gatecc.capture.signature import split_inputs
 from gatecc.check import Checked, check, reference
@@ -61,11 +62,13 @@ def transform(
     positional, a dict is keyword arguments, ``(tuple, dict)`` is both. ``scope="auto"`` rewrites the smallest submodule
     that holds each site; ``"model"`` the model as one graph. ``verify=False`` skips the numerical check of contracts,
     graphs are always checked. The model itself is untouched unless ``inplace``; after an error it is untouched anyway.
+    Of a model that torch.compile was given, the model behind is rewritten, and compiled again in the same way.
 
     Raises UnknownRecipeError, EmptySelectionError, ExampleInputsError, UnsupportedModelError, CaptureError, GraphError,
     ContractError. `last_report(result)` tells what was done.
     """
-    return rewritten(model, resolve(recipe), example_inputs, scope, inplace=inplace, verify=verify)
+    made = rewritten(behind(model), resolve(recipe), example_inputs, scope, inplace=inplace, verify=verify)
+    return model if inplace else compiled_like(model, made)
 
 
 def rewritten(
@@ -110,7 +113,7 @@ def last_report(model: nn.Module) -> Report:
 
 def history(model: nn.Module) -> tuple[Step, ...]:
     """The transforms that a model went through, first to last."""
-    return vars(model).get(HISTORY, ())
+    return vars(behind(model)).get(HISTORY, ())
 
 
 def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -118,7 +121,7 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Changes that training made to the model's own parameters stay; the new parameters are dropped.
     """
-    target = model if inplace else copy.deepcopy(model)
+    target = behind(model) if inplace else copy.deepcopy(behind(model))
     for step in reversed(history(target)):
         caches_on(step.caches)
         fast_paths_on(target, step.switches)
@@ -127,7 +130,7 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     for _, module, _ in list(scopes(target)):
         remove(module)
     vars(target).pop(HISTORY, None)
-    return target
+    return model if inplace else compiled_like(model, target)
 
 
 def _copy(model: nn.Module) -> nn.Module:

@@ -189,7 +189,7 @@ FAILURES: dict[str, tuple[Callable[[], nn.Module], Any, type[GateccError], str]]
     "no ONNX form": (Determinant, (X,), ExportError, "linalg_eig"),
     "bfloat16": (lambda: Counting().bfloat16(), (X.bfloat16(),), ExportError, "bfloat16"),
     "compiled": (lambda: _compiled(), (X,), UnsupportedModelError, r"(?s)linear.*_orig_mod"),
-    "compiled in place": (lambda: _compiled_in_place(), (X,), UnsupportedModelError, "before compiling"),
+    "compiled in place": (lambda: _compiled_in_place(), (X,), UnsupportedModelError, "then compile"),
     "wrong inputs": (Counting, (torch.ones(2, 5),), ExampleInputsError, "does not run"),
     "a bare tensor": (Counting, X, ExampleInputsError, "tuple"),
     "an object": (Block, (ids(), None, {"x": object()}), ExampleInputsError, "object"),
