@@ -13,6 +13,7 @@ from torch import nn
 from gatecc.capture import capture
 from gatecc.capture.compiled import behind, refuse_compiled
 from gatecc.capture.record import RecordedCall, record_calls
+from gatecc.capture.shield import callers_device, shielded
 from gatecc.capture.signature import split_inputs
 from gatecc.errors import CaptureError, ExampleInputsError, UnsupportedModelError
 from gatecc.ir.cost import cost
@@ -45,6 +46,7 @@ class Analysis:
         return next(p for p in self.programs if p.graph is node.graph)
 
 
+@shielded
 def inspect(model: nn.Module, example_inputs: Inputs) -> Report:
     """Find every site of a model, and say of every place that looks like one why it is none. The model is not changed.
 
@@ -220,7 +222,7 @@ def _timed(analysis: Analysis, name: str, before: int, work: Callable[[], T], pr
 
 def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     try:
-        with torch.no_grad():
+        with torch.no_grad(), callers_device():
             model(*args, **kwargs)
     except Exception as e:
         raise ExampleInputsError(

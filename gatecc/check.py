@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from gatecc.capture.adapters import adapted
+from gatecc.capture.shield import callers_device, random_states_kept
 from gatecc.capture.signature import CONSTANTS, OpaqueArgumentError, map_tensors
 from gatecc.errors import ExampleInputsError
 from gatecc.ir.rewrite import Recipe, Rewrite
@@ -62,7 +63,7 @@ def reference(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     try:
-        with torch.no_grad(), adapted(model), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), adapted(model), random_states_kept(), callers_device():
             torch.manual_seed(0)
             return model(*args, **kwargs)
     except Exception as e:
@@ -97,7 +98,7 @@ def check(
     worst = 0.0
     notes: list[str] = list(before.notes)
     for (a, k), expected in zip(before.calls, before.outputs, strict=True):
-        with torch.enable_grad(), adapted(model), torch.random.fork_rng(devices=[]):
+        with torch.enable_grad(), adapted(model), random_states_kept(), callers_device():
             torch.manual_seed(0)
             got = model(*a, **k)
         worst = max(worst, compare(expected, got))

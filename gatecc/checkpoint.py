@@ -19,6 +19,7 @@ from torch import nn
 
 from gatecc.analysis import check_model
 from gatecc.capture.compiled import behind
+from gatecc.capture.shield import shielded
 from gatecc.capture.tree import decode, encode
 from gatecc.errors import CheckpointError, GateccError
 from gatecc.ir import store
@@ -65,6 +66,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     store.write(folder, RECIPE, data, {"model": stored, "example": {k: _plain(t) for k, t in example.items()}})
 
 
+@shielded
 def load(model: nn.Module, folder: str | os.PathLike[str], *, inplace: bool = False) -> nn.Module:
     """Replay a checkpoint's recipe on a base model and load the weights: outputs are bitwise those of the saved model.
 

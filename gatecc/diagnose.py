@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gatecc.analysis import Analysis, Inputs, analyse, check_model, evaluation
+from gatecc.capture.shield import shielded
 from gatecc.capture.signature import split_inputs
 from gatecc.errors import ArgumentError
 from gatecc.ir.match import find_sites
@@ -74,6 +75,7 @@ class Decay:
     keeps: float
 
 
+@shielded
 def massive(model: nn.Module, example_inputs: Inputs, sites: Selector | None = None) -> list[Massive]:
     """The largest activation of each site's value, by default of the stream after each residual join.
 
@@ -83,6 +85,7 @@ def massive(model: nn.Module, example_inputs: Inputs, sites: Selector | None = N
     return _read(model, example_inputs, selector, lambda site, values: _massive(site, selector, values))
 
 
+@shielded
 def sinks(model: nn.Module, example_inputs: Inputs, sites: Selector | None = None) -> list[Sink]:
     """The sink score of each softmax attention. Raises as `massive` does."""
     selector = Attention[...] if sites is None else sites
@@ -91,6 +94,7 @@ def sinks(model: nn.Module, example_inputs: Inputs, sites: Selector | None = Non
     return _read(model, example_inputs, selector, _sink)
 
 
+@shielded
 def decay(model: nn.Module, example_inputs: Inputs) -> list[Decay]:
     """The forgetting of every call of ``gatecc::linear_attention`` with a decay; the list is empty if none runs.
 

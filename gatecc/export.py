@@ -16,6 +16,7 @@ from torch import nn
 
 from gatecc.analysis import Inputs, check_model, evaluation
 from gatecc.capture.adapters import adapted
+from gatecc.capture.shield import random_states_kept, shielded
 from gatecc.capture.signature import OpaqueArgumentError, map_tensors, split_inputs
 from gatecc.codegen.onnx.build import DATA, IR_VERSION, MODEL, Graph, build, write
 from gatecc.codegen.onnx.leaves import Call, flat_call
@@ -60,6 +61,7 @@ class Exported:
         return tuple(dict.fromkeys(d for shape in self.inputs.values() for d in shape if isinstance(d, str)))
 
 
+@shielded
 def export(
     model: nn.Module,
     folder: str | os.PathLike[str],
@@ -85,7 +87,7 @@ def export(
     if verify:
         check_dtypes([*model.parameters(), *model.buffers()])
     notes: list[str] = []
-    with evaluation(model), adapted(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with evaluation(model), adapted(model), torch.no_grad(), random_states_kept():
         call = _call(model, args, kwargs, notes)
         with recurrences(model):
             graph = build(call, opset, _metadata(model), _said(call))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gatecc.analysis import Inputs, check_model, evaluation
+from gatecc.capture.shield import shielded
 from gatecc.capture.signature import map_tensors, split_inputs
 from gatecc.diagnose import Values, values_of
 from gatecc.errors import ArgumentError
@@ -52,6 +53,7 @@ class View:
         return f"{self.site}: {self.mixer}, {self.form.transition} A, state {self.form.state}, error {self.error:.1e}"
 
 
+@shielded
 def views(model: nn.Module, example_inputs: Inputs, sites: Selector | None = None) -> list[View]:
     """Each attention site of a model, rewritten or not, as a recurrence on the example inputs.
 

@@ -14,6 +14,7 @@ from gatecc.analysis import Analysis, Inputs, analyse, check_model, evaluation, 
 from gatecc.capture.adapters import switch_caches
 from gatecc.capture.compiled import behind, compiled_like
 from gatecc.capture.record import record_calls
+from gatecc.capture.shield import shielded
 from gatecc.capture.signature import split_inputs
 from gatecc.check import Checked, check, reference
 from gatecc.errors import ArgumentError, CaptureError, SiteRefusedError
@@ -47,6 +48,7 @@ class Step:
     missed: tuple[str, ...] = ()  # modules that some mode goes past, so that a parent is the scope
 
 
+@shielded
 def transform(
     model: nn.Module,
     recipe: str | Recipe | Rewrite | Sequence[Rewrite],
@@ -116,6 +118,7 @@ def history(model: nn.Module) -> tuple[Step, ...]:
     return vars(behind(model)).get(HISTORY, ())
 
 
+@shielded
 def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Undo every transform of a model: its parameters, outputs and state dict are bitwise those of before (T8).
 

@@ -20,6 +20,7 @@ from gatecc.capture import signature
 from gatecc.capture.adapters import adapted
 from gatecc.capture.frames import no_source_lines
 from gatecc.capture.guards import size_guards
+from gatecc.capture.shield import callers_device
 from gatecc.errors import CaptureError
 from gatecc.ir.loops import free_lengths
 from gatecc.ir.program import META, Origin, Program, attribute
@@ -97,7 +98,8 @@ def _export(flat: _Flat, leaves: list[torch.Tensor], fqn: str, dynamic: Literal[
     images = _image_channels(flat.m) if not fqn else frozenset[tuple[int, int]]()
     shapes = [_dynamic_axes(x, images) if dynamic == "auto" else None for x in leaves]
     try:
-        return torch.export.export(flat, tuple(leaves), dynamic_shapes=(tuple(shapes),), strict=False)
+        with callers_device():
+            return torch.export.export(flat, tuple(leaves), dynamic_shapes=(tuple(shapes),), strict=False)
     except Exception as e:
         raise CaptureError(
             "torch.export could not capture this module",

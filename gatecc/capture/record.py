@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from gatecc.capture.adapters import adapted
+from gatecc.capture.shield import callers_device
 from gatecc.capture.signature import OpaqueArgumentError, map_tensors
 
 
@@ -36,7 +37,7 @@ def record_calls(
         if fqn in calls
     ]
     try:
-        with torch.no_grad(), adapted(model):
+        with torch.no_grad(), adapted(model), callers_device():
             output = model(*args, **kwargs)
     finally:
         for handle in handles:

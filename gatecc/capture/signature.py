@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch.utils import _pytree as pytree
 
+from gatecc.capture.neutral import neutral
 from gatecc.errors import ExampleInputsError
 
 Key = tuple[Any, ...]
@@ -149,16 +150,33 @@ def _paths(x: Any, path: tuple[Any, ...], paths: list[tuple[Any, ...]]) -> None:
 
 
 def split_inputs(example_inputs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """``example_inputs`` as (args, kwargs). Raises ExampleInputsError for any other form."""
+    """``example_inputs`` as (args, kwargs), with `neutral` tensors. Raises ExampleInputsError for any other form."""
     if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
+        return neutral_inputs((), dict(example_inputs))
     if isinstance(example_inputs, tuple):
         if len(example_inputs) == 2 and isinstance(example_inputs[0], tuple) and isinstance(example_inputs[1], Mapping):
-            return example_inputs[0], dict(example_inputs[1])
-        return example_inputs, {}
+            return neutral_inputs(example_inputs[0], dict(example_inputs[1]))
+        return neutral_inputs(example_inputs, {})
     raise ExampleInputsError(
         "example_inputs has an unknown form",
         found=type(example_inputs).__name__,
         expected="a tuple (positional), a dict (keyword arguments) or (tuple, dict)",
         do="put a single tensor in a tuple: (x,)",
     )
+
+
+def neutral_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with `neutral` tensors; the same objects if all are, or one holds no tensors that are
+    known."""
+    changed: list[torch.Tensor] = []
+
+    def each(x: torch.Tensor) -> torch.Tensor:
+        plain = neutral(x)
+        changed.extend([] if plain is x else [x])
+        return plain
+
+    try:
+        made = map_tensors(each, (args, kwargs))
+    except OpaqueArgumentError:
+        return args, kwargs
+    return made if changed else (args, kwargs)

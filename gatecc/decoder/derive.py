@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from gatecc.analysis import Inputs, check_model, evaluation
 from gatecc.capture.adapters import adapted
+from gatecc.capture.shield import shielded
 from gatecc.capture.signature import split_inputs
 from gatecc.decoder.inputs import enlarged
 from gatecc.decoder.plan import Plan, plan
@@ -21,6 +22,7 @@ from gatecc.scope.whole import whole_program
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}  # of a logit, relative to the largest; others: a percent
 
 
+@shielded
 def decoder(model: nn.Module, example_inputs: Inputs, *, capacity: int | None = None) -> Decoder:
     """Derive the decode step of a causal model from its full-sequence graph.
 

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from gatecc.capture import capture
 from gatecc.capture.record import record_calls
+from gatecc.capture.shield import callers_device, random_states_kept
 from gatecc.capture.signature import flatten
 from gatecc.errors import ContractError, GateccError
 from gatecc.ir.match import find_sites
@@ -80,7 +81,7 @@ def _in_scope(module: nn.Module, state: Scope, recipe: Recipe, args: Any, kwargs
 
 
 def _run(variant: Variant, module: nn.Module, leaves: list[torch.Tensor]) -> Any:
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), random_states_kept(), callers_device():
         torch.manual_seed(0)
         return variant(module, leaves)
 

@@ -6,16 +6,30 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch._C import _len_torch_function_stack
 from torch._compile import _disable_dynamo  # torch.compiler.disable, without importing Dynamo for it
 
-from gatecc.capture.signature import Key, NestedTensorError, OpaqueArgumentError, flatten
+from gatecc.capture.neutral import neutral_weights
+from gatecc.capture.shield import apart, random_states_kept
+from gatecc.capture.signature import Key, NestedTensorError, OpaqueArgumentError, flatten, neutral_inputs
 from gatecc.errors import CallNotCapturedError, CaptureError
 from gatecc.scope.family import Entry
 from gatecc.scope.key import call_key
-from gatecc.scope.learn import entry_for
+from gatecc.scope.learn import entry_for, lookup
 from gatecc.scope.python_path import run_python
 from gatecc.scope.state import STATE, Scope, base_forward
 from gatecc.scope.traced import is_traced, outside
+from gatecc.scope.variant import Variant
+
+
+def known(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Variant, list[torch.Tensor]] | None:
+    """`lookup`, unseen by function modes: sizes and dtypes that are read for the key are no part of the model."""
+    if torch.compiler.is_dynamo_compiling() or not _len_torch_function_stack():
+        return lookup(module, args, kwargs)
+    with torch._C.DisableTorchFunction():
+        return lookup(module, args, kwargs)
 
 
 @_disable_dynamo
@@ -26,7 +40,8 @@ def first_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     """
     state = cast("Scope", getattr(module, STATE))
     try:
-        key, leaves = call_key(module, args, kwargs)
+        with torch._C.DisableTorchFunction():
+            key, leaves = call_key(module, args, kwargs)
     except NestedTensorError as e:
         raise CallNotCapturedError(
             "torch's fused operators alone take nested tensors, and they know nothing of the rewrite",
@@ -41,11 +56,18 @@ def first_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     if is_traced(leaves):
         return _traced(module, state, key, args, kwargs, leaves)
     try:
-        entry = entry_for(module, state, key, args, kwargs, leaves)
+        entry = apart(lambda: _learn(module, state, key, args, kwargs))
     except CaptureError as e:
         state.refused[key] = e.found
         return _python(module, state, args, kwargs, e.found)
     return entry.variant(module, leaves)
+
+
+def _learn(module: nn.Module, state: Scope, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry:
+    """Behind the shield: an entry for a call, made with ordinary tensors in the place of the caller's."""
+    with random_states_kept(), neutral_weights(module):
+        args, kwargs = neutral_inputs(args, kwargs)
+        return entry_for(module, state, key, args, kwargs, flatten(args, kwargs)[1])
 
 
 def _traced(

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from gatecc.capture.adapters import fast_path_off
 from gatecc.capture.reads import same_reads
+from gatecc.capture.shield import callers_device, random_states_kept
 from gatecc.capture.signature import Key, map_tensors
 from gatecc.scope.variant import Variant
 
@@ -81,12 +82,11 @@ def proves(
     if not same_reads(entry.plain.reads, module):
         return False
     buffers = [(b, b.clone()) for b in module.buffers()]
-    devices = sorted({x.device.index or 0 for x in leaves if x.device.type == "cuda"})
     results: list[Any] = []
     its_args, its_kwargs = map_tensors(torch.clone, (args, kwargs))
     its_leaves = [x.clone() for x in leaves]
     for run in (lambda: forward(*its_args, **its_kwargs), lambda: entry.plain(module, its_leaves)):
-        with torch.random.fork_rng(devices=devices), torch.no_grad(), fast_path_off():
+        with random_states_kept(), torch.no_grad(), callers_device(), fast_path_off():
             results.append(run())
         with torch.no_grad():
             for buffer, before in buffers:

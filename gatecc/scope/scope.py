@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from gatecc.scope.dispatch import first_call
+from gatecc.scope.dispatch import first_call, known
 from gatecc.scope.dynamo import learn_while_tracing
-from gatecc.scope.learn import learn, lookup
+from gatecc.scope.learn import learn
 from gatecc.scope.state import STATE as STATE
 from gatecc.scope.state import Application as Application
 from gatecc.scope.state import Scope as Scope
@@ -46,7 +46,7 @@ def scoped_class(base: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        found = lookup(self, args, kwargs)
+        found = known(self, args, kwargs)
         if found is None:
             if torch.compiler.is_dynamo_compiling():
                 learn_while_tracing(self, args, kwargs, learn)

@@ -1,23 +1,24 @@
 """Traced: a scope that is called under someone else's torch.export or make_fx, with a kind of call not seen before.
 
-The capture is made on real tensors of the same sizes, in a thread, where the tracer's modes do not reach. The tracer
-has put fake tensors in the place of the scope's weights; the real ones come back for the time of the capture, because
-sharing between layers is proved with them.
+The capture is made on real tensors of the same sizes, behind the shield, where the tracer's modes do not reach. The
+tracer has put fake tensors in the place of the scope's weights; the real ones come back for the time of the capture,
+because sharing between layers is proved with them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.compiler import set_stance
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
 
-from gatecc.capture.signature import autocast, flatten, map_tensors
+from gatecc.capture.shield import apart, random_states_kept
+from gatecc.capture.signature import map_tensors
 from gatecc.errors import CaptureError
 
 T = TypeVar("T")
@@ -34,19 +35,16 @@ def outside(
     kwargs: dict[str, Any],
     work: Callable[[tuple[Any, ...], dict[str, Any]], T],
 ) -> T:
-    """``work(args, kwargs)`` on real stand-ins of traced arguments, outside every trace. Raises what work raises."""
-    grad, cast_to = torch.is_grad_enabled(), autocast(flatten(args, kwargs)[1])
-    device, dtype = cast_to or ("cpu", None)
+    """``work(args, kwargs)`` on real stand-ins of traced arguments, behind the shield. Raises what work raises."""
 
     def run() -> T:
-        with torch.set_grad_enabled(grad), torch.autocast(device, dtype, enabled=cast_to is not None):
+        generator = torch.Generator().manual_seed(0)
+        real_args, real_kwargs = cast("tuple[Any, Any]", map_tensors(lambda x: _real(x, generator), (args, kwargs)))
+        with set_stance("force_eager"), random_states_kept():  # Dynamo may wait for us, with its lock held
             return work(real_args, real_kwargs)
 
     with disable_proxy_modes_tracing(), unset_fake_temporarily(), _export_globals(), _real_weights(module):
-        generator = torch.Generator().manual_seed(0)
-        real_args, real_kwargs = cast("tuple[Any, Any]", map_tensors(lambda x: _real(x, generator), (args, kwargs)))
-        with ThreadPoolExecutor(1) as pool:
-            return pool.submit(run).result()
+        return apart(run)
 
 
 def _real(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

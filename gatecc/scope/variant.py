@@ -58,7 +58,7 @@ def _function(program: Program) -> tuple[str, Callable[..., Any], tuple[Any, ...
             continue
         if node in held:
             continue
-        copied[node] = graph.node_copy(node, copied.__getitem__)
+        copied[node] = _copied(graph, node, copied)
         if node is after:
             _hold(program, held, graph, copied, extra, values)
     if after is None:
@@ -73,6 +73,15 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return a is b or (a.dtype == b.dtype and torch.equal(a, b))
     return a is b
+
+
+def _copied(graph: fx.Graph, node: fx.Node, copied: dict[fx.Node, fx.Node]) -> fx.Node:
+    """A node in the printed graph. Sizes are read by method: functorch has no rule for the operator."""
+    if node.target is torch.ops.aten.sym_size.int:
+        source, axis = node.args
+        assert isinstance(source, fx.Node)
+        return graph.call_method("size", (copied[source], axis))
+    return graph.node_copy(node, copied.__getitem__)
 
 
 def _hold(
