@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ from gatecc.scope.scope import (
 )
 
 HISTORY = "_gatecc_history"
+AFTER: list[Callable[[nn.Module], None]] = []  # called with each model that was transformed or reverted
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +103,8 @@ def rewritten(
         undo.run(target)
         raise
     vars(target)[HISTORY] = (*history(model), step)
+    for call in AFTER:
+        call(target)
     return target
 
 
@@ -133,6 +136,8 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     for _, module, _ in list(scopes(target)):
         remove(module)
     vars(target).pop(HISTORY, None)
+    for call in AFTER:
+        call(target)
     return model if inplace else compiled_like(model, target)
 
 

@@ -20,8 +20,8 @@ from gatecc.ir.widen import Rows, narrow, widen
 
 Build = Callable[[], nn.Module]
 Fill = Callable[[Any, nn.Module], None]
-Kinds = dict[str, list[Any]]  # FQN -> [dtype, shape]
 Values = dict[nn.Parameter, torch.Tensor]  # what parameters shall hold for a while
+Tensors = dict[str, torch.Tensor]  # a state dict
 
 
 class Ledger(Protocol):
@@ -58,9 +58,9 @@ class Effect(ABC):
         """What the parameters that it brought would hold with noise: a gate that starts at 1 then shows its effect."""
         return {}
 
-    def before(self, kinds: Kinds, same: Mapping[str, str]) -> Kinds:
-        """Dtypes and shapes of a state dict without it. ``same``: the first name of each tied parameter."""
-        return kinds
+    def before(self, state: Tensors, same: Mapping[str, str]) -> Tensors:
+        """A state dict as it was without it, bitwise. ``same``: the first name of each tied parameter."""
+        return state
 
     def to_json(self) -> list[Any]:
         """Plain data: the kind, the path and the numbers. Two effects are the same if this is."""
@@ -117,8 +117,8 @@ class NewModule(Effect):
     def noisy(self, layer: nn.Module, generator: torch.Generator) -> Values:
         return {p: p.data + noise(p.data, generator) for p in layer.get_submodule(self.path).parameters()}
 
-    def before(self, kinds: Kinds, same: Mapping[str, str]) -> Kinds:
-        return {name: kind for name, kind in kinds.items() if not name.startswith(f"{self.path}.")}
+    def before(self, state: Tensors, same: Mapping[str, str]) -> Tensors:
+        return {name: t for name, t in state.items() if not name.startswith(f"{self.path}.")}
 
     def placed(self, fqn: str) -> Effect:
         return NewModule(super().placed(fqn).path)  # closures hold graphs, and no file can
@@ -139,6 +139,9 @@ class ScaleWeight(Effect):
 
     def describe(self) -> str:
         return f"scale {self.path} by {self.factor:g}"
+
+    def before(self, state: Tensors, same: Mapping[str, str]) -> Tensors:
+        return _changed(self.path, state, same, lambda t: t * (1 / self.factor))
 
     def to_json(self) -> list[Any]:
         return [*super().to_json(), self.factor]
@@ -174,13 +177,8 @@ class WidenWeight(Effect):
         own = self.rows.narrow(parameter.data)
         return {parameter: self.rows.widen(own, new + noise(new, generator))}
 
-    def before(self, kinds: Kinds, same: Mapping[str, str]) -> Kinds:
-        first = same.get(self.path, self.path)
-        height = self.rows.groups * self.rows.old
-        return {
-            name: [dtype, [height, *shape[1:]]] if same.get(name, name) == first else [dtype, shape]
-            for name, (dtype, shape) in kinds.items()
-        }
+    def before(self, state: Tensors, same: Mapping[str, str]) -> Tensors:
+        return _changed(self.path, state, same, self.rows.narrow)
 
     def to_json(self) -> list[Any]:
         return [*super().to_json(), list(self.rows)]
@@ -194,6 +192,14 @@ def noise(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     scale = 0.5 if x.dim() < 2 else (x.shape[0] / max(x.numel(), 1)) ** 0.5
     kind = x.dtype if x.is_floating_point() or x.is_complex() else torch.float32
     return (torch.randn(x.shape, generator=generator) * scale).to(device=x.device, dtype=kind)
+
+
+def _changed(
+    path: str, state: Tensors, same: Mapping[str, str], change: Callable[[torch.Tensor], torch.Tensor]
+) -> Tensors:
+    """A state dict with one parameter changed, under all of its names."""
+    first = same.get(path, path)
+    return {name: change(t.detach()) if same.get(name, name) == first else t for name, t in state.items()}
 
 
 def _refuse_shared(path: str, new: nn.Module, layer: nn.Module) -> None:
