@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import gatecc
-from gatecc.capture.adapters import adapted
+from gatecc.capture.adapters import adapted, caches_off
 from tests.zoo.spec import Case, Inputs
 from tests.zoo.truth import Truth, observe
 
@@ -84,6 +86,55 @@ def check_modes(case: Case, gated: nn.Module) -> None:
     finally:
         case.model.eval()
         gated.eval()
+
+
+MODES = [(training, gradients) for training in (False, True) for gradients in (True, False)]
+
+
+def check_acts(case: Case, gated: nn.Module, new: set[str]) -> None:
+    """Each gate alone, with random values, moves the outputs in all four modes, through the model's own call.
+
+    One gate that acts must not hide another that is gone past, so they take turns; with gradients and without they give
+    the same in eval mode. torch's fused paths are left as the user has them.
+    """
+    gates = {name.rpartition(".")[0] for name in new}
+    for training, gradients in MODES:
+        expected = called(case.model, case.inputs, training, gradients)
+        for gate in sorted(gates):
+            with random_values(gated.get_submodule(gate)):
+                got = called(gated, case.inputs, training, gradients)
+                other = got if training else called(gated, case.inputs, training, not gradients)
+            assert worst(expected, got) > 1e-5, f"{gate}: training {training}, gradients {gradients}"
+            assert worst(got, other) <= 1e-5, f"{gate}: gradients matter"
+
+
+def called(model: nn.Module, inputs: Inputs, training: bool, gradients: bool) -> list[Tensor]:
+    """The floating-point output tensors in a mode, from the same seed. Caches alone are off."""
+    model.train(training)
+    try:
+        with torch.set_grad_enabled(gradients), caches_off(model), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            out = model(*inputs.args, **inputs.kwargs)
+    finally:
+        model.eval()
+    leaves = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [leaf.detach() for leaf in leaves]
+
+
+@contextmanager
+def random_values(gate: nn.Module) -> Generator[None]:
+    """A gate with random parameters for a while."""
+    before = {name: p.detach().clone() for name, p in gate.named_parameters()}
+    generator = torch.Generator().manual_seed(11)
+    try:
+        with torch.no_grad():
+            for p in gate.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator))
+        yield
+    finally:
+        with torch.no_grad():
+            for name, p in gate.named_parameters():
+                p.copy_(before[name])
 
 
 def new_parameters(model: nn.Module, gated: nn.Module) -> set[str]:

@@ -1,4 +1,4 @@
-"""Identity gates on the architectures of the zoo: sites, equality, gradients, sizes, masks, modes.
+"""Identity gates on the architectures of the zoo: sites, equality, gradients, sizes, masks, modes; random gates act.
 
 By default one architecture in four runs, in every family; GATECC_ZOO=all runs all variants.
 """
@@ -43,5 +43,7 @@ def test_identity_gates(name: str, spec: Spec) -> None:
         gated = gatecc.transform(case.model, [Gate(Attention[...].heads, spec_of_self)], (case.args, case.kwargs))
     gates.check_sites(gatecc.last_report(gated), truth)
     gates.check_identity(case, gated)
-    gates.check_gradients(case, gated, gates.new_parameters(case.model, gated))
+    new = gates.new_parameters(case.model, gated)
+    gates.check_gradients(case, gated, new)
     gates.check_modes(case, gated)
+    gates.check_acts(case, gated, new)
