@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import random
+import sys
 import time
 from collections.abc import Collection, Generator, Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from gatecc.analysis import in_mode
 from gatecc.capture.adapters import caches_off
+from gatecc.capture.shield import callers_device, random_states_kept
 from gatecc.capture.signature import copied
 from gatecc.check import compare
 from gatecc.errors import ContractError, GateccError
@@ -233,7 +235,13 @@ class _Look:
         seen = _Seen()
         args, kwargs = copied(self.call)
         with ExitStack() as stack:
-            for context in (_holding(values), caches_off(self.model), in_mode(self.model, mode.training), _seeded()):
+            for context in (
+                _holding(values),
+                caches_off(self.model),
+                in_mode(self.model, mode.training),
+                _seeded(),
+                callers_device(),
+            ):
                 stack.enter_context(context)
             stack.enter_context(torch.set_grad_enabled(mode.gradients))
             if watch:
@@ -271,15 +279,13 @@ class _Look:
 
 @contextmanager
 def _seeded() -> Generator[None]:
-    """The same random numbers in every call, of torch and of Python; the caller's go on as if nothing had been."""
-    state = random.getstate()
-    with torch.random.fork_rng(devices=[]):
+    """The same random numbers in every call; the caller's go on as if nothing had been."""
+    with random_states_kept():
         torch.manual_seed(0)
         random.seed(0)
-        try:
-            yield
-        finally:
-            random.setstate(state)
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed(0)
+        yield
 
 
 def _line(error: Exception | None) -> str:

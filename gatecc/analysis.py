@@ -14,7 +14,7 @@ from gatecc.capture import capture
 from gatecc.capture.compiled import behind, refuse_compiled
 from gatecc.capture.record import RecordedCall, record_calls
 from gatecc.capture.shield import callers_device, shielded
-from gatecc.capture.signature import split_inputs
+from gatecc.capture.signature import copied, split_inputs
 from gatecc.errors import CaptureError, ExampleInputsError, UnsupportedModelError
 from gatecc.ir.cost import cost
 from gatecc.ir.match import find_sites
@@ -223,6 +223,7 @@ def _timed(analysis: Analysis, name: str, before: int, work: Callable[[], T], pr
 def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     try:
         with torch.no_grad(), callers_device():
+            args, kwargs = copied((args, kwargs))
             model(*args, **kwargs)
     except Exception as e:
         raise ExampleInputsError(

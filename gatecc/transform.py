@@ -16,11 +16,12 @@ from gatecc.capture.compiled import behind, compiled_like
 from gatecc.capture.record import record_calls
 from gatecc.capture.shield import shielded
 from gatecc.capture.signature import split_inputs
-from gatecc.check import Checked, check, reference
-from gatecc.errors import ArgumentError, CaptureError, SiteRefusedError
+from gatecc.check import Checked, Reference, at_another_size, check, reference
+from gatecc.errors import ArgumentError, CaptureError, EmptySelectionError, GraphError, SiteRefusedError
 from gatecc.installer import Installer, Undo, caches_on
 from gatecc.ir.rewrite import Recipe, Rewrite
 from gatecc.ir.weights import Effect
+from gatecc.one_more import one_more
 from gatecc.planning import Plan, called_modules, plans_of
 from gatecc.recipes import resolve
 from gatecc.report import PassRow, Report
@@ -47,6 +48,18 @@ class Step:
     caches: tuple[Any, ...] = ()  # configurations whose use_cache was switched off
     switches: tuple[Switch, ...] = ()  # fast paths of torch that were switched off
     missed: tuple[str, ...] = ()  # modules that some mode goes past, so that a parent is the scope
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is to be done. ``look``: call the result in four modes; ``missed``: modules known to be gone past."""
+
+    recipe: Recipe
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    scope: str
+    look: bool
+    missed: frozenset[str]
 
 
 @shielded
@@ -89,13 +102,19 @@ def rewritten(
     check_model(model)
     if scope not in ("auto", "model"):
         raise ArgumentError("unknown scope", found=repr(scope), expected='"auto" or "model"')
+    task = _Task(wanted, args, kwargs, scope, look=verify, missed=frozenset(missed))
     undo = Undo()
     with evaluation(model):
         before = reference(model, args, kwargs) if verify else None
     target = model if inplace else _copy(model)
     try:
         with evaluation(target):
-            step = _transform(target, wanted, args, kwargs, scope, undo, verify, missed)
+            analysis = analyse(target, args, kwargs)
+            if before is not None:
+                with evaluation(model):
+                    at_another_size(before, model, one_more(analysis.programs, analysis.sites, args, kwargs))
+                _check_apart(model, task, analysis, before)
+            step = _transform(target, task, analysis, undo)
             if before is not None:
                 outcome = check(before, target, wanted, args, kwargs)
                 step = replace(step, report=_checked(step.report, outcome))
@@ -152,28 +171,42 @@ def _copy(model: nn.Module) -> nn.Module:
         ) from e
 
 
-def _transform(
-    model: nn.Module,
-    recipe: Recipe,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    scope: str,
-    undo: Undo,
-    verify: bool,
-    known: Collection[str],
-) -> Step:
-    analysis = analyse(model, args, kwargs)
+def _check_apart(model: nn.Module, task: _Task, analysis: Analysis, before: Reference) -> None:
+    """Check rewrites that keep the model's function by themselves, if others of their recipe change it.
+
+    Together they cannot be compared with the original. Raises ContractError.
+    """
+    kept = tuple(r for r in task.recipe.rewrites if r.contract().checked)
+    if not kept or len(kept) == len(task.recipe.rewrites):
+        return
+    alone = replace(task, recipe=replace(task.recipe, rewrites=kept), look=False)
+    try:
+        twin = _copy(model)
+        with evaluation(twin):
+            _transform(twin, alone, analysis, Undo())
+            outcome = check(replace(before, notes=[]), twin, alone.recipe, task.args, task.kwargs)
+    except (ArgumentError, CaptureError, EmptySelectionError, GraphError, SiteRefusedError) as e:
+        names = ", ".join(map(str, kept))
+        before.notes.append(
+            f"{names} not checked: cannot be done without the rewrites that change the function: {e.what}"
+        )
+        return
+    before.notes.append(f"{', '.join(map(str, kept))} checked without the others: {outcome.error:.1e}")
+
+
+def _transform(model: nn.Module, task: _Task, analysis: Analysis, undo: Undo) -> Step:
+    recipe, args, kwargs, scope = task.recipe, task.args, task.kwargs, task.scope
     report = report_of(model, analysis)
     report.recipe = recipe.name
     parameters = parameter_count(model)
     called = called_modules(model, args, kwargs)
     too_small: set[str] = set()
-    missed = set(known)
+    missed = set(task.missed)
     while True:
         plans, left_out = plans_of(model, recipe, analysis, scope, called - missed, too_small)
         work = Installer(model, recipe, undo, report)
         failed = _install(work, plans, {p.fqn for p in analysis.programs}, args, kwargs)
-        more = set[str]() if failed else _seen_to_act(work, plans, analysis, verify, (args, kwargs))
+        more = set[str]() if failed else _seen_to_act(work, plans, analysis, task)
         if not failed and not more:
             break
         too_small |= failed
@@ -181,6 +214,7 @@ def _transform(
         undo.run(model)
         report.rewrites.clear()
     report.refusals = [*report.refusals, *left_out]
+    report.notes = list(dict.fromkeys(report.notes))
     if reason := _keeps_no_cache(model):
         undo.caches += switch_caches(model)
         if undo.caches:
@@ -232,7 +266,7 @@ def _install(
     return set()
 
 
-def _seen_to_act(work: Installer, plans: list[Plan], analysis: Analysis, verify: bool, call: Any) -> set[str]:
+def _seen_to_act(work: Installer, plans: list[Plan], analysis: Analysis, task: _Task) -> set[str]:
     """Switch off what goes past the scopes, and see that they act in every mode. Returns those that some mode misses: a
     parent reads their weights and does not call them, so the parent has to be the scope.
 
@@ -243,9 +277,9 @@ def _seen_to_act(work: Installer, plans: list[Plan], analysis: Analysis, verify:
     if switches:
         where = ", ".join(dict.fromkeys(s.fqn or type(model).__name__ for s in switches))
         report.notes.append(f"torch's fused path is off in {where}: it reads weights past the rewritten modules")
-    if not verify:
+    if not task.look:
         return set()
-    found = acts(model, [p.fqn for p in plans], work.effects, call)
+    found = acts(model, [p.fqn for p in plans], work.effects, (task.args, task.kwargs))
     largest = {p.fqn for p in analysis.programs}
     for fqn, error in found.missed.items():
         if fqn in largest or fqn not in {p.fqn for p in plans}:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
@@ -12,6 +13,10 @@ from torch import Tensor, nn
 import gatecc
 from gatecc.check import Checked, check, compare, reference
 from gatecc.errors import ContractError
+from gatecc.ir.contract import Contract, changes_function, identity_at_init
+from gatecc.ir.edit import Editor
+from gatecc.ir.rewrite import Rewrite
+from gatecc.ir.site import Site
 from tests.recipes.tiny import tiny
 
 T = torch.tensor
@@ -77,3 +82,54 @@ def test_a_small_difference_is_looked_at_in_float64() -> None:
     gated.get_parameter("blocks.0.attn.gate.bias").data += 1e-4
     with pytest.raises(ContractError):
         checked(0.0)
+
+
+@dataclass(frozen=True)
+class Times(Rewrite):
+    """Multiplies a value by a constant, and promises that it keeps the function, or not."""
+
+    name = "times"
+    factor: float = 1.0
+    promises: bool = True
+
+    def contract(self) -> Contract:
+        return identity_at_init() if self.promises else changes_function()
+
+    def rewrite(self, site: Site, edit: Editor) -> None:
+        node = site.values[self.site.stage].node
+        edit.replace(node, edit.call(torch.mul, node, self.factor, name="product"))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_rewrite_that_changes_the_function_does_not_hide_one_that_must_not(inplace: bool) -> None:
+    x = torch.randn(2, 7, 16)
+    doubles, out = Times(gatecc.Attention[...].heads, 2.0, promises=False), gatecc.Attention[...].out
+    plain = tiny(layers=1).eval()
+    expected = plain(x)
+    with pytest.raises(ContractError) as caught:
+        gatecc.transform(plain, [doubles, Times(out, 1.5)], (x,), inplace=inplace)
+    assert caught.value.where.startswith("times attention[...].out at blocks.0.attn#0")
+    assert torch.equal(plain(x), expected)
+    changed = gatecc.transform(plain, [doubles, Times(out)], (x,), inplace=inplace)
+    assert any("checked without the others" in note for note in gatecc.last_report(changed).notes)
+    assert not torch.allclose(changed(x), expected, atol=1e-3)
+
+
+def test_a_model_that_changes_its_input_in_place_leaves_the_callers_alone() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny(layers=1)
+
+        def forward(self, x: Tensor, state: Tensor) -> Tensor:
+            state += 1
+            x.mul_(2)
+            return self.inner(x) + state
+
+    x, state = torch.randn(2, 7, 16), torch.zeros(2, 7, 16)
+    before = x.clone()
+    model = InPlace().eval()
+    gated = gatecc.transform(model, "gated-attention", (x, state))
+    assert torch.equal(x, before)
+    assert not state.any()
+    assert torch.allclose(gated(x.clone(), state.clone()), model(x.clone(), state.clone()), atol=1e-6)

@@ -11,7 +11,7 @@ from torch import nn
 
 from gatecc.capture.adapters import adapted
 from gatecc.capture.shield import callers_device
-from gatecc.capture.signature import OpaqueArgumentError, map_tensors
+from gatecc.capture.signature import OpaqueArgumentError, copied, map_tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,8 @@ def record_calls(
 ) -> tuple[dict[str, list[RecordedCall]], Any]:
     """Run ``model(*args, **kwargs)`` without gradients and return the calls of ``fqns``, and the model's output.
 
-    Calls that hold something other than tensors and constants are kept as they are, uncopied.
+    The model gets copies of the tensors, for it may change them in place. Calls that hold something other than tensors
+    and constants are kept as they are, uncopied.
     """
     calls: dict[str, list[RecordedCall]] = {fqn: [] for fqn in fqns}
     handles = [
@@ -38,6 +39,7 @@ def record_calls(
     ]
     try:
         with torch.no_grad(), adapted(model), callers_device():
+            args, kwargs = copied((args, kwargs))
             output = model(*args, **kwargs)
     finally:
         for handle in handles:
