@@ -222,3 +222,19 @@ class TrainingError(GateccError):
     """
 
     code = "GCC016"
+
+
+class MaskFormError(GateccError, RuntimeError):
+    """A call's attention mask has another form than the one that a rewrite was made for.
+
+    What took the place of softmax attention does not read a mask key by key: that it is causal (or bidirectional, or a
+    window) was proved where the model makes it. A layer that is given its mask as a tensor therefore asserts on every
+    call that it has the proved form, with padding and with packed sequences; any other mask is this error, never
+    ignored. Calls with a 2-D ``attention_mask``, with ``position_ids`` that restart, or with a 4-D mask of the proved
+    form are fine.
+
+    Fails: ``transform(llama, "gla", inputs)(ids, attention_mask=prefix_lm_mask)``: tokens of the prefix see later ones.
+    Mended: a causal mask with padding; ``keep=`` leaves layers with softmax attention, which takes any mask.
+    """
+
+    code = "GCC180"

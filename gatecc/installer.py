@@ -93,8 +93,9 @@ class Installer:
         old = scope_of(module)
         self.undo.states.append((module, old))
         applied = (*(old.applied if old else ()), *plan.applied)
-        kind = (structure(module), applied)
-        state = Scope(plan.fqn, applied)
+        masks = {**(old.masks if old else {}), **plan.masks}
+        kind = (structure(module), applied, tuple(sorted(masks.items(), key=str)))
+        state = Scope(plan.fqn, applied, masks=masks)
         if old:
             state.own, state.widened = set(old.own), dict(old.widened)
         install(module, state)

@@ -11,10 +11,12 @@ from gatecc.analysis import Analysis
 from gatecc.capture.record import record_calls
 from gatecc.errors import EmptySelectionError, SiteRefusedError
 from gatecc.ir.edit import CONTAINERS
+from gatecc.ir.mask import Mask
 from gatecc.ir.program import Program, origin
 from gatecc.ir.rewrite import Recipe, Rewrite
 from gatecc.ir.select import select
 from gatecc.ir.site import Refusal, Site
+from gatecc.scope.masks import Proved, proved_masks, relative
 from gatecc.scope.scope import Application, outside_scopes
 
 
@@ -24,6 +26,7 @@ class Plan:
 
     fqn: str
     applied: list[Application] = field(default_factory=list[Application])
+    masks: Proved = field(default_factory=dict[tuple[str, int], Mask])  # of its attention sites, where it was proved
 
 
 def called_modules(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
@@ -65,9 +68,11 @@ def plans_of(
         for fqn, sites in chosen.items():
             merged.setdefault(outer[fqn], []).extend(sites)
         for fqn, sites in merged.items():
-            places = dict.fromkeys((_relative(s.owner, fqn), s.ordinal) for s in sites)
+            places = dict.fromkeys((relative(s.owner, fqn), s.ordinal) for s in sites)
             _check_calls(rewrite, sites, analysis.sites)
-            plans.setdefault(fqn, Plan(fqn)).applied.append(Application(rewrite, tuple(places)))
+            plan = plans.setdefault(fqn, Plan(fqn))
+            plan.applied.append(Application(rewrite, tuple(places)))
+            plan.masks |= proved_masks(sites, fqn)
     return list(plans.values()), left_out
 
 
@@ -140,7 +145,3 @@ def _common(a: str, b: str) -> str:
             break
         parts.append(x)
     return ".".join(parts)
-
-
-def _relative(owner: str, fqn: str) -> str:
-    return owner[len(fqn) :].lstrip(".") if fqn else owner

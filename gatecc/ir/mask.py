@@ -12,6 +12,8 @@ class Mask:
 
     ``padding``: the mask also depends on a padding mask that is an input. ``bias``: finite values are added to allowed
     scores as well (ALiBi, relative positions). ``unknown`` means that nothing was proved, ``reason`` says why.
+    ``asserted``: the graph is given the mask as a tensor, and the kind was proved in a larger graph: whoever relies on
+    it must assert the form of the tensor on every call (`gatecc.ops.sequences`).
     """
 
     kind: Literal["bidirectional", "causal", "sliding_window", "packed", "unknown"]
@@ -19,6 +21,7 @@ class Mask:
     padding: bool = False
     bias: bool = False
     reason: str = ""
+    asserted: bool = False
 
     def __str__(self) -> str:
         text = self.kind if self.window is None else f"{self.kind}({self.window})"

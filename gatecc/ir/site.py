@@ -31,6 +31,15 @@ class Value:
     axes: str
 
 
+@dataclass(frozen=True, eq=False)
+class Masking:
+    """A tensor that masks the scores of attention: True where a key is "seen" or "hidden", or "added" or "subtracted"
+    (an added boolean is True where a key is seen)."""
+
+    node: fx.Node
+    how: Literal["seen", "hidden", "added", "subtracted"]
+
+
 @dataclass(frozen=True)
 class Weight:
     """A weight matrix of a site. ``orientation`` says which axis is the output: Linear is "out_in", Conv1D "in_out".
@@ -106,6 +115,8 @@ class Attention(Site):
     sinks: bool = False  # the softmax sees a further logit that belongs to no key
     mask: Mask
     mask_node: fx.Node | None = None
+    maskings: tuple[Masking, ...] = ()  # all tensors that mask or bias the scores, in order; mask_node is the last
+    mask_whole: bool = True  # nothing but these hides keys
     dropout: float = 0.0
     rotary: bool = False
     cross: bool = False  # keys come from another sequence than queries

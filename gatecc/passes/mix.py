@@ -18,6 +18,7 @@ from gatecc.ir.site import Attention, Recurrent, Site, Value
 from gatecc.passes.mixers import Mixer, Place
 from gatecc.passes.operands import condition, stage, static_sizes
 from gatecc.passes.operands import place as where
+from gatecc.passes.padding import token_mask
 from gatecc.passes.recurrent import replace_recurrent
 from gatecc.passes.windows import biases, grid, prove_regions, seen
 
@@ -73,6 +74,7 @@ class Mix(Rewrite):
         visible = _visible(found, self.mixer)
         place = _place(found, visible, self.mixer, edit)
         path = edit.module(self.label, lambda: self._module(place, edit))
+        _check_direction(attribute(edit.program.module, path), place, self.mixer, found)
         _check_length(attribute(edit.program.module, path), place, self.mixer, found)
         if self.mixer.windows:
             _same_windows(path, place, edit)
@@ -90,7 +92,7 @@ class Mix(Rewrite):
     def _hidden(self, site: Attention, q: fx.Node, edit: Editor) -> fx.Node | None:
         """The mask that the module takes after the stages, if there is one."""
         if not self.mixer.windows:
-            return _padding(site, edit)
+            return token_mask(site, q, self.mixer.packs, edit)
         if self.mixer.regions:
             prove_regions(site, edit.program)
         return seen(site, q, edit)
@@ -121,7 +123,8 @@ def _visible(site: Attention, mixer: Mixer) -> bool:
     """Whether the site is causal. SiteRefusedError if that is not proved, or the mixer cannot keep it."""
     if mixer.windows and not site.mask.causal:
         return False
-    pattern = {"sliding_window": "causal"}.get(site.mask.kind, site.mask.kind)
+    kind = site.mask.kind
+    pattern = "causal" if kind == "sliding_window" or (kind == "packed" and mixer.packs) else kind
     if pattern in mixer.masks and (mixer.pads or not site.mask.padding):
         return pattern == "causal"
     wanted = " or ".join(mixer.masks) + ("" if mixer.pads else " without padding")
@@ -200,6 +203,18 @@ def _check_length(module: Any, place: Place, mixer: Mixer, site: Attention) -> N
         )
 
 
+def _check_direction(module: Any, place: Place, mixer: Mixer, site: Attention) -> None:
+    """A mixer is made for queries that see earlier keys alone, or for all."""
+    if module.place.causal != place.causal:
+        raise SiteRefusedError(
+            f"{mixer.tag} was made for another mask",
+            where=where(site),
+            found=f"the mask is {site.mask} in this kind of call",
+            expected="a causal mask, as in the example inputs" if module.place.causal else "a bidirectional mask",
+            do="call the model as in the example inputs, or transform a model of each kind",
+        )
+
+
 def _input(name: str, site: Attention, edit: Editor) -> fx.Node:
     """An input of the model with features of tokens or of pairs of them."""
     q = stage(site, "q")
@@ -269,26 +284,4 @@ def put_back(x: Tensor, have: str, wanted: str, groups: int) -> Tensor:
     return x.flatten(wanted.index("g"), wanted.index("g") + 1) if "g" in wanted else x
 
 
-def _padding(site: Attention, edit: Editor) -> fx.Node | None:
-    """(B, N), False at padding, read from the row of the mask that sees every other key: the last."""
-    if not site.mask.padding:
-        return None
-    node = site.mask_node
-    if node is None or site.mask.kind == "sliding_window":
-        raise SiteRefusedError(
-            "padding cannot be told from the window",
-            where=where(site),
-            found=f"the mask is {site.mask}",
-            do="call the model without a padding mask, or leave this site out",
-        )
-    return edit.call(last_row, node, len(shape(node)), name="keep")
-
-
-def last_row(mask: Tensor, rank: int) -> Tensor:
-    """mask: (B, 1 or H, N or 1, N), boolean or additive -> (B, N), True where a key is seen by the last query."""
-    row = mask[:, :, -1] if rank == 4 else mask[:, -1]
-    row = row[:, 0] if row.dim() == 3 else row
-    return row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
-
-
-__all__ = ["Mix", "laid_out", "last_row", "put_back"]
+__all__ = ["Mix", "laid_out", "put_back"]

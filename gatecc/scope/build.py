@@ -23,6 +23,7 @@ from gatecc.ir.verify import Before, Suspect, verify
 from gatecc.ir.weights import Effect
 from gatecc.passes.canonicalize import canonicalize
 from gatecc.scope.family import Entry
+from gatecc.scope.masks import handed_down
 from gatecc.scope.python_path import PythonPath, python_path
 from gatecc.scope.state import Scope, base_forward
 from gatecc.scope.variant import Variant
@@ -134,6 +135,7 @@ def rewrite_program(program: Program, state: Scope, sites: list[Site]) -> list[l
     """Do every application of a scope on a program, verifying after each of them."""
     editors: list[list[Editor]] = []
     taken: set[str] = set()
+    sites = [handed_down(site, program, state.masks) for site in sites]
     work = Sites(sites)
     for application in state.applied:
         places = set(application.sites)

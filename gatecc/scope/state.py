@@ -10,9 +10,11 @@ from typing import Any, cast
 from torch import nn
 
 from gatecc.capture.signature import Key
+from gatecc.ir.mask import Mask
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.widen import Rows
 from gatecc.scope.family import Entry, Family
+from gatecc.scope.masks import Proved
 from gatecc.scope.python_path import PythonPath
 
 STATE = "_gatecc"
@@ -38,6 +40,7 @@ class Scope:
     refused: dict[Key, str] = field(default_factory=dict[Key, str])  # calls that could not be captured, and why
     trusted: list[Entry] = field(default_factory=list[Entry])  # entries captured on, or proved for, this layer
     widened: dict[str, Rows] = field(default_factory=dict[str, Rows])  # weights of the model that hold new rows
+    masks: Proved = field(default_factory=dict[tuple[str, int], Mask])  # of its attention sites, where it was proved
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "refused": {}, "trusted": [], "family": Family()}
@@ -52,6 +55,7 @@ class Scope:
             dict(self.refused),
             list(self.trusted),
             dict(self.widened),
+            dict(self.masks),
         )
 
 

@@ -83,7 +83,8 @@ def _merged(states: dict[str, Scope]) -> Scope:
         for a in state.applied
     ]
     own = {_joined(fqn, path) for fqn, state in states.items() for path in state.own}
-    return Scope("", tuple(applied), own=own)
+    masks = {(_joined(fqn, at), i): mask for fqn, state in states.items() for (at, i), mask in state.masks.items()}
+    return Scope("", tuple(applied), own=own, masks=masks)
 
 
 def _joined(fqn: str, path: str) -> str:

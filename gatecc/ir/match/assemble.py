@@ -24,12 +24,12 @@ from gatecc.ir.match.qkv import (
     unflattened,
     weight_of,
 )
-from gatecc.ir.match.scores import Scores, constant, mask_operand, scalar_factor, scale_of, soft_cap, unshifted
+from gatecc.ir.match.scores import Scores, constant, maskings, scalar_factor, scale_of, soft_cap, unshifted
 from gatecc.ir.match.stream import same_stream
 from gatecc.ir.match.values import Weighing, dropout_of
 from gatecc.ir.ops import CASTS, RESHAPES, TRANSPOSES, argument, opname
 from gatecc.ir.program import origin
-from gatecc.ir.site import Attention, Value, Weight
+from gatecc.ir.site import Attention, Masking, Value, Weight
 from gatecc.ir.sizes import example_sizes, node_shape, numel, same
 
 Roles = dict[str, str]  # from the letter of an axis in a product to its letter in a site
@@ -83,6 +83,7 @@ class Assembler:
         count, kv_count = self._count(q), self._count(k)
         output = find_output(parts.core, _width(heads, count), flow)
         values = {"q": Value(q.node, q.axes), "k": Value(k.node, k.axes), "v": Value(v.node, v.axes), "heads": heads}
+        masks, whole = _maskings(parts)
         values |= self._raw(q, k) | self._streams(q, k, v, output) | self._inner(parts, roles)
         return Attention(
             owner=parts.owner,
@@ -99,7 +100,9 @@ class Assembler:
             soft_cap=soft_cap(parts.scores, flow) if parts.scores else None,
             sinks=bool(parts.scores and parts.scores.sinks),
             mask=self.masks.classify(self._mask_graph(parts, roles)),
-            mask_node=mask_operand(parts.scores) if parts.scores else _node(argument(parts.core, 3, "attn_mask")),
+            mask_node=masks[-1].node if masks else None,
+            maskings=tuple(masks),
+            mask_whole=whole,
             dropout=self._dropout(parts),
             rotary=bool(q.origins and q.origins.rotary),
             cross=self._cross(q, k),
@@ -309,6 +312,15 @@ class Assembler:
 
 def _node(value: object) -> fx.Node | None:
     return value if isinstance(value, fx.Node) else None
+
+
+def _maskings(parts: Parts) -> tuple[list[Masking], bool]:
+    """What masks the scores, and whether nothing else hides keys."""
+    if parts.scores is not None:
+        found, whole = maskings(parts.scores)
+        return found, whole and not _is_edited(parts)
+    given = _node(argument(parts.core, 3, "attn_mask"))
+    return [] if given is None else [Masking(given, "added")], not argument(parts.core, 5, "is_causal")
 
 
 def _before_rotary(operand: _Operand) -> Value | None:

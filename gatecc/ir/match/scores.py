@@ -13,6 +13,7 @@ from gatecc.ir.dataflow import Flow
 from gatecc.ir.match.axes import axis_before, tensor_source
 from gatecc.ir.match.product import Product, product
 from gatecc.ir.ops import CASTS, CONTRACTIONS, DROPOUTS, TRANSPOSES, VIEWS, argument, opname
+from gatecc.ir.site import Masking
 from gatecc.ir.sizes import node_shape, numel, same
 
 _JOINS = frozenset("add sub rsub mul div maximum minimum max where cat pad constant_pad_nd copy slice_scatter".split())
@@ -213,19 +214,40 @@ def soft_cap(scores: Scores, flow: Flow) -> float | None:
     return None
 
 
-def mask_operand(scores: Scores) -> fx.Node | None:
-    """The tensor that masks or is added to the scores; the last one if there are several."""
+def maskings(scores: Scores) -> tuple[list[Masking], bool]:
+    """The tensors that mask or are added to the scores, in order, and whether these are all that may hide keys."""
     inside = {scores.source.node, *scores.path}
-    for node in reversed(scores.path):
+    found = [] if scores.source.addend is None else [Masking(scores.source.addend, "added")]
+    whole = True
+    for node in scores.path:
         name = opname(node)
-        if name in ("where", "masked_fill"):
-            condition = argument(node, 0 if name == "where" else 1, "mask")
-            return condition if isinstance(condition, fx.Node) else None
-        if name in ("add", "sub"):
-            others = [n for n in node.all_input_nodes if n not in inside and node_shape(n)]
-            if others and opname(others[0]) not in ("amax", "max", "getitem"):
-                return others[0]
-    return scores.source.addend
+        others = [n for n in node.all_input_nodes if n not in inside and node_shape(n)]
+        if name in ("add", "sub", "where", "masked_fill"):
+            one = _masking(node, others, inside)
+            found += [one] if one is not None else []
+            whole = whole and (one is not None or not others or _is_shift(others[0]))
+        elif name in _HIDING:
+            whole = False
+    return found, whole
+
+
+_HIDING = frozenset("rsub maximum minimum max cat pad constant_pad_nd copy slice_scatter tril triu index_put".split())
+
+
+def _is_shift(node: fx.Node) -> bool:
+    """The maximum of a row, which a softmax that is written out takes off."""
+    return opname(node) in ("amax", "max", "getitem")
+
+
+def _masking(node: fx.Node, others: list[fx.Node], inside: set[fx.Node]) -> Masking | None:
+    name = opname(node)
+    if name in ("where", "masked_fill"):
+        condition = argument(node, 0 if name == "where" else 1, "mask")
+        keeps = name == "where" and argument(node, 1, "self") in inside
+        return Masking(condition, "seen" if keeps else "hidden") if isinstance(condition, fx.Node) else None
+    if len(others) != 1 or _is_shift(others[0]) or node.kwargs or (name == "sub" and node.args[0] is others[0]):
+        return None
+    return Masking(others[0], "added" if name == "add" else "subtracted")
 
 
 def unshifted(node: fx.Node) -> fx.Node:

@@ -53,8 +53,8 @@ class Mixer(Option, slot="mixer"):
 
     The module maps q, k, v as (B, H, N, D), the latter two with their own number of heads, and hidden as (B, N, C), to
     heads (B, H, N, D) or out (B, N, C), as ``stage`` says. The inputs of the model that ``inputs`` names follow as they
-    are. Where there is padding, a last argument does: (B, N), False at padding; for a mixer of ``windows``
-    (B, 1 or H, N, N), False where a key is hidden.
+    are. Where there is padding, a last argument does: (B, N), False at padding, or for a mixer that ``packs`` integers,
+    see `gatecc.passes.mixers.packed`; for a mixer of ``windows`` (B, 1 or H, N, N), False where a key is hidden.
 
     A mixer that yields out takes the place of the projections too: what they hold is read no more.
     """
@@ -64,6 +64,7 @@ class Mixer(Option, slot="mixer"):
     fixed_length: ClassVar[bool] = False  # it has parameters for each token
     masks: ClassVar[tuple[str, ...]] = ("causal", "bidirectional")  # patterns that it can keep
     pads: ClassVar[bool] = True  # it can leave padding out
+    packs: ClassVar[bool] = False  # it can keep several sequences in a row apart
     windows: ClassVar[bool] = False  # it works on windows of an image, whose masks it takes as they are
 
     @property

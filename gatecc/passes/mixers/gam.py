@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatecc.passes.mixers.base import Mixer, MixerModule, Place
+from gatecc.passes.mixers.packed import causal_convolution, kept
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class GAM(Mixer, tag="gam"):
 
     stage: ClassVar[Literal["heads", "out"]] = "out"
     masks: ClassVar[tuple[str, ...]] = ("causal",)
+    packs: ClassVar[bool] = True
 
     slots: int = 512
     taps: int = 3
@@ -52,9 +53,9 @@ class GAMMixer(MixerModule):
 
     def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         """hidden: (B, N, C) -> out (B, N, C)."""
-        seen = hidden if mask is None else hidden * mask.unsqueeze(-1)
-        past = F.pad(seen.transpose(1, 2), (self.conv.weight.size(-1) - 1, 0))
-        local = self.conv(past).transpose(1, 2)
+        keep = kept(mask)
+        seen = hidden if keep is None else hidden * keep.unsqueeze(-1)
+        local = causal_convolution(seen.transpose(1, 2), self.conv.weight, self.conv.bias, mask).transpose(1, 2)
         recalled = (hidden @ self.memory.mT).softmax(-1) @ self.memory
         near, far = torch.sigmoid(self.gate(hidden)).chunk(2, -1)
         return near * local + far * recalled

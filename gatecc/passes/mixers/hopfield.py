@@ -11,6 +11,7 @@ from torch import Tensor
 from gatecc.ops.recurrence import Recurrence, of_weights
 from gatecc.passes.mixers.base import Mixer, MixerModule, Place
 from gatecc.passes.mixers.hybrid import grouped
+from gatecc.passes.mixers.packed import together
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Hopfield(Mixer, tag="hopfield"):
     """
 
     masks: ClassVar[tuple[str, ...]] = ("causal", "bidirectional")
+    packs: ClassVar[bool] = True
 
     steps: int = 3
     beta: float = 0.0
@@ -68,5 +70,5 @@ class HopfieldMixer(MixerModule):
             scores = scores.masked_fill(~seen, float("-inf"))
         if mask is not None:
             own = torch.eye(tokens, dtype=torch.bool, device=q.device)
-            scores = scores.masked_fill(~(mask[:, None, None, :] | own), float("-inf"))
+            scores = scores.masked_fill(~(together(mask) | own), float("-inf"))
         return scores.softmax(-1)

@@ -15,6 +15,7 @@ from gatecc.ops.recurrence import Recurrence, linear, softmax
 from gatecc.passes.mixers.base import Mixer, MixerModule, Place
 from gatecc.passes.mixers.decay import Decay, FromKeys
 from gatecc.passes.mixers.features import FeatureMap, Hedgehog, SoftmaxMap
+from gatecc.passes.mixers.packed import delayed, forgetting, is_packed, kept, together
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Liger(Mixer, tag="liger"):
     """
 
     masks: ClassVar[tuple[str, ...]] = ("causal",)
+    packs: ClassVar[bool] = True
 
     window: int = 64
     share: float = 0.5
@@ -63,7 +65,8 @@ class LigerMixer(MixerModule):
         at, mask = self.spec.named(values)
         q, k, v = at["q"], at["k"], at["v"]
         features, decay = self._far(at)
-        far, _ = linear_attention(*features, v.to(features[0].dtype), decay, scale=1.0, mask=mask)
+        decay = forgetting(decay, mask)
+        far, _ = linear_attention(*features, v.to(features[0].dtype), decay, scale=1.0, mask=kept(mask))
         near = window_attention(q, k, v, self._window(), self.place, mask)
         return torch.lerp(far.to(near.dtype), near, self.spec.share)
 
@@ -99,6 +102,7 @@ class LoLCATs(Mixer, tag="lolcats"):
     """
 
     masks: ClassVar[tuple[str, ...]] = ("causal",)
+    packs: ClassVar[bool] = True
 
     window: int = 64
     feature: FeatureMap = Hedgehog()
@@ -123,19 +127,23 @@ class LoLCATsMixer(MixerModule):
         self.weight = nn.Parameter(torch.full((place.heads, 1, 1), -2.1972245))  # the logit of 0.1
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """q: (B, H, N, D), k and v: (B, Hk, N, D), mask: (B, N), False at padding -> heads (B, H, N, Dv)."""
+        """q: (B, H, N, D), k and v: (B, Hk, N, D), mask: (B, N) -> heads (B, H, N, Dv)."""
         queries, keys = self.feature_q(q), self.feature_k(k)
         ones = torch.ones_like(v[..., :1])
         held = torch.cat([v, ones], -1).to(queries.dtype)
-        if mask is not None:
-            held = held * mask[:, None, :, None]  # padding has neither value nor weight
+        keep = kept(mask)
+        if keep is not None:
+            held = held * keep[:, None, :, None]  # padding has neither value nor weight
         late = [0, 0, self.spec.window, 0]  # a key enters the state when it leaves the window
-        far, _ = linear_attention(queries, _cut(keys, late), _cut(held, late), scale=1.0)
+        entering = _cut(held, late)
+        if mask is not None and is_packed(mask):  # not a key of the sequence before
+            entering = entering * delayed(mask, self.spec.window)[:, None, :, None]
+        far, _ = linear_attention(queries, _cut(keys, late), entering, forgetting(None, mask), scale=1.0)
         near = self._near(q, k, held, visible_keys(q.size(2), self.spec.window, q.device, mask))
         total = torch.sigmoid(self.weight.float()) * near + far
         weight = total[..., -1:]
-        if mask is not None:
-            weight = weight + ~mask[:, None, :, None]  # a padded query may see nothing
+        if keep is not None:
+            weight = weight + ~keep[:, None, :, None]  # a padded query may see nothing
         return (total[..., :-1] / weight).to(v.dtype)
 
     def _near(self, q: Tensor, k: Tensor, held: Tensor, seen: Tensor) -> Tensor:
@@ -159,12 +167,12 @@ def window_mask(tokens: int, window: int, device: torch.device) -> Tensor:
 
 
 def visible_keys(tokens: int, window: int, device: torch.device, mask: Tensor | None = None) -> Tensor:
-    """`window_mask` without padding: (N, N), or (B, 1, N, N) for a mask (B, N), False at padding."""
+    """`window_mask` without padding and other sequences: (N, N), or (B, 1, N, N) for a mask (B, N)."""
     seen = window_mask(tokens, window, device)
     if mask is None:
         return seen
     own = torch.eye(tokens, dtype=torch.bool, device=device)  # a padded query sees itself, so that it has a key
-    return (seen & mask[:, None, None, :]) | own
+    return (seen & together(mask)) | own
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, place: Place, mask: Tensor | None = None) -> Tensor:

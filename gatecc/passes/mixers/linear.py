@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatecc.errors import ArgumentError
@@ -15,6 +14,7 @@ from gatecc.ops.recurrence import Recurrence, linear
 from gatecc.passes.mixers.base import Mixer, MixerModule, Place
 from gatecc.passes.mixers.decay import Decay, FromKeys, NoDecay
 from gatecc.passes.mixers.features import FeatureMap, Plain
+from gatecc.passes.mixers.packed import causal_convolution, forgetting, is_packed, kept
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Linear(Mixer, tag="linear"):
     Under a bidirectional mask both directions run and are averaged; each has a decay of its own (ViG). Without a decay
     every token reads one state of all.
     """
+
+    packs: ClassVar[bool] = True
 
     feature: FeatureMap = Plain()
     decay: Decay = NoDecay()
@@ -96,9 +98,9 @@ class LinearMixer(MixerModule):
             )
         at, mask = self.spec.named(values)
         q, k, v = self._operands(at, mask)
-        decay = self._decay(0, at) if self.decays else None
+        decay = forgetting(self._decay(0, at) if self.decays else None, mask)
         scale = self.spec.scale or None
-        return linear(q, k, v, decay, self._beta(at), scale=scale, normalize=self.spec.normalize, mask=mask)
+        return linear(q, k, v, decay, self._beta(at), scale=scale, normalize=self.spec.normalize, mask=kept(mask))
 
     def finished(self, y: Tensor) -> Tensor:
         """y: (B, H, N, Dv), each head normalised if the mixer does so."""
@@ -107,11 +109,11 @@ class LinearMixer(MixerModule):
     def _operands(self, at: dict[str, Tensor], mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v as the operator reads them: convolved, their features taken."""
         q, k, v = (at[name] for name in self.spec.operands)
-        if mask is not None and self.convs:
-            keep = mask[:, None, :, None]
-            q, k, v = q * keep, k * keep, v * keep
-        for i, conv in enumerate(self.convs):
-            q, k, v = (conv(x) if j == i else x for j, x in enumerate((q, k, v)))
+        keep = kept(mask)
+        if keep is not None and self.convs:
+            q, k, v = (x * keep[:, None, :, None] for x in (q, k, v))
+        if self.convs:
+            q, k, v = (conv(x, mask) for conv, x in zip(self.convs, (q, k, v), strict=True))
         q, k = self.feature_q(q), self.feature_k(k)
         v = v.to(q.dtype)
         return q, k.to(q.dtype), v
@@ -119,10 +121,11 @@ class LinearMixer(MixerModule):
     def _mixed(self, q: Tensor, k: Tensor, v: Tensor, at: dict[str, Tensor], mask: Tensor | None) -> Tensor:
         scale = self.spec.scale or q.size(-1) ** -0.5
         beta = self._beta(at)
-        options: dict[str, Any] = {"scale": scale, "normalize": self.spec.normalize, "mask": mask}
+        options: dict[str, Any] = {"scale": scale, "normalize": self.spec.normalize, "mask": kept(mask)}
         if not self.place.causal and not self.decays and beta is None:
             return everything(q, k, v, scale, self.spec.normalize, mask)
         runs = [self._decay(i, at) for i in range(len(self.decays))] or [None] * (1 if self.place.causal else 2)
+        runs = [forgetting(g, mask, reverse=i > 0) for i, g in enumerate(runs)]
         outs = [linear_attention(q, k, v, g, beta, reverse=i > 0, **options)[0] for i, g in enumerate(runs)]
         return outs[0] if len(outs) == 1 else (outs[0] + outs[1]) * 0.5
 
@@ -142,16 +145,17 @@ class ShortConv(nn.Module):
         with torch.no_grad():
             self.weight[..., -1] = 1.0
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, H, N, D) -> the same shape."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x: (B, H, N, D), zero at padding -> the same shape."""
         flat = x.transpose(1, 2).flatten(2).transpose(1, 2)  # (B, H*D, N)
-        taps = self.weight.size(-1)
-        y = F.conv1d(F.pad(flat, (taps - 1, 0)), self.weight, groups=self.weight.size(0))
+        y = causal_convolution(flat, self.weight, mask=mask)
         return y.transpose(1, 2).unflatten(-1, (x.size(1), -1)).transpose(1, 2)
 
 
 def everything(q: Tensor, k: Tensor, v: Tensor, scale: float, normalize: bool, mask: Tensor | None) -> Tensor:
     """Linear attention of every token to all tokens: (phi(q) (phi(k)^T v)) [/ phi(q) · sum phi(k)]."""
+    if mask is not None and is_packed(mask):
+        return _everything_packed(q, k, v, scale, normalize, mask)
     if mask is not None:
         k = k * mask[:, None, :, None]
     if k.size(1) != q.size(1):
@@ -161,3 +165,19 @@ def everything(q: Tensor, k: Tensor, v: Tensor, scale: float, normalize: bool, m
         return o
     total = (q * k.sum(2, keepdim=True)).sum(-1, keepdim=True) * scale
     return o / torch.where(total == 0, torch.ones_like(total), total)
+
+
+def _everything_packed(q: Tensor, k: Tensor, v: Tensor, scale: float, normalize: bool, mask: Tensor) -> Tensor:
+    """`everything` in each sequence of a row: what comes before a token, what comes after it, less itself twice."""
+    held = torch.cat([v, torch.ones_like(v[..., :1])], -1) if normalize else v
+    ways = [
+        linear_attention(q, k, held, forgetting(None, mask, reverse=back), mask=kept(mask), scale=1.0, reverse=back)[0]
+        for back in (False, True)
+    ]
+    if k.size(1) != q.size(1):
+        k, held = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, held))
+    o = (ways[0] + ways[1] - (q * k).sum(-1, keepdim=True) * held * (mask > 0)[:, None, :, None]) * scale
+    if not normalize:
+        return o
+    total = o[..., -1:]
+    return o[..., :-1] / torch.where(total == 0, torch.ones_like(total), total)
