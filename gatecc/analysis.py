@@ -22,6 +22,7 @@ from gatecc.ir.program import Program
 from gatecc.ir.site import Refusal, Site
 from gatecc.passes.canonicalize import canonicalize
 from gatecc.report import GraphDump, GraphPair, PassRow, Report, RungRow, SiteRow, Totals
+from gatecc.scope.one_token import with_longer_masks
 from gatecc.scope.scope import plain
 
 Inputs = Any  # a tuple, a dict, or (tuple, dict)
@@ -192,6 +193,7 @@ def _analyse(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     analysis.passes.append(PassRow("capture", (time.process_time() - clock) * 1e3, 0, len(program.graph.nodes)))
     analysis.rungs.append(RungRow("", "whole"))
     add_program(analysis, program)
+    analysis.sites = with_longer_masks(model, args, kwargs, analysis.sites)
     return analysis
 
 

@@ -166,9 +166,8 @@ class SiteRefusedError(GateccError):
     the gate has parameters for another number of tokens than the call has. Nothing was changed. Sites that lack a value
     and were selected by ``...`` only are left out instead: the report lists them as refusals with this code.
 
-    Fails: ``transform(bert, "affine-attention", inputs_with_a_padding_mask)``: the keys that are summed would include
-    padding.
-    Mended: inputs of one length without a mask, or ``sites=`` that leaves the refused ones out.
+    Fails: ``transform(bert, "liger", inputs)``: its attention looks ahead, a window of recent keys does not.
+    Mended: ``transform(bert, "gla", inputs)``, which runs in both directions, or ``sites=`` that leaves them out.
     """
 
     code = "GCC011"

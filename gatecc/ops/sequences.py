@@ -37,7 +37,7 @@ def sequences(
     Raises MaskFormError if the mask has another form. Plain calls remember their results: the layers of a model share
     a mask.
     """
-    return torch.ops.gatecc.sequences(mask.detach(), causal, window or 0, biased, packed)
+    return torch.ops.gatecc.sequences(mask, causal, window or 0, biased, packed)
 
 
 def visible(mask: Tensor, biased: bool = False) -> Tensor:
@@ -137,7 +137,8 @@ def _error(mask: Tensor, number: Tensor, wrong: Tensor, causal: bool, window: in
         shown = f"token {query} sees the keys {_listed(line)}"
     else:
         odd = line[(line != 0) & ~(line < HIDDEN)]
-        shown = f"token {query} has scores raised by {odd[0]:.4g}" if len(odd) else f"it sees the keys {_listed(line == 0)}"
+        sees = f"token {query} sees the keys {_listed(line == 0)}"
+        shown = f"token {query} has scores raised by {odd[0]:.4g}" if len(odd) else sees
     return MaskFormError(
         "an attention mask has another form than the one that the rewrite was made for",
         found=f"{shown}, in row {row} of the mask",

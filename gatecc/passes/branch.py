@@ -19,7 +19,9 @@ from gatecc.ir.mask import Mask
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.site import Attention, Site, Value
 from gatecc.passes.gate import gate_node, read_by, reads_afar
+from gatecc.passes.mixers.packed import first_tokens, is_packed, kept
 from gatecc.passes.operands import place, readers, stage
+from gatecc.passes.padding import token_mask
 
 
 @dataclass(frozen=True)
@@ -59,26 +61,42 @@ class PrefixSum(Body, tag="prefix_sum"):
             raise SiteRefusedError("only attention sums values over keys", where=place(site), found=site.kind)
         causal, window = visible(site.mask, site)
         axis = v.axes.index("m" if "m" in v.axes else "n")
-        total = edit.call(key_sum, v.node, axis, causal, window, name="total")
         have = v.axes.replace("m", "n")
+        mask = _token_mask(site, have, edit)
+        options = (axis, causal, window)
+        if mask is None:
+            total = edit.call(key_sum, v.node, *options, name="total")
+        else:
+            total = edit.call(kept_key_sum, v.node, mask, have.index("b"), *options, name="total")
         arguments = (have, value.axes, site.heads, site.kv_heads)
         return total if have == value.axes and site.heads == site.kv_heads else edit.call(arranged, total, *arguments)
-
-    def whole_model(self, site: Site) -> bool:
-        """A mask that the attention is given as a tensor is proved where it is made."""
-        return isinstance(site, Attention) and site.mask_node is not None
 
 
 def visible(mask: Mask, site: Site) -> tuple[bool, int | None]:
     """Whether only earlier keys are seen, and how many of them. Raises SiteRefusedError for other masks."""
-    plain = mask.kind in ("bidirectional", "causal", "sliding_window")
-    if plain and not mask.padding:
+    if mask.kind in ("bidirectional", "causal", "sliding_window", "packed"):
         return mask.kind != "bidirectional", mask.window
     raise SiteRefusedError(
-        "the keys that a query sees cannot be summed by their positions alone",
+        "the keys that a query sees cannot be summed by their positions",
         where=place(site),
         found=f"the mask is {mask}" + (f": {mask.reason}" if mask.reason else ""),
-        expected="a bidirectional, causal or sliding-window mask without padding",
+        expected="a bidirectional, causal or sliding-window mask, with padding or packed rows",
+        do="call the model with a mask of such a form, or leave this site out",
+    )
+
+
+def _token_mask(site: Attention, axes: str, edit: Editor) -> fx.Node | None:
+    """See token_mask; None if every key is seen by all, or by all later queries."""
+    mask, q = site.mask, stage(site, "q")
+    if not (mask.padding or mask.asserted or mask.kind == "packed"):
+        return None
+    if q.axes[0] == axes[0] == "b":
+        return token_mask(site, q.node, True, edit)
+    raise SiteRefusedError(
+        "the padding of a row cannot be told: samples and heads are one axis",
+        where=place(site),
+        found=f"queries with the axes {q.axes}, values with {axes}",
+        expected="the batch first",
         do="call the model without a padding mask (sequences of one length), or leave this site out",
     )
 
@@ -92,6 +110,30 @@ def key_sum(v: torch.Tensor, axis: int, causal: bool, window: int | None) -> tor
         return total
     left_out = torch.nn.functional.pad(total, [0, 0] * (v.dim() - 1 - axis) + [window, 0])
     return total - left_out.narrow(axis, 0, v.size(axis))
+
+
+def kept_key_sum(
+    v: torch.Tensor, mask: torch.Tensor, batch: int, axis: int, causal: bool, window: int | None
+) -> torch.Tensor:
+    """`key_sum` without padding, and in each sequence of a packed row. mask: see `gatecc.passes.padding.token_mask`."""
+    keep = kept(mask)
+    assert keep is not None
+    total = v.masked_fill(~_along(keep, v, batch, axis), 0)
+    if not is_packed(mask):
+        return key_sum(total, axis, causal, window)
+    at = torch.arange(mask.size(1), device=mask.device)
+    lower = torch.where(first_tokens(mask), at, 0).cummax(-1).values  # the first key, then one past the last
+    after = torch.where(first_tokens(mask.flip(-1)), at, 0).cummax(-1).values.flip(-1)
+    upper = (at if causal else mask.size(1) - 1 - after) + 1
+    lower = lower if window is None else torch.maximum(lower, at + 1 - window)
+    sums = torch.nn.functional.pad(total.cumsum(axis), [0, 0] * (v.dim() - 1 - axis) + [1, 0])
+    ends = (_along(x.expand_as(mask), v, batch, axis).expand_as(v) for x in (upper, lower))
+    return torch.sub(*(sums.gather(axis, end) for end in ends))
+
+
+def _along(x: torch.Tensor, v: torch.Tensor, batch: int, axis: int) -> torch.Tensor:
+    """x: (B, N) as a tensor that broadcasts against v."""
+    return x.reshape([x.size({batch: 0, axis: 1}[i]) if i in (batch, axis) else 1 for i in range(v.dim())])
 
 
 def arranged(x: torch.Tensor, have: str, want: str, heads: int, kv_heads: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Padding: the tokens that an attention's mask hides, and the sequences that it keeps apart, as one row for each sample.
+"""Padding: the tokens that an attention's mask hides, and the sequences that it keeps apart, as a row for each sample.
 
 Where the graph proves what the mask is, a row of it tells which tokens are padding. Where the mask is given as a tensor
 and was proved in a larger graph, its form is asserted on every call.

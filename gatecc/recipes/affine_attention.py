@@ -25,7 +25,7 @@ def affine_attention(
     branch, for any attention kernel. ``alpha`` and ``beta`` are the bounded activations of the two gates, which read
     the query's input. At init alpha is 1 and beta 0.
 
-    The mask must be bidirectional, causal or a sliding window; padded, packed and unproved masks are refused.
+    The mask must be bidirectional, causal or a sliding window, with padding or packed rows; unproved masks are refused.
     """
     heads = Selector.parse(sites).heads
     scale = Gate(heads, GateSpec("hidden", "linear", "head", alpha, init=init), label="alpha")

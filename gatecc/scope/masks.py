@@ -44,7 +44,7 @@ def handed_down(site: Site, program: Program, proved: Proved) -> Site:
     mask = site.mask
     if mask.kind == "unknown" and site.mask_node is not None and site.mask_whole:
         return replace(site, mask=replace(known, padding=True, asserted=True))
-    one = mask.kind == "bidirectional" and known.kind != "bidirectional" and _tokens(site) == 1
+    one = mask.kind == "bidirectional" and known.kind != "bidirectional" and one_token(site)
     if one or (mask.kind == "causal" and known.window is not None):
         return replace(site, mask=replace(mask, kind=known.kind, window=known.window))
     return site
@@ -58,6 +58,8 @@ def _form(mask: Mask) -> Mask:
     return Mask(kind, mask.window, bias=mask.bias)
 
 
-def _tokens(site: Attention) -> object:
-    q = site.find("q")
-    return None if q is None else shape(q.node)[q.axes.index("n")]
+def one_token(site: Attention) -> bool:
+    """Whether queries and keys are one token each in every call of the graph: such a mask hides nothing."""
+    values = [(site.find(name), axis) for name, axis in (("q", "n"), ("k", "m"))]
+    sizes = [shape(v.node)[v.axes.index(axis)] for v, axis in values if v is not None and axis in v.axes]
+    return len(sizes) == 2 and all(isinstance(size, int) and size == 1 for size in sizes)

@@ -89,11 +89,14 @@ def _squeeze(node: fx.Node, into: tuple[Size, ...]) -> list[int | None]:
 
 
 def _reshape(out: tuple[Size, ...], into: tuple[Size, ...]) -> list[int | None]:
-    before = {i: numel(into[:i]) for i in range(len(into))}
+    """Axes of one size are the same if as many elements lie before them; several of size 1 (a single token, a single
+    head) are matched from the right."""
+    before, start = ([numel(shape[:i]) for i in range(len(shape))] for shape in (into, out))
     result: list[int | None] = []
     for j, size in enumerate(out):
-        start = numel(out[:j])
-        result.append(next((i for i, s in enumerate(into) if same(s, size) and before[i] == start), None))
+        fitting = [i for i, s in enumerate(into) if same(s, size) and before[i] == start[j]]
+        alike = sum(same(s, size) and start[j] == at for s, at in zip(out[j + 1 :], start[j + 1 :], strict=True))
+        result.append(fitting[max(len(fitting) - 1 - alike, 0)] if fitting else None)
     return result
 
 

@@ -28,13 +28,13 @@ def forgetting(decay: Tensor | None, mask: Tensor | None, *, reverse: bool = Fal
     """
     if mask is None or mask.dtype == torch.bool:
         return decay
-    first = (_first(mask.flip(-1)).flip(-1) if reverse else _first(mask))[:, None, :, None]
+    first = (first_tokens(mask.flip(-1)).flip(-1) if reverse else first_tokens(mask))[:, None, :, None]
     if decay is None:
         return torch.zeros_like(first, dtype=torch.float32).masked_fill(first, -torch.inf)
     return torch.where(first, -torch.inf, decay)
 
 
-def _first(mask: Tensor) -> Tensor:
+def first_tokens(mask: Tensor) -> Tensor:
     """(B, N), True at the first token of each sequence. Sequences may be numbered up or down."""
     at = torch.arange(mask.size(1), device=mask.device)
     last = torch.where(mask > 0, at, -1).cummax(-1).values
