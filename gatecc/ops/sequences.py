@@ -94,6 +94,48 @@ def _remembered() -> list[tuple[weakref.ref[Tensor], Any, Tensor]]:
 def _checked(mask: Tensor, causal: bool, window: int, biased: bool, packed: bool) -> Tensor:
     _check_shape(mask)
     shown = visible(mask, biased)
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        number, wrong = _everywhere(mask, shown, causal, window, biased)
+        bad = wrong.any() if packed else wrong.any() | (number > 1).any()
+        torch.ops.aten._assert_async.msg(~bad, f"{MaskFormError.code} an attention mask has another form than proved")
+        return number
+    usual = _usual(mask, shown, causal, window, biased)
+    if usual is not None:
+        return usual
+    number, wrong = _everywhere(mask, shown, causal, window, biased)
+    if bool(wrong.any()) or not (packed or bool((number <= 1).all())):
+        raise _error(mask, number, wrong, causal, window)
+    return number
+
+
+def _usual(mask: Tensor, shown: Tensor, causal: bool, window: int, biased: bool) -> Tensor | None:
+    """The sequences of a mask without packed rows, made from positions and padding alone; None for others.
+
+    Nearly all masks are so, and this takes a few passes over bytes.
+    """
+    rows, tokens = mask.shape[-2:]
+    if mask.size(1) != 1 or rows != tokens or not (mask.dtype == torch.bool or biased or _binary(mask, shown)):
+        return None
+    seen = shown[:, 0]
+    keep = seen.diagonal(dim1=-2, dim2=-1).contiguous()
+    wanted = _near(tokens, causal, window, mask.device) & keep.unsqueeze(-2)
+    return keep.long() if torch.equal(wanted, seen) else None
+
+
+def _binary(mask: Tensor, shown: Tensor) -> bool:
+    """Whether scores are 0 or hidden."""
+    return not shown.numel() or bool(mask.masked_fill(shown, -torch.inf).amax() < HIDDEN)
+
+
+def _near(tokens: int, causal: bool, window: int, device: torch.device) -> Tensor:
+    """(N, N), True where a query may see a key by their places."""
+    near = torch.ones(tokens, tokens, dtype=torch.bool, device=device)
+    near = near.tril() if causal else near
+    return near.triu(1 - window) if window else near
+
+
+def _everywhere(mask: Tensor, shown: Tensor, causal: bool, window: int, biased: bool) -> tuple[Tensor, Tensor]:
+    """The sequences, and where (B, N or 1, N) the mask has another form."""
     seen = shown[:, 0]
     number, wrong = numbers(seen, causal, window)
     of_queries = number.unsqueeze(-1) > 0 if seen.size(-2) == seen.size(-1) else number.new_ones(1, 1, 1).bool()
@@ -101,12 +143,7 @@ def _checked(mask: Tensor, causal: bool, window: int, biased: bool, packed: bool
         wrong = wrong | (~seen & ~(mask[:, 0] < HIDDEN) & of_queries)
     if shown.size(1) > 1:
         wrong = wrong | ((shown != shown[:, :1]).any(1) & of_queries)
-    bad = wrong.any() if packed else wrong.any() | (number > 1).any()
-    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
-        torch.ops.aten._assert_async.msg(~bad, f"{MaskFormError.code} an attention mask has another form than proved")
-    elif bool(bad):
-        raise _error(mask, number, wrong, causal, window)
-    return number
+    return number, wrong
 
 
 def _check_shape(mask: Tensor) -> None:
