@@ -22,7 +22,8 @@ Check = Callable[[Sequence[torch.Tensor]], bool]
 def size_guards(exported: ExportedProgram, placeholders: Sequence[torch.fx.Node]) -> list[str]:
     """The guards of an exported program whose only inputs are ``*leaves``: static sizes, equal sizes, bounds,
     relations."""
-    code: list[str] = list(exported._guards_code)
+    # An example that is a view is compared with what it is a view of, which the next call's need not be.
+    code = [guard for guard in exported._guards_code if "._base" not in guard]
     for i, node in enumerate(placeholders):
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor):

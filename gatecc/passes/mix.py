@@ -129,8 +129,8 @@ def _visible(site: Attention, mixer: Mixer) -> bool:
         return pattern == "causal"
     wanted = " or ".join(mixer.masks) + ("" if mixer.pads else " without padding")
     do = "choose another mixer, or leave this site out"
-    if site.mask.kind == "unknown":  # transformers makes no mask where it need not: a call with one is of another kind
-        do = f"transform with a padded mask in the example inputs (torch.compile and torch.export make one, too), {do}"
+    if site.mask.kind == "unknown":
+        do = f"transform with example inputs of which the model makes its mask (lengths, a 2-D padding mask), {do}"
     raise SiteRefusedError(
         f"{mixer.tag} cannot take the place of this attention",
         where=where(site),

@@ -13,7 +13,9 @@ from torch import Tensor
 from gatecc.errors import MaskFormError
 from gatecc.ops.sequences import sequences
 
-ROWS = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 1, 2, 2, 2, 3], [1, 0, 1, 2, 0, 2], [0, 0, 0, 0, 0, 0]])
+ROWS = torch.tensor(
+    [[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 1, 2, 2, 2, 3], [1, 0, 1, 2, 0, 2], [0, 0, 0, 0, 0, 0]]
+)
 FORMS = [(False, None), (True, None), (True, 3)]
 
 
@@ -80,7 +82,7 @@ def _bias(mask: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("spoil", [_prefix, _hole, _heads, _bias])
 def test_another_form_raises_and_says_what_was_found(spoil: Any) -> None:
-    with pytest.raises(MaskFormError, match="in row [01] of the mask") as error:
+    with pytest.raises(MaskFormError, match=r"in row [01] of the mask") as error:
         sequences(spoil(mask_of(ROWS[:2], True)), True)
     assert error.value.code == "GCC180"
     assert error.value.do

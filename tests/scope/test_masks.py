@@ -180,7 +180,7 @@ def _loaded(student: nn.Module, folder: Path) -> nn.Module:
 
 def test_compiled_calls_assert_as_well() -> None:
     student = convert(llama(), "gla", EXAMPLES["plain"])
-    compiled = torch.compile(student, fullgraph=True, backend="aot_eager")
+    compiled: Any = torch.compile(student, fullgraph=True, backend="aot_eager")
     assert close(logits(compiled, IDS, attention_mask=LEFT), logits(student, IDS, attention_mask=LEFT))
     assert close(logits(compiled, IDS), logits(student, IDS))
     with pytest.raises(RuntimeError, match="GCC180"):

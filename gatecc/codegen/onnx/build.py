@@ -25,6 +25,7 @@ from gatecc.codegen.onnx.dims import Dims
 from gatecc.codegen.onnx.leaves import Call
 from gatecc.codegen.onnx.linear_attention import lower_linear_attention
 from gatecc.codegen.onnx.masks import spell_out_masks
+from gatecc.codegen.onnx.sequences import lower_sequences
 from gatecc.errors import CaptureError, ExportError
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def build(call: Call, opset: int, metadata: Mapping[str, str], said: nn.Module |
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"][-len(call.leaves) :]
     dims = Dims.of([n.meta["val"] for n in placeholders], call.leaves, call.inputs)
     accepts = compile_guards(size_guards(program, placeholders))
-    program = lower_linear_attention(program)
+    program = lower_sequences(lower_linear_attention(program))
     spell_out_masks(program)
     model = _convert(program, call, opset)
     if model.opset_imports.get("") != opset:

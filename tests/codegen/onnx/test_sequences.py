@@ -1,0 +1,37 @@
+"""Packed rows in ONNX, and masks whose form only torch asserts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import gatecc
+from gatecc.codegen.onnx.sequences import running_maximum
+from gatecc.errors import ExportError
+
+pytest.importorskip("onnxruntime")
+IDS = torch.randint(3, 41, (2, 9), generator=torch.Generator().manual_seed(0))
+SHAPE: dict[str, Any] = {"vocab_size": 41, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_a_running_maximum_by_comparisons(dim: int) -> None:
+    x = torch.tensor([[3, 1, 4, 1, 5], [2, 2, 6, 0, 6], [7, 0, 1, 8, 8]])
+    for got, wanted in zip(running_maximum(x, dim), x.cummax(dim), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_packed_rows_are_exported_and_given_masks_are_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_hidden_layers=1, use_cache=False)).eval()
+    student = gatecc.transform(model, "gla", (IDS,))
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 1]]).expand(2, -1).contiguous()
+    made = gatecc.export(student, tmp_path / "packed", {"input_ids": IDS, "position_ids": positions})
+    assert max(c.error for c in made.compared) <= 1e-5
+    mask = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()
+    with pytest.raises(ExportError, match="asserts the form of a mask"):
+        gatecc.export(student, tmp_path / "given", {"input_ids": IDS, "attention_mask": mask})
