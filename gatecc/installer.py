@@ -13,7 +13,7 @@ from torch import nn
 from gatecc.capture.record import RecordedCall
 from gatecc.capture.signature import OpaqueArgumentError
 from gatecc.errors import CaptureError, GraphError, UnsupportedModelError
-from gatecc.ir.program import Program
+from gatecc.ir.program import Program, origin
 from gatecc.ir.rewrite import Recipe
 from gatecc.ir.weights import Effect, NewModule
 from gatecc.planning import Plan
@@ -68,12 +68,16 @@ class Shared:
 
 @dataclass
 class Installer:
-    """Builds and installs scopes; layers of one structure are built once and proved for each of the others."""
+    """Builds and installs scopes; layers of one structure are built once and proved for each of the others.
+
+    ``programs``: the graphs of the model without the rewrites, which show who else reads a weight.
+    """
 
     model: nn.Module
     recipe: Recipe
     undo: Undo
     report: Report
+    programs: Sequence[Program] = ()
     leaders: dict[Any, list[tuple[Family, Built]]] = field(default_factory=dict[Any, "list[tuple[Family, Built]]"])
     shared: dict[int, Shared] = field(default_factory=dict[int, "Shared"])  # by the id of what was built
     seconds: dict[str, float] = field(default_factory=dict[str, float])
@@ -175,7 +179,7 @@ class Installer:
         done = {(type(effect), effect.path) for effect in self.effects}
         if any((type(effect), effect.path) in done for effect in placed):
             return {}
-        self._refuse_tied(placed)
+        self._refuse_tied(placed, state.fqn)
         made: dict[str, int] = {}
         for effect, record in zip(effects, placed, strict=True):
             there = effect.path in state.own  # made while the graph was built, and known to undo
@@ -186,16 +190,21 @@ class Installer:
             self.effects.append(record)
         return made
 
-    def _refuse_tied(self, effects: list[Effect]) -> None:
-        """A weight that another module reads too must not be changed for one of them."""
+    def _refuse_tied(self, effects: list[Effect], scope: str) -> None:
+        """A weight that another module reads too, by another name or past its owner, must not be changed for one."""
         for fqn in (effect.path for effect in effects if effect.edits_model):
             weight = self.model.get_parameter(fqn)
             others = [n for n, p in self.model.named_parameters(remove_duplicate=False) if p is weight and n != fqn]
-            if others:
+            readers = [origin(node) for p in self.programs for node in p.readers(fqn)]
+            outside = [o for o in readers if scope and not f"{o.owner}.".startswith(f"{scope}.")]
+            found = f"the same parameter is {', '.join(others)}" if others else ""
+            if not others and outside:
+                found = "it is read by " + ", ".join(f"{o.owner or 'the model'} {o.line}".strip() for o in outside)
+            if found:
                 raise GraphError(
                     "the rewrite changes a weight that is tied to another",
                     where=fqn,
-                    found=f"the same parameter is {', '.join(others)}",
+                    found=found,
                     do='use init="identity", which changes no weight of the model, or untie them first',
                 )
 

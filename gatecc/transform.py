@@ -204,7 +204,7 @@ def _transform(model: nn.Module, task: _Task, analysis: Analysis, undo: Undo) ->
     missed = set(task.missed)
     while True:
         plans, left_out = plans_of(model, recipe, analysis, scope, called - missed, too_small)
-        work = Installer(model, recipe, undo, report)
+        work = Installer(model, recipe, undo, report, analysis.programs)
         failed = _install(work, plans, {p.fqn for p in analysis.programs}, args, kwargs)
         more = set[str]() if failed else _seen_to_act(work, plans, analysis, task)
         if not failed and not more:

@@ -197,6 +197,36 @@ def test_folding_into_a_tied_weight_is_refused(x: Tensor) -> None:
     assert torch.equal(first.attention.o.weight, before)
 
 
+class Readers(nn.Module):
+    """Reads weights of its attention past it."""
+
+    def __init__(self, weight: str) -> None:
+        super().__init__()
+        self.inner = Model()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + F.linear(x, self.inner.get_parameter(self.weight)).sum()
+
+
+@pytest.mark.parametrize(
+    ("weight", "options"),
+    [
+        ("blocks.0.attention.o.weight", {"init": "identity(how=fold)"}),
+        ("blocks.0.attention.q.weight", {"fuse_into": "q", "granularity": "head"}),
+    ],
+    ids=["fold", "widen"],
+)
+def test_changing_a_weight_that_is_read_elsewhere_is_refused(x: Tensor, weight: str, options: Any) -> None:
+    model = Readers(weight).eval()
+    expected = model(x)
+    with pytest.raises(GateccError, match="tied to another") as caught:
+        gatecc.transform(model, gatecc.recipe(RECIPE, **options), (x,), inplace=True)
+    assert caught.value.where == f"inner.{weight}"
+    assert caught.value.found.startswith("it is read by the model test_transform.py:")
+    assert torch.equal(model(x), expected)
+
+
 # --- bad input: one clear error each, the model unchanged
 # -----------------------------------------------------------------
 

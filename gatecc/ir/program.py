@@ -82,6 +82,11 @@ class Program:
         """Whether a module of the model lies inside the captured module."""
         return not self.fqn or fqn == self.fqn or fqn.startswith(self.fqn + ".")
 
+    def readers(self, fqn: str) -> list[fx.Node]:
+        """The nodes that read a parameter, by its FQN in the model."""
+        held = self.graph.find_nodes(op="get_attr", target=self.relative_name(fqn)) if self.inside(fqn) else []
+        return [user for node in held for user in node.users]
+
     def calls(self) -> Iterator[fx.Node]:
         """The call_function nodes in execution order."""
         return (n for n in self.graph.nodes if n.op == "call_function")
