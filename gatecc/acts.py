@@ -80,7 +80,7 @@ def acts(
 
 
 @contextmanager
-def _holding(values: Values) -> Generator[None]:
+def holding(values: Values) -> Generator[None]:
     """Parameters with other values for a while. Their own tensors are put back, untouched."""
     own = {p: p.data for p in values}
     try:
@@ -236,7 +236,7 @@ class _Look:
         args, kwargs = copied(self.call)
         with ExitStack() as stack:
             for context in (
-                _holding(values),
+                holding(values),
                 caches_off(self.model),
                 in_mode(self.model, mode.training),
                 _seeded(),

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from gatecc.caches import caches_on
+from gatecc.capture.adapters import Setting
 from gatecc.capture.record import RecordedCall
 from gatecc.capture.signature import OpaqueArgumentError
+from gatecc.decoder.serving import stop_serving
 from gatecc.errors import CaptureError, GraphError, UnsupportedModelError
 from gatecc.ir.program import Program, origin
 from gatecc.ir.rewrite import Recipe
@@ -38,12 +40,16 @@ class Undo:
 
     states: list[tuple[nn.Module, Scope | None]] = field(default_factory=list[tuple[nn.Module, Scope | None]])
     effects: list[tuple[nn.Module, Effect]] = field(default_factory=list[tuple[nn.Module, Effect]])
-    caches: list[Any] = field(default_factory=list[Any])
+    caches: list[Setting] = field(default_factory=list[Setting])
+    served: list[nn.Module] = field(default_factory=list[nn.Module])  # whose generate goes through a decoder now
+    classes: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list[tuple[nn.Module, type[nn.Module]]])
     switches: list[Switch] = field(default_factory=list[Switch])
 
     def run(self, model: nn.Module) -> None:
         """Take everything back."""
         caches_on(self.caches)
+        for module in self.served:
+            stop_serving(module)
         fast_paths_on(model, self.switches)
         for module, effect in reversed(self.effects):
             effect.undo(module)
@@ -51,9 +57,12 @@ class Undo:
             remove(module)
             if state is not None:
                 install(module, state)
+        for module, cls in self.classes:  # of those that were served before, which are scopes by themselves now
+            module.__class__ = cls
         self.effects.clear()
         self.states.clear()
         self.caches.clear()
+        self.served.clear()
         self.switches.clear()
 
 
@@ -244,12 +253,6 @@ class Installer:
             flops += count * (after.flops - before.flops)
             traffic += count * (after.bytes - before.bytes)
         return {"flops_after": flops, "bytes_after": traffic}
-
-
-def caches_on(configurations: Sequence[Any]) -> None:
-    """Switch the caches of configurations back on."""
-    for config in configurations:
-        config.use_cache = True
 
 
 def _key(module: nn.Module, call: RecordedCall) -> Any:

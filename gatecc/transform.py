@@ -11,14 +11,16 @@ from torch import nn
 
 from gatecc.acts import acts
 from gatecc.analysis import Analysis, Inputs, analyse, check_model, evaluation, parameter_count, report_of
-from gatecc.capture.adapters import switch_caches
+from gatecc.caches import caches_off, caches_on, why_no_cache
+from gatecc.capture.adapters import Setting
 from gatecc.capture.compiled import behind, compiled_like
 from gatecc.capture.record import record_calls
 from gatecc.capture.shield import shielded
 from gatecc.capture.signature import split_inputs
 from gatecc.check import Checked, Reference, at_another_size, check, reference
+from gatecc.decoder.serving import is_served, serve, stop_serving
 from gatecc.errors import ArgumentError, CaptureError, EmptySelectionError, GraphError, SiteRefusedError
-from gatecc.installer import Installer, Undo, caches_on
+from gatecc.installer import Installer, Undo
 from gatecc.ir.rewrite import Recipe, Rewrite
 from gatecc.ir.weights import Effect
 from gatecc.one_more import one_more
@@ -45,7 +47,7 @@ class Step:
     inputs: tuple[tuple[Any, ...], dict[str, Any]]
     effects: tuple[Effect, ...]  # what was done to weights and modules, in order
     report: Report
-    caches: tuple[Any, ...] = ()  # configurations whose use_cache was switched off
+    caches: tuple[Setting, ...] = ()  # configurations whose use_cache was switched off, and what it was
     switches: tuple[Switch, ...] = ()  # fast paths of torch that were switched off
     missed: tuple[str, ...] = ()  # modules that some mode goes past, so that a parent is the scope
 
@@ -107,6 +109,7 @@ def rewritten(
     with evaluation(model):
         before = reference(model, args, kwargs) if verify else None
     target = model if inplace else _copy(model)
+    undo.classes = [(m, type(m)) for m in target.modules() if is_served(m)]
     try:
         with evaluation(target):
             analysis = analyse(target, args, kwargs)
@@ -152,6 +155,8 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         fast_paths_on(target, step.switches)
         for effect in reversed(step.effects):
             effect.undo(target)
+    for module in target.modules():
+        stop_serving(module)
     for _, module, _ in list(scopes(target)):
         remove(module)
     vars(target).pop(HISTORY, None)
@@ -215,10 +220,8 @@ def _transform(model: nn.Module, task: _Task, analysis: Analysis, undo: Undo) ->
         report.rewrites.clear()
     report.refusals = [*report.refusals, *left_out]
     report.notes = list(dict.fromkeys(report.notes))
-    if reason := _keeps_no_cache(model):
-        undo.caches += switch_caches(model)
-        if undo.caches:
-            report.notes.append(f"use_cache is off in the model's configuration from now on: {reason}")
+    if task.look and (reason := why_no_cache(model, work.effects, args, kwargs)):
+        _without_cache(model, reason, report, undo)
     report.graphs = work.graphs()
     report.passes = [*report.passes, *work.pass_rows()]
     report.totals = replace(
@@ -236,14 +239,15 @@ def _transform(model: nn.Module, task: _Task, analysis: Analysis, undo: Undo) ->
     )
 
 
-def _keeps_no_cache(model: nn.Module) -> str:
-    """Why calls with a KV cache cannot be served, "" if they can."""
-    for fqn, _, state in scopes(model):
-        if not fqn:
-            return "the model runs as one graph, and a graph holds no cache"
-        if state.python.refused:
-            return state.python.refused
-    return ""
+def _without_cache(model: nn.Module, reason: str, report: Report, undo: Undo) -> None:
+    """Plain calls do without a KV cache from now on, and generate keeps the state of a decoder."""
+    undo.caches += (settings := caches_off(model))
+    if settings:
+        report.notes.append(f"use_cache is off in the model's configuration from now on: {reason}")
+    new = serve(model)
+    undo.served += new
+    if new:
+        report.notes.append("generate goes through the derived decoder, whose state takes the place of a KV cache")
 
 
 def _install(

@@ -32,25 +32,34 @@ def caches_off(module: nn.Module) -> Generator[None]:
     try:
         yield
     finally:
-        for config in changed:
-            config.use_cache = True
+        for config, value in changed:
+            config.use_cache = value
 
 
-def switch_caches(module: nn.Module) -> list[Any]:
-    """Switch ``use_cache`` off for good; returns the configurations that had it on."""
-    changed = [config for config in _configs(module) if getattr(config, "use_cache", False)]
-    for config in changed:
+Setting = tuple[Any, Any]  # a configuration and what its ``use_cache`` was
+
+
+def switch_caches(module: nn.Module) -> list[Setting]:
+    """Switch ``use_cache`` off for good; returns the configurations that had it on, with their settings."""
+    changed = [(config, config.use_cache) for config in _configs(module) if getattr(config, "use_cache", False)]
+    for config, _ in changed:
         config.use_cache = False
     return changed
 
 
 def _configs(module: nn.Module) -> list[Any]:
+    """The configurations of a module and its submodules, with those inside of them: text, vision, encoder, decoder."""
     found: dict[int, Any] = {}
-    for m in module.modules():
-        config = m.__dict__.get("config")
-        for c in (config, *(vars(config).values() if hasattr(config, "__dict__") else ())):
-            if c is not None and hasattr(c, "use_cache") and hasattr(c, "__dict__"):
-                found[id(c)] = c
+    seen: set[int] = set()
+    todo = [m.__dict__.get("config") for m in module.modules()]
+    while todo:
+        config = todo.pop()
+        if config is None or id(config) in seen or not hasattr(config, "__dict__"):
+            continue
+        seen.add(id(config))
+        if hasattr(config, "use_cache"):
+            found[id(config)] = config
+        todo += [c for c in vars(config).values() if hasattr(c, "to_dict")]
     return list(found.values())
 
 

@@ -20,7 +20,7 @@ import torch
 
 from gatecc.decoder.plan import Plan
 from gatecc.decoder.slots import Slot
-from gatecc.ir.sizes import expression
+from gatecc.ir.sizes import expression, symbols
 
 State = dict[str, Any]
 
@@ -70,6 +70,27 @@ class Memory:
                 if expression(size) in self.plan.lengths.batch:
                     return held
         return state["history"][0].shape[0] if state["history"] else None
+
+    def reordered(self, state: State, index: torch.Tensor) -> State:
+        """The state in which sample i has read what sample ``index[i]`` had. index: (batch,)"""
+        samples = index.numel()
+        held = zip(state["slots"], [slot.like for slot in self.slots], strict=True)
+        context = zip(state["context"], [node.meta["val"] for node in self.plan.context], strict=True)
+        return {
+            **state,
+            "written": state["written"].clone(),
+            "slots": [self._taken(x, like, index, samples) for x, like in held],
+            "history": [x.index_select(0, index.to(x.device)) for x in state["history"]],
+            "context": [self._taken(x, like, index, samples) for x, like in context],
+        }
+
+    def _taken(self, x: torch.Tensor, like: torch.Tensor, index: torch.Tensor, samples: int) -> torch.Tensor:
+        """Samples of a tensor, along its axis of them or of what is laid out in rows of them (batch x heads)."""
+        for axis, size in enumerate(like.shape):
+            if symbols(size) & self.plan.lengths.batch:
+                apart = x.unflatten(axis, (samples, -1))
+                return apart.index_select(axis, index.to(x.device)).flatten(axis, axis + 1)
+        return x
 
     # --- room ---
 

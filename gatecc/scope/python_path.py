@@ -145,7 +145,10 @@ class _Run(TorchFunctionMode):
     """One call on the Python path: sees attention cores go by and edits them."""
 
     SOFTMAX = (F.softmax, torch.softmax, torch.Tensor.softmax)
-    THROUGH = (F.dropout, torch.dropout, torch.Tensor.to, torch.Tensor.type_as, torch.Tensor.float, torch.Tensor.half)
+    CASTS = (torch.Tensor.to, torch.Tensor.type, torch.Tensor.type_as, torch.Tensor.float, torch.Tensor.half)
+    CUTS = (torch.Tensor.__getitem__, torch.narrow, torch.Tensor.narrow)  # the column of a sink is cut off
+    VIEWS = (torch.Tensor.view, torch.reshape, torch.Tensor.reshape, torch.Tensor.contiguous, torch.Tensor.clone)
+    THROUGH = (F.dropout, torch.dropout, torch.nan_to_num, torch.Tensor.nan_to_num, *CASTS, *CUTS, *VIEWS)
     PRODUCT = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm)
 
     def __init__(self, path: PythonPath, module: nn.Module, arguments: Mapping[str, Any]) -> None:

@@ -35,7 +35,7 @@ def plain(model: nn.Module) -> Generator[None]:
     with ExitStack() as stack:
         for _, module, state in list(scopes(model)):
             stack.enter_context(narrowed(module, state.widened))
-            stack.callback(install, module, state)
+            stack.callback(setattr, module, "__class__", type(module))
             module.__class__ = base_class(module)
         yield
 
@@ -70,8 +70,10 @@ def _new(base: type[nn.Module]) -> nn.Module:
 
 
 def install(module: nn.Module, state: Scope) -> None:
-    """Turn a module into a scope in place."""
-    module.__class__ = scoped_class(base_class(module))
+    """Turn a module into a scope in place; one whose class is a subclass of a scope's is one already."""
+    cls = scoped_class(base_class(module))
+    if not isinstance(module, cls):
+        module.__class__ = cls
     vars(module)[STATE] = state
 
 

@@ -49,6 +49,25 @@ def gpt2(attention: str) -> Any:
     return hf.GPT2LMHeadModel._from_config(config, attn_implementation=attention)
 
 
+def gpt_oss(attention: str) -> Any:
+    """Sinks: a column of the softmax is cut off before the product. Windows in every other layer."""
+    config = hf.GptOssConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        sliding_window=6,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    return hf.GptOssForCausalLM._from_config(config, attn_implementation=attention)
+
+
 class _Gated(TorchFunctionMode):
     """Multiplies the result of each attention core by the gate of the module that runs it."""
 
@@ -63,7 +82,8 @@ class _Gated(TorchFunctionMode):
         if func is F.softmax:
             self.weights = out
         heads = func is F.scaled_dot_product_attention
-        heads = heads or (func is torch.matmul and self.weights is not None and args[0].shape == self.weights.shape)
+        weighted = self.weights is not None and args[0].shape[:-1] == self.weights.shape[:-1]
+        heads = heads or (func is torch.matmul and weighted)
         if not heads:
             return out
         self.weights = None
@@ -88,8 +108,10 @@ def reference(model: Any, gated: Any, owners: list[str]) -> Any:
     return twin
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("build", [llama, gpt2, qwen], ids=lambda f: f.__name__)
+CASES = [(build, attention) for build in (llama, gpt2, qwen) for attention in ("sdpa", "eager")]
+
+
+@pytest.mark.parametrize(("build", "attention"), [*CASES, (gpt_oss, "eager")])
 def test_generated_tokens(build: Any, attention: str) -> None:
     torch.manual_seed(0)
     model = build(attention).eval()
@@ -110,8 +132,8 @@ def test_generated_tokens(build: Any, attention: str) -> None:
     assert torch.equal(
         gated.generate(ids, attention_mask=padded, **options), expected.generate(ids, attention_mask=padded, **options)
     )
-    beams = {**options, "num_beams": 2}
-    assert torch.equal(gated.generate(ids, **beams), expected.generate(ids, **beams))
+    for more in ({"num_beams": 2}, {"cache_implementation": "static"}):
+        assert torch.equal(gated.generate(ids, **options, **more), expected.generate(ids, **options, **more))
 
 
 def test_a_model_that_can_serve_no_cache_is_called_without_one() -> None:
@@ -123,9 +145,10 @@ def test_a_model_that_can_serve_no_cache_is_called_without_one() -> None:
     assert any("use_cache" in note for note in gatecc.last_report(gated).notes)
     assert torch.allclose(gated(input_ids=ids).logits, plain(input_ids=ids, use_cache=False).logits, atol=1e-6)
     wanted = plain.generate(ids, max_new_tokens=3, do_sample=False)
-    assert torch.equal(gated.generate(ids, max_new_tokens=3, do_sample=False, use_cache=False), wanted)
+    for use_cache in (False, True):  # True: the state of the derived decoder
+        assert torch.equal(gated.generate(ids, max_new_tokens=3, do_sample=False, use_cache=use_cache), wanted)
     with pytest.raises(gatecc.GateccError, match="use_cache=False"):
-        gated.generate(ids, max_new_tokens=3, do_sample=False, use_cache=True)
+        gated(ids, use_cache=True)
     assert plain.config.use_cache
     back: Any = gatecc.revert(gated)
     assert back.config.use_cache
