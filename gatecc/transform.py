@@ -220,7 +220,7 @@ def _transform(model: nn.Module, task: _Task, analysis: Analysis, undo: Undo) ->
         report.rewrites.clear()
     report.refusals = [*report.refusals, *left_out]
     report.notes = list(dict.fromkeys(report.notes))
-    if task.look and (reason := why_no_cache(model, work.effects, args, kwargs)):
+    if reason := why_no_cache(model, work.effects, args, kwargs):
         _without_cache(model, reason, report, undo)
     report.graphs = work.graphs()
     report.passes = [*report.passes, *work.pass_rows()]
