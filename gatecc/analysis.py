@@ -19,6 +19,7 @@ from gatecc.errors import CaptureError, ExampleInputsError, UnsupportedModelErro
 from gatecc.ir.cost import cost
 from gatecc.ir.match import find_sites
 from gatecc.ir.program import Program
+from gatecc.ir.refusals import fitted
 from gatecc.ir.site import Refusal, Site
 from gatecc.passes.canonicalize import canonicalize
 from gatecc.report import GraphDump, GraphPair, PassRow, Report, RungRow, SiteRow, Totals
@@ -175,7 +176,10 @@ def analyse(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     done on the module's own graph.
     """
     with plain(model):
-        return _analyse(model, args, kwargs)
+        analysis = _analyse(model, args, kwargs)
+    kinds = {site.kind for site in analysis.sites}
+    analysis.refusals = [fitted(refusal, kinds) for refusal in analysis.refusals]
+    return analysis
 
 
 def _analyse(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Analysis:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from gatecc import notes
 from gatecc.acts import acts
 from gatecc.analysis import Analysis, Inputs, analyse, check_model, evaluation, parameter_count, report_of
 from gatecc.caches import caches_off, caches_on, why_no_cache
@@ -106,6 +107,7 @@ def rewritten(
         raise ArgumentError("unknown scope", found=repr(scope), expected='"auto" or "model"')
     task = _Task(wanted, args, kwargs, scope, look=verify, missed=frozenset(missed))
     undo = Undo()
+    old = {id(p) for p in model.parameters()}
     with evaluation(model):
         before = reference(model, args, kwargs) if verify else None
     target = model if inplace else _copy(model)
@@ -124,6 +126,12 @@ def rewritten(
     except BaseException:
         undo.run(target)
         raise
+    earlier = [(past.recipe, past.report) for past in history(model)]
+    step.report.notes += [
+        *notes.again(wanted, step.report, earlier),
+        *notes.kept(wanted, step.report),
+        *notes.optimizer(model, target, old),
+    ]
     vars(target)[HISTORY] = (*history(model), step)
     for call in AFTER:
         call(target)

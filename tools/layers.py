@@ -35,7 +35,7 @@ LAYERS = (
     Layer(
         (
             *("analysis", "check", "planning", "scope", "transform", "decoder", "backend", "checkpoint", "report"),
-            *("export", "diagnose", "recurrence", "installer", "acts", "integrations", "one_more", "caches"),
+            *("export", "diagnose", "recurrence", "installer", "acts", "integrations", "one_more", "caches", "notes"),
         ),
         peers=True,
     ),

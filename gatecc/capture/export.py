@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.export import _trace as trace
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.graph import CodeGen
 
@@ -128,7 +129,7 @@ def _dynamic_axes(x: torch.Tensor, images: Collection[tuple[int, int]]) -> dict[
 def _reason(error: BaseException) -> str:
     """The first telling line of torch's message and the user's source line, if one is named."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = f"{type(error).__name__}: {lines[0] if lines else ''}"
+    text = f"{type(error).__name__}: {lines[0] if lines else ''}".replace("self.m.", "self.")
     frames = [f for f in _FRAME.findall(str(error)) if "/torch/" not in f[0]]
     return f"{text[:300]} ({_short(*frames[-1])})" if frames else text[:300]
 
@@ -158,6 +159,9 @@ def _program(
     for node, path in zip(placeholders, paths, strict=True):
         node._rename(re.sub(r"\W", "_", "_".join(str(p) for p in path)))
         node.target = node.name
+    for node in graph.nodes:  # "m" is the wrapper's name for the module, which nobody knows
+        if node.op == "get_attr" and node.name.startswith("m_") and _live(module, str(node.target)) is not None:
+            node._rename(re.sub(r"\W", "_", str(node.target)))
     _record_origins(graph, fqn, module)
     out_spec = exported.call_spec.out_spec
     assert out_spec is not None
@@ -238,6 +242,7 @@ def _quiet() -> Generator[None]:
     names = ("torch._export", "torch.export", "torch.fx", "torch._dynamo", "torch._subclasses")
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
+    trace.__dict__["print"] = lambda *_, **__: None  # it prints the graph of what it could not export
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)  # what torch logs as an error it also raises, and CaptureError says it
     try:
@@ -245,5 +250,6 @@ def _quiet() -> Generator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        trace.__dict__.pop("print", None)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -13,7 +13,7 @@ from gatecc.capture import signature
 from gatecc.decoder.axes import Lengths
 from gatecc.errors import DecoderError, ExampleInputsError
 from gatecc.ir.program import Program
-from gatecc.ir.sizes import expression, node_shape, symbols, upper_bound
+from gatecc.ir.sizes import described_shape, expression, node_shape, symbols, upper_bound
 
 TOKENS = ("decoder_input_ids", "input_ids", "ids", "tokens", "idx")  # names of the token input, the surest first
 _LEAST = 8  # positions that an example has at least, so that steps of all kinds can be checked on it
@@ -63,7 +63,7 @@ def _is_history(node: fx.Node, length: sympy.Symbol) -> bool:
     raise DecoderError(
         "an input depends on the length and is no value per token",
         where=node.name,
-        found=f"its shape is {tuple(shape)}",
+        found=f"its shape is ({described_shape(node)})",
         expected="(batch, length)",
         do="derive the decoder from example inputs without it",
     )

@@ -24,7 +24,7 @@ from gatecc.ir.evaluate import Evaluator
 from gatecc.ir.match import find_sites
 from gatecc.ir.program import Program
 from gatecc.ir.site import Attention
-from gatecc.ir.sizes import expression, node_shape, symbols
+from gatecc.ir.sizes import described_shape, expression, node_shape, symbols
 
 
 @dataclass(eq=False)
@@ -124,6 +124,6 @@ def _check_output(logits: fx.Node, labels: Labels) -> None:
         raise DecoderError(
             "the output does not run along the tokens",
             where=logits.name,
-            found=f"{logits.name} of shape {tuple(logits.meta['val'].shape)}",
+            found=f"{logits.name} of shape ({described_shape(logits)})",
             expected="logits of shape (batch, length, vocabulary)",
         )

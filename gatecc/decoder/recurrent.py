@@ -16,7 +16,7 @@ from gatecc.decoder.refuse import refusal
 from gatecc.decoder.slots import Slot, recalled, resumed
 from gatecc.ir.ops import opname
 from gatecc.ir.program import META, origin
-from gatecc.ir.sizes import node_shape, symbols
+from gatecc.ir.sizes import described_shape, node_shape, symbols
 
 LAYERS = frozenset("gru lstm rnn_tanh rnn_relu".split())
 _ZEROS = frozenset("zeros new_zeros zeros_like".split())
@@ -45,7 +45,7 @@ def layers(node: fx.Node, slots: list[Slot], lengths: Lengths) -> None:
     if str(node.target).endswith(".data") or not lengths.has((node_shape(x) or (1, 1))[axis]):
         return
     if lengths.axes(x) != [axis] or not lengths.pure((node_shape(x) or (1, 1))[axis]):
-        raise refusal(node, f"recurrent layers over a tensor of shape {tuple(node_shape(x) or ())}")
+        raise refusal(node, f"recurrent layers over a tensor of shape ({described_shape(x)})")
     if named(node, "bidirectional"):
         raise refusal(
             node, "recurrent layers that read the tokens in both directions", do="a decoder needs one: forwards"

@@ -18,7 +18,7 @@ from gatecc.ir.match.product import product
 from gatecc.ir.ops import CASTS, VIEWS, opname
 from gatecc.ir.program import META
 from gatecc.ir.site import Attention
-from gatecc.ir.sizes import node_shape
+from gatecc.ir.sizes import described_shape, node_shape
 
 _ON_THE_WAY = VIEWS | CASTS | frozenset(("mul", "div"))
 
@@ -115,7 +115,7 @@ def keep(
     """
     axes = lengths.axes(start)
     if len(axes) != 1 or not lengths.pure(start.meta["val"].shape[axes[0]]):
-        raise refusal(start, f"keys or values of shape {tuple(start.meta['val'].shape)}")
+        raise refusal(start, f"keys or values of shape ({described_shape(start)})")
     slots.append(replace(slot, axis=axes[0]))
     graph = start.graph
     with graph.inserting_before(way[0] if way else reader):

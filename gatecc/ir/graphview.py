@@ -7,7 +7,7 @@ consumer takes the value, such as "0" or "0,1" for ``x * x`` and "key" for keywo
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.fx.node import map_arg
 
 from gatecc.ir.files import write_atomic
 from gatecc.ir.program import Program, fake, origin
+from gatecc.ir.sizes import shape_text, size_names
 
 ATTRIBUTES = ("op", "target", "owner", "shape", "dtype", "line", "inserted_by")  # of a node, all of them text
 
@@ -24,21 +25,23 @@ ATTRIBUTES = ("op", "target", "owner", "shape", "dtype", "line", "inserted_by") 
 def to_networkx(graph: Program | fx.Graph) -> nx.DiGraph[str]:
     """The graph as a DiGraph over node names, in execution order."""
     result: nx.DiGraph[str] = nx.DiGraph()
-    for node in graph.graph.nodes if isinstance(graph, Program) else graph.nodes:
-        result.add_node(node.name, **attributes(node))
+    graph = graph.graph if isinstance(graph, Program) else graph
+    sizes = size_names(graph)
+    for node in graph.nodes:
+        result.add_node(node.name, **attributes(node, sizes))
         for source, position in uses(node).items():
             result.add_edge(source, node.name, position=position)
     return result
 
 
-def attributes(node: fx.Node) -> dict[str, str]:
-    """What is known of a node, as text; empty where nothing is."""
+def attributes(node: fx.Node, sizes: Mapping[str, str]) -> dict[str, str]:
+    """What is known of a node, as text; empty where nothing is. ``sizes`` names symbolic sizes."""
     place, value = origin(node), fake(node)
     return {
         "op": node.op,
         "target": target_name(node.target),
         "owner": place.owner,
-        "shape": "" if value is None else "x".join(str(size) for size in value.shape),
+        "shape": "" if value is None else shape_text(value.shape, sizes),
         "dtype": "" if value is None else str(value.dtype).removeprefix("torch."),
         "line": place.line,
         "inserted_by": place.inserted_by,

@@ -11,7 +11,6 @@ stand the size, the dtype unless it is float32, and after a bar the owner.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from torch import fx
 
 from gatecc.ir.program import Program, fake, origin
+from gatecc.ir.sizes import shape_text, size_names
 
 
 def graph_text(
@@ -28,9 +28,11 @@ def graph_text(
     owners: bool = True,
     keep: Callable[[fx.Node], bool] | None = None,
 ) -> str:
-    """The text of a graph. ``sizes`` names symbolic sizes ({"s77": "n"}); ``keep`` picks the nodes that are shown."""
+    """The text of a graph. ``sizes`` names symbolic sizes ({"s77": "n"}), by default
+    after the axes of the inputs; ``keep`` picks the nodes that are shown."""
     nodes = [n for n in (graph.graph if isinstance(graph, Program) else graph).nodes if keep is None or keep(n)]
-    rows = [(node_text(node), _comment(node, sizes or {}, owners)) for node in nodes]
+    names = sizes or (size_names(nodes[0].graph) if nodes else {})
+    rows = [(node_text(node), _comment(node, names, owners)) for node in nodes]
     width = max((len(code) for code, comment in rows if comment), default=0)
     return "\n".join(f"{code:<{width}}  # {comment}" if comment else code for code, comment in rows)
 
@@ -72,10 +74,6 @@ def _comment(node: fx.Node, names: Mapping[str, str], owners: bool) -> str:
     if held is None or node.op == "output":
         return ""
     dtype = "" if held.dtype is torch.float32 else f" {str(held.dtype).removeprefix('torch.')}"
-    size = " ".join(_size(s, names) for s in held.shape) or "scalar"
+    size = shape_text(held.shape, names)
     owner = origin(node).owner if owners and node.op == "call_function" else ""
     return size + dtype + (f" | {owner}" if owner else "")
-
-
-def _size(size: Any, names: Mapping[str, str]) -> str:
-    return re.sub(r"\w+", lambda word: names.get(word[0], word[0]), str(size)).replace(" ", "")

@@ -136,9 +136,10 @@ def fake(node: fx.Node) -> torch.Tensor | None:
 
 def window(node: fx.Node, radius: int = 4) -> str:
     """The graph around a node as text, the node marked: what errors print."""
-    nodes = list(node.graph.nodes)
+    from gatecc.ir.printer import graph_text  # which reads programs
+
+    nodes = [n for n in node.graph.nodes if n.op != "get_attr" or n is node]  # their readers show them
     at = nodes.index(node)
-    rows: list[str] = []
-    for n in nodes[max(0, at - radius) : at + radius + 1]:
-        rows.append(("> " if n is node else "  ") + (n.format_node() or f"{n.name} = {n.op}"))
-    return "\n".join(rows)
+    near = nodes[max(0, at - radius) : at + radius + 1]
+    rows = graph_text(node.graph, keep=set(near).__contains__, owners=False).splitlines()
+    return "\n".join(("> " if n is node else "  ") + row for n, row in zip(near, rows, strict=True))

@@ -6,12 +6,14 @@ the refusal adds what was found at the place. A code is never given to another c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 from torch import fx
 
 from gatecc.ir.program import origin
-from gatecc.ir.site import Refusal
+from gatecc.ir.site import KINDS, Refusal
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,18 @@ _OTHERS: tuple[Cause, ...] = (
 )
 
 CAUSES: dict[str, Cause] = {cause.code: cause for cause in _ATTENTION + _OTHERS}
+
+
+def fitted(refusal: Refusal, kinds: Collection[str]) -> Refusal:
+    """The refusal with a remedy that names only ``kinds`` of sites: those that the model has."""
+    named = [kind for kind, cls in KINDS.items() if re.search(rf"\b{cls.__name__}s?\b", refusal.remedy)]
+    there = [KINDS[kind].__name__ for kind in named if kind in kinds]
+    if len(there) == len(named):
+        return refusal
+    if there:
+        return replace(refusal, remedy=f"select {' or '.join(there)} sites: the model has no other that would do")
+    others = ", ".join(KINDS[kind].__name__ for kind in KINDS if kind in kinds)
+    return replace(refusal, remedy=f"select sites that the model has: {others}" if others else "leave it as it is")
 
 
 def refuse(code: str, kind: str, node: fx.Node, found: str = "", *, owner: str | None = None) -> Refusal:

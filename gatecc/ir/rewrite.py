@@ -6,7 +6,7 @@ naming of parameters, verification and reporting belong to the engine.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, cast, get_args, get_type_hints
@@ -20,8 +20,33 @@ from gatecc.ir.site import Site
 REWRITES: dict[str, type[Rewrite]] = {}
 
 
+class _Taking(ABCMeta):
+    """Makes rewrites whose site may be given as text or as a bare kind: ``"attention[2:].heads"``, ``Attention``."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            args = (_selector(args[0]), *args[1:])
+        elif "site" in kwargs:
+            kwargs["site"] = _selector(kwargs["site"])
+        return super().__call__(*args, **kwargs)
+
+
+def _selector(site: Any) -> Selector:
+    if isinstance(site, Selector):
+        return site
+    if isinstance(site, str):
+        return Selector.parse(site)
+    if isinstance(site, type) and issubclass(site, Site) and site is not Site:
+        return site[...]
+    raise ArgumentError(
+        "this selects no sites",
+        found=repr(site)[:80],
+        expected='a selector: Attention[...].heads, or as text "attention[...].heads"',
+    )
+
+
 @dataclass(frozen=True)
-class Rewrite(ABC):
+class Rewrite(metaclass=_Taking):
     """One edit, done at every site that ``site`` selects.
 
     A subclass is registered under its ``name`` and documented from its docstring. Write ``contract`` and ``rewrite``;

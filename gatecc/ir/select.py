@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from types import EllipsisType
-from typing import Any, TypeAlias, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 from gatecc.errors import ArgumentError, EmptySelectionError
 from gatecc.ir.site import KINDS, Refusal, Site
@@ -28,6 +28,7 @@ Where: TypeAlias = (
 _TEXT = re.compile(r"(?P<kind>[A-Za-z]+)(?:\[(?P<where>.*)\])?(?:\.(?P<stage>\w+))?", re.DOTALL)
 _PART = re.compile(r'\s*("(?:[^"\\]|\\.)*"|[^,"]+?)\s*(?:,|$)', re.DOTALL)
 _EXCEPT = " except "
+_WRAPPERS = re.compile(r"(?<!\w)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _INT = re.compile(r"-?\d+")
 _SLICE = re.compile(r"(-?\d+)?:(-?\d+)?(?::(-?\d+)?)?")
 _PLAIN_GLOB = re.compile(r"[\w.*?\[\]!#@-]*[A-Za-z_*?\[#@][\w.*?\[\]!#@-]*", re.ASCII)  # a glob that needs no quotes
@@ -125,6 +126,24 @@ def select(selector: Selector, sites: Iterable[Site], refusals: Sequence[Refusal
     return [site for site in of_kind if id(site) in wanted]
 
 
+class Named(Protocol):
+    """What a selector looks at: a site, or its row in a report."""
+
+    @property
+    def owner(self) -> str: ...
+    @property
+    def key(self) -> str: ...
+
+
+def left_alone(selector: Selector, of_kind: Sequence[Named]) -> bool:
+    """Whether there is a site of the kind that ``but`` leaves as it is."""
+    if callable(selector.besides):
+        return True
+    return selector.besides is not None and bool(
+        _matches(replace(selector, where=selector.besides, besides=None), cast("list[Site]", of_kind))
+    )
+
+
 def _matches(selector: Selector, of_kind: list[Site]) -> set[int]:
     where = selector.where
     if isinstance(where, EllipsisType):
@@ -136,10 +155,24 @@ def _matches(selector: Selector, of_kind: list[Site]) -> set[int]:
     found: set[int] = set()
     for part in _parts(where):
         if isinstance(part, str):
-            found.update(id(site) for site in of_kind if fnmatchcase(site.key if "#" in part else site.owner, part))
+            found.update(id(site) for site in of_kind if _is_named(site, part))
         elif -len(of_kind) <= part < len(of_kind):
             found.add(id(of_kind[part]))
     return found
+
+
+def _is_named(site: Site, glob: str) -> bool:
+    """Whether a glob means a site, with or without the names that wrappers (DDP, peft, checkpointing) put between."""
+    name = site.key if "#" in glob else site.owner
+    return fnmatchcase(name, glob) or fnmatchcase(unwrapped(name), unwrapped(glob))
+
+
+def unwrapped(name: str) -> str:
+    """An FQN as it is in the model that was wrapped: without ``base_model.model``, ``module``, ``_orig_mod``, ..."""
+    name = _WRAPPERS.sub("", name)
+    for prefix in ("base_model.model.", "module."):
+        name = name.removeprefix(prefix)
+    return name
 
 
 def _empty(
@@ -158,8 +191,19 @@ def _empty(
     return EmptySelectionError(
         f"{selector} selects no site",
         found="; ".join(found),
-        do=refused[0].remedy if refused and not of_kind else "gatecc.inspect lists all sites and refusals",
+        do=_remedy(selector, everything, of_kind, refused),
     )
+
+
+def _remedy(selector: Selector, everything: list[Site], of_kind: list[Site], refused: Sequence[Refusal]) -> str:
+    if of_kind:
+        return "gatecc.inspect(model, example_inputs) lists the sites: select by their owners or positions"
+    fitting = [r.remedy for r in refused if r.remedy]
+    if fitting:
+        return fitting[0]
+    if kinds := sorted({site.kind for site in everything}):
+        return f"the model has no {selector.kind} site: select {' or '.join(kinds)} sites, if one of these is meant"
+    return "pass a model with layers that gatecc knows: attention, linear layers, convolutions, recurrent layers"
 
 
 def _ends(owners: list[str]) -> list[str]:

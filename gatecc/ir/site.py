@@ -11,12 +11,14 @@ its weights (with orientation) and its place in the model. Axes are one letter e
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import fx
 
+from gatecc.errors import SiteRefusedError
 from gatecc.ir.mask import Mask
 
 if TYPE_CHECKING:
@@ -53,6 +55,29 @@ class Weight:
     rows: tuple[int, int] | None = None
 
 
+class NoSuchNameError(SiteRefusedError, KeyError):
+    """A rewrite reads a value or a weight that a site does not have; a KeyError too, as of any mapping."""
+
+    __str__ = SiteRefusedError.__str__
+
+
+class _Named(dict[str, Any]):
+    """Values or weights by name; a name that is not there is answered with those that are."""
+
+    what = where = ""
+
+    def __missing__(self, name: str) -> Any:
+        near = difflib.get_close_matches(str(name), self, n=1)
+        raise NoSuchNameError(
+            f"{self.what} {name!r}",
+            where=self.where,
+            found=f"it has {', '.join(self) or 'none'}",
+            do=f"did you mean {near[0]!r}?"
+            if near
+            else "read one that it has, or name it in reads() of the rewrite, so that sites without it are left out",
+        )
+
+
 class _Kind(type):
     """``Attention["model.layers.*"]``, ``Attention[2:]``, ``Attention[...]``, ``Attention[predicate]``.
 
@@ -80,6 +105,13 @@ class Site(metaclass=_Kind):
     line: str = ""
     values: Mapping[str, Value]
     weights: Mapping[str, Weight] = field(default_factory=dict[str, Weight])
+
+    def __post_init__(self) -> None:
+        where = f"{self.owner} {self.line}".strip()
+        for what in ("value", "weight"):
+            named = _Named(getattr(self, f"{what}s"))
+            named.what, named.where = f"the {self.kind} site has no {what}", where
+            object.__setattr__(self, f"{what}s", named)
 
     @property
     def key(self) -> str:

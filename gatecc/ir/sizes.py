@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from math import prod
 from typing import Any
@@ -75,6 +76,49 @@ def upper_bound(size: Any) -> int:
         return size
     bound = size.node.shape_env.bound_sympy(expression(size)).upper
     return int(bound) if bound.is_Integer else 1 << 40
+
+
+AXES = {1: "b", 2: "bn", 3: "bnc", 4: "bhnm", 5: "btcyx"}  # what the axes of an input usually count, by its rank
+_MORE = "nmkldefijopqrsuvw"  # for further sizes
+_WORD = re.compile(r"[A-Za-z_]\w*")
+
+
+def size_names(graph: fx.Graph) -> dict[str, str]:
+    """A letter for each symbolic size of a graph: b for the batch, n for tokens, from the inputs' axes."""
+    held = [n.meta.get("val") for n in graph.find_nodes(op="placeholder")]
+    inputs: list[tuple[Any, ...]] = [tuple(x.shape) for x in held if isinstance(x, torch.Tensor)]
+    names: dict[str, str] = {}
+    free = [sum(not isinstance(size, int) for size in shape) for shape in inputs]  # a position table has no batch
+    order = sorted(range(len(inputs)), key=lambda i: (len(inputs[i]) not in (2, 3), -free[i]))
+    for shape in (inputs[i] for i in order):
+        for size, letter in zip(shape, AXES.get(len(shape), ""), strict=False):
+            symbol = str(size)
+            if symbol in names or not _WORD.fullmatch(symbol):
+                continue
+            letters = [a for a in (letter, *_MORE) if a not in names.values()]
+            names[symbol] = letters[0] if letters else symbol
+    return names
+
+
+def shape_text(shape: Iterable[Size], names: Mapping[str, str]) -> str:
+    """A shape as it is written everywhere: ``b n 48``; "scalar" without axes."""
+    return " ".join(size_text(size, names) for size in shape) or "scalar"
+
+
+def size_text(size: Any, names: Mapping[str, str]) -> str:
+    """One size: a number, a letter, or an expression of letters without spaces."""
+    return renamed(str(size), names).replace(" ", "")
+
+
+def renamed(text: str, names: Mapping[str, str]) -> str:
+    """A text with the names of symbolic sizes in it replaced."""
+    return _WORD.sub(lambda word: names.get(word[0], word[0]), text)
+
+
+def described_shape(node: fx.Node) -> str:
+    """The shape of the tensor that a node holds, "" if it holds none."""
+    held = node_shape(node)
+    return "" if held is None else shape_text(held, size_names(node.graph))
 
 
 def node_shape(node: fx.Node) -> tuple[Size, ...] | None:

@@ -20,6 +20,7 @@ from gatecc.errors import GraphError
 from gatecc.ir.loops import free_lengths
 from gatecc.ir.program import Program, attribute, fake, origin, window
 from gatecc.ir.site import Site
+from gatecc.ir.sizes import renamed, size_names
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def _shape(node: fx.Node, recorded: torch.Tensor, rewrite: Suspect) -> None:
             rewrite,
             "a value has another shape or dtype than before",
             node,
-            f"{_kind_of(got)}, recorded {_kind_of(recorded)}",
+            renamed(f"{_kind_of(got)}, recorded {_kind_of(recorded)}", size_names(node.graph)),
         )
 
 
@@ -161,7 +162,7 @@ def _kept(program: Program, before: Before, rewrite: Suspect) -> None:
     # Compared as text and only now: what a rewrite found out about a symbolic size holds for both.
     now, then = str(tuple(_kind(o) for o in program.outputs)), str(before.outputs)
     if now != then:
-        raise _fail(rewrite, "the outputs changed", output, f"{now}, before {then}")
+        raise _fail(rewrite, "the outputs changed", output, renamed(f"{now}, before {then}", size_names(program.graph)))
     live = _live_parameters(program)
     gone = before.parameters - set(live)
     if lost := sorted(name for name in gone if not rewrite.may_lose(name, _tensor(program, name))):

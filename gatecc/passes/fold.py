@@ -10,6 +10,7 @@ from torch import fx
 
 from gatecc.errors import ArgumentError, SiteRefusedError
 from gatecc.ir.edit import Editor
+from gatecc.ir.printer import node_text
 from gatecc.ir.program import fake
 
 _A = torch.ops.aten
@@ -68,6 +69,6 @@ def _weight(edit: Editor, user: fx.Node, node: fx.Node) -> str:
     raise SiteRefusedError(
         "the factor of the gate cannot be folded into the next linear",
         where=f"{edit.site.owner} {edit.site.line}".strip(),
-        found=f"{user.format_node()} reads {kind} that is gated",
+        found=f"{node_text(user)} reads {kind} that is gated",
         do='use init="identity" (2*sigmoid), which needs no folding',
     )

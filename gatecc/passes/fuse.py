@@ -14,6 +14,7 @@ from gatecc.ir.edit import Editor
 from gatecc.ir.gate import GateSpec
 from gatecc.ir.gates.activation import Sigmoid
 from gatecc.ir.gates.init import Zero
+from gatecc.ir.printer import node_text
 from gatecc.ir.program import fake
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.site import Residual, Site
@@ -79,7 +80,7 @@ def _pure(site: Site) -> None:
         raise SiteRefusedError(
             "the model adds in place to a value that it reads elsewhere too",
             where=place(site),
-            found=add.format_node() or add.name,
+            found=node_text(add),
             do="write x = x + y in the model",
         )
     add.target = _A.add.Tensor

@@ -15,6 +15,7 @@ from gatecc.ir.edit import Editor
 from gatecc.ir.program import attribute, shape
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.site import Attention, Recurrent, Site, Value
+from gatecc.ir.sizes import described_shape, size_names, size_text
 from gatecc.passes.mixers import Mixer, Place
 from gatecc.passes.operands import condition, stage, static_sizes
 from gatecc.passes.operands import place as where
@@ -225,7 +226,7 @@ def _input(name: str, site: Attention, edit: Editor) -> fx.Node:
         raise SiteRefusedError(
             f"the input {name!r} holds no features of these tokens",
             where=where(site),
-            found=f"its shape is ({', '.join(map(str, sizes))}), for {tokens} tokens",
+            found=f"its shape is ({described_shape(node)}), for {size_text(tokens, size_names(node.graph))} tokens",
             expected="(B, N, N), or (B, N, 2) for coordinates",
             do="name another input, or leave this site out",
         )

@@ -16,7 +16,7 @@ from gatecc.ir.gates.source import Param
 from gatecc.ir.program import Program, origin, shape
 from gatecc.ir.select import Selector, select
 from gatecc.ir.site import Attention, Residual, Site, Value
-from gatecc.ir.sizes import expression
+from gatecc.ir.sizes import expression, size_names, size_text
 
 INPUTS = ("in", "hidden", "hidden_kv")  # stages that others may read as well
 
@@ -145,7 +145,8 @@ def check_positions(value: Value, sources: Sequence[Value], site: Site) -> None:
 
 
 def _size(value: Value, axis: str) -> str:
-    return f"{shape(value.node)[value.axes.index(axis)]} in {value.node.name}"
+    size = shape(value.node)[value.axes.index(axis)]
+    return f"{size_text(size, size_names(value.node.graph))} in {value.node.name}"
 
 
 def gate_shape(spec: GateSpec, value: Value, sources: Sequence[Value], edit: Editor) -> GateShape:

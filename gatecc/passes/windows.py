@@ -18,6 +18,7 @@ from gatecc.ir.evaluate import Evaluator, UnprovableError
 from gatecc.ir.match.mask_pattern import read
 from gatecc.ir.match.scores import find_scores
 from gatecc.ir.ops import CASTS, DROPOUTS, opname
+from gatecc.ir.printer import node_text
 from gatecc.ir.program import Program, attribute
 from gatecc.ir.site import Attention
 from gatecc.ir.sizes import example_sizes
@@ -123,7 +124,7 @@ def _may_hide(addend: fx.Node, site: Attention, program: Program) -> bool:
         raise SiteRefusedError(
             "a mask and a learned bias of the scores are one value",
             where=place(site),
-            found=addend.format_node() or addend.name,
+            found=node_text(addend),
             expected="a sum of a mask and a bias",
             do="leave this site out",
         )

@@ -6,9 +6,10 @@ import difflib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from gatecc.errors import ArgumentError, UnknownRecipeError
+from gatecc.ir.contract import Contract
 from gatecc.ir.rewrite import Recipe, Rewrite
 
 Builder = Callable[..., tuple[Rewrite, ...]]
@@ -67,13 +68,27 @@ def build(name: str, **options: Any) -> Recipe:
     required = [key for key, default in info.options.items() if default is inspect.Parameter.empty]
     if missing := [key for key in required if key not in options]:
         raise ArgumentError(f"the recipe {name} needs the option {', '.join(missing)}", do=info.summary)
+    _check_choices(info, options)
     rewrites = info.builder(**options)
     return Recipe(name, info.citation, rewrites, info.summary, tuple(sorted(options.items())))
+
+
+def _check_choices(info: RecipeInfo, options: dict[str, Any]) -> None:
+    """An option of few values is told from those that the recipe takes, not from all that a gate could have."""
+    hints = get_type_hints(info.builder)
+    for key, value in options.items():
+        choices = get_args(hints[key]) if get_origin(hints[key]) is Literal else ()
+        if choices and value not in choices:
+            raise ArgumentError(
+                f"the recipe {info.name} takes no {key}={value!r}", expected=" or ".join(repr(c) for c in choices)
+            )
 
 
 def resolve(value: str | Recipe | Rewrite | Sequence[Rewrite]) -> Recipe:
     """A recipe from what `transform` accepts."""
     if isinstance(value, Recipe):
+        for rewrite in value.rewrites:
+            _check_rewrite(rewrite)
         return value
     if isinstance(value, str):
         return build(value)
@@ -84,4 +99,24 @@ def resolve(value: str | Recipe | Rewrite | Sequence[Rewrite]) -> Recipe:
             found=repr(value)[:80],
             expected="a recipe's name, a Recipe, a rewrite or a list of rewrites",
         )
+    for rewrite in rewrites:
+        _check_rewrite(rewrite)
     return Recipe("custom", "", rewrites, "; ".join(str(r) for r in rewrites))
+
+
+def _check_rewrite(rewrite: Rewrite) -> None:
+    """What a class of one's own forgets most often."""
+    cls = type(rewrite)
+    if not isinstance(getattr(cls, "name", None), str) or not cls.name:
+        raise ArgumentError(
+            f"the rewrite {cls.__qualname__} has no name",
+            expected="a class attribute, which reports and checkpoints show",
+            do=f'name = "{cls.__name__.lower()}" in the class',
+        )
+    promised = cast("object", rewrite.contract())
+    if not isinstance(promised, Contract):
+        raise ArgumentError(
+            f"contract() of the rewrite {cls.name} says nothing that can be checked",
+            found=repr(promised),
+            expected="exact(), within(tolerance), identity_at_init() or changes_function() of gatecc.ir.contract",
+        )

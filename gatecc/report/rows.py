@@ -14,6 +14,7 @@ from torch import fx
 from gatecc.ir.graphview import ATTRIBUTES, attributes, uses
 from gatecc.ir.program import Program
 from gatecc.ir.site import MLP, Activation, Attention, Merge, Recurrent, Site
+from gatecc.ir.sizes import size_names
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class PassRow:
 class NodeRow:
     """One graph node. ``inserted_by`` names the rewrite that made it, empty for the model's own nodes.
 
-    ``positions`` says for each of ``inputs`` at which arguments it stands: ``"0"``, ``"0,1"``, ``"attn_mask"``.
+    ``shape`` is as in ``b n 48``: letters are sizes that may vary. ``positions`` says for each of ``inputs`` at which
+    arguments it stands: ``"0"``, ``"0,1"``, ``"attn_mask"``.
     """
 
     name: str
@@ -105,7 +107,8 @@ class GraphDump:
     @staticmethod
     def of(program: Program) -> GraphDump:
         """The dump of a program as it is now; later rewrites of the program do not change it."""
-        return GraphDump(tuple(_node(node) for node in program.graph.nodes))
+        sizes = size_names(program.graph)
+        return GraphDump(tuple(_node(node, sizes) for node in program.graph.nodes))
 
     def to_networkx(self) -> nx.DiGraph[str]:
         """The graph as a DiGraph, with the attributes of ``gatecc.ir.graphview``."""
@@ -178,6 +181,6 @@ def _attention(site: Attention) -> list[str]:
     return words + [f"dropout {site.dropout:g}"] * bool(site.dropout)
 
 
-def _node(node: fx.Node) -> NodeRow:
+def _node(node: fx.Node, sizes: Mapping[str, str]) -> NodeRow:
     places = uses(node)
-    return NodeRow(name=node.name, inputs=tuple(places), positions=tuple(places.values()), **attributes(node))
+    return NodeRow(name=node.name, inputs=tuple(places), positions=tuple(places.values()), **attributes(node, sizes))

@@ -168,3 +168,13 @@ def test_example_inputs_in_every_form() -> None:
 class Add(nn.Module):
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
         return x + other
+
+
+def test_a_capture_that_fails_prints_no_graph(capfd: pytest.CaptureFixture[str]) -> None:
+    class Decides(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(CaptureError, match="data-dependent"):
+        capture(Decides(), (torch.randn(2, 4),))
+    assert capfd.readouterr() == ("", "")

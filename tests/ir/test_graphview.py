@@ -41,7 +41,7 @@ def test_attributes_say_what_a_node_is_and_edges_where_it_goes(program: Program)
     view = to_networkx(program)
     linear = view.nodes["linear"]
     assert (linear["op"], linear["target"], linear["owner"]) == ("call_function", "aten.linear.default", "fc")
-    assert (linear["shape"], linear["dtype"]) == ("2x4", "float32")
+    assert (linear["shape"], linear["dtype"]) == ("2 4", "float32")
     assert view.nodes["mul"]["line"].startswith("test_graphview.py:")
     assert view.edges["linear", "mul"]["position"] == "0,1"
     assert view.edges["x", "cat"]["position"] == "0"

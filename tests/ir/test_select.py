@@ -130,3 +130,31 @@ def test_the_error_names_near_owners_and_refusals() -> None:
     refusal = Refusal("GCC101", "attention", "model.a", "x.py:1", "two softmaxes", "call it twice")
     with pytest.raises(EmptySelectionError, match=r"GCC101 model\.a: two softmaxes(.|\n)*do +call it twice"):
         select(Selector("attention", ...), SITES, [refusal])
+
+
+@pytest.mark.parametrize(
+    ("owner", "globs"),
+    [
+        ("base_model.model.model.layers.1.attn", ("model.layers.1.*", "base_model.model.model.layers.1.*")),
+        ("module.layers.1.attn", ("layers.1.attn",)),
+        (
+            "layers.1.attn",
+            ("_orig_mod.layers.1.attn", "layers.1._checkpoint_wrapped_module.attn"),
+        ),
+        ("layers.1._fsdp_wrapped_module.attn", ("layers.1.attn", "layers.1._fsdp_wrapped_module.attn")),
+        ("my_module.layers.1.attn", ("my_module.layers.1.attn",)),
+    ],
+)
+def test_names_that_wrappers_put_between_need_not_be_written(owner: str, globs: tuple[str, ...]) -> None:
+    site = Linear(owner=owner, values={"out": Value(NODE, "bnc")})
+    for glob in globs:
+        assert select(of(glob), [site]) == [site]
+    with pytest.raises(EmptySelectionError):
+        select(of("layers.2.attn"), [site])
+
+
+def test_what_to_do_is_something_that_the_model_has() -> None:
+    with pytest.raises(EmptySelectionError, match="no attention site: select activation or linear sites"):
+        select(Selector("attention", ...), SITES)
+    with pytest.raises(EmptySelectionError, match=r"do +pass a model with layers that gatecc knows"):
+        select(Selector("attention", ...), [])

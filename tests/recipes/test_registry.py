@@ -40,3 +40,10 @@ def test_wrong_names_and_options() -> None:
         gatecc.recipe("context-gates")
     with pytest.raises(ArgumentError, match="not a recipe"):
         resolve([])
+
+
+def test_an_option_of_few_values_offers_those() -> None:
+    with pytest.raises(ArgumentError, match=r"(?s)gated-attention takes no granularity='foo'.*'head' or 'element'$"):
+        gatecc.recipe("gated-attention", granularity="foo")
+    with pytest.raises(ArgumentError, match="join"):
+        gatecc.recipe("residual-gates", join="none")

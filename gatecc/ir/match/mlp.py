@@ -16,9 +16,10 @@ from gatecc.ir.match.facts import Facts
 from gatecc.ir.match.projection import Projection
 from gatecc.ir.match.shapes import same_shape
 from gatecc.ir.ops import CASTS, CONTRACTIONS, DROPOUTS, SOFTMAXES, VIEWS, opname
-from gatecc.ir.program import fake, shape
+from gatecc.ir.program import fake
 from gatecc.ir.refusals import refuse
 from gatecc.ir.site import MLP, Refusal, Weight
+from gatecc.ir.sizes import described_shape
 
 Feed = frozenset[tuple[Projection, str]]  # the projections that a value comes from, each with the activation on the way
 
@@ -154,7 +155,7 @@ def _refused(facts: Facts, up: Projection, down: Projection, *, deep: bool) -> t
     if up.in_width != down.out_width:
         return "GCC141", f"{up.in_width} features become {down.out_width}"
     if not same_shape(up.inp, down.out):
-        return "GCC141", f"{tuple(shape(up.inp))} becomes {tuple(shape(down.out))}"
+        return "GCC141", f"({described_shape(up.inp)}) becomes ({described_shape(down.out)})"
     pool = _pooled(up)
     return ("GCC142", f"it reads {pool}") if pool else None
 

@@ -1,0 +1,62 @@
+"""Notes of a report: what was done as told, and perhaps not as meant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import gatecc
+
+X = torch.randn(2, 6, 16)
+
+
+def _model() -> nn.Module:
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 16, batch_first=True), 2).eval()
+
+
+def _notes(model: nn.Module, recipe: Any = "gated-attention", **options: Any) -> tuple[nn.Module, str]:
+    result = gatecc.transform(model, recipe, (X,), verify=False, **options)
+    return result, "\n".join(gatecc.last_report(result).notes)
+
+
+def test_the_same_recipe_twice() -> None:
+    once, first = _notes(_model())
+    assert "already" not in first
+    _, second = _notes(once)
+    assert "holds gate of gated-attention already (transform 1), at 2 of these sites" in second
+    _, other = _notes(once, gatecc.recipe("gated-attention", granularity="element"))
+    assert "already" not in other
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_an_optimizer_that_was_made_before(kind: Any) -> None:
+    model = _model()
+    optimizer = kind(model.parameters(), lr=0.1)
+    copy, note = _notes(model)
+    assert "the result is a copy" in note
+    _, note = _notes(model, inplace=True)
+    assert "does not hold the new parameters" in note
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert not held & {id(p) for p in copy.parameters()}
+
+
+def test_no_optimizer_no_note() -> None:
+    model = _model()
+    others = [*model.parameters()]  # a list of parameters is no optimizer
+    torch.optim.SGD(nn.Linear(2, 2).parameters())
+    _, note = _notes(model)
+    assert "optimizer" not in note
+    assert others
+
+
+def test_what_is_kept_and_not_there() -> None:
+    rewrite = gatecc.Gate(
+        gatecc.Attention[...].heads.but("decoder.*"), gatecc.GateSpec("hidden", "linear", "head", "sigmoid")
+    )
+    _, note = _notes(_model(), rewrite)
+    assert "what is kept matches none of the 2 attention sites" in note
+    kept = gatecc.Gate(gatecc.Attention[...].heads.but(0), rewrite.gate)
+    assert "kept" not in _notes(_model(), kept)[1]
