@@ -21,6 +21,7 @@ from transformers.masking_utils import sdpa_mask
 import gatecc
 
 LIMIT = 1.10
+ONE_TOKEN = 1.12  # the look for a variant weighs most where a call does least
 HIDDEN, HEADS, DEPTH, TOKENS = 512, 8, 6, 128
 
 
@@ -72,7 +73,7 @@ def measure() -> Iterator[Row]:
     small = torch.randint(0, 1000, (1, 1))
     with torch.no_grad():
         hand_s, gated_s = best_of(lambda: hand(small), lambda: gated(small), repeats=30)
-    yield Row("one token: gatecc / by hand", gated_s / hand_s)
+    yield Row("one token: gatecc / by hand", gated_s / hand_s, ONE_TOKEN)
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ class Installer:
 
     def _trust(self, state: Scope, built: Built) -> None:
         state.python = built.python
-        state.trusted.append(built.entry)
+        state.trust(built.entry)
 
     def _weights(self, module: nn.Module, state: Scope, effects: list[Effect]) -> dict[str, int]:
         """New parameters and changed weights of one layer, once even if it is called several times."""

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from gatecc.capture import capture
-from gatecc.capture.reads import reads_of, recorded_reads
+from gatecc.capture.reads import Seen, reads_of, recorded_reads, ties_of
 from gatecc.errors import CaptureError, GateccError, GraphError
 from gatecc.ir.cost import Cost, cost
 from gatecc.ir.edit import Editor, Replace
@@ -54,26 +54,32 @@ Observer = Callable[[str, Program], None]
 
 
 def build(
-    module: nn.Module, state: Scope, args: tuple[Any, ...], kwargs: dict[str, Any], observe: Observer | None = None
+    module: nn.Module,
+    state: Scope,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    observe: Observer | None = None,
+    seen: Seen | None = None,
 ) -> Built:
     """Capture one call of a scope and do its rewrites. Raises CaptureError; GraphError names rewrite, site and line.
 
     ``observe(stage, program)`` is called with "before" on the canonical graph and "after" on the rewritten one.
+    ``seen`` is filled with the attributes that the capture read, also of one that failed.
     """
     with narrowed(module, state.widened):
-        return _build(module, state, args, kwargs, observe)
+        return _build(module, state, args, kwargs, observe, {} if seen is None else seen)
 
 
 def _build(
-    module: nn.Module, state: Scope, args: tuple[Any, ...], kwargs: dict[str, Any], observe: Observer | None
+    module: nn.Module, state: Scope, args: tuple[Any, ...], kwargs: dict[str, Any], observe: Observer | None, seen: Seen
 ) -> Built:
     clock = _Clock()
-    with recorded_reads(module) as seen:
+    with recorded_reads(module, seen):
         program = capture(module, args, kwargs, fqn=state.fqn, forward=base_forward(module))
     clock.lap("capture")
     canonicalize(program)
     clock.lap("canonicalize")
-    plain = Variant(program, reads_of(seen))
+    plain = Variant(program, reads_of(seen), ties_of(module))
     clock.lap("print")
     before = cost(program)
     if observe:
@@ -123,7 +129,7 @@ def _rewritten(
     clock.lap("rewrite")
     flat = [editor for of_one in editors for editor in of_one]
     path = python_path(program, flat, [s for s in sites if isinstance(s, Attention)], _argument_paths(program))
-    entry = Entry(Variant(program, plain.reads), plain, seconds=clock.seconds)
+    entry = Entry(Variant(program, plain.reads, plain.ties), plain, seconds=clock.seconds)
     clock.lap("print")
     if observe:
         observe("after", program)

@@ -10,12 +10,13 @@ from torch._C import _len_torch_function_stack
 from torch._compile import _disable_dynamo  # torch.compiler.disable, without importing Dynamo for it
 
 from gatecc.capture.neutral import neutral_weights
+from gatecc.capture.reads import Seen, reads_of
 from gatecc.capture.shield import apart, random_states_kept
 from gatecc.capture.signature import Key, NestedTensorError, OpaqueArgumentError, flatten, neutral_inputs
 from gatecc.errors import CallNotCapturedError, CaptureError
 from gatecc.scope.family import Entry
 from gatecc.scope.key import call_key
-from gatecc.scope.learn import entry_for, lookup
+from gatecc.scope.learn import entry_for, known_entry, lookup
 from gatecc.scope.python_path import run_python
 from gatecc.scope.state import STATE, Scope, base_forward
 from gatecc.scope.traced import is_traced, outside
@@ -51,23 +52,29 @@ def first_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         ) from e
     except OpaqueArgumentError as e:
         return _python(module, state, args, kwargs, str(e))
-    if key in state.refused:
-        return _python(module, state, args, kwargs, state.refused[key])
+    refused = state.refused.find(key, leaves, module)
+    if refused is not None:
+        return _python(module, state, args, kwargs, refused)
     if is_traced(leaves):
         return _traced(module, state, key, args, kwargs, leaves)
+    seen: Seen = {}
     try:
-        entry = apart(lambda: _learn(module, state, key, args, kwargs))
+        entry = apart(lambda: _learn(module, state, key, args, kwargs, seen))
     except CaptureError as e:
-        state.refused[key] = e.found
+        state.refused.add(key, leaves, reads_of(seen), e.found)
         return _python(module, state, args, kwargs, e.found)
     return entry.variant(module, leaves)
 
 
-def _learn(module: nn.Module, state: Scope, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry:
+def _learn(
+    module: nn.Module, state: Scope, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any], seen: Seen
+) -> Entry:
     """Behind the shield: an entry for a call, made with ordinary tensors in the place of the caller's."""
     with random_states_kept(), neutral_weights(module):
         args, kwargs = neutral_inputs(args, kwargs)
-        return entry_for(module, state, key, args, kwargs, flatten(args, kwargs)[1])
+        leaves = flatten(args, kwargs)[1]
+        known = known_entry(module, state, key, leaves)  # another thread may have captured it, while this one waited
+        return known or entry_for(module, state, key, args, kwargs, leaves, seen)
 
 
 def _traced(

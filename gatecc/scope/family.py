@@ -14,12 +14,14 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from gatecc.capture.adapters import fast_path_off
+from gatecc.capture.kept import attributes_kept
 from gatecc.capture.reads import same_reads
 from gatecc.capture.shield import callers_device, random_states_kept
 from gatecc.capture.signature import Key, map_tensors
 from gatecc.scope.variant import Variant
 
 LIMIT = 64  # kinds of call kept per family; the oldest goes first
+OF_ONE_KIND = 16  # captures kept for calls of one kind, which differ in the sizes or attributes that they bake in
 
 
 @dataclass(eq=False)
@@ -39,10 +41,20 @@ class Family:
     entries: OrderedDict[Key, list[Entry]] = field(default_factory=OrderedDict[Key, list[Entry]])
 
     def add(self, key: Key, entry: Entry) -> None:
-        self.entries.setdefault(key, []).append(entry)
+        of_kind = self.entries.setdefault(key, [])
+        of_kind.append(entry)
+        if len(of_kind) > OF_ONE_KIND:
+            del of_kind[0]
+            _warn(
+                f"calls of one kind needed more than {OF_ONE_KIND} captures, for other sizes or attributes of modules"
+            )
         if len(self.entries) > LIMIT:
             self.entries.popitem(last=False)
-            warnings.warn(f"a scope was called in more than {LIMIT} ways; old captures are dropped", stacklevel=2)
+            _warn(f"a scope was called in more than {LIMIT} ways")
+
+    def holds(self, entry: Entry) -> bool:
+        """Whether an entry has not been dropped."""
+        return any(entry in of_kind for of_kind in self.entries.values())
 
     def find(self, key: Key, leaves: Sequence[torch.Tensor]) -> list[Entry]:
         """The entries whose sizes fit, in the order of their captures."""
@@ -53,6 +65,10 @@ class Family:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Family, ())
+
+
+def _warn(what: str) -> None:
+    warnings.warn(f"{what}; the oldest capture is dropped, and made again if it is needed", stacklevel=4)
 
 
 def structure(module: nn.Module) -> tuple[Any, ...]:
@@ -86,7 +102,7 @@ def proves(
     its_args, its_kwargs = map_tensors(torch.clone, (args, kwargs))
     its_leaves = [x.clone() for x in leaves]
     for run in (lambda: forward(*its_args, **its_kwargs), lambda: entry.plain(module, its_leaves)):
-        with random_states_kept(), torch.no_grad(), callers_device(), fast_path_off():
+        with attributes_kept(module), random_states_kept(), torch.no_grad(), callers_device(), fast_path_off():
             results.append(run())
         with torch.no_grad():
             for buffer, before in buffers:

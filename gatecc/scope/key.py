@@ -6,50 +6,71 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _device
 
-from gatecc.capture.reads import Read
+from gatecc.capture.reads import same
 from gatecc.capture.signature import Key, OpaqueArgumentError, autocast, flatten
+from gatecc.scope.variant import Variant
 
 
 def call_key(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Key, list[torch.Tensor]]:
-    """Everything that a graph bakes in: the call's structure and constants, grad mode, autocast, the state of each
-    submodule.
+    """Everything that a graph bakes in: the call's structure and constants, grad mode, autocast, torch's defaults, the
+    state of each submodule.
 
     Raises OpaqueArgumentError if an argument, or a hook inside the scope, cannot be part of a graph.
     """
     key, leaves = flatten(args, kwargs)
-    modes: list[Any] = []
-    _modes(module, modes, True)
+    state: list[Any] = []
+    _walk(module, state, True)
     if not leaves:
         raise OpaqueArgumentError("a call without tensor arguments")
-    return (key, torch.is_grad_enabled(), autocast(leaves), tuple(modes)), leaves
+    defaults = (torch.get_default_dtype(), _device.CURRENT_DEVICE, torch.are_deterministic_algorithms_enabled())
+    return (key, torch.is_grad_enabled(), autocast(leaves), defaults, tuple(state)), leaves
 
 
-def _modes(module: nn.Module, out: list[Any], root: bool) -> None:
-    """Type and training flag of every submodule: swapped submodules (LoRA) and frozen norms change the graph."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if not root and any(hooks):
+def _walk(module: nn.Module, out: list[Any], root: bool) -> None:
+    """Type and training flag of every submodule, and dtype, device and shape of its tensors: swapped submodules (LoRA),
+    frozen norms, casts and other weights change the graph. Read from ``__dict__``, which costs half of attributes."""
+    own = module.__dict__
+    if not root and (
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    ):
         raise OpaqueArgumentError(f"a hook on the submodule {type(module).__name__}")
     out.append(type(module))
-    out.append(module.training)
-    for child in module._modules.values():
+    out.append(own["training"])
+    for tensor in own["_parameters"].values():
+        if tensor is not None:
+            out.append(tensor.dtype)
+            out.append(tensor.device)
+            out.append(tensor.shape)
+    for tensor in own["_buffers"].values():
+        if tensor is not None:
+            out.append(tensor.dtype)
+            out.append(tensor.device)
+            out.append(tensor.shape)
+    for child in own["_modules"].values():
         if child is not None:
-            _modes(child, out, False)
+            _walk(child, out, False)
 
 
-def fresh(reads: tuple[Read, ...], module: nn.Module) -> bool:
-    """Whether the plain attributes that the capture read still have the values that it baked in."""
-    for path, name, value in reads:
-        holder = module.get_submodule(path) if path else module
-        now = getattr(holder, name, None)
-        if now is not value and _differs(now, value):
-            return False
-    return True
+def fresh(variant: Variant, module: nn.Module) -> bool:
+    """Whether the plain attributes that the capture read still have the values that it baked in, and what was one
+    parameter still is."""
+    for steps, rows in variant.groups:
+        holder: Any = module
+        for step in steps:
+            holder = holder._modules[step]
+        for names, value, fixed, read in rows:
+            now = holder
+            for name in names:
+                now = getattr(now, name, None)
+            if (now is not value or not fixed) and not same(read, now):
+                return False
+    return all(_parameter(module, first) is _parameter(module, second) for first, second in variant.ties)
 
 
-def _differs(now: Any, before: Any) -> bool:
-    """Tensors have no one truth value, nor have containers of them: other objects then count as other values."""
-    try:
-        return isinstance(now, torch.Tensor) or bool(now != before)
-    except (RuntimeError, ValueError):
-        return True
+def _parameter(module: nn.Module, path: tuple[str, ...]) -> Any:
+    holder: Any = module
+    for step in path[:-1]:
+        holder = holder._modules[step]
+    return holder._parameters[path[-1]]

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from gatecc.capture.reads import recorded_reads
+from gatecc.capture.reads import Seen, recorded_reads
 from gatecc.capture.signature import Key, OpaqueArgumentError
 from gatecc.errors import CaptureError
 from gatecc.scope.build import build
@@ -27,24 +27,37 @@ def lookup(
         key, leaves = call_key(module, args, kwargs)
     except OpaqueArgumentError:
         return None
+    entry = known_entry(module, state, key, leaves)
+    return None if entry is None else (entry.variant, leaves)
+
+
+def known_entry(module: nn.Module, state: Scope, key: Key, leaves: list[torch.Tensor]) -> Entry | None:
+    """The trusted entry for a call, if there is one. Written so that Dynamo can trace it."""
     for entry in state.family.find(key, leaves):
-        if entry in state.trusted and fresh(entry.variant.reads, module):
-            return entry.variant, leaves
+        if entry in state.trusted and fresh(entry.variant, module):
+            return entry
     return None
 
 
 def entry_for(
-    module: nn.Module, state: Scope, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[torch.Tensor]
+    module: nn.Module,
+    state: Scope,
+    key: Key,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    leaves: list[torch.Tensor],
+    seen: Seen | None = None,
 ) -> Entry:
-    """An entry of the family that is proved for this layer, or a new capture. Raises CaptureError."""
+    """An entry of the family that is proved for this layer, or a new capture. Raises CaptureError; ``seen`` then holds
+    the attributes that were read."""
     shared = _share(module, state, key, args, kwargs, leaves) or _with_gradients(
         module, state, key, args, kwargs, leaves
     )
     if shared is not None:
         return shared
-    entry = build(module, state, args, kwargs).entry
+    entry = build(module, state, args, kwargs, seen=seen).entry
     state.family.add(key, entry)
-    state.trusted.append(entry)
+    state.trust(entry)
     return entry
 
 
@@ -56,7 +69,7 @@ def _share(
         with narrowed(module, state.widened):
             proved = entry not in state.trusted and proves(entry, module, base_forward(module), args, kwargs, leaves)
         if proved:
-            state.trusted.append(entry)
+            state.trust(entry)
             return entry
     return _without_gradients(module, state, key, args, kwargs, leaves)
 
@@ -79,7 +92,7 @@ def _without_gradients(
             entry = Entry(known.variant, known.plain)
             entry.layers.add(module)
             state.family.add(key, entry)
-            state.trusted.append(entry)
+            state.trust(entry)
             return entry
     return None
 

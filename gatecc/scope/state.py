@@ -9,13 +9,13 @@ from typing import Any, cast
 
 from torch import nn
 
-from gatecc.capture.signature import Key
 from gatecc.ir.mask import Mask
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.widen import Rows
 from gatecc.scope.family import Entry, Family
 from gatecc.scope.masks import Proved
 from gatecc.scope.python_path import PythonPath
+from gatecc.scope.refusals import Refusals
 
 STATE = "_gatecc"
 
@@ -37,13 +37,18 @@ class Scope:
     family: Family = field(default_factory=Family)
     python: PythonPath = field(default_factory=lambda: PythonPath(refused="no call was captured yet"))
     own: set[str] = field(default_factory=set[str])  # paths of the modules that gatecc made in this scope
-    refused: dict[Key, str] = field(default_factory=dict[Key, str])  # calls that could not be captured, and why
+    refused: Refusals = field(default_factory=Refusals)  # calls that could not be captured, and why
     trusted: list[Entry] = field(default_factory=list[Entry])  # entries captured on, or proved for, this layer
     widened: dict[str, Rows] = field(default_factory=dict[str, Rows])  # weights of the model that hold new rows
     masks: Proved = field(default_factory=dict[tuple[str, int], Mask])  # of its attention sites, where it was proved
 
+    def trust(self, entry: Entry) -> None:
+        """Run an entry from now on; those that the family has dropped go."""
+        self.trusted = [known for known in self.trusted if self.family.holds(known)]
+        self.trusted.append(entry)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "refused": {}, "trusted": [], "family": Family()}
+        return {**vars(self), "refused": Refusals(), "trusted": [], "family": Family()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Scope:
         return Scope(
@@ -52,7 +57,7 @@ class Scope:
             self.family,
             self.python,
             set(self.own),
-            dict(self.refused),
+            Refusals(),
             list(self.trusted),
             dict(self.widened),
             dict(self.masks),

@@ -16,18 +16,19 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from gatecc.capture.guards import Check, compile_guards
-from gatecc.capture.reads import Read
+from gatecc.capture.reads import Read, Ties, grouped
 from gatecc.ir.program import Program
 
 
 class Variant:
     """``variant(module, leaves)`` is the module's output; ``accepts(leaves)`` checks the sizes that it bakes in."""
 
-    def __init__(self, program: Program, reads: tuple[Read, ...]) -> None:
+    def __init__(self, program: Program, reads: tuple[Read, ...] = (), ties: Ties = ()) -> None:
         """Freeze the program's present graph; later edits of the program do not reach the variant."""
         self.accepts: Check = compile_guards(program.guards)
         self.guards = tuple(program.guards)
-        self.reads = reads
+        self.reads, self.groups = reads, grouped(reads)
+        self.ties = ties
         self.source, self._function, self._extra = _function(program)
         spec = program.out_spec
         self._out_spec = None if _is_plain(spec) else spec

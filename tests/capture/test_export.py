@@ -101,7 +101,7 @@ def test_reads_are_those_that_the_forward_made() -> None:
     with recorded_reads(model) as seen:
         model(X)
     reads = reads_of(seen)
-    assert ("", "factor", 2.0) in reads
+    assert ("", "factor", 2.0) in [read[:3] for read in reads]
     assert not [r for r in reads if r.name == "unused"]
     assert type(model) is Inner
     other = Inner()
