@@ -7,7 +7,8 @@ import sys
 import traceback as tracebacks
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,9 +21,10 @@ from torch import nn
 
 import gatecc
 from gatecc.cli.doctor import Finding, diagnose
-from gatecc.cli.reference import load_model, parse_options
+from gatecc.cli.reference import load_batches, load_model, load_recipe, parse_options
 from gatecc.errors import ArgumentError, GateccError
 from gatecc.report import Report
+from gatecc.train import Transfer, Tune
 
 app = typer.Typer(
     name="gatecc",
@@ -44,7 +46,12 @@ Inputs = Annotated[
     str | None,
     typer.Option("--inputs", metavar="MODULE:FACTORY", help="Example inputs: a tuple, a dict or (tuple, dict)."),
 ]
-RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="A name from `gatecc recipes`.", show_default=False)]
+RecipeName = Annotated[
+    str,
+    typer.Option(
+        "--recipe", "-r", help="A name from `gatecc recipes`, or module:name of your own.", show_default=False
+    ),
+]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="An option of the recipe; may be repeated.")
 ]
@@ -60,8 +67,24 @@ Reports = Annotated[
         help="Write the report (.html, .json, .txt) or the graph (.graphml, .dot); repeatable.",
     ),
 ]
+OnlyNew = Annotated[bool, typer.Option("--only-new", help="Save only what the recipe added.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error was raised.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gatecc {metadata.version('gatecc')} (torch {metadata.version('torch')})")
+        raise typer.Exit(0)
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_version)
+    ] = False,
+) -> None:
+    """Put gates, experts and linear attention into PyTorch models, verify them and export them to ONNX."""
 
 
 @app.command()
@@ -91,6 +114,10 @@ def transform(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FOLDER", help="Save the result as a checkpoint.")
     ] = None,
+    only_new: OnlyNew = False,
+    keep_inputs: Annotated[
+        bool, typer.Option("--keep-inputs", help="Save the example inputs themselves, not synthetic ones.")
+    ] = False,
     scope: ScopeName = "auto",
     verify: Annotated[bool, typer.Option(help="Check the contracts numerically.")] = True,
     reports: Reports = None,
@@ -100,13 +127,13 @@ def transform(
     """Rewrite a model by a recipe, verify it, report what was done, and save it."""
     with _errors(traceback):
         _check_suffixes(reports or [])
-        changed, _ = _transformed(model, inputs, recipe, settings, scope, verify)
+        changed, _, _ = _transformed(model, inputs, recipe, settings, scope, verify)
         _show(gatecc.last_report(changed), reports or [], as_json)
         if out is None:
             _say("nothing is saved without --out FOLDER")
             return
         with _status("saving"):
-            gatecc.save(changed, out)
+            gatecc.save(changed, out, only_new=only_new, example_inputs="keep" if keep_inputs else "synthetic")
         _say(f"checkpoint: {out}")
 
 
@@ -131,7 +158,7 @@ def export(
                 "a checkpoint has its own recipe", found="--recipe and --checkpoint", expected="one of them"
             )
         if recipe:
-            chosen, example = _transformed(model, inputs, recipe, settings, "auto", True)
+            chosen, example, _ = _transformed(model, inputs, recipe, settings, "auto", True)
         else:
             with _status("loading the model"):
                 chosen, example = load_model(model, inputs)
@@ -141,6 +168,44 @@ def export(
         with _status("exporting and comparing"):
             gatecc.export(chosen, out, example)
         typer.echo(out)
+
+
+@app.command()
+def heal(
+    model: Model,
+    recipe: RecipeName,
+    batches: Annotated[
+        str,
+        typer.Option("--batches", metavar="MODULE:FACTORY", help="Batches: an iterable.", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where the result goes.", show_default=False)],
+    settings: Settings = None,
+    transfer: Annotated[
+        list[str] | None,
+        typer.Option("--transfer", metavar="FIELD=VALUE", help="Stage 1, layer by layer: steps=100; repeatable."),
+    ] = None,
+    tune: Annotated[
+        list[str] | None,
+        typer.Option("--tune", metavar="FIELD=VALUE", help="Stage 2, the task: steps=100, distill=1; repeatable."),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", metavar="FOLDER", help="Keep the run here, and go on with it.")
+    ] = None,
+    inputs: Inputs = None,
+    only_new: OnlyNew = False,
+    traceback: Traceback = False,
+) -> None:
+    """Rewrite a model by a recipe, train the result towards the model of before, and save it."""
+    with _errors(traceback):
+        stages = {"transfer": _stage(Transfer, transfer), "tune": _stage(Tune, tune)}
+        student, _, teacher = _transformed(model, inputs, recipe, settings, "auto", True)
+        done = gatecc.train.heal(student, teacher, load_batches(batches), **stages, checkpoint=checkpoint)
+        for name in dict.fromkeys(point.stage for point in done.curve):
+            losses = [point.loss for point in done.curve if point.stage == name]
+            _say(f"{name}: loss {losses[0]:.4g} -> {losses[-1]:.4g} in {len(losses)} steps")
+        with _status("saving"):
+            gatecc.save(student, out, only_new=only_new)
+        _say(f"checkpoint: {out}")
 
 
 @app.command()
@@ -178,6 +243,21 @@ def doctor(as_json: AsJson = False) -> None:
     raise typer.Exit(1 if found.conflicts else 0)
 
 
+def _stage(stage: type[Transfer] | type[Tune], settings: list[str] | None) -> Any:
+    """A stage of healing from its settings, None without any."""
+    if not settings:
+        return None
+    options = parse_options(settings)
+    known = {f.name for f in fields(stage)}
+    if unknown := sorted(set(options) - known):
+        name = stage.__name__.lower()
+        raise ArgumentError(f"--{name} has no field {', '.join(unknown)}", expected=", ".join(sorted(known)))
+    try:
+        return stage(**options)
+    except TypeError as e:
+        raise ArgumentError(f"--{stage.__name__.lower()} lacks something", found=str(e), expected="steps=N") from e
+
+
 def _transformed(
     model: str,
     inputs: str | None,
@@ -185,12 +265,15 @@ def _transformed(
     settings: list[str] | None,
     scope: Literal["auto", "model"],
     verify: bool,
-) -> tuple[nn.Module, Any]:
-    wanted = gatecc.recipe(recipe, **parse_options(settings or []))
+) -> tuple[nn.Module, Any, nn.Module]:
+    """The rewritten model, the example inputs, and the model of before."""
+    if ":" not in recipe:  # a wrong name is told before minutes of loading
+        load_recipe(recipe, parse_options(settings or []))
     with _status("loading the model"):
         loaded, example = load_model(model, inputs)
+    wanted = load_recipe(recipe, parse_options(settings or []))
     with _status(f"applying {recipe}"):
-        return gatecc.transform(loaded, wanted, example, scope=scope, verify=verify), example
+        return gatecc.transform(loaded, wanted, example, scope=scope, verify=verify), example, loaded
 
 
 def _check_suffixes(paths: list[Path]) -> None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from gatecc.errors import ArgumentError
+from gatecc.errors import ArgumentError, GateccError
+from gatecc.ir.rewrite import Recipe, Rewrite
+from gatecc.recipes import build, resolve
 
 T = TypeVar("T")
 
@@ -47,6 +51,49 @@ def load_model(reference: str, inputs: str | None) -> tuple[nn.Module, Any]:
             do="let the factory return (model, example_inputs), or name them with --inputs module:factory",
         )
     return model, example
+
+
+def load_batches(reference: str) -> Any:
+    """What a reference names: a factory of batches (a DataLoader, a list), or the batches themselves."""
+    made = _make(reference)
+    if not isinstance(made, Iterable):
+        raise ArgumentError("these are no batches", where=reference, found=type(made).__name__, expected="an iterable")
+    return cast("Any", made)
+
+
+def load_recipe(reference: str, options: dict[str, Any]) -> Recipe:
+    """A recipe by its name, or one of your own: ``module:name``, ``path/to/file.py:name``.
+
+    It is a Recipe, a rewrite, a list of rewrites, or a function (or a class of rewrites) that makes one of these from
+    the options. Raises UnknownRecipeError, ArgumentError.
+    """
+    if ":" not in reference:
+        return build(reference, **options)
+    module, _, path = reference.rpartition(":")
+    named = _attribute(_import(module, reference), path, reference)
+    made = named
+    if callable(named) and not isinstance(named, Rewrite):
+        made = _called(cast("Callable[..., Any]", named), path, reference, options)
+    elif options:
+        raise ArgumentError(
+            "this recipe takes no options", where=reference, found=", ".join(options), expected="a function that does"
+        )
+    recipe = resolve(made)
+    if isinstance(made, Recipe):
+        return recipe
+    summary = (inspect.getdoc(named) or "").partition("\n")[0] if callable(named) else recipe.summary
+    return replace(recipe, name=path, summary=summary, options=tuple(sorted(options.items())))
+
+
+def _called(function: Callable[..., Any], path: str, reference: str, options: dict[str, Any]) -> Any:
+    try:
+        inspect.signature(function).bind(**options)
+    except TypeError as e:
+        takes = ", ".join(inspect.signature(function).parameters) or "no options"
+        raise ArgumentError(
+            "the recipe does not take these options", where=reference, found=str(e), expected=takes
+        ) from e
+    return _guarded(f"{path}() failed", reference, lambda: function(**options))
 
 
 def parse_options(settings: Sequence[str]) -> dict[str, Any]:
@@ -121,6 +168,8 @@ def _guarded(what: str, reference: str, work: Callable[[], T]) -> T:
     """Errors of the user's own code become ours, with theirs as the cause (``--traceback`` shows both)."""
     try:
         return work()
+    except GateccError:
+        raise
     except Exception as error:
         raise ArgumentError(
             what, where=reference, found=f"{type(error).__name__}: {error}", do="--traceback shows where"

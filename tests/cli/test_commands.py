@@ -14,6 +14,7 @@ from gatecc.cli import app
 from gatecc.report import Report
 
 SOURCE = """
+import gatecc
 import torch
 from torch import nn
 
@@ -31,9 +32,33 @@ def make():
     torch.manual_seed(0)
     return nn.Sequential(Layer(), Layer()), (torch.randn(2, 5, 8),)
 
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.layer, self.head = nn.Embedding(11, 8), Layer(), nn.Linear(8, 11)
+
+    def forward(self, ids):
+        return self.head(self.layer(self.embed(ids)))
+
+def language():
+    torch.manual_seed(0)
+    return Head(), (torch.randint(11, (2, 5)),)
+
+def batches():
+    return [torch.randint(11, (2, 5)) for _ in range(3)]
+
+def mine(granularity="head"):
+    'Gates of my own.'
+    return gatecc.Gate("attention[...].heads", gatecc.GateSpec("hidden", "linear", granularity, "sigmoid"))
+
+ONE = mine()
+
 def wrong():
     return make()[0], (torch.randn(2, 5, 7),)
 """
+
+
+HEAL = ("heal", "{model}", "-r", "gated-attention", "--batches", "{file}:batches", "--out", "x")
 
 
 @pytest.fixture
@@ -99,6 +124,14 @@ def test_transform_without_out_says_that_nothing_is_saved(model: str) -> None:
         (["inspect", "{file}:nothing"], "GCC009", "make"),
         (["inspect", "{model}", "--report", "x.pdf"], "GCC009", ".html"),
         (["recipes", "gated-atention"], "GCC002", "gated-attention"),
+        (["transform", "{model}", "-r", "{file}:mone"], "GCC009", "mine"),
+        (["transform", "{model}", "-r", "{file}:make"], "GCC009", "not a recipe"),
+        (["transform", "{model}", "-r", "{file}:mine", "--set", "hue=1"], "GCC009", "granularity"),
+        (["transform", "{model}", "-r", "{file}:ONE", "--set", "hue=1"], "GCC009", "takes no options"),
+        ([*HEAL], "GCC009", "no stage to run"),
+        ([*HEAL, "--tune", "stepps=1"], "GCC009", "steps"),
+        ([*HEAL, "--tune", "lr=1"], "GCC009", "steps"),
+        ([*HEAL, "--tune", "steps=1", "--batches", "{file}:make_nothing"], "GCC009", "batches"),
     ],
 )
 def test_errors_are_their_text_and_code_2(model: str, words: list[str], code: str, text: str) -> None:
@@ -159,4 +192,35 @@ def test_doctor_lists_and_its_code_tells_a_conflict(monkeypatch: pytest.MonkeyPa
 
 def test_help_names_every_command() -> None:
     out, _ = run("--help")
-    assert all(name in out for name in ("inspect", "transform", "export", "recipes", "doctor"))
+    assert all(name in out for name in ("inspect", "transform", "export", "heal", "recipes", "doctor"))
+
+
+@pytest.mark.parametrize(("name", "settings"), [("ONE", []), ("mine", ["--set", "granularity=element"])])
+def test_a_recipe_of_one_s_own(model: str, tmp_path: Path, name: str, settings: list[str]) -> None:
+    file = model.rpartition(":")[0]
+    words = ["transform", model, "-r", f"{file}:{name}", *settings, "--out", str(tmp_path / "c")]
+    out, _ = run(*words, "--only-new", "--json")
+    report = Report.from_json(out)
+    assert report.recipe == name
+    assert {row.rewrite for row in report.rewrites} == {"gate"}
+    assert (tmp_path / "c" / "new.safetensors").exists()
+    base, inputs = sys.modules["model_of_cli_test"].make()
+    loaded = gatecc.load(base, tmp_path / "c")
+    torch.testing.assert_close(loaded(*inputs), base(*inputs))
+
+
+def test_heal_trains_and_saves(model: str, tmp_path: Path) -> None:
+    file = model.rpartition(":")[0]
+    words = ["heal", f"{file}:language", "-r", "gated-attention", "--batches", f"{file}:batches"]
+    _, err = run(*words, "--tune", "steps=2", "--tune", "distill=1.0", "--out", str(tmp_path / "c"))
+    assert "in 2 steps" in err
+    base, inputs = sys.modules["model_of_cli_test"].language()
+    loaded = gatecc.load(base, tmp_path / "c")
+    assert not torch.equal(loaded(*inputs), base(*inputs))
+    assert bool(loaded.get_parameter("layer.gate.weight").any())
+
+
+def test_version() -> None:
+    out, _ = run("--version")
+    assert out.startswith("gatecc ")
+    assert torch.__version__.partition("+")[0] in out
