@@ -113,7 +113,8 @@ class ContractError(GateccError):
     """A rewrite broke the contract that it declares; the model is left unchanged.
 
     The message names the rewrite (found by replaying them one at a time), the site and the source line, and prints the
-    graph around it.
+    graph around it. What was installed must also act in every mode (gradients on and off, eval and train): a module
+    whose weights something reads without calling it is named with the mode.
 
     Fails: a rewrite of your own that returns ``identity_at_init()`` from ``contract`` and doubles a value.
     Mended: parameters that start where the value is unchanged, or ``changes_function()`` if it is meant.
