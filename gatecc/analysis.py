@@ -107,6 +107,18 @@ def check_model(model: object) -> None:
             raise _quantised(name, f"{type(module).__module__}.{type(module).__name__}")
 
 
+def check_in_place(model: nn.Module) -> None:
+    """Raise UnsupportedModelError for parameters of inference mode: what is computed with them has no gradient."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise UnsupportedModelError(
+                "the model was made under torch.inference_mode: no gradient goes through its parameters",
+                where=name,
+                found="inplace=True, which would leave them as they are",
+                do="make the model outside of it; without inplace=True the result is a copy with ordinary parameters",
+            )
+
+
 def _check_tensor(name: str, tensor: torch.Tensor) -> None:
     if tensor.is_meta:
         raise UnsupportedModelError(

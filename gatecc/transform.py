@@ -11,7 +11,16 @@ from torch import nn
 
 from gatecc import notes
 from gatecc.acts import acts
-from gatecc.analysis import Analysis, Inputs, analyse, check_model, evaluation, parameter_count, report_of
+from gatecc.analysis import (
+    Analysis,
+    Inputs,
+    analyse,
+    check_in_place,
+    check_model,
+    evaluation,
+    parameter_count,
+    report_of,
+)
 from gatecc.caches import caches_off, caches_on, why_no_cache
 from gatecc.capture.adapters import Setting
 from gatecc.capture.compiled import behind, compiled_like
@@ -103,6 +112,8 @@ def rewritten(
     """`transform`, told which modules some mode goes past: what a transform that is done again knows already."""
     args, kwargs = split_inputs(example_inputs)
     check_model(model)
+    if inplace:
+        check_in_place(model)
     if scope not in ("auto", "model"):
         raise ArgumentError("unknown scope", found=repr(scope), expected='"auto" or "model"')
     task = _Task(wanted, args, kwargs, scope, look=verify, missed=frozenset(missed))

@@ -22,6 +22,7 @@ from gatecc.capture.adapters import adapted
 from gatecc.capture.frames import no_source_lines
 from gatecc.capture.guards import size_guards
 from gatecc.capture.kept import attributes_kept
+from gatecc.capture.neutral import neutral_weights
 from gatecc.capture.shield import callers_device
 from gatecc.errors import CaptureError
 from gatecc.ir.loops import free_lengths
@@ -78,7 +79,7 @@ def capture(
         raise CaptureError("the call cannot become a graph", where=fqn, found=str(e)) from e
     leaves = _apart(leaves)
     flat = _Flat(module, forward or module, args, kwargs)
-    with attributes_kept(module), adapted(module), free_lengths(), _quiet(), _fast():
+    with neutral_weights(module), attributes_kept(module), adapted(module), free_lengths(), _quiet(), _fast():
         exported = _export(flat, leaves, fqn, dynamic)
     return _program(exported, module, leaves, fqn, _paths(module, args, kwargs))
 

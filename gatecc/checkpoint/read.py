@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gatecc.analysis import check_model
-from gatecc.capture.shield import shielded
+from gatecc.capture.shield import random_states_kept, shielded
 from gatecc.capture.tree import decode
 from gatecc.checkpoint import models
 from gatecc.checkpoint.state import digests, kinds_of, state_of, tie, ties_of
@@ -224,7 +224,7 @@ def _described(kind: list[Any] | None) -> str:
 
 
 def _replay(target: nn.Module, step: _SavedStep) -> None:
-    with torch.random.fork_rng(devices=[]):  # new parameters start from random values, which are overwritten
+    with random_states_kept():  # new parameters start from random values, which are overwritten
         try:
             rewritten(target, step.recipe, step.inputs, step.scope, inplace=True, verify=False, missed=step.missed)
         except GateccError as e:

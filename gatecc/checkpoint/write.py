@@ -12,7 +12,7 @@ from torch import nn
 
 from gatecc.analysis import evaluation
 from gatecc.capture.compiled import behind
-from gatecc.capture.shield import shielded
+from gatecc.capture.shield import random_states_kept, shielded
 from gatecc.capture.tree import decode, encode
 from gatecc.checkpoint.examples import special_ids, synthetic
 from gatecc.checkpoint.models import described
@@ -128,7 +128,7 @@ def _step_to_json(step: Step, example: dict[str, torch.Tensor]) -> dict[str, Any
 def _try(model: nn.Module, calls: list[Any]) -> None:
     for args, kwargs in calls:
         try:
-            with evaluation(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with evaluation(model), torch.no_grad(), random_states_kept():
                 model(*args, **cast("dict[str, Any]", kwargs))
         except Exception as e:
             raise CheckpointError(

@@ -95,7 +95,7 @@ def heal(
     modes = [(m, m.training) for model in (student, teacher) if model is not None for m in model.modules()]
     needs = {p: p.requires_grad for model in (student, teacher) if model is not None for p in model.parameters()}
     try:
-        with Bar(progress) as bar:
+        with Bar(progress) as bar, torch.inference_mode(False), torch.enable_grad():
             run.stages(stages, bar)
     finally:
         for module, training in modes:

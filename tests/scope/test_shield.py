@@ -234,6 +234,18 @@ def test_a_transform_under_inference_mode_trains(inplace: bool) -> None:
     assert all(p.grad is not None for p in gated.parameters())
 
 
+def test_a_model_made_under_inference_mode_shows_its_sites_and_its_copy_trains() -> None:
+    with torch.inference_mode():
+        model = Net().eval()
+        gated = gatecc.transform(model, "gated-attention", (X,))
+    assert next(model.parameters()).is_inference()
+    assert [site.kind for site in gatecc.inspect(model, (X,)).sites].count("attention") == 2
+    gated(X).square().mean().backward()
+    assert all(p.grad is not None for p in gated.parameters())
+    with pytest.raises(gatecc.GateccError, match="made under torch.inference_mode"):
+        gatecc.transform(model, "gated-attention", (X,), inplace=True)
+
+
 def test_doors_see_no_ambient_state() -> None:
     torch.manual_seed(0)
     model = Net().eval()

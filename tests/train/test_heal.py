@@ -131,6 +131,14 @@ def test_a_student_learns_its_task_without_a_teacher() -> None:
     assert result.curve[-1].loss < 0.3 < 2.5 < result.curve[1].loss
 
 
+def test_healing_under_inference_mode_trains() -> None:
+    student, _ = pair()
+    before, data = weights(student), batches()
+    with torch.inference_mode():
+        heal(student, None, data, tune=Tune(1))
+    assert changed(before, student)
+
+
 def test_muon_takes_the_hidden_matrices_and_adamw_the_rest() -> None:
     student, teacher = pair()
     stage = Tune(60, optimizer="muon", lr=2e-2, task=0, distill=1)
