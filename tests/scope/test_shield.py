@@ -242,7 +242,7 @@ def test_a_model_made_under_inference_mode_shows_its_sites_and_its_copy_trains()
     assert [site.kind for site in gatecc.inspect(model, (X,)).sites].count("attention") == 2
     gated(X).square().mean().backward()
     assert all(p.grad is not None for p in gated.parameters())
-    with pytest.raises(gatecc.GateccError, match="made under torch.inference_mode"):
+    with pytest.raises(gatecc.GateccError, match=r"made under torch\.inference_mode"):
         gatecc.transform(model, "gated-attention", (X,), inplace=True)
 
 
