@@ -144,7 +144,7 @@ def _pretrained(cls: Any, data: Mapping[str, Any], folder: str | os.PathLike[str
     try:
         with _quiet():
             return cls.from_pretrained(str(folder), **options)
-    except (OSError, ValueError, RuntimeError) as e:
+    except (OSError, ValueError, RuntimeError, TypeError) as e:
         raise CheckpointError(
             "from_pretrained cannot read the folder", where=str(folder), found=f"{type(e).__name__}: {e}"[:400]
         ) from e

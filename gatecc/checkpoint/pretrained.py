@@ -64,8 +64,12 @@ class SavePretrained:
 def write_recipe(
     model: nn.Module, folder: str | os.PathLike[str], state_dict: Mapping[str, torch.Tensor] | None = None
 ) -> None:
-    """Write recipe, new weights and synthetic example inputs into a folder to which another library saves the model."""
-    write(model, folder, "pretrained", state_of(model, state_dict))
+    """Write recipe, new weights and synthetic example inputs into a folder to which another library saves the model.
+
+    peft saves its adapters alone: `load` wants the model with these adapters then, and has what is new from the folder.
+    """
+    adapters_alone = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+    write(model, folder, "new" if adapters_alone else "pretrained", state_of(model, state_dict))
 
 
 def attach(model: nn.Module) -> None:

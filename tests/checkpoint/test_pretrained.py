@@ -128,3 +128,20 @@ def test_a_class_of_another_library_is_not_imported_by_a_file(gated: Any, tmp_pa
     with pytest.raises(CheckpointError, match=r"gatecc\.load\(model, folder\)"):
         gatecc.load(tmp_path)
     assert _same(gatecc.load(_llama(tie_word_embeddings=True), tmp_path), gated)
+
+
+def test_a_model_with_adapters_writes_what_is_new_beside_them(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    base = _llama()
+    adapted = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=["o_proj"]))
+    model = gatecc.transform(adapted, "gated-attention", {"input_ids": IDS}, verify=False).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name or ".gate." in name:
+                p.add_(torch.randn_like(p))
+    model.save_pretrained(tmp_path)  # pyright: ignore[reportCallIssue]
+    again = gatecc.load(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval(), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    with pytest.raises(CheckpointError, match="holds only what is new"):
+        gatecc.load(tmp_path)
