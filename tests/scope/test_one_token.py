@@ -1,0 +1,94 @@
+"""One token: what a causal model makes of it is the first row of a longer call, for calls and for examples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import gatecc
+from gatecc.analysis import analyse
+from gatecc.errors import MaskFormError, SiteRefusedError
+from gatecc.ir.site import Attention
+from tests.recipes.tiny import tiny
+
+IDS = torch.randint(3, 41, (2, 7), generator=torch.Generator().manual_seed(0))
+SHAPE: dict[str, Any] = {"vocab_size": 41, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+
+
+def llama(layers: int = 1) -> nn.Module:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE, num_hidden_layers=layers, use_cache=False)).eval()
+
+
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(ids).logits
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        gatecc.recipe("retention"),
+        gatecc.recipe("gated-delta-net"),
+        gatecc.recipe("liger", window=3),
+        gatecc.recipe("lolcats", window=3),
+        gatecc.recipe("hopfield"),
+        gatecc.recipe("gam"),
+        gatecc.recipe("affine-attention"),
+        gatecc.recipe("gated-attention"),
+    ],
+    ids=str,
+)
+def test_a_call_of_one_token(recipe: Any) -> None:
+    model = gatecc.transform(llama(), recipe, (IDS,))
+    whole = logits(model, IDS)
+    for tokens in (1, 2):
+        assert torch.allclose(logits(model, IDS[:, :tokens]), whole[:, :tokens], atol=1e-5)
+    assert torch.allclose(logits(model, IDS[:1, :1]), whole[:1, :1], atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["gla", "liger", "gam"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_an_example_of_one_token(recipe: str, batch: int) -> None:
+    torch.manual_seed(1)
+    short = gatecc.transform(llama(), recipe, (IDS[:batch, :1],))
+    torch.manual_seed(1)
+    long = gatecc.transform(llama(), recipe, (IDS,))
+    assert short.state_dict().keys() == long.state_dict().keys()
+    short.load_state_dict(long.state_dict())
+    assert torch.allclose(logits(short, IDS), logits(long, IDS), atol=1e-6)
+    mask = torch.ones(2, 1, 7, 7, dtype=torch.bool)
+    with pytest.raises(MaskFormError):
+        short(IDS, attention_mask=mask)
+
+
+def masks(model: nn.Module, *args: Tensor) -> set[str]:
+    return {s.mask.kind for s in analyse(model, args, {}).sites if isinstance(s, Attention)}
+
+
+def test_a_longer_example_tells_the_direction() -> None:
+    x = torch.randn(2, 1, 16)
+    assert masks(tiny(causal=True, layers=1), x) == {"causal"}
+    assert masks(tiny(causal=False, layers=1), x) == {"bidirectional"}
+
+
+class Fixed(nn.Module):
+    """Runs on one token alone."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.reshape(-1, 1, 16))
+
+
+def test_what_no_example_tells_is_refused() -> None:
+    model, x = Fixed(tiny(causal=True, layers=1)), torch.randn(2, 1, 16)
+    assert masks(model, x) == {"bidirectional"}, "its tokens are samples, however many there are"
+    with pytest.raises(SiteRefusedError, match="bidirectional"):
+        gatecc.transform(model, "liger", (x,))
