@@ -14,6 +14,8 @@ from gatecc.ir.mask import Mask
 from gatecc.ir.program import Program, shape
 from gatecc.ir.site import Attention, Site
 
+UNTOLD = Mask("unknown", reason="the example holds one token, which sees itself whether or not the mask is causal")
+
 Proved = dict[tuple[str, int], Mask]
 """The proved masks of a scope's attention sites by owner (relative to the scope) and ordinal."""
 
@@ -21,14 +23,14 @@ Proved = dict[tuple[str, int], Mask]
 def proved_masks(sites: Iterable[Site], fqn: str) -> Proved:
     """What a larger graph proves about the masks of sites in the scope ``fqn``.
 
-    Nothing of a site whose calls have masks of several kinds.
+    Nothing of a site whose calls have masks of several kinds. That one token told nothing is known, too.
     """
     found: dict[tuple[str, int], set[Mask]] = {}
     for site in sites:
         if isinstance(site, Attention):
             found.setdefault((relative(site.owner, fqn), site.ordinal), set()).add(_form(site.mask))
     known = {place: masks.pop() for place, masks in found.items() if len(masks) == 1}
-    return {place: mask for place, mask in known.items() if mask.kind != "unknown"}
+    return {place: mask for place, mask in known.items() if mask.kind != "unknown" or mask == UNTOLD}
 
 
 def relative(owner: str, fqn: str) -> str:
@@ -42,6 +44,8 @@ def handed_down(site: Site, program: Program, proved: Proved) -> Site:
     if known is None or not isinstance(site, Attention):
         return site
     mask = site.mask
+    if known == UNTOLD:
+        return replace(site, mask=known) if mask.kind == "bidirectional" and one_token(site) else site
     if mask.kind == "unknown" and site.mask_node is not None and site.mask_whole:
         return replace(site, mask=replace(known, padding=True, asserted=True))
     one = mask.kind == "bidirectional" and known.kind != "bidirectional" and one_token(site)
@@ -53,6 +57,8 @@ def handed_down(site: Site, program: Program, proved: Proved) -> Site:
 def _form(mask: Mask) -> Mask:
     """What holds for every call: a row may be packed in one and not in another, so both are causal."""
     kind = mask.kind
+    if mask == UNTOLD:
+        return mask
     if kind == "packed":
         kind = "causal" if mask.window is None else "sliding_window"
     return Mask(kind, mask.window, bias=mask.bias)

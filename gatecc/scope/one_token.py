@@ -16,10 +16,9 @@ from gatecc.ir.mask import Mask
 from gatecc.ir.match import find_sites
 from gatecc.ir.site import Attention, Site
 from gatecc.passes.canonicalize import canonicalize
-from gatecc.scope.masks import one_token
+from gatecc.scope.masks import UNTOLD, one_token
 
 _TOKENS = 3
-_UNKNOWN = "the example holds one token, which sees itself whether or not the mask is causal"
 
 
 def with_longer_masks(
@@ -34,8 +33,7 @@ def with_longer_masks(
     if longer is None:
         return list(sites)
     known = _masks(model, *longer)
-    unknown = Mask("unknown", reason=_UNKNOWN)
-    return [replace(s, mask=known.get(s.key, unknown)) if _open(s) else s for s in sites]
+    return [replace(s, mask=known.get(s.key, UNTOLD)) if _open(s) else s for s in sites]
 
 
 def _open(site: Site) -> TypeGuard[Attention]:

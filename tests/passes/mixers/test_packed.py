@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -43,7 +45,7 @@ def _cut(x: Tensor, at: Tensor) -> Tensor:
 
 def _module(mixer: Mixer, causal: bool) -> nn.Module:
     torch.manual_seed(0)
-    module = mixer.module(Place(**{**vars(PLACE), "causal": causal}))
+    module = mixer.module(replace(PLACE, causal=causal))
     with torch.no_grad():
         for p in module.parameters():
             p.add_(0.3 * torch.randn_like(p))
@@ -57,7 +59,7 @@ def test_packed_rows_are_separate_runs(mixer: Mixer, causal: bool) -> None:
     mask = torch.stack([ROW, torch.ones_like(ROW)])
     got = module(*values, mask)
     for number in range(1, 5):
-        at = (number == ROW).nonzero().flatten()
+        at = torch.eq(ROW, number).nonzero().flatten()
         alone = module(*(_cut(x, at) for x in values))
         assert torch.allclose(_cut(got, at)[0], alone[0], atol=2e-5), number
     whole = module(*values)
@@ -108,5 +110,5 @@ def test_a_convolution_sees_no_other_sequence() -> None:
     weight, bias = torch.randn(3, 1, 4), torch.randn(3)
     got = causal_convolution(x, weight, bias, ROW[None])
     for number in range(1, 5):
-        at = (number == ROW).nonzero().flatten()
+        at = torch.eq(ROW, number).nonzero().flatten()
         assert torch.allclose(got[:, :, at], causal_convolution(x[:, :, at], weight, bias), atol=1e-6)
