@@ -15,6 +15,7 @@ from gatecc.capture.compiled import behind, refuse_compiled
 from gatecc.capture.record import RecordedCall, record_calls
 from gatecc.capture.shield import callers_device, shielded
 from gatecc.capture.signature import copied, split_inputs
+from gatecc.capture.wrappers import refuse_wrapped
 from gatecc.errors import CaptureError, ExampleInputsError, UnsupportedModelError
 from gatecc.ir.cost import cost
 from gatecc.ir.match import find_sites
@@ -85,7 +86,8 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def check_model(model: object) -> None:
-    """Raise UnsupportedModelError for what gatecc cannot rewrite: scripted modules, meta tensors, packed weights."""
+    """Raise UnsupportedModelError for what gatecc cannot rewrite: scripted or wrapped modules, meta tensors, packed
+    weights."""
     if isinstance(model, torch.jit.ScriptModule | torch.jit.ScriptFunction):
         raise UnsupportedModelError(
             "a scripted module has no Python forward",
@@ -96,6 +98,7 @@ def check_model(model: object) -> None:
         do = "pass program.module()" if isinstance(model, torch.export.ExportedProgram) else ""
         raise UnsupportedModelError("not a model", found=type(model).__name__, expected="a torch.nn.Module", do=do)
     refuse_compiled(model)
+    refuse_wrapped(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         _check_tensor(name, tensor)
         if isinstance(tensor, nn.Parameter) and tensor.dtype in PACKED:
@@ -198,7 +201,7 @@ def _analyse(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     analysis = Analysis()
     clock = time.process_time()
     try:
-        program = capture(model, args, kwargs)
+        program = capture(model, args, kwargs, hooked=())
     except CaptureError as whole:
         _check_runs(model, args, kwargs)
         analysis.rungs.append(RungRow("", "python", whole.found))
@@ -275,7 +278,7 @@ def _descend(
 
 def _submodule(module: nn.Module, name: str, call: RecordedCall, above: CaptureError, analysis: Analysis) -> str | None:
     try:
-        program = capture(module, call.args, call.kwargs, fqn=name)
+        program = capture(module, call.args, call.kwargs, fqn=name, hooked=())
     except CaptureError as e:
         return e.found
     analysis.rungs.append(RungRow(name, "submodule", above.found))

@@ -26,6 +26,7 @@ from gatecc.ir.ops import argument
 from gatecc.ir.program import Program, attribute
 from gatecc.ir.select import Selector, select
 from gatecc.ir.site import Attention, Residual, Site
+from gatecc.scope.hooks import UNSEEN
 from gatecc.scope.scope import scopes
 from gatecc.scope.whole import whole_program
 
@@ -259,15 +260,19 @@ class _Watch(TorchDispatchMode):
         self.found: list[Decay] = []
 
     def __enter__(self) -> _Watch:
-        # Global hooks: those on a submodule would be seen by the scope that it lies in.
+        def entered(module: nn.Module, args: Any) -> None:
+            self.running.append(self.names.get(id(module), ""))
+
+        def left(*_: Any) -> None:
+            self.running.pop()
+
+        for hook in (entered, left):
+            setattr(hook, UNSEEN, True)  # a scope runs the operator itself: what it holds need not be entered
         self.hooks = (
-            register_module_forward_pre_hook(lambda m, _: self.running.append(self.names.get(id(m), ""))),
-            register_module_forward_hook(self._left, always_call=True),
+            register_module_forward_pre_hook(entered),
+            register_module_forward_hook(left, always_call=True),
         )
         return super().__enter__()
-
-    def _left(self, *_: Any) -> None:
-        self.running.pop()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)

@@ -32,6 +32,7 @@ from gatecc.scope.scope import (
     remove,
     scope_of,
 )
+from gatecc.scope.state import forward_hides_class
 from gatecc.scope.widened import narrowed
 
 
@@ -97,12 +98,13 @@ class Installer:
         """Make one planned scope."""
         clock = time.process_time()
         module = self.model.get_submodule(plan.fqn)
-        if "forward" in vars(module):
+        if forward_hides_class(module):
             raise UnsupportedModelError(
                 "the module has a forward of its own, which hides that of its class: a rewrite of it would never run",
                 where=plan.fqn or type(module).__name__,
-                found="forward in vars(module); accelerate's dispatch hooks and monkey patches put it there",
-                do="take it away first: remove_hook_from_module of accelerate.hooks, or del module.forward",
+                found="forward in vars(module); accelerate puts it there, and monkey patches do",
+                do="take it away first: accelerator.unwrap_model(model, keep_fp32_wrapper=False), "
+                "remove_hook_from_module of accelerate.hooks, or del module.forward",
             )
         old = scope_of(module)
         self.undo.states.append((module, old))

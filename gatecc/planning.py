@@ -18,6 +18,7 @@ from gatecc.ir.select import select
 from gatecc.ir.site import Refusal, Site
 from gatecc.scope.masks import Proved, proved_masks, relative
 from gatecc.scope.scope import Application, outside_scopes
+from gatecc.scope.state import forward_hides_class
 
 
 @dataclass
@@ -36,7 +37,7 @@ def called_modules(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     which runs as one graph; and modules with a forward of their own, which hides that of their class.
     """
     calls, _ = record_calls(model, outside_scopes(model), args, kwargs)
-    return {name for name, seen in calls.items() if seen and "forward" not in vars(model.get_submodule(name))}
+    return {name for name, seen in calls.items() if seen and not forward_hides_class(model.get_submodule(name))}
 
 
 def plans_of(

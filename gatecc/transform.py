@@ -27,6 +27,7 @@ from gatecc.capture.compiled import behind, compiled_like
 from gatecc.capture.record import record_calls
 from gatecc.capture.shield import shielded
 from gatecc.capture.signature import split_inputs
+from gatecc.capture.wrappers import refuse_wrapped
 from gatecc.check import Checked, Reference, at_another_size, check, reference
 from gatecc.decoder.serving import is_served, serve, stop_serving
 from gatecc.errors import ArgumentError, CaptureError, EmptySelectionError, GraphError, SiteRefusedError
@@ -166,8 +167,10 @@ def history(model: nn.Module) -> tuple[Step, ...]:
 def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Undo every transform of a model: its parameters, outputs and state dict are bitwise those of before (T8).
 
-    Changes that training made to the model's own parameters stay; the new parameters are dropped.
+    Changes that training made to the model's own parameters stay; the new parameters are dropped. Raises
+    UnsupportedModelError for a model that is wrapped (DDP, FSDP): wrappers would go on holding the dropped parameters.
     """
+    refuse_wrapped(model)
     target = behind(model) if inplace else copy.deepcopy(behind(model))
     for step in reversed(history(target)):
         caches_on(step.caches)

@@ -7,7 +7,7 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Collection, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -21,10 +21,13 @@ from gatecc.capture import signature
 from gatecc.capture.adapters import adapted
 from gatecc.capture.frames import no_source_lines
 from gatecc.capture.guards import size_guards
+from gatecc.capture.hooks import marked
 from gatecc.capture.kept import attributes_kept
 from gatecc.capture.neutral import neutral_weights
 from gatecc.capture.shield import callers_device
-from gatecc.errors import CaptureError
+from gatecc.errors import CaptureError, GateccError
+from gatecc.ir.boundary import Boundary
+from gatecc.ir.hooks import hooks_kept
 from gatecc.ir.loops import free_lengths
 from gatecc.ir.program import META, Origin, Program, attribute
 
@@ -61,6 +64,7 @@ def capture(
     fqn: str = "",
     forward: Callable[..., Any] | None = None,
     dynamic: Literal["auto", "none"] = "auto",
+    hooked: Collection[str] | None = None,
 ) -> Program:
     """Capture ``module(*args, **kwargs)`` as a Program.
 
@@ -68,7 +72,9 @@ def capture(
     ``fqn`` is the module's place in the model and prefixes every owner. ``forward`` stands in for ``module.__call__``
     (an unbound forward with the module bound to it). With ``dynamic="auto"`` every dimension of size 2 or more is
     dynamic unless the model specialises it; the guards say which. Height and width of an image that enters the whole
-    model are not: see _dynamic_axes. Train or eval, and the grad mode, are as they are now.
+    model are not: see _dynamic_axes. Train or eval, and the grad mode, are as they are now. Hooks on submodules are
+    traced as if they were the model's own code; with ``hooked`` none of them is called, and the calls of these
+    submodules are marked (gatecc.ir.boundary).
 
     Raises CaptureError with torch's reason; the module is left as it was.
     """
@@ -78,10 +84,33 @@ def capture(
     except signature.OpaqueArgumentError as e:
         raise CaptureError("the call cannot become a graph", where=fqn, found=str(e)) from e
     leaves = _apart(leaves)
-    flat = _Flat(module, forward or module, args, kwargs)
-    with neutral_weights(module), attributes_kept(module), adapted(module), free_lengths(), _quiet(), _fast():
+    marks = _unmarked(module) if hooked is None else marked(module, hooked)
+    plain = neutral_weights(module), attributes_kept(module), adapted(module)
+    with ExitStack() as stack, free_lengths(), _quiet(), _fast():
+        for context in plain:
+            stack.enter_context(context)
+        boundaries = stack.enter_context(marks)
+        flat = _Flat(module, _from_start(forward or module, boundaries), args, kwargs)
         exported = _export(flat, leaves, fqn, dynamic)
-    return _program(exported, module, leaves, fqn, _paths(module, args, kwargs))
+    program = _program(exported, module, leaves, fqn, _paths(module, args, kwargs))
+    program.hooked, program.boundaries = frozenset(hooked or ()), boundaries
+    return program
+
+
+@contextmanager
+def _unmarked(module: nn.Module) -> Generator[list[Boundary]]:
+    with hooks_kept(module):
+        yield []
+
+
+def _from_start(call: Callable[..., Any], boundaries: list[Boundary]) -> Callable[..., Any]:
+    """The call, of which torch.export may make several attempts: the boundaries are those of the last one."""
+
+    def attempt(*args: Any, **kwargs: Any) -> Any:
+        boundaries.clear()
+        return call(*args, **kwargs)
+
+    return attempt
 
 
 def _apart(leaves: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -103,6 +132,8 @@ def _export(flat: _Flat, leaves: list[torch.Tensor], fqn: str, dynamic: Literal[
     try:
         with callers_device():
             return torch.export.export(flat, tuple(leaves), dynamic_shapes=(tuple(shapes),), strict=False)
+    except GateccError:  # of a check that runs inside
+        raise
     except Exception as e:
         raise CaptureError(
             "torch.export could not capture this module",

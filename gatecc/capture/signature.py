@@ -21,7 +21,14 @@ CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, t
 
 
 class OpaqueArgumentError(Exception):
-    """An argument is of a type that a graph can neither take nor bake in (a KV cache object, a file, ...)."""
+    """An argument is of a type that a graph can neither take nor bake in (a KV cache object, a file, ...).
+
+    ``do`` is what the user can do about it, where that is special.
+    """
+
+    def __init__(self, found: str, *, do: str = "") -> None:
+        super().__init__(found)
+        self.do = do
 
 
 class NestedTensorError(OpaqueArgumentError):

@@ -17,8 +17,11 @@ from torch import fx, nn
 from torch._guards import detect_fake_mode
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten
 
 from gatecc.errors import GraphError, SiteRefusedError
+from gatecc.ir.boundary import Boundary, Slot, follow, held
+from gatecc.ir.hooks import silenced
 from gatecc.ir.program import META, Origin, Program, attribute, fake, origin, window
 from gatecc.ir.site import Site
 from gatecc.ir.weights import Build, Effect, Fill, NewModule, ScaleWeight, WidenWeight
@@ -66,6 +69,7 @@ class Editor:
     weights: list[Effect] = field(default_factory=list[Effect])
     inserted: set[fx.Node] = field(default_factory=set[fx.Node])
     erased: set[fx.Node] = field(default_factory=set[fx.Node])
+    called: set[Boundary] = field(default_factory=set[Boundary])  # of new modules that have hooks
     sites: Sequence[Site] = ()
     lost: set[str] = field(default_factory=set[str])  # parameters that the edit takes out of the graph on purpose
     whole_sequence: bool = False  # the edit makes later tokens depend on earlier ones in a way that no KV cache holds
@@ -126,22 +130,30 @@ class Editor:
         module = cast("nn.Module", attribute(self.program.module, path)) if path else None
         traced = _trace(module or cast("Callable[..., torch.Tensor]", function), arguments)
         anchor = max(nodes) if nodes else self._first_call()
+        before = set(self.inserted)
         result = self._inline(traced, path or "", nodes, anchor, name)
+        if path and path in self.program.hooked:
+            self._call_hooks(path, nodes, result, self.inserted - before)
         self.steps.append(
             Call(None if path else cast("Callable[..., torch.Tensor]", function), path, arguments, result)
         )
         return result
 
-    def replace(self, old: fx.Node, new: fx.Node, readers: Collection[fx.Node] | None = None) -> None:
+    def replace(
+        self, old: fx.Node, new: fx.Node, readers: Collection[fx.Node] | None = None, *, same: bool = False
+    ) -> None:
         """Let every reader of ``old`` read ``new``, except the nodes that this editor inserted to compute it.
 
-        With ``readers``, only these: a value that the model uses elsewhere too stays as it is there.
+        With ``readers``, only these: a value that the model uses elsewhere too stays as it is there. ``same``: the new
+        value is what the old one was before an edit widened it, so hooks on its module are to see the new one.
         """
         chosen = {user for user in old.users if user not in self.inserted and (readers is None or user in readers)}
         early = min((user for user in chosen if user < new), default=None)
         if early is not None:
             self._hoist(new, early)
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user in chosen)
+        owner = None if same else self.program.relative_name(self.site.owner)
+        follow([b for b in self.program.boundaries if b not in self.called], old, new, owner, readers)
         some = any(user not in self.inserted and user is not new for user in old.users)
         self.steps.append(Replace(old, new, some))
 
@@ -153,6 +165,7 @@ class Editor:
         where nobody reads them, and a later rewrite of one is refused.
         """
         kept = set[fx.Node]() if inside else {v.node for v in self.site.values.values()} - {node}
+        kept |= held(self.program.boundaries)
         stack = [node]
         while stack:
             dead = stack.pop()
@@ -239,6 +252,17 @@ class Editor:
             copied[node] = anchor = copy
         raise AssertionError("a traced graph ends in an output")
 
+    def _call_hooks(self, path: str, nodes: list[fx.Node], result: fx.Node, body: set[fx.Node]) -> None:
+        """Note the two sides of a call of a new module that has hooks; its own code, ``body``, read its arguments."""
+        slots = {node: Slot(i) for i, node in enumerate(dict.fromkeys(nodes))}
+        _, spec = tree_flatten((tuple(nodes), {}))
+        entry = Boundary(path, False, spec, tuple(slots[n] for n in nodes))
+        entry.values, entry.readers = list(slots), [set[fx.Node | Boundary](body) for _ in slots]
+        _, spec = tree_flatten(result)
+        leaving = Boundary(path, True, spec, (Slot(0),), entry, [result], [set[fx.Node | Boundary]()])
+        self.called |= {entry, leaving}
+        self.program.boundaries += [entry, leaving]
+
     def _mark(self, copy: fx.Node, source: fx.Node, name: str) -> None:
         place = origin(self.site_node)
         copy.meta = {k: v for k, v in source.meta.items() if k in ("val", "tensor_meta")}
@@ -302,7 +326,8 @@ def _trace(function: Callable[..., torch.Tensor], arguments: Sequence[Any]) -> f
         rest = iter(flat_values[len(tensors) :])
         actual = [next(rest) if isinstance(a, fx.Node) else a for a in arguments]
         if isinstance(function, nn.Module):
-            return cast("torch.Tensor", torch.func.functional_call(function, own, tuple(actual)))
+            with silenced(function):
+                return cast("torch.Tensor", torch.func.functional_call(function, own, tuple(actual)))
         return function(*actual)
 
     with mode, _use_lazy_graph_module(True):  # only the graph is wanted, no Python of it

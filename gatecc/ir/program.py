@@ -16,6 +16,8 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import TreeSpec
 
+from gatecc.ir.boundary import Boundary, copies
+
 META = "gatecc"  # the only key of node.meta that gatecc writes: plain attributes of a node die in deepcopy
 
 
@@ -46,6 +48,9 @@ class Program:
     )  # of each placeholder: parameter name, then steps
     guards: list[str] = field(default_factory=list[str])  # python expressions over L["leaves"], see capture.guards
     constants: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    hooked: frozenset[str] = frozenset()  # submodules, relative to the module, whose hooks are to be called
+    boundaries: list[Boundary] = field(default_factory=list[Boundary])  # of their calls, in the order of the calls
+    captured: dict[fx.Node, int] = field(default_factory=dict[fx.Node, int])  # if there are any: the nodes before edits
 
     @property
     def graph(self) -> fx.Graph:
@@ -107,7 +112,10 @@ def copy_for(program: Program, module: nn.Module, fqn: str, example: Sequence[to
     graph_module = fx.GraphModule(nn.Module(), fx.Graph())  # what it holds is shared: constants, bodies of operators
     vars(graph_module).update({**vars(program.graph_module), "_graph": graph})
     paths, guards, constants = list(program.paths), list(program.guards), dict(program.constants)
-    return Program(module, graph_module, fqn, list(example), program.out_spec, paths, guards, constants)
+    made = Program(module, graph_module, fqn, list(example), program.out_spec, paths, guards, constants, program.hooked)
+    made.boundaries = copies(program.boundaries, copied)
+    made.captured = {copied[node]: place for node, place in program.captured.items() if node in copied}
+    return made
 
 
 def origin(node: fx.Node) -> Origin:

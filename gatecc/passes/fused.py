@@ -47,7 +47,7 @@ def fused_scores(spec: GateSpec, value: Value, hidden: Value, edit: Editor) -> V
     edit.widen(linear, rows, lambda: _parameter(alone, at, "weight"), lambda: _parameter(alone, at, "bias"))
     own = edit.call(own_features, linear, *rows, name=role)
     scores = edit.call(new_features, linear, *rows, name=f"{edit.rewrite}_scores")
-    edit.replace(linear, own, set(linear.users) - {own, scores} - edit.inserted)
+    edit.replace(linear, own, set(linear.users) - {own, scores} - edit.inserted, same=True)
     return Value(scores, hidden.axes)
 
 

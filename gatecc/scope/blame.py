@@ -87,7 +87,7 @@ def _run(variant: Variant, module: nn.Module, leaves: list[torch.Tensor]) -> Any
 
 
 def _program(module: nn.Module, state: Scope, args: Any, kwargs: Any) -> Program:
-    program = capture(module, args, kwargs, fqn=state.fqn, forward=base_forward(module))
+    program = capture(module, args, kwargs, fqn=state.fqn, forward=base_forward(module), hooked=())
     canonicalize(program)
     return program
 

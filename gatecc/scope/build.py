@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,8 +11,10 @@ import torch
 from torch import fx, nn
 
 from gatecc.capture import capture
+from gatecc.capture.checkpointing import no_checkpointing
 from gatecc.capture.reads import Seen, reads_of, recorded_reads, ties_of
 from gatecc.errors import CaptureError, GateccError, GraphError
+from gatecc.ir.boundary import held, settle
 from gatecc.ir.cost import Cost, cost
 from gatecc.ir.edit import Editor, Replace
 from gatecc.ir.match import find_sites
@@ -23,6 +25,7 @@ from gatecc.ir.verify import Before, Suspect, verify
 from gatecc.ir.weights import Effect
 from gatecc.passes.canonicalize import canonicalize
 from gatecc.scope.family import Entry
+from gatecc.scope.hooks import hooked
 from gatecc.scope.masks import handed_down
 from gatecc.scope.python_path import PythonPath, python_path
 from gatecc.scope.state import Scope, base_forward
@@ -60,24 +63,34 @@ def build(
     kwargs: dict[str, Any],
     observe: Observer | None = None,
     seen: Seen | None = None,
+    hooks: Collection[str] | None = None,
 ) -> Built:
     """Capture one call of a scope and do its rewrites. Raises CaptureError; GraphError names rewrite, site and line.
 
+    ``hooks`` are the submodules whose hooks the variant calls, by default those that have hooks which act now.
     ``observe(stage, program)`` is called with "before" on the canonical graph and "after" on the rewritten one.
     ``seen`` is filled with the attributes that the capture read, also of one that failed.
     """
     with narrowed(module, state.widened):
-        return _build(module, state, args, kwargs, observe, {} if seen is None else seen)
+        hooks = hooked(module) if hooks is None else hooks
+        return _build(module, state, args, kwargs, observe, {} if seen is None else seen, hooks)
 
 
 def _build(
-    module: nn.Module, state: Scope, args: tuple[Any, ...], kwargs: dict[str, Any], observe: Observer | None, seen: Seen
+    module: nn.Module,
+    state: Scope,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    observe: Observer | None,
+    seen: Seen,
+    hooks: Collection[str],
 ) -> Built:
     clock = _Clock()
-    with recorded_reads(module, seen):
-        program = capture(module, args, kwargs, fqn=state.fqn, forward=base_forward(module))
+    with recorded_reads(module, seen), no_checkpointing(state.fqn or type(module).__name__):
+        program = capture(module, args, kwargs, fqn=state.fqn, forward=base_forward(module), hooked=hooks)
     clock.lap("capture")
     canonicalize(program)
+    settle(program)
     clock.lap("canonicalize")
     plain = Variant(program, reads_of(seen), ties_of(module))
     clock.lap("print")
@@ -129,7 +142,7 @@ def _rewritten(
     clock.lap("rewrite")
     flat = [editor for of_one in editors for editor in of_one]
     path = python_path(program, flat, [s for s in sites if isinstance(s, Attention)], _argument_paths(program))
-    entry = Entry(Variant(program, plain.reads, plain.ties), plain, seconds=clock.seconds)
+    entry = Entry(Variant(program, plain.reads, plain.ties, hooks=True), plain, seconds=clock.seconds)
     clock.lap("print")
     if observe:
         observe("after", program)
@@ -155,7 +168,8 @@ def rewrite_program(program: Program, state: Scope, sites: list[Site]) -> list[l
                 do="call the model as in the example inputs, or transform it with example inputs of this kind",
             )
         editors.append(apply(application.rewrite, program, found, state.own, taken, work))
-    program.graph.eliminate_dead_code()
+    seen = held(program.boundaries)
+    program.graph.eliminate_dead_code(lambda node: node in seen or node.is_impure())
     return editors
 
 

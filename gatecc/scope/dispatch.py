@@ -51,7 +51,7 @@ def first_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
             do="pass a padded tensor (torch.nested.to_padded_tensor) and a padding mask",
         ) from e
     except OpaqueArgumentError as e:
-        return _python(module, state, args, kwargs, str(e))
+        return _python(module, state, args, kwargs, str(e), e.do)
     refused = state.refused.find(key, leaves, module)
     if refused is not None:
         return _python(module, state, args, kwargs, refused)
@@ -93,13 +93,16 @@ def _traced(
     return entry.variant(module, leaves)
 
 
-def _python(module: nn.Module, state: Scope, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str) -> Any:
+def _python(
+    module: nn.Module, state: Scope, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str, do: str = ""
+) -> Any:
     if state.python.refused and reason:
         raise CallNotCapturedError(
             "this call cannot become a graph, and the rewrite cannot be said in Python",
             where=state.fqn or type(module).__name__,
             found=f"{reason}; {state.python.refused}",
-            do="call without a cache object (use_cache=False) and without hooks inside the scope; "
+            do=do
+            or "call without a cache object (use_cache=False) and without hooks on objects inside the scope; "
             "for generation with constant memory use gatecc.decoder",
         )
     return run_python(state.python, module, base_forward(module), args, kwargs, state.fqn)

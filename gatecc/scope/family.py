@@ -18,6 +18,7 @@ from gatecc.capture.kept import attributes_kept
 from gatecc.capture.reads import same_reads
 from gatecc.capture.shield import callers_device, random_states_kept
 from gatecc.capture.signature import Key, map_tensors
+from gatecc.ir.hooks import silenced
 from gatecc.scope.variant import Variant
 
 LIMIT = 64  # kinds of call kept per family; the oldest goes first
@@ -102,7 +103,14 @@ def proves(
     its_args, its_kwargs = map_tensors(torch.clone, (args, kwargs))
     its_leaves = [x.clone() for x in leaves]
     for run in (lambda: forward(*its_args, **its_kwargs), lambda: entry.plain(module, its_leaves)):
-        with attributes_kept(module), random_states_kept(), torch.no_grad(), callers_device(), fast_path_off():
+        with (
+            attributes_kept(module),
+            silenced(module),
+            random_states_kept(),
+            torch.no_grad(),
+            callers_device(),
+            fast_path_off(),
+        ):
             results.append(run())
         with torch.no_grad():
             for buffer, before in buffers:

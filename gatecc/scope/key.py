@@ -10,6 +10,7 @@ from torch.utils import _device
 
 from gatecc.capture.reads import same
 from gatecc.capture.signature import Key, OpaqueArgumentError, autocast, flatten
+from gatecc.scope.hooks import has_global_hooks, hooked, own_forward, weight_hooks
 from gatecc.scope.variant import Variant
 
 
@@ -17,25 +18,39 @@ def call_key(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """Everything that a graph bakes in: the call's structure and constants, grad mode, autocast, torch's defaults, the
     state of each submodule.
 
-    Raises OpaqueArgumentError if an argument, or a hook inside the scope, cannot be part of a graph.
+    Last the submodules whose hooks are to be called (`hooked_in`).
+
+    Raises OpaqueArgumentError if an argument, or the forward of a submodule, cannot be part of a graph.
     """
     key, leaves = flatten(args, kwargs)
     state: list[Any] = []
-    _walk(module, state, True)
+    hooks: list[Any] = []
+    _walk(module, state, hooks, True)
     if not leaves:
         raise OpaqueArgumentError("a call without tensor arguments")
     defaults = (torch.get_default_dtype(), _device.CURRENT_DEVICE, torch.are_deterministic_algorithms_enabled())
-    return (key, torch.is_grad_enabled(), autocast(leaves), defaults, tuple(state)), leaves
+    called = hooked(module) if hooks or has_global_hooks() else ()
+    return (key, torch.is_grad_enabled(), autocast(leaves), defaults, tuple(state), called), leaves
 
 
-def _walk(module: nn.Module, out: list[Any], root: bool) -> None:
+def hooked_in(key: Key) -> tuple[str, ...]:
+    """The submodules whose hooks a call with this key is to call."""
+    return key[-1]
+
+
+def _walk(module: nn.Module, out: list[Any], hooks: list[Any], root: bool) -> None:
     """Type and training flag of every submodule, and dtype, device and shape of its tensors: swapped submodules (LoRA),
-    frozen norms, casts and other weights change the graph. Read from ``__dict__``, which costs half of attributes."""
+    frozen norms, casts and other weights change the graph. Read from ``__dict__``, which costs half of attributes.
+
+    Hooks and forwards of a submodule's own are part of its code; ``hooks`` gets the modules that have any hook.
+    """
     own = module.__dict__
-    if not root and (
-        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    ):
-        raise OpaqueArgumentError(f"a hook on the submodule {type(module).__name__}")
+    if not root:
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            hooks.append(module)
+            out.extend(weight_hooks(module))
+        if "forward" in own:
+            out.append(own_forward(module))
     out.append(type(module))
     out.append(own["training"])
     for tensor in own["_parameters"].values():
@@ -50,7 +65,7 @@ def _walk(module: nn.Module, out: list[Any], root: bool) -> None:
             out.append(tensor.shape)
     for child in own["_modules"].values():
         if child is not None:
-            _walk(child, out, False)
+            _walk(child, out, hooks, False)
 
 
 def fresh(variant: Variant, module: nn.Module) -> bool:

@@ -9,10 +9,10 @@ from torch import nn
 
 from gatecc.capture.reads import Seen, recorded_reads
 from gatecc.capture.signature import Key, OpaqueArgumentError
-from gatecc.errors import CaptureError
+from gatecc.errors import CallNotCapturedError, CaptureError
 from gatecc.scope.build import build
 from gatecc.scope.family import Entry, proves
-from gatecc.scope.key import call_key, fresh
+from gatecc.scope.key import call_key, fresh, hooked_in
 from gatecc.scope.state import STATE, Scope, base_forward, scope_of, scopes
 from gatecc.scope.variant import Variant
 from gatecc.scope.widened import narrowed
@@ -55,7 +55,7 @@ def entry_for(
     )
     if shared is not None:
         return shared
-    entry = build(module, state, args, kwargs, seen=seen).entry
+    entry = build(module, state, args, kwargs, seen=seen, hooks=hooked_in(key)).entry
     state.family.add(key, entry)
     state.trust(entry)
     return entry
@@ -111,7 +111,7 @@ def _with_gradients(
     try:
         with torch.enable_grad():
             entry_for(module, state, (call, True, *modes), args, kwargs, leaves)
-    except CaptureError:
+    except (CaptureError, CallNotCapturedError):
         return None
     return _without_gradients(module, state, key, args, kwargs, leaves)
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
+from gatecc.capture.checkpointing import no_checkpointing
 from gatecc.errors import CallNotCapturedError
 from gatecc.ir.edit import Call, Editor
 from gatecc.ir.program import Program, attribute, origin
@@ -238,7 +239,7 @@ def run_python(
         for (name,) in outputs:
             handle = module.get_submodule(name).register_forward_hook(_output_hook(run, name))
             stack.callback(handle.remove)
-        with run:
+        with run, no_checkpointing(where or type(module).__name__):
             out = forward(*args, **kwargs)
     if run.core != len(path.cores) or len(run.done) != len(path.edits):
         raise _refusal(

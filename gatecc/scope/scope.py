@@ -8,8 +8,9 @@ captures a new variant; a call that cannot be captured takes the Python path; an
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+import inspect
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from gatecc.scope.state import Application as Application
 from gatecc.scope.state import Scope as Scope
 from gatecc.scope.state import base_class as base_class
 from gatecc.scope.state import base_forward as base_forward
+from gatecc.scope.state import drop_bound_forward as drop_bound_forward
 from gatecc.scope.state import outside_scopes as outside_scopes
 from gatecc.scope.state import scope_of as scope_of
 from gatecc.scope.state import scopes as scopes
@@ -36,6 +38,9 @@ def plain(model: nn.Module) -> Generator[None]:
         for _, module, state in list(scopes(model)):
             stack.enter_context(narrowed(module, state.widened))
             stack.callback(setattr, module, "__class__", type(module))
+            drop_bound_forward(module)
+            if "forward" in vars(module):  # a wrapper of the scope's forward, which runs the base's without a state
+                stack.callback(vars(module).__setitem__, STATE, vars(module).pop(STATE))
             module.__class__ = base_class(module)
         yield
 
@@ -44,8 +49,10 @@ def plain(model: nn.Module) -> Generator[None]:
 def scoped_class(base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of ``base`` whose forward runs variants. It has the base's name; ``gatecc_base`` is the base."""
 
-    @functools.wraps(base.forward)
+    @_named_like(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if STATE not in self.__dict__:  # reverted, but a wrapper of another library holds this function still
+            return base.forward(self, *args, **kwargs)
         found = known(self, args, kwargs)
         if found is None:
             if torch.compiler.is_dynamo_compiling():
@@ -55,13 +62,30 @@ def scoped_class(base: type[nn.Module]) -> type[nn.Module]:
         return variant(self, leaves)
 
     # Dynamo counts recompilations by code object: each class gets one of its own.
-    forward.__code__ = forward.__code__.replace(co_name=f"forward_of_{base.__name__}")  # pyright: ignore[reportAttributeAccessIssue]
+    forward.__code__ = forward.__code__.replace(co_name=f"forward_of_{base.__name__}")
 
     def reduce(self: nn.Module, protocol: Any = None) -> Any:
         return (_new, (base,), self.__getstate__() if hasattr(self, "__getstate__") else vars(self))
 
     names = {"forward": forward, "__reduce_ex__": reduce, "__module__": base.__module__, "gatecc_base": base}
     return type(base.__name__, (base,), {**names, "__qualname__": base.__qualname__, "__doc__": base.__doc__})
+
+
+def _named_like(base: Callable[..., Any]) -> Callable[[Any], Any]:
+    """functools.wraps, but for ``__wrapped__`` and the attributes of ``base``, some of which lead to functions too.
+
+    Who takes a decorator off by following such an attribute (accelerate's unwrap_model, inspect.unwrap, Dynamo) would
+    come out at the unrewritten forward. The signature stays that of ``base``.
+    """
+
+    def name(forward: Any) -> Any:
+        functools.update_wrapper(forward, base, updated=())
+        del forward.__wrapped__
+        with suppress(TypeError, ValueError):  # a forward that was compiled in C++ has none
+            forward.__signature__ = inspect.signature(base)
+        return forward
+
+    return name
 
 
 def _new(base: type[nn.Module]) -> nn.Module:
@@ -71,13 +95,14 @@ def _new(base: type[nn.Module]) -> nn.Module:
 
 def install(module: nn.Module, state: Scope) -> None:
     """Turn a module into a scope in place; one whose class is a subclass of a scope's is one already."""
-    cls = scoped_class(base_class(module))
-    if not isinstance(module, cls):
-        module.__class__ = cls
+    drop_bound_forward(module)
+    if not hasattr(type(module), "gatecc_base"):
+        module.__class__ = scoped_class(type(module))
     vars(module)[STATE] = state
 
 
 def remove(module: nn.Module) -> None:
     """Turn a scope back into an ordinary module in place (new parameters are the caller's to remove)."""
+    drop_bound_forward(module)
     module.__class__ = base_class(module)
     vars(module).pop(STATE, None)

@@ -85,11 +85,37 @@ def outside_scopes(model: nn.Module) -> list[str]:
     return [n for n in names if not any(n.startswith(root) and n != root.removesuffix(".") for root in roots)]
 
 
+def forward_hides_class(module: nn.Module) -> bool:
+    """Whether a module has a forward of its own, so that a rewritten forward of its class would not run."""
+    forward = vars(module).get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
+def drop_bound_forward(module: nn.Module) -> None:
+    """Take away a forward on the module itself that is that of its class; accelerate's unwrap_model leaves such."""
+    if "forward" in vars(module) and not forward_hides_class(module):
+        del module.forward
+
+
 def base_class(module: nn.Module) -> type[nn.Module]:
     """The module's own class, whether or not it is a scope."""
-    return cast("type[nn.Module]", getattr(type(module), "gatecc_base", type(module)))
+    return _without_scope(type(module))
+
+
+@functools.cache
+def _without_scope(cls: type) -> type[nn.Module]:
+    """A class without the scope in it. Others put subclasses of their own on top of a scope's class: fully_shard, and
+    register_parametrization where the weight lies on the scope itself; these stay.
+
+    Not their forward: transformers wraps that of each subclass of a layer, and the wrapper leads to the scope's."""
+    base = getattr(cls, "gatecc_base", None)
+    if base is None or "gatecc_base" in vars(cls):
+        return base or cls
+    own = {k: v for k, v in vars(cls).items() if k not in ("forward", "__dict__", "__weakref__")}
+    return cast("type[nn.Module]", type(cls.__name__, tuple(map(_without_scope, cls.__bases__)), own))
 
 
 def base_forward(module: nn.Module) -> Callable[..., Any]:
     """The module's own forward, bound."""
-    return functools.partial(base_class(module).forward, module)
+    base = getattr(type(module), "gatecc_base", type(module))
+    return functools.partial(base.forward, module)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -17,19 +17,24 @@ from torch.utils import _pytree as pytree
 
 from gatecc.capture.guards import Check, compile_guards
 from gatecc.capture.reads import Read, Ties, grouped
+from gatecc.ir.boundary import Boundary
 from gatecc.ir.program import Program
+from gatecc.scope.hooked import HookCalls
 
 
 class Variant:
     """``variant(module, leaves)`` is the module's output; ``accepts(leaves)`` checks the sizes that it bakes in."""
 
-    def __init__(self, program: Program, reads: tuple[Read, ...] = (), ties: Ties = ()) -> None:
-        """Freeze the program's present graph; later edits of the program do not reach the variant."""
+    def __init__(self, program: Program, reads: tuple[Read, ...] = (), ties: Ties = (), *, hooks: bool = False) -> None:
+        """Freeze the program's present graph; later edits of the program do not reach the variant.
+
+        With ``hooks``, it calls the hooks of submodules at the boundaries of the program.
+        """
         self.accepts: Check = compile_guards(program.guards)
         self.guards = tuple(program.guards)
         self.reads, self.groups = reads, grouped(reads)
         self.ties = ties
-        self.source, self._function, self._extra = _function(program)
+        self.source, self._function, self._extra = _function(program, hooks)
         spec = program.out_spec
         self._out_spec = None if _is_plain(spec) else spec
 
@@ -43,23 +48,28 @@ class Variant:
         return out if self._out_spec is None else pytree.tree_unflatten(out, self._out_spec)
 
 
-def _function(program: Program) -> tuple[str, Callable[..., Any], tuple[Any, ...]]:
+def _function(program: Program, hooks: bool) -> tuple[str, Callable[..., Any], tuple[Any, ...]]:
     """Print the graph as ``forward(self, *leaves, *extra)``; extra: constants and bodies of higher-order operators."""
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
+    calls = HookCalls(program, graph, copied) if hooks and program.boundaries else None
     extra: dict[str, fx.Node] = {}
     values: list[Any] = []
     held = [n for n in program.graph.nodes if n.op == "get_attr" and not _is_live(program, n)]
     after = program.placeholders[-1] if program.placeholders else None
-    for node in program.graph.nodes:
+    for node in program.graph.nodes if calls is None else calls.order():
+        value = copied.__getitem__ if calls is None else calls.reader(node)
+        if isinstance(node, Boundary):
+            cast("HookCalls", calls).call(node)
+            continue
         if node.op == "output":
-            flat = [copied[a] if isinstance(a, fx.Node) else a for a in program.outputs]
+            flat = [value(a) if isinstance(a, fx.Node) else a for a in program.outputs]
             spec = program.out_spec
             graph.output(pytree.tree_unflatten(flat, spec) if _is_plain(spec) else tuple(flat))
             continue
         if node in held:
             continue
-        copied[node] = _copied(graph, node, copied)
+        copied[node] = _copied(graph, node, value)
         if node is after:
             _hold(program, held, graph, copied, extra, values)
     if after is None:
@@ -76,13 +86,16 @@ def _same(a: Any, b: Any) -> bool:
     return a is b
 
 
-def _copied(graph: fx.Graph, node: fx.Node, copied: dict[fx.Node, fx.Node]) -> fx.Node:
-    """A node in the printed graph. Sizes are read by method: functorch has no rule for the operator."""
+def _copied(graph: fx.Graph, node: fx.Node, value: Callable[[fx.Node], fx.Node]) -> fx.Node:
+    """A node in the printed graph, which reads ``value`` of its inputs.
+
+    Sizes are read by method: functorch has no rule for the operator.
+    """
     if node.target is torch.ops.aten.sym_size.int:
         source, axis = node.args
         assert isinstance(source, fx.Node)
-        return graph.call_method("size", (copied[source], axis))
-    return graph.node_copy(node, copied.__getitem__)
+        return graph.call_method("size", (value(source), axis))
+    return graph.node_copy(node, value)
 
 
 def _hold(
