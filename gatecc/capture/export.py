@@ -198,7 +198,9 @@ def _program(
     _record_origins(graph, fqn, module)
     out_spec = exported.call_spec.out_spec
     assert out_spec is not None
-    return Program(module, graph_module, fqn, list(leaves), out_spec, paths, guards, constants)
+    return Program(
+        module, graph_module, fqn, list(leaves), out_spec, paths, guards, constants, signature.autocast(leaves)
+    )
 
 
 def _retarget(

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 from torch._ops import OpOverload
 
-from gatecc.ir.ops import CONTRACTIONS, SHAPE_ONLY, mutates, opname
+from gatecc.ir.ops import CONTRACTIONS, SHAPE_ONLY, mutates, opname, written
 from gatecc.ir.program import Program
 
 
@@ -30,6 +30,11 @@ class Flow:
             self.order[node] = index
             self._visit(node)
 
+    def add(self, node: fx.Node) -> None:
+        """Know a node that was put into the graph since, right behind the last of its inputs."""
+        self.order[node] = max(self.order[source] for source in node.all_input_nodes)
+        self._visit(node)
+
     def _visit(self, node: fx.Node) -> None:
         name = opname(node)
         sources = self.inputs[node] = value_inputs(node)
@@ -41,12 +46,12 @@ class Flow:
         self.base[node] = self.base[viewed] if viewed is not None else node
         if not mutates(node) or name == "detach":
             return
-        target = self.base[next(iter(node.all_input_nodes))]
-        self.writers.setdefault(target, []).append(node)
-        if node in self.data:
-            self.data.add(target)
-        if any(s not in self.raw for s in sources):
-            self.raw.discard(target)
+        for target in (self.base[given] for given in written(node) or sources[:1]):
+            self.writers.setdefault(target, []).append(node)
+            if node in self.data:
+                self.data.add(target)
+            if any(s not in self.raw for s in sources):
+                self.raw.discard(target)
 
 
 def value_inputs(node: fx.Node) -> list[fx.Node]:

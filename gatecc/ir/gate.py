@@ -284,10 +284,15 @@ class GateModule(nn.Module):
         return x.unflatten(-1, (self.width, -1)).sum(-1)
 
     def _cast(self, x: Tensor, ref: Ref) -> Tensor:
-        """Inputs of the model (a timestep, a mask) come in dtypes of their own."""
-        if ref.cond is None or not self._names or self.spec.scorer.reads_integers:
+        """What is read in the dtype of the parameters, unless autocast casts both.
+
+        Inputs of the model (a timestep, a mask) come in dtypes of their own, and so do values of mixed models.
+        """
+        if not self._names or self.spec.scorer.reads_integers:
             return x
-        return x.to(self.get_parameter("weight").dtype)
+        dtype = self.get_parameter(self._names[0]).dtype
+        own = x.dtype == dtype or (ref.cond is None and torch.is_autocast_enabled(x.device.type))
+        return x if own or (ref.cond is None and not x.is_floating_point()) else x.to(dtype)
 
     def _check_places(self, value: Tensor, at: str) -> None:
         """Parameters for each token would broadcast in silence over a value of one token."""

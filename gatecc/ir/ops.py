@@ -71,3 +71,15 @@ def operands(node: fx.Node) -> list[Any]:
 def mutates(node: fx.Node) -> bool:
     """Whether the operator writes to one of its arguments."""
     return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+
+def written(node: fx.Node) -> list[fx.Node]:
+    """The arguments that the operator writes to; ``out=`` is one."""
+    if not mutates(node) or not isinstance(node.target, OpOverload):
+        return []
+    found = [
+        argument(node, at, a.name)
+        for at, a in enumerate(node.target._schema.arguments)
+        if a.alias_info is not None and a.alias_info.is_write
+    ]
+    return [n for n in found if isinstance(n, fx.Node)]

@@ -51,6 +51,8 @@ class Program:
     hooked: frozenset[str] = frozenset()  # submodules, relative to the module, whose hooks are to be called
     boundaries: list[Boundary] = field(default_factory=list[Boundary])  # of their calls, in the order of the calls
     captured: dict[fx.Node, int] = field(default_factory=dict[fx.Node, int])  # if there are any: the nodes before edits
+    autocast: tuple[str, torch.dtype] | None = None  # what the call was under: the graph runs under it, too
+    exempt: set[fx.Node] = field(default_factory=set[fx.Node])  # nodes that this autocast must not reach
 
     @property
     def graph(self) -> fx.Graph:

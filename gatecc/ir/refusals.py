@@ -64,6 +64,14 @@ _ATTENTION: tuple[Cause, ...] = (
         'choose another attention implementation (attn_implementation="sdpa" or "eager")',
     ),
     Cause(
+        "GCC185",
+        "attention inside an operator with a body of its own",
+        "Operators such as torch.cond, while_loop, scan and checkpoint, and a region without gradients that writes to "
+        "a buffer, hold code of the model as a graph of its own. gatecc enters regions of autocast and of no_grad; "
+        "what stays in the others runs as it did.",
+        "move the attention out of the operator, or write the region without writes to buffers",
+    ),
+    Cause(
         "GCC106",
         "the axes of a product are unclear",
         "The product of queries and keys, or of weights and values, has a form whose axes gatecc cannot name, "
@@ -94,6 +102,13 @@ _OTHERS: tuple[Cause, ...] = (
         "the weight stands on the left",
         "A product `W @ x`, which mixes the second last axis of x (often tokens), not its features.",
         "transpose the input in the model: x.mT @ W.T",
+    ),
+    Cause(
+        "GCC186",
+        "weights inside an operator with a body of its own",
+        "A product with weights in the body of torch.cond, while_loop, scan, checkpoint or a region without gradients "
+        "that writes to a buffer: gatecc does not look inside.",
+        "move the layers out of the operator",
     ),
     Cause(
         "GCC140",

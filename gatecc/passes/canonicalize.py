@@ -1,34 +1,26 @@
 """canonicalize: bring a captured program into the one form that matchers and rewrites expect.
 
 After it: every operator call has one spelling (arguments positional with defaults filled in; keyword-only arguments
-only where they differ from the default), assertions about sizes and dtypes are gone, no-grad regions are part of the
-graph with their outputs detached, a tensor that is filled part by part is read through one node that holds it complete,
-and no dead node is left. Outputs and gradients are bitwise the same.
+only where they differ from the default), assertions about sizes and dtypes are gone, regions without gradients and
+regions of autocast are part of the graph (see regions.py), a tensor that is filled part by part is read through one
+node that holds it complete, and no dead node is left. Outputs and gradients are bitwise the same.
 """
 
 from __future__ import annotations
 
-import operator
 from functools import cache
 from typing import Any
 
 import torch
 from torch import fx
-from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_enabled
 from torch._ops import OpOverload
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from gatecc.ir.dataflow import Flow
-from gatecc.ir.ops import mutates, operands, opname
-from gatecc.ir.program import META, Program
+from gatecc.ir.ops import mutates, opname
+from gatecc.ir.program import Program
+from gatecc.passes.regions import inline_regions
 
-# What autocast leaves alone: a region of these computes the same with autocast on or off.
-_PLAIN = frozenset(
-    "to _to_copy add sub mul div neg view reshape _unsafe_view permute transpose unsqueeze squeeze expand contiguous "
-    "clone alias detach lift_fresh_copy slice select split chunk unbind getitem cat stack cos sin sigmoid tanh "
-    "relu where "
-    "masked_fill arange zeros ones full eq ne le lt ge gt".split()
-)
 _ASSERTIONS = frozenset(
     "_assert_scalar _assert_tensor_metadata _assert_async sym_constrain_range sym_constrain_range_for_size".split()
 )
@@ -36,8 +28,7 @@ _ASSERTIONS = frozenset(
 
 def canonicalize(program: Program) -> None:
     """Rewrite ``program`` in place. Linear in the number of nodes; the graph module is not recompiled."""
-    for node in list(program.graph.nodes):
-        _inline_region(program, node)
+    inline_regions(program)
     for node in list(program.graph.nodes):
         if _is_idle_assertion(node):
             program.graph.erase_node(node)
@@ -98,111 +89,6 @@ def _depends_on_data(node: fx.Node) -> bool:
     if isinstance(held, torch.SymInt | torch.SymFloat | torch.SymBool):
         return bool(free_unbacked_symbols(held))
     return isinstance(held, torch.Tensor)
-
-
-# --- regions ----------------------------------------------------------------------------------------------------------
-
-
-def _inline_region(program: Program, node: fx.Node) -> None:
-    """Inline a no-grad region (outputs detached), or an autocast region on which autocast has no effect."""
-    if node.target is wrap_with_set_grad_enabled:
-        enabled, body, *inputs = node.args
-        detach = True
-    elif node.target is wrap_with_autocast:
-        *_, enabled, _, body = node.args[:5]
-        inputs, detach = list(node.args[5:]), False
-    else:
-        return
-    region = _body(program, body)
-    if region is None or any(n.target is not operator.getitem for n in node.users):
-        return
-    if not (_can_detach(region) if detach and not enabled else not detach and _is_plain(region)):
-        return
-    _splice(program, node, region, inputs, detach)
-
-
-def _body(program: Program, node: Any) -> fx.GraphModule | None:
-    if not isinstance(node, fx.Node) or node.op != "get_attr":
-        return None
-    body = getattr(program.graph_module, str(node.target), None)
-    return body if isinstance(body, fx.GraphModule) else None
-
-
-def _can_detach(region: fx.GraphModule) -> bool:
-    """Whether the region runs the same with grad on: it writes to nothing from outside and holds no other region."""
-    inner: set[fx.Node] = set()
-    for node in region.graph.nodes:
-        if node.op in ("call_module", "call_method") or (node.op == "get_attr" and not _is_tensor(region, node)):
-            return False
-        if mutates(node) and node.args[0] not in inner:
-            return False
-        sources = node.all_input_nodes
-        own = bool(sources) and all(n in inner for n in sources)  # a view of what the region made
-        if (node.op == "call_function" and (own or not _may_alias(node))) or mutates(node):
-            inner.add(node)
-    return True
-
-
-def _may_alias(node: fx.Node) -> bool:
-    if not isinstance(node.target, OpOverload):
-        return True
-    return any(r.alias_info is not None for r in node.target._schema.returns)
-
-
-def _is_plain(region: fx.GraphModule) -> bool:
-    calls = [n for n in region.graph.nodes if n.op == "call_function"]
-    return _can_detach(region) and all(opname(n) in _PLAIN or opname(n) in _ASSERTIONS for n in calls)
-
-
-def _is_tensor(region: fx.GraphModule, node: fx.Node) -> bool:
-    return isinstance(getattr(region, str(node.target), None), torch.Tensor)
-
-
-def _splice(program: Program, call: fx.Node, region: fx.GraphModule, inputs: list[Any], detach: bool) -> None:
-    """Copy the region's nodes before ``call`` and let the readers of its outputs read them."""
-    graph = program.graph
-    values: dict[fx.Node, Any] = {}
-    arguments = iter(inputs)
-    with graph.inserting_before(call):
-        for node in region.graph.nodes:
-            if node.op == "placeholder":
-                values[node] = next(arguments)
-            elif node.op == "get_attr":
-                values[node] = _adopt_constant(program, region, node, call)
-            elif node.op == "call_function":
-                values[node] = graph.node_copy(node, values.__getitem__)
-                values[node].meta.setdefault(META, call.meta.get(META))
-        outputs = [values[n] if isinstance(n, fx.Node) else n for n in operands(region.graph.output_node())[0]]
-        if detach:
-            outputs = [_detached(graph, output) for output in outputs]
-    for reader in list(call.users):
-        output = outputs[operands(reader)[1]]
-        reader.replace_all_uses_with(output)
-        graph.erase_node(reader)
-    graph.erase_node(call)
-
-
-def _adopt_constant(program: Program, region: fx.GraphModule, node: fx.Node, call: fx.Node) -> fx.Node:
-    """A constant that lives in the region becomes a constant of the program."""
-    name = next(
-        n for i in range(len(program.constants) + 1) if not hasattr(program.graph_module, n := f"region_constant_{i}")
-    )
-    tensor = getattr(region, str(node.target))
-    program.graph_module.register_buffer(name, tensor, persistent=False)
-    program.constants[name] = tensor
-    copy = program.graph.get_attr(name)
-    copy.meta = {**node.meta, META: call.meta.get(META)}
-    return copy
-
-
-def _detached(graph: fx.Graph, node: Any) -> Any:
-    """``node.detach()``; integers carry no gradient and stay as they are."""
-    held = node.meta.get("val") if isinstance(node, fx.Node) else None
-    if not isinstance(held, torch.Tensor) or not (held.is_floating_point() or held.is_complex()):
-        return node
-    result = graph.call_function(torch.ops.aten.detach.default, (node,))
-    result.meta = {**node.meta, "val": held.detach() if held.requires_grad else held}
-    return result
 
 
 # --- writes -----------------------------------------------------------------------------------------------------------

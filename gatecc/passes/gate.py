@@ -25,6 +25,7 @@ from gatecc.passes.operands import (
     condition,
     gate_shape,
     laid_out,
+    own_weight,
     place,
     readers,
     source,
@@ -114,7 +115,7 @@ def gate_node(spec: GateSpec, selector: Any, value: Value, edit: Editor, label: 
         spec = scored_elsewhere(spec)
     check_positions(value, sources, edit.site)
     at = gate_shape(spec, value, sources, edit)
-    like = next(edit.program.module.parameters(), None)
+    like = own_weight(edit.site, edit.program)
 
     def build() -> nn.Module:
         dtype = None if like is None else like.dtype

@@ -15,7 +15,7 @@ from gatecc.ir.edit import Editor
 from gatecc.ir.site import Attention, Site, Value
 from gatecc.passes.branch import Body
 from gatecc.passes.mix import laid_out, put_back
-from gatecc.passes.operands import place, stage, static_sizes
+from gatecc.passes.operands import own_weight, place, stage, static_sizes
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class GridConv(Body, tag="grid_conv"):
                 do="read another stage, or leave this site out",
             )
         rows, columns = self.cells(edit.pin(source.node, source.axes.index("n")), site)
-        like = next(edit.program.module.parameters(), None)
+        like = own_weight(site, edit.program)
 
         def make() -> nn.Module:
             module = GridConvolution(self, channels)

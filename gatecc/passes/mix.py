@@ -17,7 +17,7 @@ from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.site import Attention, Recurrent, Site, Value
 from gatecc.ir.sizes import described_shape, size_names, size_text
 from gatecc.passes.mixers import Mixer, Place
-from gatecc.passes.operands import condition, stage, static_sizes
+from gatecc.passes.operands import condition, own_weight, stage, static_sizes
 from gatecc.passes.operands import place as where
 from gatecc.passes.padding import token_mask
 from gatecc.passes.recurrent import replace_recurrent
@@ -81,6 +81,7 @@ class Mix(Rewrite):
             _same_windows(path, place, edit)
         values = [_laid(stage(site, name), found, name, edit) for name in self.mixer.reads]
         values += [_input(name, found, edit) for name in self.mixer.inputs]
+        values = [_in_its_dtype(v, attribute(edit.program.module, path), edit) for v in values]
         mask = self._hidden(found, values[0], edit)
         edit.lost |= biases(found, edit.program)
         mixed = edit.call(path, *values, mask) if mask is not None else edit.call(path, *values)
@@ -99,7 +100,7 @@ class Mix(Rewrite):
         return seen(site, q, edit)
 
     def _module(self, place: Place, edit: Editor) -> nn.Module:
-        like = next(edit.program.module.parameters(), None)
+        like = own_weight(edit.site, edit.program)
         module = self.mixer.module(place)
         return module if like is None else module.to(like.device, like.dtype)
 
@@ -231,6 +232,17 @@ def _input(name: str, site: Attention, edit: Editor) -> fx.Node:
             do="name another input, or leave this site out",
         )
     return node
+
+
+def _in_its_dtype(value: fx.Node, module: nn.Module, edit: Editor) -> fx.Node:
+    """A value in the dtype of the mixer's parameters: code inside autocast computes in another one."""
+    own = next(module.parameters(), None)
+    held: Tensor = value.meta["val"]
+    if own is None or held.dtype == own.dtype or not held.is_floating_point():
+        return value
+    if torch.is_autocast_enabled(held.device.type):
+        return value
+    return edit.call(torch.ops.aten.to.dtype, value, own.dtype)
 
 
 def _laid(value: Value, site: Attention, name: str, edit: Editor) -> fx.Node:

@@ -85,6 +85,22 @@ def _distant(wanted: Selector, selector: Selector, edit: Editor) -> Value:
     return stage(found[0] if len(found) == 1 else found[mine.index(edit.site.key)], wanted.stage)
 
 
+def own_weight(site: Site, program: Program) -> torch.Tensor | None:
+    """A weight of the site: what is new there has its device and dtype. Models are of several, quantised ones too.
+
+    Where the site names no weight of its own, a parameter of its owner, or of the nearest module around that has one.
+    """
+    known = dict(program.module.named_parameters(remove_duplicate=False))
+    named = [known.get(program.relative_name(weight.fqn)) for weight in site.weights.values()]
+    owner = program.relative_name(site.owner)
+    while True:
+        around = [p for name, p in known.items() if not owner or f"{name}.".startswith(f"{owner}.")]
+        found = next((p for p in (*named, *around) if p is not None and p.is_floating_point()), None)
+        if found is not None or not owner:
+            return found
+        owner = owner.rpartition(".")[0]
+
+
 def readers(site: Site, name: str) -> Collection[fx.Node] | None:
     """Who reads a stage as a value of this site; None for everyone: the value is the site's own."""
     if isinstance(site, Residual) and name == "skip":

@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 from gatecc.capture.guards import Check, compile_guards
 from gatecc.capture.reads import Read, Ties, grouped
 from gatecc.ir.boundary import Boundary
-from gatecc.ir.program import Program
+from gatecc.ir.program import Program, fake
+from gatecc.passes.autocast import casts_to, is_cast
 from gatecc.scope.hooked import HookCalls
 
 
@@ -35,6 +36,8 @@ class Variant:
         self.reads, self.groups = reads, grouped(reads)
         self.ties = ties
         self.source, self._function, self._extra = _function(program, hooks)
+        exempt = program.autocast is not None and not program.exempt.isdisjoint(program.graph.nodes)
+        self._without = program.autocast[0] if program.autocast and exempt else None  # autocast is spelled out for it
         spec = program.out_spec
         self._out_spec = None if _is_plain(spec) else spec
 
@@ -44,7 +47,11 @@ class Variant:
         return mine == its and len(self._extra) == len(other._extra) and all(map(_same, self._extra, other._extra))
 
     def __call__(self, module: nn.Module, leaves: Sequence[torch.Tensor]) -> Any:
-        out = self._function(module, *leaves, *self._extra)
+        if self._without is None:
+            out = self._function(module, *leaves, *self._extra)
+        else:
+            with torch.autocast(self._without, enabled=False):
+                out = self._function(module, *leaves, *self._extra)
         return out if self._out_spec is None else pytree.tree_unflatten(out, self._out_spec)
 
 
@@ -57,6 +64,7 @@ def _function(program: Program, hooks: bool) -> tuple[str, Callable[..., Any], t
     values: list[Any] = []
     held = [n for n in program.graph.nodes if n.op == "get_attr" and not _is_live(program, n)]
     after = program.placeholders[-1] if program.placeholders else None
+    casts = _casts(program)
     for node in program.graph.nodes if calls is None else calls.order():
         value = copied.__getitem__ if calls is None else calls.reader(node)
         if isinstance(node, Boundary):
@@ -69,7 +77,7 @@ def _function(program: Program, hooks: bool) -> tuple[str, Callable[..., Any], t
             continue
         if node in held:
             continue
-        copied[node] = _copied(graph, node, value)
+        copied[node] = _copied(graph, node, value, casts.get(node))
         if node is after:
             _hold(program, held, graph, copied, extra, values)
     if after is None:
@@ -86,7 +94,18 @@ def _same(a: Any, b: Any) -> bool:
     return a is b
 
 
-def _copied(graph: fx.Graph, node: fx.Node, value: Callable[[fx.Node], fx.Node]) -> fx.Node:
+def _casts(program: Program) -> dict[fx.Node, torch.dtype]:
+    """What the call's autocast casts the arguments of nodes to, where some nodes are exempt from it."""
+    if program.autocast is None or program.exempt.isdisjoint(program.graph.nodes):
+        return {}
+    under = [n for n in program.calls() if n not in program.exempt]
+    found = {node: casts_to(node, *program.autocast) for node in under}
+    return {node: dtype for node, dtype in found.items() if dtype is not None}
+
+
+def _copied(
+    graph: fx.Graph, node: fx.Node, value: Callable[[fx.Node], fx.Node], cast_to: torch.dtype | None
+) -> fx.Node:
     """A node in the printed graph, which reads ``value`` of its inputs.
 
     Sizes are read by method: functorch has no rule for the operator.
@@ -95,7 +114,15 @@ def _copied(graph: fx.Graph, node: fx.Node, value: Callable[[fx.Node], fx.Node])
         source, axis = node.args
         assert isinstance(source, fx.Node)
         return graph.call_method("size", (value(source), axis))
-    return graph.node_copy(node, value)
+    device = str(node.meta["val"].device.type) if cast_to and isinstance(node.meta["val"], torch.Tensor) else ""
+
+    def read(source: fx.Node) -> fx.Node:
+        held = fake(source)
+        if cast_to is None or held is None or held.dtype == cast_to or not is_cast(held, device):
+            return value(source)
+        return graph.call_function(torch.ops.aten.to.dtype, (value(source), cast_to))
+
+    return graph.node_copy(node, read)
 
 
 def _hold(

@@ -16,6 +16,7 @@ from gatecc.ir.match.embedding import match_embedding
 from gatecc.ir.match.experts import match_experts
 from gatecc.ir.match.facts import Facts
 from gatecc.ir.match.head import match_head
+from gatecc.ir.match.hidden import match_hidden
 from gatecc.ir.match.linear import match_linear
 from gatecc.ir.match.merge import match_merge
 from gatecc.ir.match.mlp import match_mlp
@@ -54,8 +55,9 @@ class Sites:
 def find_sites(program: Program) -> Sites:
     """All sites of a program that gatecc.passes.canonicalize has brought into form."""
     facts = Facts(program)
-    cores, refused = match_attention(program, facts.flow)
+    cores, refused = match_attention(program, facts.flow, facts.maps)
+    refused += match_hidden(program)
     found = [*cores, *refused, *(item for matcher in _MATCHERS for item in matcher(facts))]
     sites: list[Site] = [item for item in found if isinstance(item, Site)]
-    sites.sort(key=lambda site: max(facts.order[value.node] for value in site.values.values()))
+    sites.sort(key=lambda site: max(value.node for value in site.values.values()))
     return Sites(sites, [item for item in found if isinstance(item, Refusal)])

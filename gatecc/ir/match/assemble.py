@@ -11,21 +11,17 @@ from gatecc.ir.dataflow import Flow
 from gatecc.ir.match.axes import permutation
 from gatecc.ir.match.expand import is_identity, unexpanded
 from gatecc.ir.match.heads import batch_letters, heads_by_size
+from gatecc.ir.match.maps import LinearMaps
 from gatecc.ir.match.mask_eval import MaskClassifier, MaskGraph
 from gatecc.ir.match.normalisation import Normalisation
+from gatecc.ir.match.origins import Tracer
+from gatecc.ir.match.output import find_output
 from gatecc.ir.match.product import Product
-from gatecc.ir.match.qkv import (
-    Origins,
-    Projection,
-    find_output,
-    find_projection,
-    row_numbers,
-    rows_of,
-    unflattened,
-    weight_of,
-)
+from gatecc.ir.match.qkv import Projection
+from gatecc.ir.match.rows import row_numbers, rows_of, weight_of
 from gatecc.ir.match.scores import Scores, constant, maskings, scalar_factor, scale_of, soft_cap, unshifted
 from gatecc.ir.match.stream import same_stream
+from gatecc.ir.match.streams import Operand, before_rotary, streams
 from gatecc.ir.match.values import Weighing, dropout_of
 from gatecc.ir.ops import CASTS, RESHAPES, TRANSPOSES, argument, opname
 from gatecc.ir.program import origin
@@ -49,21 +45,13 @@ class Parts:
     weighing: Weighing | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class _Operand:
-    """q, k or v after constant factors, transposes, merged heads and repeated heads are taken off."""
-
-    node: fx.Node
-    axes: str
-    factor: float | None
-    origins: Origins | None
-
-
 class Assembler:
     """Makes the sites of one program; what several sites share is computed once."""
 
-    def __init__(self, flow: Flow) -> None:
+    def __init__(self, flow: Flow, maps: LinearMaps) -> None:
         self.flow = flow
+        self.maps = maps
+        self.trace = Tracer(flow, maps)
         self.masks = MaskClassifier(flow)
         self.sizes = example_sizes(flow.program)
 
@@ -75,16 +63,17 @@ class Assembler:
         k_node, k_axes = (product.right, product.right_axes) if is_left else (product.left, product.left_axes)
         v_node, v_letters = self._values(parts)
         roles = self._roles(parts, (q_node, q_axes), (k_node, k_axes))
-        q = self._operand(q_node, _named(q_axes, roles), expand=False)
-        k = self._operand(k_node, _named(k_axes, roles), expand=True)
+        q = self._operand(q_node, _named(q_axes, roles), parts.owner, expand=False)
+        k = self._operand(k_node, _named(k_axes, roles), parts.owner, expand=True)
         v_roles = self._value_roles(parts, roles)
-        v = self._operand(v_node, _named(v_letters, v_roles), expand=True, scale=False)
+        v = self._operand(v_node, _named(v_letters, v_roles), parts.owner, expand=True, scale=False)
         heads = self._heads(parts, _named(self._core_letters(parts), v_roles))
         count, kv_count = self._count(q), self._count(k)
-        output = find_output(parts.core, _width(heads, count), flow)
+        output = find_output(parts.core, _width(heads, count), flow, self.maps, parts.owner)
         values = {"q": Value(q.node, q.axes), "k": Value(k.node, k.axes), "v": Value(v.node, v.axes), "heads": heads}
         masks, whole = _maskings(parts)
-        values |= self._raw(q, k) | self._streams(q, k, v, output) | self._inner(parts, roles)
+        values |= self._raw(q, k) | self._inner(parts, roles)
+        values |= streams((q, k, v), output, heads, (count, kv_count), parts.core, flow)
         return Attention(
             owner=parts.owner,
             ordinal=ordinal,
@@ -105,7 +94,7 @@ class Assembler:
             mask_whole=whole,
             dropout=self._dropout(parts),
             rotary=bool(q.origins and q.origins.rotary),
-            cross=self._cross(q, k),
+            cross=self._cross(q, k, v),
         )
 
     # --- axes ---
@@ -123,8 +112,9 @@ class Assembler:
         roles = {parts.keys: "m", query: "n"} | dict.fromkeys(contracted, "d")
         batch = [a for a in product.axes if a not in roles]
         # queries and keys share these axes; queries may be pooled, so that no projection yields them
-        origins, node, axes = find_projection(q_node, self.flow), q_node, q_axes
-        if origins is None and len(batch) > 1 and (other := find_projection(k_node, self.flow)) is not None:
+        origins, node, axes = self.trace.find(q_node, parts.owner, q_axes.index(query)), q_node, q_axes
+        by_key = self.trace.find(k_node, parts.owner, k_axes.index(parts.keys)) if origins is None else None
+        if len(batch) > 1 and (other := by_key) is not None:
             origins, node, axes = other, k_node, k_axes
         numbers = row_numbers(origins, self.masks.evaluator, self.sizes) if origins is not None else None
         places = [axes.index(a) if a in axes else len(axes) for a in batch]
@@ -155,13 +145,14 @@ class Assembler:
     def _core_letters(self, parts: Parts) -> str:
         return parts.weighing.source.axes if parts.weighing is not None else parts.product.left_axes
 
-    def _operand(self, node: fx.Node, axes: str, *, expand: bool, scale: bool = True) -> _Operand:
-        """Take off what a rewrite should not see: see _Operand."""
+    def _operand(self, node: fx.Node, axes: str, owner: str, *, expand: bool, scale: bool = True) -> Operand:
+        """Take off what a rewrite should not see: see Operand."""
         factor: float | None = 1.0
         while True:
             step = self._peel(node, axes, expand, scale)
             if step is None:
-                return _Operand(node, axes, factor, find_projection(node, self.flow))
+                tokens = next((at for at, letter in enumerate(axes) if letter in "nm"), None)
+                return Operand(node, axes, factor, self.trace.find(node, owner, tokens))
             node, axes, more = step
             factor = factor * more
 
@@ -192,7 +183,7 @@ class Assembler:
                 return Value(users[0], "bh" + axes[1:])
         return Value(node, axes)
 
-    def _count(self, operand: _Operand) -> int:
+    def _count(self, operand: Operand) -> int:
         """The number of heads of a value, 0 if a merged axis hides it."""
         sizes = dict(zip(operand.axes, node_shape(operand.node) or (), strict=False))
         if "h" in sizes:
@@ -218,34 +209,23 @@ class Assembler:
         fitting = {name: (node, _fitted(axes, _rank(node))) for name, node in nodes.items()}
         return {name: Value(node, fit) for name, (node, fit) in fitting.items() if fit}
 
-    def _raw(self, q: _Operand, k: _Operand) -> dict[str, Value]:
+    def _raw(self, q: Operand, k: Operand) -> dict[str, Value]:
         """Queries and keys before the rotary embedding."""
-        found = {"q_raw": _before_rotary(q), "k_raw": _before_rotary(k)}
+        found = {"q_raw": before_rotary(q), "k_raw": before_rotary(k)}
         return {name: value for name, value in found.items() if value is not None}
 
-    def _streams(self, q: _Operand, k: _Operand, v: _Operand, output: Projection | None) -> dict[str, Value]:
-        result: dict[str, Value] = {}
-        keys = k.origins or v.origins
-        if q.origins is not None:
-            result["hidden"] = _stream(unflattened(q.origins.projection.input, forward=False), q, "n")
-        if keys is not None and (q.origins is None or keys.projection.input is not q.origins.projection.input):
-            result["hidden_kv"] = _stream(unflattened(keys.projection.input, forward=False), k, "m")
-        if output is not None:
-            result["out"] = _stream(unflattened(output.node, forward=True), q, "n")
-        return {name: value for name, value in result.items() if value.axes}
-
     def _weights(
-        self, q: _Operand, k: _Operand, v: _Operand, output: Projection | None, heads: int, kv_heads: int
+        self, q: Operand, k: Operand, v: Operand, output: Projection | None, heads: int, kv_heads: int
     ) -> dict[str, Weight]:
         result: dict[str, Weight] = {}
         for name, operand, count in zip("qkv", (q, k, v), (heads, kv_heads, kv_heads), strict=True):
             self._add_weight(result, name, operand, count)
-        if output is not None:
+        if output is not None and output.weight:
             result["o"] = Weight(output.weight, output.orientation, output.bias)
         return result
 
-    def _add_weight(self, result: dict[str, Weight], name: str, operand: _Operand, count: int) -> None:
-        if operand.origins is None:
+    def _add_weight(self, result: dict[str, Weight], name: str, operand: Operand, count: int) -> None:
+        if operand.origins is None or operand.origins.others or not operand.origins.projection.weight:
             return
         numbers = row_numbers(operand.origins, self.masks.evaluator, self.sizes)
         rows = rows_of(numbers[1] if numbers is not None else None)
@@ -257,7 +237,7 @@ class Assembler:
         role = "qkv" if fused else name  # interleaved rows: the roles cannot be told apart by a range
         result[role] = weight_of(operand.origins, rows)
 
-    def _scale(self, parts: Parts, q: _Operand, k: _Operand) -> float | None:
+    def _scale(self, parts: Parts, q: Operand, k: Operand) -> float | None:
         if q.factor is None or k.factor is None:
             return None
         outer = q.factor * k.factor
@@ -301,10 +281,15 @@ class Assembler:
         p = argument(parts.core, 4, "dropout_p", 0.0)
         return float(p) if isinstance(p, int | float) else 0.0
 
-    def _cross(self, q: _Operand, k: _Operand) -> bool:
-        one = q.origins.projection.input if q.origins else q.node
-        other = k.origins.projection.input if k.origins else k.node
-        return not same_stream(one, other, self.flow)
+    def _cross(self, q: Operand, k: Operand, v: Operand) -> bool:
+        """Whether queries and keys come from different sequences.
+
+        Where keys come from two projections (MLA joins a rotary part to them), values tell.
+        """
+        keys = k.origins or v.origins
+        one = [p.input for p in q.origins.projections] if q.origins else [q.node]
+        other = [p.input for p in keys.projections] if keys else [k.node]
+        return len(one) != len(other) or not all(map(same_stream, one, other, [self.flow] * len(one)))
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------
@@ -321,20 +306,6 @@ def _maskings(parts: Parts) -> tuple[list[Masking], bool]:
         return found, whole and not _is_edited(parts)
     given = _node(argument(parts.core, 3, "attn_mask"))
     return [] if given is None else [Masking(given, "added")], not argument(parts.core, 5, "is_causal")
-
-
-def _before_rotary(operand: _Operand) -> Value | None:
-    """The operand before it was turned by its positions; None if its axes are unclear there."""
-    if operand.origins is None or not operand.origins.rotary:
-        return Value(operand.node, operand.axes)
-    node = operand.origins.before_rotary()
-    shape, sizes = node_shape(node) if node is not None else None, node_shape(operand.node) or ()
-    if node is None or shape is None or len(shape) != 4 or operand.axes not in ("bhnd", "bhmd"):
-        return None
-    by_letter, (b, h, n, d) = dict(zip(operand.axes, sizes, strict=True)), operand.axes
-    orders = (operand.axes, b + n + h + d)
-    fitting = [order for order in orders if all(map(same, shape, (by_letter[a] for a in order)))]
-    return Value(node, fitting[0]) if len(fitting) == 1 else None
 
 
 def _named(letters: str, roles: Roles) -> str:
@@ -378,33 +349,3 @@ def _unmerged(node: fx.Node, source: fx.Node, axes: str) -> tuple[fx.Node, str, 
 def _width(heads: Value, count: int) -> int:
     size = dict(zip(heads.axes, node_shape(heads.node) or (), strict=False)).get("d")
     return count * size if isinstance(size, int) else 0
-
-
-def _stream(node: fx.Node, operand: _Operand, token: str) -> Value:
-    """A tensor before or after attention, its axes named by rank and by the sizes of the operand."""
-    shape = node_shape(node) or ()
-    sizes = dict(zip(operand.axes, node_shape(operand.node) or (), strict=False))
-    if len(shape) == 4:
-        return Value(node, "bcyx" if opname(node).startswith("conv") or _feeds_conv(node) else "byxc")
-    if len(shape) == 3:
-        if _feeds_conv(node):
-            return Value(node, "bcn")
-        first = any(letter in sizes and same(shape[at], sizes[letter]) for at, letter in ((0, token), (1, "b")))
-        usual = any(letter in sizes and same(shape[at], sizes[letter]) for at, letter in ((1, token), (0, "b")))
-        if "w" in sizes and token in sizes and not same(shape[1], sizes[token]):
-            return Value(node, "")  # the attention module cuts the tokens into windows itself
-        return Value(node, "nbc" if first and not usual else "bnc")
-    return Value(
-        node,
-        "nc"
-        if len(shape) == 2 and token in sizes and same(shape[0], sizes[token])
-        else "bc"
-        if len(shape) == 2
-        else "",
-    )
-
-
-def _feeds_conv(node: fx.Node) -> bool:
-    return opname(node).startswith("conv") or any(
-        opname(u).startswith("conv") and u.args[0] is node for u in node.users
-    )

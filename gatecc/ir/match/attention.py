@@ -15,6 +15,7 @@ from torch import fx
 
 from gatecc.ir.dataflow import Flow
 from gatecc.ir.match.assemble import Assembler, Parts
+from gatecc.ir.match.maps import LinearMaps
 from gatecc.ir.match.normalisation import Normalisation, normalisation
 from gatecc.ir.match.product import Product
 from gatecc.ir.match.scores import find_scores
@@ -33,10 +34,12 @@ _OPAQUE = frozenset(
 )
 
 
-def match_attention(program: Program, flow: Flow | None = None) -> tuple[list[Attention], list[Refusal]]:
+def match_attention(
+    program: Program, flow: Flow | None = None, maps: LinearMaps | None = None
+) -> tuple[list[Attention], list[Refusal]]:
     """Every attention of a canonical program, in the order in which they run, and what looks like one but is not."""
     flow = flow or Flow(program)
-    assembler = Assembler(flow)
+    assembler = Assembler(flow, maps or LinearMaps(flow))
     found: list[tuple[int, Parts]] = []
     refusals: list[tuple[int, Refusal]] = []
     for node in program.calls():

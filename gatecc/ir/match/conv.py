@@ -14,5 +14,5 @@ def match_conv(facts: Facts) -> Iterator[Conv | Refusal]:
         if not projection.conv:
             continue
         values = {"in": facts.value(projection.inp), "out": facts.value(projection.out)}
-        yield Conv(**facts.place("conv", node), values=values, weights={"weight": projection.weight})
+        yield Conv(**facts.place("conv", node), values=values, weights=projection.weights)
     yield from (refusal for refusal in facts.refused if refusal.kind == "conv")

@@ -28,7 +28,7 @@ def match_embedding(facts: Facts) -> Iterator[Embedding | Refusal]:
         elif node in facts.projections and _is_patches(facts, facts.projections[node]):
             projection = facts.projections[node]
             values = {"in": facts.value(projection.inp), "out": facts.value(projection.out)}
-            yield Embedding(**facts.place("embedding", node), values=values, weights={"weight": projection.weight})
+            yield Embedding(**facts.place("embedding", node), values=values, weights=projection.weights)
 
 
 def _look_up(facts: Facts, node: fx.Node) -> Embedding | Refusal | None:

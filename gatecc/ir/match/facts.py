@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any, TypedDict
 
 from torch import fx
 
 from gatecc.ir.dataflow import Flow
 from gatecc.ir.match.joins import residual_joins
+from gatecc.ir.match.maps import LinearMaps, Map
 from gatecc.ir.match.nonlinearity import Nonlinearity, nonlinearities
-from gatecc.ir.match.projection import LINEAR_OPS, Projection, axes, projection
+from gatecc.ir.match.projection import LINEAR_OPS, Projection, axes, computed, projection
 from gatecc.ir.ops import CONTRACTIONS, SOFTMAXES, argument, opname
 from gatecc.ir.program import Program, fake, origin, shape
 from gatecc.ir.site import Refusal, Value
@@ -41,6 +43,7 @@ class Facts:
 
     ``order``: the position of a node. ``inputs``: those of its inputs whose values matter. ``data``: nodes that depend
     on the values of an input of the program. ``projections``: the products with a weight, by node, in order.
+    ``whole``: likewise, but adapters count as part of the projection that they stand beside, and computed weights too.
     ``refused``: what looks like one. ``source``: the weighted operation that a value was last mixed by; nodes that
     differ by element-wise operations and views only share it. ``channel``: the axis that holds the features, where that
     is known. ``nonlinearities``: by the node they end in. ``residuals``: the adds that join a skip and a branch, add ->
@@ -53,7 +56,9 @@ class Facts:
         self.order = self.flow.order
         self.data = self.flow.data
         self.inputs = self.flow.inputs
+        self.maps = LinearMaps(self.flow)
         self.projections: dict[fx.Node, Projection] = {}
+        self.whole: dict[fx.Node, Projection] = {}
         self.refused: list[Refusal] = []
         self.source: dict[fx.Node, fx.Node] = {}
         self.channel: dict[fx.Node, int] = {}
@@ -81,10 +86,40 @@ class Facts:
             self.projections[node] = found
         elif found is not None:
             self.refused.append(found)
+        whole = self._whole(node)
+        if whole is not None:
+            self.whole[node] = whole
         self._find_source(node)
         axis = self._find_channel(node)
         if axis is not None:
             self.channel[node] = axis
+
+    def is_sum_of_equals(self, node: fx.Node) -> bool:
+        """Whether a node adds the products of modules of one standing, such as two heads."""
+        found = self.maps.maps.get(node)
+        return found is not None and found.equals
+
+    def _whole(self, node: fx.Node) -> Projection | None:
+        found = self.maps.maps.get(node)
+        if found is not None:
+            return self._sum(found)
+        if node in self.maps.part_of:
+            return None
+        alone = self.projections.get(node) or computed(node, self.data)
+        if alone is None:
+            return None
+        if alone.weight is None and alone.out is node:
+            alone = replace(alone, out=self.maps.settled(node))
+        entry = self.maps.entered(alone.x, alone.owner.rpartition(".")[0])
+        return alone if entry is alone.x else replace(alone, x=entry, inp=entry)
+
+    def _sum(self, found: Map) -> Projection | None:
+        """A sum of products with weights as one projection."""
+        main = self.projections.get(found.main) or computed(found.main, self.data)
+        if main is None:
+            return None
+        root = self.maps.entered(found.root, main.owner.rpartition(".")[0])
+        return replace(main, node=found.end, x=root, inp=root, out=found.out, weight=None)
 
     def _find_source(self, node: fx.Node) -> None:
         if node not in self.data:

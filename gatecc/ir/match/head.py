@@ -29,9 +29,9 @@ def match_head(facts: Facts) -> Iterator[Head | Refusal]:
     leaves = [leaf for leaf in facts.program.outputs if isinstance(leaf, fx.Node) and leaf in facts.data]
     heads = {node for leaf in leaves for node in _last_projections(facts, leaf)}
     for node in sorted(heads):
-        projection = facts.projections[node]
+        projection = facts.whole.get(node) or facts.projections[node]
         values = {"in": facts.value(projection.inp), "out": facts.value(projection.out)}
-        yield Head(**facts.place("head", node), values=values, weights={"weight": projection.weight})
+        yield Head(**facts.place("head", node), values=values, weights=projection.weights)
     if leaves and not heads:
         yield refuse("GCC161", "head", leaves[0], f"the first output comes from {opname(leaves[0])}", owner="")
 
@@ -45,7 +45,7 @@ def _last_projections(facts: Facts, leaf: fx.Node) -> list[fx.Node]:
     stack = [leaf]
     while stack:
         node = stack.pop()
-        if node in facts.projections:
+        if (node in facts.whole or node in facts.projections) and not facts.is_sum_of_equals(node):
             found.append(node)
             continue
         sources = [source for source in facts.inputs[node] if source in facts.source]

@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from gatecc.ir.match.axes import permutation
-from gatecc.ir.match.qkv import Origins
+from gatecc.ir.match.origins import Origins
 from gatecc.ir.ops import CASTS, RESHAPES, TRANSPOSES, opname
 from gatecc.ir.sizes import Size, expression, node_shape, numel, same
 
@@ -19,6 +19,8 @@ _MOVES = (
 def heads_by_size(node: fx.Node, origins: Origins | None) -> int | None:
     """Heads = elements of q per token and feature, in units of d. None if no projection tells what a token is."""
     shape = node_shape(node)
+    if origins is not None and origins.part is not None:
+        shape = node_shape(origins.part)  # each part of joined tokens has as many heads as the whole
     if origins is None or shape is None:
         return None
     made = node_shape(origins.projection.node) or ()

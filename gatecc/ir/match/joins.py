@@ -26,6 +26,7 @@ _SHORTCUT = 8  # nodes of the longest projection shortcut
 def residual_joins(facts: Facts) -> dict[fx.Node, tuple[fx.Node, fx.Node]]:
     """All residual joins: add -> (skip, branch)."""
     adds = [node for node in facts.program.calls() if opname(node) == "add" and _summands(facts, node) is not None]
+    adds = [add for add in adds if facts.maps.around(add) is None]  # an adapter beside a projection is no branch
     reach = _Reach(facts, adds)
     joins: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
     for add in adds:
@@ -120,9 +121,9 @@ def _shortcut(facts: Facts, skip: fx.Node) -> fx.Node | None:
     for _ in range(_SHORTCUT):
         if len(node.users) > 1 and node is not skip:
             return node if projected else None
-        if node in facts.projections:
+        if node in facts.whole:
             projected += 1
-            node = facts.projections[node].x
+            node = facts.whole[node].x
         elif opname(node) in _TRANSPARENT and isinstance(node.args[0], fx.Node):
             node = node.args[0]
         else:

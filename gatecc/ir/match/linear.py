@@ -14,5 +14,5 @@ def match_linear(facts: Facts) -> Iterator[Linear | Refusal]:
         if projection.conv:
             continue
         values = {"in": facts.value(projection.inp), "out": facts.value(projection.out)}
-        yield Linear(**facts.place("linear", node), values=values, weights={"weight": projection.weight})
+        yield Linear(**facts.place("linear", node), values=values, weights=projection.weights)
     yield from (refusal for refusal in facts.refused if refusal.kind == "linear")

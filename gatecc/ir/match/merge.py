@@ -26,6 +26,8 @@ def match_merge(facts: Facts) -> Iterator[Merge | Refusal]:
     scores = _scores(facts)
     for node in facts.program.calls():
         form = opname(node)
+        if facts.maps.around(node) is not None and not facts.is_sum_of_equals(node):
+            continue  # an adapter is added to the projection that it stands beside
         if (form == "add" or form == "cat") and node in facts.source and node not in facts.residuals:
             found = _merge(facts, node, form, scores)
             if found is not None:

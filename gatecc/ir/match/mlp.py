@@ -8,11 +8,13 @@ may lie between, convolutions of one pixel are projections. Experts with stacked
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal
 
 from torch import fx, nn
 
 from gatecc.ir.match.facts import Facts
+from gatecc.ir.match.maps import module_apart
 from gatecc.ir.match.projection import Projection
 from gatecc.ir.match.shapes import same_shape
 from gatecc.ir.ops import CASTS, CONTRACTIONS, DROPOUTS, SOFTMAXES, VIEWS, opname
@@ -39,7 +41,7 @@ def match_mlp(facts: Facts) -> Iterator[MLP | Refusal]:
     feeders = {projection.node for feed in fed.values() for projection, _ in feed}
     said: set[tuple[str, str]] = set()
     for node, feed in fed.items():
-        found = _mlp(facts, facts.projections[node], feed, deep=node in feeders or any(p.node in fed for p, _ in feed))
+        found = _mlp(facts, facts.whole[node], feed, deep=node in feeders or any(p.node in fed for p, _ in feed))
         if isinstance(found, Refusal) and (found.code, found.owner) in said:
             continue  # a chain of five layers is one refusal, not four
         if isinstance(found, Refusal):
@@ -56,7 +58,7 @@ class _Feeds:
         self._feed: dict[fx.Node, Feed] = {}
         self.into: dict[fx.Node, Feed] = {}
         for node in facts.program.calls():
-            projection = facts.projections.get(node)
+            projection = facts.whole.get(node)
             if projection is not None and not projection.depthwise:
                 self._project(node, projection)
                 continue
@@ -80,7 +82,7 @@ class _Feeds:
         if not any(n in self._feed for n in inputs):
             return None
         sources = [n for n in inputs if n in self._feed or self._is_stream(n)]
-        if opname(node) in _MIXERS and node not in self._facts.projections:
+        if opname(node) in _MIXERS and node not in self._facts.whole:
             return _OPAQUE
         feeds = {self._feed.get(n, _OPAQUE) for n in _widest(sources)}
         if len(feeds) == 1:
@@ -116,17 +118,18 @@ def _activated(feed: Feed) -> bool:
 
 def _mlp(facts: Facts, down: Projection, feed: Feed, *, deep: bool) -> MLP | Refusal | None:
     projections = sorted({p for p, _ in feed}, key=lambda p: facts.order[p.node])
-    up = projections[-1]
-    if len(projections) > 2 or any(p.x is not up.x and p.inp is not up.inp for p in projections):
-        return None  # a join of streams
     owner = _owner(facts, [*projections, down])
+    up = _read(facts, projections, owner)
+    if len(projections) > 2 or up is None:
+        return None  # a join of streams
     reason = _refused(facts, up, down, deep=deep)
     if reason is not None:
         return refuse(reason[0], "mlp", down.node, reason[1], owner=owner)
     form, weights = _roles(projections, down, feed)
     if form is None:
         return refuse("GCC141", "mlp", down.node, f"{up.out_width} features become {down.in_width}", owner=owner)
-    values = {"in": facts.value(up.inp), "hidden": facts.value(down.inp), "out": facts.value(down.out)}
+    out = facts.maps.left(down.out, module_apart(down.owner, owner))
+    values = {"in": facts.value(up.inp), "hidden": facts.value(down.inp), "out": facts.value(out)}
     activation = next((act for _, act in sorted(feed, key=lambda f: f[1], reverse=True)), "")
     place = facts.place("mlp", down.node, owner)
     return MLP(**place, values=values, weights=weights, form=form, activation=activation)
@@ -139,11 +142,25 @@ def _roles(
     if len(projections) == 2:
         bent = {p for p, act in feed if act}
         gate, up = sorted(projections, key=lambda p: p not in bent)
-        return "gated", {"gate": gate.weight, "up": up.weight, "down": down.weight}
+        return "gated", _known(gate=gate, up=up, down=down)
     up = projections[0]
     if up.out_width == 2 * down.in_width:
-        return "gated", {"gate_up": up.weight, "down": down.weight}
-    return ("plain" if up.out_width == down.in_width else None), {"up": up.weight, "down": down.weight}
+        return "gated", _known(gate_up=up, down=down)
+    return ("plain" if up.out_width == down.in_width else None), _known(up=up, down=down)
+
+
+def _read(facts: Facts, projections: list[Projection], owner: str) -> Projection | None:
+    """The last of some projections, with the input that all of them read; None if they read different values."""
+    up = projections[-1]
+    if all(p.x is up.x or p.inp is up.inp for p in projections):
+        return up
+    given = {facts.maps.uncast(facts.maps.kept(p.inp, owner)) for p in projections}
+    return replace(up, x=(inp := given.pop()), inp=inp) if len(given) == 1 else None
+
+
+def _known(**roles: Projection) -> dict[str, Weight]:
+    """The weights that are one parameter."""
+    return {role: made.weight for role, made in roles.items() if made.weight is not None}
 
 
 def _refused(facts: Facts, up: Projection, down: Projection, *, deep: bool) -> tuple[str, str] | None:

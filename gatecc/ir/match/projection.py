@@ -24,6 +24,7 @@ class Projection:
     """``out = in @ W (+ b)``. ``x`` and ``node`` are what the operator reads and yields; ``inp`` and ``out`` are
     the same values before flattening and after the shape is restored (addmm knows matrices only).
 
+    ``weight`` is None where no one parameter is the matrix: it is computed, or several products are added (adapters).
     ``pointwise``: every position is projected alone (a Linear, or a 1x1 convolution without stride).
     ``depthwise``: every channel is filtered alone.
     """
@@ -32,7 +33,7 @@ class Projection:
     x: fx.Node
     inp: fx.Node
     out: fx.Node
-    weight: Weight
+    weight: Weight | None
     in_width: int
     out_width: int
     conv: bool = False
@@ -42,6 +43,11 @@ class Projection:
     @property
     def owner(self) -> str:
         return origin(self.node).owner
+
+    @property
+    def weights(self) -> dict[str, Weight]:
+        """The weight as the roles of a site."""
+        return {} if self.weight is None else {"weight": self.weight}
 
 
 def projection(program: Program, node: fx.Node, data: set[fx.Node]) -> Projection | Refusal | None:
@@ -99,6 +105,25 @@ def _linear(program: Program, node: fx.Node, name: str, data: set[fx.Node]) -> P
     out_width, in_width = tensor.shape if out_in else reversed(tensor.shape)
     weight = Weight(fqn(program, attr, node), "out_in" if out_in else "in_out", _bias(program, bias))
     return Projection(node, x, *_restored(node, x), weight, in_width, out_width)
+
+
+def computed(node: fx.Node, data: set[fx.Node]) -> Projection | None:
+    """A product of a value with a matrix, or a kernel of one pixel, that is computed from parameters."""
+    name = opname(node)
+    conv = name in CONV_OPS
+    if not conv and name not in LINEAR_OPS:
+        return None
+    x, operand = (node.args[at] for at in ((0, 1) if conv else LINEAR_OPS[name][:2]))
+    if not isinstance(x, fx.Node) or not isinstance(operand, fx.Node) or x not in data or operand in data:
+        return None
+    channel, kernel = 1 if conv else -1, fake(operand)
+    widths = shape(x)[channel], shape(node)[channel]
+    if kernel is None or not all(isinstance(w, int) for w in widths) or (not conv and kernel.dim() != 2):
+        return None
+    alone = all(same(size, 1) for size in kernel.shape[2:]) and (not conv or _groups(node) == 1)
+    pointwise = alone and (not conv or _all_one(argument(node, 3, "stride", 1)))
+    ends = (x, node) if conv else _restored(node, x)
+    return Projection(node, x, *ends, None, int(widths[0]), int(widths[1]), conv=conv, pointwise=pointwise)
 
 
 def _no_matrix(program: Program, node: fx.Node, x: fx.Node, operand: fx.Node, data: set[fx.Node]) -> Refusal | None:
