@@ -123,6 +123,21 @@ def check_in_place(model: nn.Module) -> None:
 
 
 def _check_tensor(name: str, tensor: torch.Tensor) -> None:
+    if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
+        raise UnsupportedModelError(
+            "the model holds weights that are made on its first call",
+            where=name,
+            found=type(tensor).__name__,
+            do="call the model once, then transform it",
+        )
+    if type(tensor.data).__name__ in ("DTensor", "NestedTensor"):
+        raise UnsupportedModelError(
+            "the model holds a weight of a class that gatecc cannot read",
+            where=name,
+            found=f"{type(tensor.data).__module__}.{type(tensor.data).__name__}",
+            expected="plain tensors, or quantised ones of torchao",
+            do="transform the model first, then distribute it (parallelize_module, fully_shard)",
+        )
     if tensor.is_meta:
         raise UnsupportedModelError(
             "the model is on the meta device: it has no weights to verify a rewrite with",

@@ -25,6 +25,7 @@ from gatecc.capture.hooks import marked
 from gatecc.capture.kept import attributes_kept
 from gatecc.capture.neutral import neutral_weights
 from gatecc.capture.shield import callers_device
+from gatecc.capture.subclasses import plain_weights
 from gatecc.errors import CaptureError, GateccError
 from gatecc.ir.boundary import Boundary
 from gatecc.ir.hooks import hooks_kept
@@ -85,7 +86,7 @@ def capture(
         raise CaptureError("the call cannot become a graph", where=fqn, found=str(e)) from e
     leaves = _apart(leaves)
     marks = _unmarked(module) if hooked is None else marked(module, hooked)
-    plain = neutral_weights(module), attributes_kept(module), adapted(module)
+    plain = plain_weights(module), neutral_weights(module), attributes_kept(module), adapted(module)
     with ExitStack() as stack, free_lengths(), _quiet(), _fast():
         for context in plain:
             stack.enter_context(context)

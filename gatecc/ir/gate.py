@@ -247,39 +247,49 @@ class GateModule(nn.Module):
 
     # -- running -------------------------------------------------------------------------------------------------------
 
-    def forward(self, value: Tensor, *sources: Tensor) -> Tensor:
-        """value: axes ``shape.axes``; one tensor for each of ``spec.sources``."""
-        return self.from_scores(value, self.score(value, *sources))
+    def forward(self, value: Tensor, *given: Tensor | GateShape) -> Tensor:
+        """value: axes ``shape.axes``; one tensor for each of ``spec.sources``.
 
-    def score(self, value: Tensor, *sources: Tensor) -> Features:
+        A shape behind them says how this call is laid out, where it is not as it was when the gate was made: attention
+        that also returns its weights is spelled in another way.
+        """
+        sources = [x for x in given if isinstance(x, Tensor)]
+        at = next((x for x in given if isinstance(x, GateShape)), self.shape)
+        return self.from_scores(value, self.score(value, *sources, at=at), at)
+
+    def score(self, value: Tensor, *sources: Tensor, at: GateShape | None = None) -> Features:
         """Scores (*positions, F)."""
+        shape = at or self.shape
         if isinstance(self.spec.source, Param):
-            at = self.spec.granularity.positions(self.shape)
-            self._check_places(value, at)
-            return Features(self.get_parameter("weight"), at)
+            places = self.spec.granularity.positions(shape)
+            self._check_places(value, places, shape)
+            return Features(self.get_parameter("weight"), places)
         tensors = [self._cast(x, ref) for x, ref in zip(sources, self.spec.sources, strict=True)]
-        read = self.spec.source.read(self.shape, self.shape.sources, value, tensors)
+        read = self.spec.source.read(shape, shape.sources, value, tensors)
         return self.spec.scorer(read, {name: getattr(self, name) for name in self._names}, self.width)
 
-    def from_scores(self, value: Tensor, scores: Features) -> Tensor:
+    def from_scores(self, value: Tensor, scores: Features, at: GateShape | None = None) -> Tensor:
         """Gates from scores, for an engine that computes the scores elsewhere (``fuse_into``)."""
+        shape = at or self.shape
         if self.training:
-            gates = self._sample(value, scores)
+            gates = self._sample(value, scores, shape)
         else:
             gates = self.spec.estimator.decide(scores.x, self.activation)
-        laid = emit(Features(gates, scores.at), self.features, self.shape, value)
+        laid = emit(Features(gates, scores.at), self.spec.granularity.features(shape), shape, value)
         return laid if laid.dtype == value.dtype else laid.to(value.dtype)
 
-    def _sample(self, value: Tensor, scores: Features) -> Tensor:
+    def _sample(self, value: Tensor, scores: Features, shape: GateShape) -> Tensor:
         buffers = {name: getattr(self, name) for name in self._buffer_names}
-        return self.spec.estimator.sample(scores.x, self.activation, buffers, lambda: self._response(value, scores.at))
+        return self.spec.estimator.sample(
+            scores.x, self.activation, buffers, lambda: self._response(value, scores.at, shape)
+        )
 
-    def _response(self, value: Tensor, at: str) -> Tensor:
+    def _response(self, value: Tensor, at: str, shape: GateShape) -> Tensor:
         """The mass |value| of each gated feature at the gate's positions: (*at, F)."""
-        x, places = channels_last(value.abs(), self.shape.axes, self.shape.sizes)
+        x, places = channels_last(value.abs(), shape.axes, shape.sizes)
         if over := [i for i, a in enumerate(places) if a not in at]:
             x = x.sum(over)
-        if self.features == features(self.shape.axes):
+        if self.spec.granularity.features(shape) == features(shape.axes):
             return x
         return x.unflatten(-1, (self.width, -1)).sum(-1)
 
@@ -294,11 +304,11 @@ class GateModule(nn.Module):
         own = x.dtype == dtype or (ref.cond is None and torch.is_autocast_enabled(x.device.type))
         return x if own or (ref.cond is None and not x.is_floating_point()) else x.to(dtype)
 
-    def _check_places(self, value: Tensor, at: str) -> None:
+    def _check_places(self, value: Tensor, at: str, shape: GateShape) -> None:
         """Parameters for each token would broadcast in silence over a value of one token."""
         for a in at:
-            if a in self.shape.axes:
-                torch._check(value.size(self.shape.axes.index(a)) == self.shape.sizes[a])
+            if a in shape.axes:
+                torch._check(value.size(shape.axes.index(a)) == self.shape.sizes[a])
 
     def extra_repr(self) -> str:
         return f"{self.spec}; {self.shape.axes}"

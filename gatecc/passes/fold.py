@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from gatecc.capture.subclasses import is_wrapped
 from gatecc.errors import ArgumentError, SiteRefusedError
 from gatecc.ir.edit import Editor
 from gatecc.ir.printer import node_text
@@ -61,7 +62,8 @@ def _weight(edit: Editor, user: fx.Node, node: fx.Node) -> str:
     while isinstance(weight, fx.Node) and weight.target in (_A.t.default, _A.transpose.int):
         weight = weight.args[0]
     ours = isinstance(weight, fx.Node) and weight.op == "get_attr" and weight is not node
-    if ours and isinstance(weight, fx.Node) and edit.program.parameter(weight) is not None:
+    live = edit.program.parameter(weight) if ours and isinstance(weight, fx.Node) else None
+    if isinstance(weight, fx.Node) and isinstance(live, torch.nn.Parameter) and not is_wrapped(live):
         tied = [n for n in weight.users if n is not user]
         if not tied:
             return str(weight.target)

@@ -122,13 +122,20 @@ def gate_node(spec: GateSpec, selector: Any, value: Value, edit: Editor, label: 
         return spec.build(at, device=None if like is None else like.device, dtype=dtype)
 
     path = edit.module(label, build, spec.init.fill_from)
-    _check_size(cast("GateModule", attribute(edit.program.module, path)), at, edit.site)
-    return edit.call(path, value.node, *(s.node for s in sources), name=label), at
+    module = cast("GateModule", attribute(edit.program.module, path))
+    _check_size(module, at, edit.site)
+    laid = () if _laid_out_alike(module.shape, at) else (at,)  # this call spells the site in another way
+    return edit.call(path, value.node, *(s.node for s in sources), *laid, name=label), at
+
+
+def _laid_out_alike(one: GateShape, other: GateShape) -> bool:
+    return one.axes == other.axes and [s.axes for s in one.sources] == [s.axes for s in other.sources]
 
 
 def _check_size(module: GateModule, at: GateShape, site: Site) -> None:
-    """Parameters for each token exist for one number of tokens."""
-    if any(at.sizes.get(axis, size) != size for axis, size in module.shape.sizes.items()):  # unknown: symbolic here
+    """Parameters for each token exist for one number of tokens; any number of samples has them."""
+    made = {axis: size for axis, size in module.shape.sizes.items() if axis not in "bg"}
+    if any(at.sizes.get(axis, size) != size for axis, size in made.items()):  # unknown: symbolic here
         raise SiteRefusedError(
             "the gate has parameters for another number of tokens",
             where=place(site),

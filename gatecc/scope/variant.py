@@ -122,7 +122,10 @@ def _copied(
             return value(source)
         return graph.call_function(torch.ops.aten.to.dtype, (value(source), cast_to))
 
-    return graph.node_copy(node, read)
+    made = graph.node_copy(node, read)
+    if node.target is torch.ops.aten.linear.default:
+        made.target = torch.nn.functional.linear  # classes of quantised weights know this name, not the operator
+    return made
 
 
 def _hold(
