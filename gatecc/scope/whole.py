@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from gatecc.capture import capture
+from gatecc.capture.outputs import output_tensors
 from gatecc.ir.edit import Editor
 from gatecc.ir.match import Sites, find_sites
 from gatecc.ir.program import Program
@@ -53,7 +53,7 @@ def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 class Whole(nn.Module):
-    """A transformed model as ``whole(*tensors) -> tuple of tensors``, said by its whole rewritten graph.
+    """A transformed model as ``whole(*tensors) -> tuple of tensors``, by its whole rewritten graph.
 
     ``m`` is the model, whose parameters it reads. For exports: a scope that is traced inline sees masks as inputs.
     """
@@ -65,8 +65,7 @@ class Whole(nn.Module):
         self._variant = (Variant(whole_program(model, args, kwargs), ()),)  # in a tuple, lest it be looked into
 
     def forward(self, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        found = pytree.tree_leaves(self._variant[0](self.m, leaves))
-        return tuple(x for x in found if isinstance(x, torch.Tensor))
+        return output_tensors(self._variant[0](self.m, leaves))
 
 
 def mixes(model: nn.Module) -> bool:

@@ -10,22 +10,33 @@ import io
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence, Set
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
+from gatecc.capture.budget import budget
 from gatecc.capture.guards import Check, compile_guards, size_guards
-from gatecc.codegen.onnx.dims import Dims
+from gatecc.codegen.onnx.attention import ATTENTION, attention
+from gatecc.codegen.onnx.dims import Dims, fixed
+from gatecc.codegen.onnx.grouped import grouped_products
 from gatecc.codegen.onnx.leaves import Call
-from gatecc.codegen.onnx.linear_attention import lower_linear_attention
-from gatecc.codegen.onnx.masks import spell_out_masks
-from gatecc.codegen.onnx.sequences import lower_sequences
+from gatecc.codegen.onnx.linear_attention import (
+    LINEAR_ATTENTION,
+    check_linear_attention,
+    fixed_symbols,
+    linear_attention,
+)
+from gatecc.codegen.onnx.place import blame, reason
+from gatecc.codegen.onnx.scalars import scalars_as_tensors
+from gatecc.codegen.onnx.sigmoids import exact_sigmoids
+from gatecc.codegen.onnx.stable import FORMS
 from gatecc.errors import CaptureError, ExportError
 
 if TYPE_CHECKING:
@@ -34,6 +45,15 @@ if TYPE_CHECKING:
 IR_VERSION = 10  # the newest that every ONNX Runtime since 1.18 loads
 EXTERNAL = 3 * 2**29  # bytes of weights above which they get a file of their own: protobuf ends at 2 GiB
 MODEL, DATA = "model.onnx", "model.onnx.data"
+_OTHER_OPERATOR = "write it with other operators, or select sites or gates without it"
+
+
+class Freedom(Enum):
+    """Which sizes of the inputs stay free: all, all but height and width of images, or the first axis alone."""
+
+    ALL = auto()
+    NO_IMAGE_SIDES = auto()
+    BATCH = auto()
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +63,8 @@ class Graph:
     model: ir.Model
     dims: Dims
     accepts: Check
+    program: Callable[[], ExportedProgram]
+    """Captures the call again, as it was before anything was put in its ONNX form."""
 
     @property
     def operators(self) -> dict[str, int]:
@@ -54,19 +76,43 @@ class Graph:
         """Name and shape of graph inputs or outputs."""
         return {v.name: [d if isinstance(d, int) else str(d.value) for d in v.shape] for v in values}
 
+    def fix(self, sizes: Mapping[str, int]) -> None:
+        """Make free dimensions numbers, in the whole model."""
+        import onnx_ir as ir
 
-def build(call: Call, opset: int, metadata: Mapping[str, str], said: nn.Module | None = None) -> Graph:
+        graph = self.model.graph
+        ends = (*graph.inputs, *graph.initializers.values())
+        for value in (*ends, *(v for n in graph.all_nodes() for v in n.outputs)):
+            if value.shape is not None:
+                value.shape = ir.Shape([d if isinstance(d, int) else fixed(d.value, sizes) for d in value.shape])
+
+
+def build(
+    call: Call,
+    opset: int,
+    metadata: Mapping[str, str],
+    said: nn.Module | None = None,
+    free: Freedom = Freedom.ALL,
+    limit: float | None = None,
+) -> Graph:
     """Export one call; gradients are off. Raises CaptureError if torch.export fails, ExportError if torch.onnx does.
 
-    ``said`` is a module that computes what ``call.flat`` does in a way that is easier to export.
+    ``said`` is a module that computes what ``call.flat`` does in a way that is easier to export. ``limit`` is the CPU
+    time in seconds that torch.export may take.
     """
-    program = _program(call, said or call.flat)
-    placeholders = [n for n in program.graph.nodes if n.op == "placeholder"][-len(call.leaves) :]
-    dims = Dims.of([n.meta["val"] for n in placeholders], call.leaves, call.inputs)
-    accepts = compile_guards(size_guards(program, placeholders))
-    program = lower_sequences(lower_linear_attention(program))
-    spell_out_masks(program)
-    model = _convert(program, call, opset)
+    module = said or call.flat
+    axes = free_axes(call.leaves, free)
+    program = _program(call, module, axes, limit)
+    numbers = fixed_symbols(program)
+    if numbers:  # sizes that an ONNX node holds as attributes
+        axes = [
+            {i for i in of_one if not _holds(x, i, numbers)}
+            for of_one, x in zip(axes, _values(program, call), strict=True)
+        ]
+        program = _program(call, module, axes, limit)
+    dims = Dims.of(_values(program, call), call.leaves, call.inputs)
+    accepts = compile_guards(size_guards(program, _placeholders(program, call)))
+    model = _convert(_lowered(program, opset), call, opset)
     if model.opset_imports.get("") != opset:
         raise ExportError(
             "torch.onnx wrote another opset than it was asked for",
@@ -78,7 +124,32 @@ def build(call: Call, opset: int, metadata: Mapping[str, str], said: nn.Module |
     model.producer_name, model.producer_version = "gatecc", metadata.get("gatecc.version", "")
     _clean(model, dims)
     model.metadata_props.update(metadata)
-    return Graph(model, dims, accepts)
+    return Graph(model, dims, accepts, lambda: _program(call, module, axes, None))
+
+
+def free_axes(leaves: Sequence[torch.Tensor], free: Freedom) -> list[set[int]]:
+    """The axes of each input that may vary. torch.export takes a size of 1 as fixed."""
+
+    def may(x: torch.Tensor, axis: int) -> bool:
+        if free is Freedom.BATCH:
+            return axis == 0
+        return free is Freedom.ALL or not (x.dim() >= 4 and x.is_floating_point() and axis >= 2)
+
+    return [{i for i, size in enumerate(x.shape) if size > 1 and may(x, i)} for x in leaves]
+
+
+def _placeholders(program: ExportedProgram, call: Call) -> list[fx.Node]:
+    return [n for n in program.graph.nodes if n.op == "placeholder"][-len(call.leaves) :]
+
+
+def _values(program: ExportedProgram, call: Call) -> list[torch.Tensor]:
+    return [n.meta["val"] for n in _placeholders(program, call)]
+
+
+def _holds(x: torch.Tensor, axis: int, symbols: Set[Any]) -> bool:
+    """Whether the size of an axis of a traced input depends on one of these symbols."""
+    size = x.shape[axis]
+    return isinstance(size, torch.SymInt) and bool(size.node.expr.free_symbols & symbols)
 
 
 def write(graph: Graph, folder: Path) -> None:
@@ -89,34 +160,85 @@ def write(graph: Graph, folder: Path) -> None:
     ir.save(graph.model, folder / MODEL, external_data=DATA if size > EXTERNAL else None)
 
 
-def _program(call: Call, flat: nn.Module) -> ExportedProgram:
-    shapes = tuple({i: Dim.AUTO for i, size in enumerate(x.shape) if size > 1} for x in call.leaves)
+def _program(call: Call, module: nn.Module, axes: Sequence[set[int]], limit: float | None) -> ExportedProgram:
+    shapes = tuple({i: Dim.AUTO for i in sorted(of_one)} for of_one in axes)
+    where = type(call.flat.m).__name__
     try:
-        with _quiet():
-            return torch.export.export(flat, call.leaves, dynamic_shapes=(shapes,), strict=False)
+        with budget(limit, lambda seconds: _too_long(where, seconds)), _quiet():
+            return torch.export.export(module, call.leaves, dynamic_shapes=(shapes,), strict=False)
+    except CaptureError:
+        raise
     except Exception as e:
         raise CaptureError(
             "torch.export could not capture the model",
-            where=type(call.flat.m).__name__,
-            found=f"{type(e).__name__}: {_first_line(e)}",
+            where=where,
+            found=reason(e),
             do="gatecc.inspect says which submodules can be captured; write data-dependent code with torch.where",
         ) from e
 
 
-def _convert(program: ExportedProgram, call: Call, opset: int) -> ir.Model:
-    names: dict[str, Any] = {"input_names": list(call.inputs), "output_names": list(call.outputs)}
+def _too_long(where: str, seconds: float) -> CaptureError:
+    return CaptureError(
+        "the capture was stopped: it took too long",
+        where=where,
+        found=f"more than {seconds:g} s of CPU time in torch.export",
+        do="timeout=... allows more; fewer free sizes take less (a size of 1 in the example is fixed)",
+    )
+
+
+def _lowered(program: ExportedProgram, opset: int) -> ExportedProgram:
+    """The program in operators that torch.onnx writes and ONNX Runtime computes right."""
+    check_linear_attention(program)
+    exact_sigmoids(program)
+    scalars_as_tensors(program)
+    forms = {**FORMS, ATTENTION: attention(opset), LINEAR_ATTENTION: linear_attention}
+    if not any(n.target in forms for n in program.graph.nodes):
+        return program
     try:
         with _quiet():
-            made = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, **names)
+            return program.run_decompositions(forms)
     except Exception as e:
-        raise ExportError(
-            "torch.onnx cannot write this model",
-            where=type(call.flat.m).__name__,
-            found=f"{type(e).__name__}: {_first_line(e.__cause__ or e)}",
-            do="the named operator has no ONNX form yet: select sites or gates without it",
-        ) from e
+        raise ExportError("an operator cannot be put in its ONNX form", **blame(e), do=_OTHER_OPERATOR) from e
+
+
+def _convert(program: ExportedProgram, call: Call, opset: int) -> ir.Model:
+    try:
+        with _quiet():
+            made = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=opset,
+                verbose=False,
+                custom_translation_table=grouped_products(),
+            )
+    except Exception as e:
+        raise ExportError("torch.onnx cannot write this model", **blame(e), do=_OTHER_OPERATOR) from e
     assert made is not None
+    _name(made.model.graph, call)
     return made.model
+
+
+def _name(graph: ir.Graph, call: Call) -> None:
+    """Give inputs and outputs the names of the call; what bears one of them inside the graph gets another.
+
+    torch.onnx would let an output that is called ``mul`` share its name with a product.
+    """
+    taken = {*call.inputs, *call.outputs}
+    ends = {id(v) for v in (*graph.inputs, *graph.outputs)}
+    inside = [v for n in graph.all_nodes() for v in n.outputs if id(v) not in ends]
+    inside += [v for v in graph.initializers.values() if id(v) not in ends]
+    names = {v.name for v in inside}
+    for value in inside:
+        if value.name in taken:
+            new = f"{value.name}_"
+            while new in names or new in taken:
+                new += "_"
+            names.add(new)
+            value.name = new
+    for i, value in enumerate((*graph.inputs, *graph.outputs)):
+        value.name = f"gatecc_end_{i}"  # first out of the way: one may bear the name of another
+    for value, name in zip((*graph.inputs, *graph.outputs), (*call.inputs, *call.outputs), strict=True):
+        value.name = name
 
 
 def _clean(model: ir.Model, dims: Dims) -> None:
@@ -145,12 +267,14 @@ def _clean_value(value: ir.Value, dims: Dims) -> None:
     value.metadata_props.clear()
     value.doc_string = None
     if value.shape is not None:
-        value.shape = ir.Shape([d if isinstance(d, int) else dims.rename(str(d.value)) for d in value.shape])
+        value.shape = ir.Shape([_size(d, dims) for d in value.shape])
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else ""
+def _size(size: Any, dims: Dims) -> int | str | None:
+    """A size that is unknown stays so: of sizes of one name a runtime takes it that they are equal."""
+    if isinstance(size, int) or size.value is None:
+        return size if isinstance(size, int) else None
+    return dims.rename(str(size.value))
 
 
 @contextmanager

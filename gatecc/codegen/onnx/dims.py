@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
 import torch
+from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 
 BATCH = "batch"
 _SYMBOL = re.compile(r"\b[su]\d+\b")
@@ -21,6 +22,7 @@ class Dims:
 
     names: dict[sympy.Symbol, str]  # several symbols may be one dimension
     shapes: tuple[tuple[Any, ...], ...]
+    others: dict[str, str] = field(default_factory=dict[str, str])  # sizes inside the graph that no input has
 
     @classmethod
     def of(cls, values: Sequence[torch.Tensor], leaves: Sequence[torch.Tensor], inputs: Sequence[str]) -> Dims:
@@ -41,8 +43,11 @@ class Dims:
 
     def rename(self, dimension: str) -> int | str:
         """A dimension as torch wrote it (``s27``, ``2*s27``, ``3``) in the names chosen here."""
-        known = {str(symbol): name for symbol, name in self.names.items()}
-        renamed = _SYMBOL.sub(lambda match: known.get(match[0], match[0]), dimension)
+        known = {str(symbol): name for symbol, name in self.names.items()} | self.others
+        for match in _SYMBOL.finditer(dimension):  # a size that depends on values: how many were chosen, say
+            if match[0] not in known:
+                known[match[0]] = self.others[match[0]] = f"size_{len(self.others)}"
+        renamed = _SYMBOL.sub(lambda match: known[match[0]], dimension)
         return int(renamed) if renamed.isdigit() else renamed
 
     def sizes(self, leaves: Sequence[torch.Tensor]) -> dict[str, int]:
@@ -61,13 +66,21 @@ class Dims:
             _resized(x, [_value(e, values) for e in shape]) for x, shape in zip(leaves, self.shapes, strict=True)
         )
 
-    def variants(self, leaves: Sequence[torch.Tensor]) -> tuple[list[dict[str, int]], Iterator[dict[str, int]]]:
-        """Sizes to compare at: those of batch 1 and 3, and candidates for a second length, likeliest first."""
-        base = self.sizes(leaves)
-        batches = [{**base, BATCH: size} for size in (1, 3)] if BATCH in base else [base]
-        lengths = [name for name in base if name != BATCH]
-        candidates = [{**base, **{name: base[name] + step for name in lengths}} for step in _STEPS if lengths]
-        return batches, (c for c in candidates if min(c.values()) > 0)
+    def longer(self, base: Mapping[str, int], names: Collection[str]) -> Iterator[dict[str, int]]:
+        """Sizes that differ from ``base`` in these dimensions, likeliest first."""
+        candidates = ({**base, **{name: base[name] + step for name in names}} for step in _STEPS if names)
+        return (c for c in candidates if min(c.values()) > 0)
+
+
+def fixed(dimension: str | None, sizes: Mapping[str, int]) -> int | str | None:
+    """A dimension with some names replaced by numbers: ``2*batch``, ``4*sequence``, ..."""
+    if dimension is None or not any(re.search(rf"\b{name}\b", dimension) for name in sizes):
+        return dimension
+    text = re.sub(r"\b[A-Za-z_]\w*\b", lambda match: str(sizes.get(match[0], match[0])), dimension)
+    try:
+        return int(eval(text, {"__builtins__": {}}, dict(SYMPY_INTERP)))
+    except (NameError, TypeError, SyntaxError):
+        return text
 
 
 def _expression(size: Any) -> Any:

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from gatecc.capture import signature
+from gatecc.capture.outputs import Leaf, output_leaves, output_tensors
 from gatecc.errors import ExampleInputsError
 
 
@@ -35,7 +35,7 @@ class Flat(nn.Module):
 
     def forward(self, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
         args, kwargs = self.arguments(leaves)
-        return tuple(x for x in pytree.tree_leaves(self.m(*args, **kwargs)) if isinstance(x, torch.Tensor))
+        return output_tensors(self.m(*args, **kwargs))
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +48,7 @@ class Call:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     results: tuple[torch.Tensor, ...]
+    left_out: tuple[str, ...] = ()  # what the model returns beside tensors
 
     def arguments(self, leaves: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of the model with ``leaves`` as its tensors."""
@@ -64,13 +65,21 @@ def flat_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         ) from e
     inputs = _input_names(model, args, kwargs)
     result = _run(model, args, kwargs)
-    outputs = _output_names(result, inputs)
+    ends = list(output_leaves(result))
+    held = [leaf for leaf in ends if isinstance(leaf.value, torch.Tensor)]
+    outputs = _output_names([leaf.path for leaf in held], inputs)
     if not outputs or not leaves:
         raise ExampleInputsError(
-            "an ONNX graph needs tensors on both sides", found=f"{len(leaves)} inputs, {len(outputs)} outputs"
+            "an ONNX graph needs tensors on both sides",
+            found=f"{len(leaves)} inputs, {len(outputs)} outputs" + (f": {_kinds(ends)}" if ends and not held else ""),
+            do="return tensors, or a tuple, list, dict or dataclass of them",
         )
-    results = tuple(x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor))
-    return Call(Flat(model, args, kwargs), tuple(leaves), inputs, outputs, results)
+    beside = tuple(_kinds([leaf]) for leaf in ends if not isinstance(leaf.value, torch.Tensor))
+    return Call(Flat(model, args, kwargs), tuple(leaves), inputs, outputs, tuple(x.value for x in held), beside)
+
+
+def _kinds(ends: Sequence[Leaf]) -> str:
+    return ", ".join(f"{'.'.join(leaf.path) or 'output'} ({type(leaf.value).__name__})" for leaf in ends)
 
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -101,21 +110,9 @@ def _parameter_names(model: nn.Module, positional: int) -> list[str]:
     return names
 
 
-def _output_names(result: Any, inputs: Sequence[str]) -> tuple[str, ...]:
-    names: list[str] = []
-    for path, leaf in pytree.tree_flatten_with_path(result)[0]:
-        if isinstance(leaf, torch.Tensor):
-            steps = [_step(key) for key in path]
-            keyed = bool(steps) and not steps[0].isdigit()
-            names.append("_".join(steps if keyed else ["output", *steps]))
-    return _unique(names, inputs)
-
-
-def _step(key: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
+def _output_names(paths: Sequence[tuple[str, ...]], inputs: Sequence[str]) -> tuple[str, ...]:
+    keyed = [bool(path) and not path[0].isdigit() for path in paths]
+    return _unique(["_".join(p if k else ("output", *p)) for p, k in zip(paths, keyed, strict=True)], inputs)
 
 
 def _unique(names: Sequence[str], taken: Sequence[str]) -> tuple[str, ...]:

@@ -7,34 +7,48 @@ know (heads that are shared, padding, the normaliser, the other direction) is pu
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from gatecc.codegen.onnx.place import place
 from gatecc.errors import ExportError
 from gatecc.ops.linear_attention.arguments import Arguments, arguments
 
-_OPERATOR = torch.ops.gatecc.linear_attention.default
+LINEAR_ATTENTION: Any = torch.ops.gatecc.linear_attention.default
 
 
-def lower_linear_attention(program: ExportedProgram) -> ExportedProgram:
-    """The program with every linear attention in its ONNX form. Raises ExportError for what the form lacks."""
-    nodes = [n for n in program.graph.nodes if n.op == "call_function" and n.target is _OPERATOR]
+def check_linear_attention(program: ExportedProgram) -> None:
+    """Raise ExportError for what the form lacks."""
+    nodes = [n for n in program.graph.nodes if n.op == "call_function" and n.target is LINEAR_ATTENTION]
     for node in nodes:
         packed = node.args[6] if len(node.args) > 6 else node.kwargs.get("cu_seqlens")
         if packed is not None:
-            raise _lacking("packed sequences (cu_seqlens)", "give each sequence a row of the batch")
+            raise _lacking(node, "packed sequences (cu_seqlens)", "give each sequence a row of the batch")
         if node.args[0].meta["val"].dtype == torch.float64:
-            raise _lacking("float64", "export model.float()")
-    return program.run_decompositions({_OPERATOR: _lowered}) if nodes else program
+            raise _lacking(node, "float64", "export model.float()")
 
 
-def _lacking(found: str, do: str) -> ExportError:
-    return ExportError("linear attention in ONNX Runtime does not have this", found=found, do=do)
+def fixed_symbols(program: ExportedProgram) -> set[Any]:
+    """The symbols of sizes that are attributes of the node, or widths of what is packed for it: heads and channels."""
+    symbols: set[Any] = set()
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node.target is LINEAR_ATTENTION:
+            held = [x.meta["val"] for x in node.args[:5] if isinstance(x, fx.Node)]
+            sizes = [x.shape[axis] for x in held for axis in (1, 3) if x.dim() == 4]
+            symbols.update(*(s.node.expr.free_symbols for s in sizes if isinstance(s, torch.SymInt)))
+    return symbols
 
 
-def _lowered(
+def _lacking(node: fx.Node, found: str, do: str) -> ExportError:
+    what = "linear attention in ONNX Runtime does not have this"
+    return ExportError(what, where=place(node), found=found, do=do)
+
+
+def linear_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -1,0 +1,77 @@
+"""Budget: an amount of CPU time for a piece of work that may run away, such as torch's reasoning about sizes.
+
+The work is pure Python for most of its time, so an exception can be raised in its thread from another one. Nothing stays
+behind: the watching thread ends with the block.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+
+_OFTEN = 0.2  # seconds between two looks at the clock
+_AGAIN = 1.0  # seconds until the exception is raised again, if somebody has swallowed it
+
+
+class OutOfTime(BaseException):
+    """Raised in the block. No Exception, lest code that tries one way and then another takes it for a failed try."""
+
+
+@contextmanager
+def budget(seconds: float | None, spent: Callable[[float], Exception]) -> Generator[None]:
+    """Raise ``spent(seconds)`` if the block takes more CPU time of its thread than that; None is no limit."""
+    if seconds is None:
+        yield
+        return
+    mine = type("OutOfTime", (OutOfTime,), {})  # budgets nest: each knows its own
+    done = threading.Event()
+    watch = threading.Thread(target=_watch, args=(threading.get_ident(), seconds, mine, done), daemon=True)
+    ended = False
+    try:
+        watch.start()
+        yield
+        ended = True
+    except mine:
+        pass
+    finally:
+        _stop(watch, done, mine)
+    if not ended:
+        raise spent(seconds)
+
+
+def _watch(thread: int, seconds: float, error: type[OutOfTime], done: threading.Event) -> None:
+    clock = _clock(thread)
+    end = clock() + seconds
+    while not done.wait(_OFTEN):
+        if clock() >= end:
+            _raise(thread, error)
+            done.wait(_AGAIN)
+
+
+def _stop(watch: threading.Thread, done: threading.Event, mine: type[OutOfTime]) -> None:
+    """End the watch; what it raises at this very moment comes to nothing."""
+    while True:
+        try:
+            done.set()
+            watch.join()
+            _raise(threading.get_ident(), None)
+            return
+        except mine:
+            continue
+
+
+def _raise(thread: int, error: type[OutOfTime] | None) -> None:
+    exception = None if error is None else ctypes.py_object(error)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), exception)
+
+
+def _clock(thread: int) -> Callable[[], float]:
+    """The CPU time of a thread, that of the process where the system cannot tell."""
+    if sys.platform == "win32" or not hasattr(time, "pthread_getcpuclockid"):
+        return time.process_time
+    clock = time.pthread_getcpuclockid(thread)
+    return lambda: time.clock_gettime(clock)

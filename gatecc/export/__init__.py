@@ -1,0 +1,225 @@
+"""export: a model as a folder with model.onnx, compared with torch before anything is written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gatecc.analysis import Inputs, check_model, evaluation
+from gatecc.capture.adapters import adapted
+from gatecc.capture.budget import budget
+from gatecc.capture.signature import OpaqueArgumentError, map_tensors, split_inputs
+from gatecc.codegen.onnx.build import MODEL, Freedom, Graph, build, free_axes, write
+from gatecc.codegen.onnx.leaves import Call, flat_call
+from gatecc.codegen.onnx.packages import EXPORT, RUNTIME, need
+from gatecc.codegen.onnx.place import blame
+from gatecc.codegen.onnx.runtime import check, check_dtypes
+from gatecc.errors import (
+    ArgumentError,
+    CaptureError,
+    ExampleInputsError,
+    ExportError,
+    GateccError,
+    UnsupportedModelError,
+)
+from gatecc.export.compare import Compared, compare
+from gatecc.export.files import MANIFEST, Exported, describe, metadata, move, parent, write_manifest
+from gatecc.scope.recurrences import recurrences
+from gatecc.scope.whole import Whole, mixes
+
+__all__ = ["MANIFEST", "Compared", "Exported", "export"]
+
+OPSETS = range(18, 26)  # torch.onnx writes invalid files for 26
+TIMEOUT = 600.0  # seconds of CPU time
+FREEDOMS = tuple(Freedom)
+_GIVEN_UP = {Freedom.NO_IMAGE_SIDES: "height and width of images stay", Freedom.BATCH: "all sizes but the batch stay"}
+_HOPELESS = ("DispatchError", "data-dependent", "DataDependent", "Unbacked")  # no size has anything to do with it
+_UNFORESEEN = "gatecc did not foresee this: please report it with the model's code; verify=False may still write it"
+_IMAGE_SIDES = 20.0  # of these, until height and width of images are given up: windowed models take many minutes
+
+
+def export(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    example_inputs: Inputs,
+    *,
+    opset: int = 24,
+    verify: bool = True,
+    timeout: float | None = TIMEOUT,
+) -> Exported:
+    """Write ``model.onnx`` and a manifest ``gatecc.json`` to ``folder``; batch, length and the like stay free.
+
+    The graph is that of the model in eval mode without gradients and caches. It passes ONNX's checker and is compared
+    with torch in ONNX Runtime at batch 1 and 3 and two lengths; if that fails, nothing is written. What differs by more
+    than a tolerance is held against the model in float64: ONNX Runtime may be about as far from it as torch is.
+    ``verify=False`` leaves the comparison out, and with it the need for ONNX Runtime. Weights beyond 1.5 GiB go to
+    ``model.onnx.data``.
+
+    A size is free if the model runs at another one and the graph is right there. Where height and width of images, or
+    lengths, cannot be free (or take too long to be), they are those of the example, and a note says so.
+
+    ``timeout``: seconds of CPU time after which the export is stopped; None is no limit.
+    ``example_inputs``: a tuple is positional, a dict is keyword arguments, ``(tuple, dict)`` is both.
+    Raises ArgumentError, MissingPackageError, ExampleInputsError, UnsupportedModelError, CaptureError, ExportError.
+    """
+    need(*EXPORT, *(RUNTIME if verify else ()))
+    if opset not in OPSETS:
+        raise ArgumentError("this opset cannot be written", found=str(opset), expected="18 to 25; 24 is best tried")
+    if timeout is not None and not timeout > 0:
+        raise ArgumentError("a timeout is a time", found=str(timeout), expected="seconds above 0, or None for no limit")
+    args, kwargs = split_inputs(example_inputs)
+    check_model(model)
+    _check_not_compiled(model)
+    if verify:
+        check_dtypes([*model.parameters(), *model.buffers()])
+    try:
+        with budget(timeout, lambda seconds: _too_long(model, seconds)):
+            return _export(model, Path(folder), (args, kwargs), opset, verify, timeout)
+    except GateccError:
+        raise
+    except Exception as e:
+        raise ExportError("the export failed", **blame(e), do=_UNFORESEEN) from e
+
+
+def _too_long(model: nn.Module, seconds: float) -> ExportError:
+    return ExportError(
+        "the export was stopped: it took too long",
+        where=type(model).__name__,
+        found=f"more than {seconds:g} s of CPU time",
+        do="timeout=... allows more; fewer free sizes take less (a size of 1 in the example is fixed)",
+    )
+
+
+def _export(
+    model: nn.Module, folder: Path, inputs: tuple[Any, Any], opset: int, verify: bool, timeout: float | None
+) -> Exported:
+    notes: list[str] = []
+    with evaluation(model), adapted(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        call = _call(model, *inputs, notes)
+        notes.extend(f"not a tensor, left out of the outputs: {what}" for what in call.left_out)
+        with recurrences(model), tempfile.TemporaryDirectory(dir=parent(folder), prefix=".gatecc-") as temporary:
+            made = Path(temporary) / "made"
+            said = _said(call)
+
+            def attempt(free: Freedom, limit: float | None) -> Attempt:
+                graph = build(call, opset, metadata(model), said, free, limit)
+                return _checked(call, graph, made, verify)
+
+            graph, compared, of_attempt = _freest(call, attempt, timeout)
+            notes += of_attempt
+            result = describe(folder, made, graph, compared, notes)
+            write_manifest(made / MANIFEST, model, result)
+            move(made, folder)
+    return result
+
+
+Attempt = tuple[Graph, list[Compared], list[str]]
+
+
+def _checked(call: Call, graph: Graph, made: Path, verify: bool) -> Attempt:
+    """Write the graph and compare it. Sizes that the model itself does not run at are fixed then."""
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir()
+    write(graph, made)
+    check(made / MODEL)
+    if not verify:
+        return graph, [], ["not compared"]
+    notes: list[str] = []
+    outcome = compare(call, graph, made / MODEL, notes)
+    if outcome.failure is not None:
+        raise outcome.failure
+    if outcome.fixed:
+        graph.fix(outcome.fixed)
+        write(graph, made)
+        check(made / MODEL)
+    return graph, [_without(c, outcome.fixed) for c in outcome.compared], notes
+
+
+def _without(compared: Compared, fixed: Mapping[str, int]) -> Compared:
+    return Compared({k: v for k, v in compared.sizes.items() if k not in fixed}, compared.error)
+
+
+def _freest(call: Call, attempt: Callable[[Freedom, float | None], Attempt], timeout: float | None) -> Attempt:
+    """The attempt with as many free sizes as can be had; a note says which had to be given up, and why."""
+    kinds = [f for i, f in enumerate(FREEDOMS) if i == 0 or _axes(call, f) != _axes(call, FREEDOMS[i - 1])]
+    reason: CaptureError | ExportError | None = None
+    for kind in kinds:
+        sides = kind is Freedom.ALL and _axes(call, kind) != _axes(call, Freedom.NO_IMAGE_SIDES)
+        limit = (_IMAGE_SIDES if timeout is None else min(_IMAGE_SIDES, timeout / 4)) if sides else None
+        try:
+            graph, compared, notes = attempt(kind, limit)
+        except (CaptureError, ExportError) as e:
+            reason = e
+            if kind is kinds[-1] or any(word in e.found for word in _HOPELESS):
+                raise
+            continue
+        if reason is not None:
+            notes.insert(0, f"{_GIVEN_UP[kind]} as in the example, for free ones fail: {reason.what}; {reason.found}")
+        return graph, compared, notes
+    raise AssertionError("some attempt returns or raises")
+
+
+def _axes(call: Call, free: Freedom) -> list[set[int]]:
+    return free_axes(call.leaves, free)
+
+
+def _check_not_compiled(model: nn.Module) -> None:
+    """Rewrites that a compile backend makes are not part of the model: its ONNX graph would lack them in silence."""
+    for name, module in model.named_modules():
+        wrapped = isinstance(module, torch._dynamo.OptimizedModule)
+        if wrapped or module._compiled_call_impl is not None:
+            raise UnsupportedModelError(
+                "a compiled module is not exported: what its backend does would be lost",
+                where=name,
+                found="torch.compile(module)" if wrapped else "module.compile()",
+                do="export the module that was compiled (compiled._orig_mod), or export before compiling",
+            )
+
+
+def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], notes: list[str]) -> Call:
+    """The flat call. A batch of one sample is doubled if the model allows it: torch.export takes a size 1 as fixed."""
+    call = flat_call(model, args, kwargs)
+    if call.leaves[0].dim() == 0 or call.leaves[0].shape[0] != 1:
+        return call
+    try:
+        doubled: tuple[Any, Any] = map_tensors(_doubled, (args, kwargs))
+        double = flat_call(model, *doubled)
+    except (ExampleInputsError, OpaqueArgumentError):
+        notes.append("the batch size is fixed at 1: the model does not run on two samples")
+        return call
+    if not all(map(_per_sample, call.results, double.results)):
+        notes.append("the batch size is fixed at 1: two samples change more than the first axis of the outputs")
+        return call
+    return double
+
+
+def _said(call: Call) -> Whole | None:
+    """The call as one graph, where the model's own parts cannot be exported each by itself."""
+    if not mixes(call.flat.m):
+        return None
+    args, kwargs = call.arguments(call.leaves)
+    return Whole(call.flat.m, args, kwargs)
+
+
+def _per_sample(one: torch.Tensor, two: torch.Tensor) -> bool:
+    """Whether an output for two samples is like that for one, with twice or as many rows."""
+    return (
+        one.dim() == two.dim()
+        and one.shape[1:] == two.shape[1:]
+        and two.shape[:1]
+        in (
+            one.shape[:1],
+            torch.Size([2 * n for n in one.shape[:1]]),
+        )
+    )
+
+
+def _doubled(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x, x]) if x.dim() and x.shape[0] == 1 else x

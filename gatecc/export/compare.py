@@ -1,0 +1,190 @@
+"""compare: an ONNX graph and torch at several sizes; which sizes are really free; and what is an error.
+
+Rounding is no error: where a difference is beyond the tolerance, both are held against the model in float64, and ONNX
+Runtime may be about as far from it as torch itself is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from gatecc.codegen.onnx.build import Graph
+from gatecc.codegen.onnx.dims import BATCH
+from gatecc.codegen.onnx.leaves import Call
+from gatecc.codegen.onnx.reference import reference
+from gatecc.codegen.onnx.runtime import Session
+from gatecc.errors import ExportError
+from gatecc.scope.family import difference
+
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2}
+_TIMES = 10  # as far from float64 as torch, in so many of its own distances ...
+_OWN = {torch.float32: 1e-2, torch.float16: 1e-1}  # ... up to this one: a model that is further off proves nothing
+
+Sizes = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One comparison with torch. ``error`` is the largest of |torch - onnx| / max(1, max|torch|) over all outputs; of
+    an output that is closer to the model in float64 than to torch, the distance from that."""
+
+    sizes: Sizes
+    error: float
+
+
+@dataclass
+class Outcome:
+    """What was compared, the dimensions that are not free after all, and a failure that the example's sizes do not
+    have."""
+
+    compared: list[Compared] = field(default_factory=list[Compared])
+    fixed: Sizes = field(default_factory=Sizes)
+    failure: ExportError | None = None
+
+
+def compare(call: Call, graph: Graph, path: Path, notes: list[str]) -> Outcome:
+    """Run the file in ONNX Runtime at batch 1 and 3 and at a second length, as far as the model itself runs there.
+
+    Raises ExportError if it differs, or fails, at the example's sizes.
+    """
+    example = graph.dims.sizes(call.leaves)
+    outcome = Outcome()
+    sizes = _sizes(call, graph, example, outcome.fixed, notes)
+    try:
+        session = Session(path)
+        outcome.compared = [_at(call, graph, session, s, notes) for s in sizes]
+    except ExportError as e:
+        if example not in sizes:
+            _at(call, graph, Session(path), example, [])
+        if len(sizes) == 1:
+            raise
+        outcome.failure = e
+    return outcome
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+def _sizes(call: Call, graph: Graph, example: Sizes, fixed: Sizes, notes: list[str]) -> list[Sizes]:
+    """Where to compare. Dimensions that run at no other size than the example's go into ``fixed``."""
+    wanted = [{**example, BATCH: size} for size in (1, 3)] if BATCH in example else [example]
+    batches = [s for s in wanted if _runs(call, graph, s)]
+    notes.extend(f"not compared at batch {s[BATCH]}: the model does not run there" for s in wanted if s not in batches)
+    if not batches and BATCH in example:
+        fixed[BATCH] = example[BATCH]
+    second = _second(call, graph, example, fixed)
+    if fixed:
+        named = ", ".join(f"{name} {size}" for name, size in fixed.items())
+        notes.append(f"fixed, for the model runs at no other size that was tried: {named}")
+    batches = batches or [example]
+    lengths = [{**s, BATCH: b[BATCH]} if BATCH in s else s for s in second for b in batches]
+    return [*batches, *lengths]
+
+
+def _second(call: Call, graph: Graph, example: Sizes, fixed: Sizes) -> list[Sizes]:
+    """Other lengths: of all dimensions together where that runs, else of those that run by themselves."""
+    lengths = [name for name in example if name != BATCH]
+    together = _longer(call, graph, example, lengths)
+    if together is not None:
+        return [together]
+    alone: list[Sizes] = []
+    for name in lengths if len(lengths) > 1 else ():
+        other = _longer(call, graph, example, [name])
+        if other is not None:
+            alone.append(other)
+    free = {name for name in lengths if any(s[name] != example[name] for s in alone)}
+    fixed.update({name: example[name] for name in lengths if name not in free})
+    return alone
+
+
+def _longer(call: Call, graph: Graph, example: Sizes, names: Sequence[str]) -> Sizes | None:
+    return next((s for s in graph.dims.longer(example, names) if _runs(call, graph, s)), None)
+
+
+def _runs(call: Call, graph: Graph, sizes: Mapping[str, int]) -> bool:
+    leaves = graph.dims.resized(call.leaves, sizes)
+    if not graph.accepts(leaves):
+        return False
+    try:
+        call.flat(*leaves)
+    except Exception:
+        return False
+    return True
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def _at(call: Call, graph: Graph, session: Session, sizes: Sizes, notes: list[str]) -> Compared:
+    leaves = graph.dims.resized(call.leaves, sizes)
+    where = ", ".join(f"{k} {v}" for k, v in sizes.items()) or "the example's sizes"
+    expected = _torch(call, leaves)
+    found = session.run(call.inputs, leaves)
+    errors = [difference(x, y) if x.dtype == y.dtype else float("inf") for x, y in zip(expected, found, strict=True)]
+    limits = [TOLERANCE.get(x.dtype, 0.0) for x in expected]
+    if any(not error <= limit for error, limit in zip(errors, limits, strict=True)):
+        _judge(call, graph, leaves, (expected, found), errors, where, notes)
+    return Compared(sizes, max(errors, default=0.0))
+
+
+def _torch(call: Call, leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [x.cpu() for x in call.flat(*leaves)]
+
+
+def _judge(
+    call: Call,
+    graph: Graph,
+    leaves: Sequence[torch.Tensor],
+    results: tuple[list[torch.Tensor], list[torch.Tensor]],
+    errors: list[float],
+    where: str,
+    notes: list[str],
+) -> None:
+    """Hold what differs against float64, and put distances from that in ``errors``. Raises ExportError."""
+    wide = _reference(call, graph, leaves, results[0])
+    for i, (name, x, y) in enumerate(zip(call.outputs, *results, strict=True)):
+        tolerance = TOLERANCE.get(x.dtype, 0.0)
+        if errors[i] <= tolerance:
+            continue
+        own, allowed = float("nan"), tolerance
+        if wide is not None and x.dtype == y.dtype and x.shape == y.shape == wide[i].shape:
+            own = _own(wide[i], x)
+            allowed = max(tolerance, _TIMES * own) if own <= _OWN.get(x.dtype, 0.0) else tolerance
+            distance = difference(wide[i], y.double())
+            if distance <= allowed:
+                notes.append(f"{name} at {where}: {distance:.2g} from float64, of which torch itself is {own:.2g} off")
+                errors[i] = distance
+                continue
+        known = "" if own != own else f"; from float64 torch is {own:.3g} off, ONNX Runtime {distance:.3g}"
+        raise ExportError(
+            "the ONNX graph does not compute what the model does",
+            where=f"{name} at {where}",
+            found=f"{tuple(y.shape)} {y.dtype}, difference {errors[i]:.3g} of max(1, max|{name}|){known}",
+            expected=f"{tuple(x.shape)} {x.dtype}, at most {allowed:.3g}",
+            do="a model that draws random numbers in eval mode cannot be compared: verify=False writes it",
+        )
+
+
+def _own(wide: torch.Tensor, x: torch.Tensor) -> float:
+    """How far torch is from float64, where both are finite: an overflow of torch's allows nothing."""
+    both = torch.isfinite(wide) & torch.isfinite(x)
+    return difference(wide.masked_fill(~both, 0.0), x.double().masked_fill(~both, 0.0))
+
+
+def _reference(
+    call: Call, graph: Graph, leaves: Sequence[torch.Tensor], results: Sequence[torch.Tensor]
+) -> list[torch.Tensor] | None:
+    """The outputs in float64; None if they cannot be had, or if the model gives other numbers when it is called
+    again."""
+    if not all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(results, _torch(call, leaves), strict=True)):
+        return None
+    try:
+        wide = [x.cpu() for x in reference(graph.program(), leaves)]
+    except Exception:  # a graph that does not run in float64 (quantised, say) leaves the plain tolerance
+        return None
+    return wide if len(wide) == len(results) else None

@@ -1,0 +1,103 @@
+"""What an export writes: the record of it, the manifest, and files that are moved into place as a whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import nn
+
+from gatecc.codegen.onnx.build import DATA, IR_VERSION, MODEL, Graph
+from gatecc.codegen.onnx.packages import EXPORT, RUNTIME, versions
+from gatecc.errors import ExportError
+from gatecc.export.compare import Compared
+from gatecc.transform import history
+
+MANIFEST = "gatecc.json"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. Shapes hold numbers, and names or expressions of names for the sizes that are free."""
+
+    folder: Path
+    files: dict[str, str]  # name -> SHA-256
+    opset: int
+    ir_version: int
+    inputs: dict[str, list[int | str]]
+    outputs: dict[str, list[int | str]]
+    operators: dict[str, int]
+    compared: tuple[Compared, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """The names of the free dimensions."""
+        return tuple(dict.fromkeys(d for shape in self.inputs.values() for d in shape if isinstance(d, str)))
+
+
+def metadata(model: nn.Module) -> dict[str, str]:
+    """What the graph itself says about where it comes from."""
+    recipes = ", ".join(step.recipe.name for step in history(model))
+    return {"gatecc.version": versions("gatecc").get("gatecc", ""), **({"gatecc.recipe": recipes} if recipes else {})}
+
+
+def describe(folder: Path, made: Path, graph: Graph, compared: Sequence[Compared], notes: Sequence[str]) -> Exported:
+    """The record of the files in ``made``, which are to be moved to ``folder``."""
+    return Exported(
+        folder=folder,
+        files={p.name: _digest(p) for p in sorted(made.iterdir())},
+        opset=graph.model.opset_imports[""],
+        ir_version=IR_VERSION,
+        inputs=graph.shapes(graph.model.graph.inputs),
+        outputs=graph.shapes(graph.model.graph.outputs),
+        operators=graph.operators,
+        compared=tuple(compared),
+        notes=tuple(notes),
+    )
+
+
+def write_manifest(path: Path, model: nn.Module, result: Exported) -> None:
+    """No date and no place: the same model gives the same bytes."""
+    data = {k: v for k, v in asdict(result).items() if k != "folder"}
+    steps = [
+        {"recipe": s.recipe.name, "citation": s.recipe.citation, "sites": [r.site for r in s.report.rewrites]}
+        for s in history(model)
+    ]
+    known = versions("gatecc", "torch", *EXPORT, *RUNTIME)
+    head = {"format": 1, "model": type(model).__qualname__, "dims": list(result.dims)}
+    path.write_text(json.dumps({**head, **data, "steps": steps, "versions": known}, indent=1) + "\n")
+
+
+def parent(folder: str | os.PathLike[str]) -> Path:
+    """Where to build: on the same file system as the folder. Missing parents are made."""
+    parent = Path(folder).absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ExportError("the folder cannot be made", where=str(folder), found=str(e)) from e
+    return parent
+
+
+def move(made: Path, folder: Path) -> None:
+    """Put the finished files in place: the folder as a whole, or into one that exists, the graph after its weights."""
+    try:
+        if not folder.exists():
+            os.replace(made, folder)
+            return
+        for name in (DATA, MODEL, MANIFEST):
+            if (made / name).exists():
+                os.replace(made / name, folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
+    except OSError as e:
+        raise ExportError("the files cannot be written", where=str(folder), found=str(e)) from e
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
