@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +188,7 @@ FAILURES: dict[str, tuple[Callable[[], nn.Module], Any, type[GateccError], str]]
         r"(?s)output at batch 1, sequence 4.*does not compute.*verify=False",
     ),
     "a branch": (Branching, (X,), CaptureError, "Branching"),
-    "no ONNX form": (Determinant, (X,), ExportError, "linalg_eig"),
+    "no ONNX form": (Determinant, (X,), ExportError, r"test_export.py:\d+: aten.linalg_eig.*"),
     "bfloat16": (lambda: Counting().bfloat16(), (X.bfloat16(),), ExportError, "bfloat16"),
     "compiled": (lambda: _compiled(), (X,), UnsupportedModelError, r"(?s)linear.*_orig_mod"),
     "compiled in place": (lambda: _compiled_in_place(), (X,), UnsupportedModelError, "then compile"),
@@ -266,3 +268,60 @@ def test_a_missing_package_names_the_extra(
 def test_without_onnx_runtime_the_graph_is_written_uncompared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert gatecc.export(nn.Linear(4, 4), tmp_path, (X,), verify=False).notes == ("not compared",)
+
+
+# --- what may be returned, what is given up, what is stopped ----------------------------------------------------------
+
+
+@dataclass
+class Output:
+    """A class of outputs that pytree does not know. Its entries have the names of ONNX nodes."""
+
+    mul: torch.Tensor
+    linear: torch.Tensor | None = None
+    count: int = 3
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> Output:
+        return Output((self.linear(x) * 3) + x, x * 2)
+
+
+def test_outputs_of_any_class_keep_their_names(tmp_path: Path) -> None:
+    made = gatecc.export(Named(), tmp_path, (X,))
+    assert list(made.outputs) == ["mul", "linear"]
+    assert made.notes == ("not a tensor, left out of the outputs: count (int)",)
+    assert "linear.bias" in {i.name for i in onnx.load(tmp_path / "model.onnx").graph.initializer}
+
+
+def test_height_and_width_are_given_up_where_they_take_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gatecc.export._IMAGE_SIDES", 1e-3)
+    made = gatecc.export(Conv(), tmp_path, (torch.randn(2, 3, 8, 8),))
+    assert made.inputs == {"image": ["batch", 3, 8, 8]}
+    assert made.notes[0].startswith("height and width of images stay as in the example")
+    assert [c.sizes["batch"] for c in made.compared] == [1, 3]
+
+
+def test_an_export_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
+    threads = threading.active_count()
+    with pytest.raises(ExportError, match=r"(?s)stopped.*more than 0\.1 s of CPU time.*timeout="):
+        gatecc.export(Block().eval(), tmp_path / "x", (ids(),), timeout=0.1)
+    assert list(tmp_path.iterdir()) == []
+    assert threading.active_count() == threads
+    with pytest.raises(ArgumentError, match="timeout"):
+        gatecc.export(Block().eval(), tmp_path / "x", (ids(),), timeout=0)
+
+
+def test_what_nobody_foresaw_is_an_error_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise ValueError("SymInt at index 1")
+
+    monkeypatch.setattr("gatecc.export.build", broken)
+    with pytest.raises(ExportError, match=r"(?s)SymInt at index 1.*do"):
+        gatecc.export(nn.Linear(4, 4), tmp_path / "x", (X,))

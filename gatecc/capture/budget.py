@@ -1,7 +1,7 @@
 """Budget: an amount of CPU time for a piece of work that may run away, such as torch's reasoning about sizes.
 
-The work is pure Python for most of its time, so an exception can be raised in its thread from another one. Nothing stays
-behind: the watching thread ends with the block.
+The work is pure Python for most of its time, so an exception can be raised in its thread from another one. Nothing
+stays behind: the watching thread ends with the block.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ def budget(seconds: float | None, spent: Callable[[float], Exception]) -> Genera
         return
     mine = type("OutOfTime", (OutOfTime,), {})  # budgets nest: each knows its own
     done = threading.Event()
-    watch = threading.Thread(target=_watch, args=(threading.get_ident(), seconds, mine, done), daemon=True)
-    ended = False
+    over = threading.Event()
+    watch = threading.Thread(target=_watch, args=(threading.get_ident(), seconds, mine, done, over), daemon=True)
     try:
         watch.start()
         yield
-        ended = True
     except mine:
         pass
     finally:
         _stop(watch, done, mine)
-    if not ended:
+    if over.is_set():  # even if the work has swallowed the exception, and went on
         raise spent(seconds)
 
 
-def _watch(thread: int, seconds: float, error: type[OutOfTime], done: threading.Event) -> None:
+def _watch(thread: int, seconds: float, error: type[OutOfTime], done: threading.Event, over: threading.Event) -> None:
     clock = _clock(thread)
     end = clock() + seconds
     while not done.wait(_OFTEN):
         if clock() >= end:
+            over.set()
             _raise(thread, error)
             done.wait(_AGAIN)
 

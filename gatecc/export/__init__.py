@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from gatecc.errors import (
     GateccError,
     UnsupportedModelError,
 )
-from gatecc.export.compare import Compared, compare
+from gatecc.export.compare import Compared, Outcome, compare
 from gatecc.export.files import MANIFEST, Exported, describe, metadata, move, parent, write_manifest
 from gatecc.scope.recurrences import recurrences
 from gatecc.scope.whole import Whole, mixes
@@ -108,11 +108,12 @@ def _export(
             made = Path(temporary) / "made"
             said = _said(call)
 
-            def attempt(free: Freedom, limit: float | None) -> Attempt:
+            def make(free: Freedom, limit: float | None) -> Graph:
                 graph = build(call, opset, metadata(model), said, free, limit)
-                return _checked(call, graph, made, verify)
+                _write(graph, made)
+                return graph
 
-            graph, compared, of_attempt = _freest(call, attempt, timeout)
+            graph, compared, of_attempt = _freest(call, make, made if verify else None, timeout)
             notes += of_attempt
             result = describe(folder, made, graph, compared, notes)
             write_manifest(made / MANIFEST, model, result)
@@ -120,50 +121,59 @@ def _export(
     return result
 
 
-Attempt = tuple[Graph, list[Compared], list[str]]
-
-
-def _checked(call: Call, graph: Graph, made: Path, verify: bool) -> Attempt:
-    """Write the graph and compare it. Sizes that the model itself does not run at are fixed then."""
+def _write(graph: Graph, made: Path) -> None:
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir()
     write(graph, made)
-    check(made / MODEL)
-    if not verify:
-        return graph, [], ["not compared"]
-    notes: list[str] = []
-    outcome = compare(call, graph, made / MODEL, notes)
-    if outcome.failure is not None:
-        raise outcome.failure
-    if outcome.fixed:
-        graph.fix(outcome.fixed)
-        write(graph, made)
-        check(made / MODEL)
-    return graph, [_without(c, outcome.fixed) for c in outcome.compared], notes
+    check(made / MODEL, graph.places)
 
 
-def _without(compared: Compared, fixed: Mapping[str, int]) -> Compared:
-    return Compared({k: v for k, v in compared.sizes.items() if k not in fixed}, compared.error)
+def _freest(
+    call: Call, make: Callable[[Freedom, float | None], Graph], made: Path | None, timeout: float | None
+) -> tuple[Graph, list[Compared], list[str]]:
+    """The graph with as many free sizes as can be had; a note says which had to be given up, and why.
 
-
-def _freest(call: Call, attempt: Callable[[Freedom, float | None], Attempt], timeout: float | None) -> Attempt:
-    """The attempt with as many free sizes as can be had; a note says which had to be given up, and why."""
+    ``made`` is where ``make`` writes it; None if it is not to be compared.
+    """
     kinds = [f for i, f in enumerate(FREEDOMS) if i == 0 or _axes(call, f) != _axes(call, FREEDOMS[i - 1])]
-    reason: CaptureError | ExportError | None = None
+    given_up: list[str] = []
     for kind in kinds:
-        sides = kind is Freedom.ALL and _axes(call, kind) != _axes(call, Freedom.NO_IMAGE_SIDES)
-        limit = (_IMAGE_SIDES if timeout is None else min(_IMAGE_SIDES, timeout / 4)) if sides else None
+        notes: list[str] = []
         try:
-            graph, compared, notes = attempt(kind, limit)
+            graph = make(kind, _limit(call, kind, timeout))
         except (CaptureError, ExportError) as e:
-            reason = e
             if kind is kinds[-1] or any(word in e.found for word in _HOPELESS):
                 raise
-            continue
-        if reason is not None:
-            notes.insert(0, f"{_GIVEN_UP[kind]} as in the example, for free ones fail: {reason.what}; {reason.found}")
-        return graph, compared, notes
-    raise AssertionError("some attempt returns or raises")
+            failure = e
+        else:
+            if made is None:
+                return graph, [], [*given_up, "not compared"]
+            outcome = compare(call, graph, made / MODEL, notes)
+            if outcome.failure is None:
+                return graph, _fixed(graph, outcome, made), [*given_up, *notes]
+            if kind is kinds[-1]:
+                raise outcome.failure
+            failure = outcome.failure
+        then = kinds[kinds.index(kind) + 1]
+        given_up = [f"{_GIVEN_UP[then]} as in the example, for free ones fail: {failure.what}; {failure.found}"]
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _limit(call: Call, kind: Freedom, timeout: float | None) -> float | None:
+    """The CPU time for a capture: little where height and width of images are free."""
+    if kind is not Freedom.ALL or _axes(call, kind) == _axes(call, Freedom.NO_IMAGE_SIDES):
+        return None
+    return _IMAGE_SIDES if timeout is None else min(_IMAGE_SIDES, timeout / 4)
+
+
+def _fixed(graph: Graph, outcome: Outcome, made: Path) -> list[Compared]:
+    """What was compared; sizes that the model itself does not run at become numbers in the graph."""
+    if not outcome.fixed:
+        return outcome.compared
+    graph.fix(outcome.fixed)
+    _write(graph, made)
+    free = [{k: v for k, v in c.sizes.items() if k not in outcome.fixed} for c in outcome.compared]
+    return [Compared(sizes, c.error) for sizes, c in zip(free, outcome.compared, strict=True)]
 
 
 def _axes(call: Call, free: Freedom) -> list[set[int]]:

@@ -1,8 +1,8 @@
 """Attention: scaled dot product attention as one ONNX node where ONNX Runtime has it right, else spelled out.
 
-Opset 23 has Attention. torch.onnx writes it for four axes and equal heads alone. ONNX Runtime's kernel takes a size of 1
-along the queries of a mask for an error, has no float64, needs a positive scale, and takes the lowest finite number in a
-mask, which leaves a row uniform in torch, for minus infinity.
+Opset 23 has Attention. torch.onnx writes it for four axes and equal heads alone. ONNX Runtime's kernel takes a size of
+1 along the queries of a mask for an error, has no float64, needs a positive scale, and takes the lowest finite number
+in a mask, which leaves a row uniform in torch, for minus infinity.
 """
 
 from __future__ import annotations

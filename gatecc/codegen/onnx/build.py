@@ -24,6 +24,7 @@ from torch.export import Dim, ExportedProgram
 from gatecc.capture.budget import budget
 from gatecc.capture.guards import Check, compile_guards, size_guards
 from gatecc.codegen.onnx.attention import ATTENTION, attention
+from gatecc.codegen.onnx.clean import clean, name_ends
 from gatecc.codegen.onnx.dims import Dims, fixed
 from gatecc.codegen.onnx.grouped import grouped_products
 from gatecc.codegen.onnx.leaves import Call
@@ -33,7 +34,8 @@ from gatecc.codegen.onnx.linear_attention import (
     fixed_symbols,
     linear_attention,
 )
-from gatecc.codegen.onnx.place import blame, reason
+from gatecc.codegen.onnx.padded import fold_padded_weights
+from gatecc.codegen.onnx.place import blame, place, reason
 from gatecc.codegen.onnx.scalars import scalars_as_tensors
 from gatecc.codegen.onnx.sigmoids import exact_sigmoids
 from gatecc.codegen.onnx.stable import FORMS
@@ -63,6 +65,8 @@ class Graph:
     model: ir.Model
     dims: Dims
     accepts: Check
+    places: Mapping[str, str]
+    """Which operator of the model a node comes from."""
     program: Callable[[], ExportedProgram]
     """Captures the call again, as it was before anything was put in its ONNX form."""
 
@@ -122,9 +126,10 @@ def build(
         )
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = "gatecc", metadata.get("gatecc.version", "")
-    _clean(model, dims)
+    places = {n.name: place(n.meta["node"]) for n in model.graph.all_nodes() if n.name and "node" in n.meta}
+    clean(model, dims)
     model.metadata_props.update(metadata)
-    return Graph(model, dims, accepts, lambda: _program(call, module, axes, None))
+    return Graph(model, dims, accepts, places, lambda: _program(call, module, axes, None))
 
 
 def free_axes(leaves: Sequence[torch.Tensor], free: Freedom) -> list[set[int]]:
@@ -161,7 +166,7 @@ def write(graph: Graph, folder: Path) -> None:
 
 
 def _program(call: Call, module: nn.Module, axes: Sequence[set[int]], limit: float | None) -> ExportedProgram:
-    shapes = tuple({i: Dim.AUTO for i in sorted(of_one)} for of_one in axes)
+    shapes = tuple(dict.fromkeys(sorted(of_one), Dim.AUTO) for of_one in axes)
     where = type(call.flat.m).__name__
     try:
         with budget(limit, lambda seconds: _too_long(where, seconds)), _quiet():
@@ -196,7 +201,9 @@ def _lowered(program: ExportedProgram, opset: int) -> ExportedProgram:
         return program
     try:
         with _quiet():
-            return program.run_decompositions(forms)
+            program = program.run_decompositions(forms)
+        scalars_as_tensors(program)
+        return program
     except Exception as e:
         raise ExportError("an operator cannot be put in its ONNX form", **blame(e), do=_OTHER_OPERATOR) from e
 
@@ -214,67 +221,9 @@ def _convert(program: ExportedProgram, call: Call, opset: int) -> ir.Model:
     except Exception as e:
         raise ExportError("torch.onnx cannot write this model", **blame(e), do=_OTHER_OPERATOR) from e
     assert made is not None
-    _name(made.model.graph, call)
+    fold_padded_weights(made.model.graph)
+    name_ends(made.model.graph, call)
     return made.model
-
-
-def _name(graph: ir.Graph, call: Call) -> None:
-    """Give inputs and outputs the names of the call; what bears one of them inside the graph gets another.
-
-    torch.onnx would let an output that is called ``mul`` share its name with a product.
-    """
-    taken = {*call.inputs, *call.outputs}
-    ends = {id(v) for v in (*graph.inputs, *graph.outputs)}
-    inside = [v for n in graph.all_nodes() for v in n.outputs if id(v) not in ends]
-    inside += [v for v in graph.initializers.values() if id(v) not in ends]
-    names = {v.name for v in inside}
-    for value in inside:
-        if value.name in taken:
-            new = f"{value.name}_"
-            while new in names or new in taken:
-                new += "_"
-            names.add(new)
-            value.name = new
-    for i, value in enumerate((*graph.inputs, *graph.outputs)):
-        value.name = f"gatecc_end_{i}"  # first out of the way: one may bear the name of another
-    for value, name in zip((*graph.inputs, *graph.outputs), (*call.inputs, *call.outputs), strict=True):
-        value.name = name
-
-
-def _clean(model: ir.Model, dims: Dims) -> None:
-    """Drop traces of the machine, name dims and weights as the model does."""
-    graph = model.graph
-    model.doc_string = graph.doc_string = None
-    model.metadata_props.clear()
-    graph.metadata_props.clear()
-    for name, value in list(graph.initializers.items()):
-        if name.startswith("m."):
-            del graph.initializers[name]
-            value.name = name.removeprefix("m.")
-            graph.initializers.add(value)
-    for node in graph.all_nodes():
-        node.metadata_props.clear()
-        node.doc_string = None
-        for value in node.outputs:
-            _clean_value(value, dims)
-    for value in (*graph.inputs, *graph.initializers.values()):
-        _clean_value(value, dims)
-
-
-def _clean_value(value: ir.Value, dims: Dims) -> None:
-    import onnx_ir as ir
-
-    value.metadata_props.clear()
-    value.doc_string = None
-    if value.shape is not None:
-        value.shape = ir.Shape([_size(d, dims) for d in value.shape])
-
-
-def _size(size: Any, dims: Dims) -> int | str | None:
-    """A size that is unknown stays so: of sizes of one name a runtime takes it that they are equal."""
-    if isinstance(size, int) or size.value is None:
-        return size if isinstance(size, int) else None
-    return dims.rename(str(size.value))
 
 
 @contextmanager

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from gatecc.codegen.onnx.place import first_line
 from gatecc.errors import ExportError
 
+_NAME = re.compile(r"[\w.:/-]+")
+_OTHER = "write it with other operators; verify=False writes the graph untried"
+_REPORT = "gatecc did not foresee this: please report it with the model's code; another opset may do"
 _NO_KERNELS = (torch.bfloat16, torch.complex64, torch.complex128)
 
 
-def check(path: Path) -> None:
-    """The full check, with shape inference, by path (in memory it ends at 2 GiB). Raises ExportError."""
+def check(path: Path, places: Mapping[str, str]) -> None:
+    """The full check, with shape inference, by path (in memory it ends at 2 GiB). Raises ExportError.
+
+    ``places`` says of the graph's nodes, by name, which operator of the model they come from.
+    """
     import onnx
 
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as e:
-        raise ExportError("ONNX's checker rejects the graph", found=f"{type(e).__name__}: {e}") from e
+        raise ExportError("ONNX's checker rejects the graph", **_blame(e, places), do=_REPORT) from e
 
 
 class Session:
     """A file in ONNX Runtime on the CPU. Raises ExportError if it cannot be loaded or run."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, places: Mapping[str, str]) -> None:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
@@ -33,7 +41,8 @@ class Session:
         try:
             self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as e:
-            raise ExportError("ONNX Runtime does not load the graph", found=f"{type(e).__name__}: {e}") from e
+            raise ExportError("ONNX Runtime does not load the graph", **_blame(e, places), do=_OTHER) from e
+        self._places = places
         self._inputs = {i.name for i in self._session.get_inputs()}
 
     def run(self, names: Sequence[str], leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -43,7 +52,15 @@ class Session:
             return [torch.from_numpy(y) for y in self._session.run(None, feeds)]
         except Exception as e:
             sizes = ", ".join(f"{n} {tuple(x.shape)}" for n, x in zip(names, leaves, strict=True))
-            raise ExportError("the graph fails in ONNX Runtime", where=sizes, found=f"{type(e).__name__}: {e}") from e
+            told = _blame(e, self._places)
+            where = ", ".join(part for part in (told["where"], sizes) if part)
+            raise ExportError("the graph fails in ONNX Runtime", where=where, found=told["found"], do=_OTHER) from e
+
+
+def _blame(error: Exception, places: Mapping[str, str]) -> dict[str, str]:
+    """``where`` and ``found``: the operator of the model whose node a message names."""
+    named = next((places[name] for name in _NAME.findall(str(error)) if name in places), "")
+    return {"where": named, "found": f"{type(error).__name__}: {first_line(error)}"}
 
 
 def check_dtypes(tensors: Sequence[torch.Tensor]) -> None:

@@ -1,7 +1,7 @@
 """Sigmoids: those whose relative precision counts, in a form that has it.
 
-ONNX Runtime's sigmoid is right to 1e-7 and 0 below -18. As a gate that is enough; not where a logarithm, a root, a power
-or a division reads it, perhaps through other pointwise operators: ``log(sigmoid(x))`` would be -inf.
+ONNX Runtime's sigmoid is right to 1e-7 and 0 below -18. As a gate that is enough; not where a logarithm, a root, a
+power or a division reads it, perhaps through other pointwise operators: ``log(sigmoid(x))`` would be -inf.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _magnifies(user: fx.Node, value: fx.Node) -> bool:
 
 
 def _pointwise(node: fx.Node) -> bool:
-    return getattr(node.target, "tags", None) is not None and torch.Tag.pointwise in node.target.tags  # pyright: ignore
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
 def _spell_out(graph: fx.Graph, node: fx.Node) -> None:

@@ -152,6 +152,13 @@ def _promoted(x: Tensor, bound: Any) -> tuple[Tensor, Tensor]:
     return x.to(dtype), torch.scalar_tensor(bound, dtype=dtype, device=x.device)
 
 
+@_form(aten.rsub.Scalar, aten.rsub.Tensor)
+def _rsub(x: Tensor, y: Any, alpha: float = 1) -> Tensor:
+    """torch's own form is ``sub(number, x)``, of which torch.onnx finds no overload."""
+    x = x if alpha == 1 else x * alpha
+    return (y if isinstance(y, Tensor) else _promoted(x, y)[1]) - x
+
+
 @_form(aten.remainder.Tensor, aten.remainder.Scalar)
 def _remainder(x: Tensor, y: Any) -> Any:
     """From fmod, which is exact: x - floor(x / y) y is off by y where the quotient is large."""
@@ -190,6 +197,64 @@ def _group_norm(
     shape = [1, -1] + [1] * (x.dim() - 2)
     y = y if weight is None else y * weight.reshape(shape)
     return y if bias is None else y + bias.reshape(shape)
+
+
+# --- what ONNX Runtime has for float32 alone --------------------------------------------------------------------------
+
+
+def _for_float64(*operators: Any) -> Callable[[Form], Form]:
+    """Enter a form for float64; other dtypes keep the operator, which is one node of a runtime's own."""
+
+    def entered(function: Form) -> Form:
+        def called(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return function(x, *args, **kwargs) if x.dtype == torch.float64 else NotImplemented
+
+        return _form(*operators)(called)
+
+    return entered
+
+
+@_for_float64(aten.elu.default)
+def _elu(x: Tensor, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Tensor:
+    return torch.where(x > 0, x * scale, _expm1(x * input_scale) * (alpha * scale))
+
+
+@_for_float64(aten.leaky_relu.default)
+def _leaky_relu(x: Tensor, slope: float = 0.01) -> Tensor:
+    return torch.where(x > 0, x, x * slope)
+
+
+@_for_float64(aten.hardsigmoid.default)
+def _hardsigmoid(x: Tensor) -> Tensor:
+    return (x + 3).clamp(0, 6) / 6
+
+
+@_for_float64(aten.hardswish.default)
+def _hardswish(x: Tensor) -> Tensor:
+    return x * ((x + 3).clamp(0, 6) / 6)
+
+
+@_for_float64(aten.mish.default)
+def _mish(x: Tensor) -> Tensor:
+    return x * torch.tanh(_softplus(x))
+
+
+@_for_float64(aten.sinh.default)
+def _sinh(x: Tensor) -> Tensor:
+    small = _expm1(x.abs())
+    return torch.sign(x) * (small + small / (small + 1)) / 2
+
+
+@_for_float64(aten.cosh.default)
+def _cosh(x: Tensor) -> Tensor:
+    large = torch.exp(x.abs())
+    return (large + 1 / large) / 2
+
+
+@_for_float64(aten.asinh.default)
+def _asinh(x: Tensor) -> Tensor:
+    size = x.abs()
+    return torch.sign(x) * _log1p(size + size * size / (1 + torch.sqrt(size * size + 1)))
 
 
 # --- what torch.onnx does not write -----------------------------------------------------------------------------------

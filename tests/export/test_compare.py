@@ -1,0 +1,104 @@
+"""Rounding is no error and a fault is one; sizes are free where the model runs at others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gatecc
+from gatecc.codegen.onnx.stable import FORMS
+from gatecc.errors import ExportError
+
+pytest.importorskip("onnxruntime")
+
+
+class Rounding(nn.Module):
+    """What float32 loses of a product of 512 terms, made large: in float64 it is 0, in float32 nobody knows."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+        self.weight = nn.Parameter(torch.randn(512, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.weight - (x.double() @ self.weight.double()).float()) * self.factor
+
+
+def test_rounding_is_judged_by_torchs_own(tmp_path: Path) -> None:
+    x = torch.randn(4, 512)
+    own = Rounding(1.0)(x).abs().max().item()
+    made = gatecc.export(Rounding(3e-3 / own), tmp_path, (x,), verify=True)
+    assert any("from float64, of which torch itself is 0.003" in note for note in made.notes)
+    assert 1e-4 < max(c.error for c in made.compared) < 3e-2
+
+
+def test_a_model_that_is_mostly_rounding_proves_nothing(tmp_path: Path) -> None:
+    x = torch.randn(4, 512)
+    own = Rounding(1.0)(x).abs().max().item()
+    with pytest.raises(ExportError, match=r"from float64 torch is 0\.3"):
+        gatecc.export(Rounding(0.3 / own), tmp_path / "x", (x,))
+
+
+class Log(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.logsigmoid(x)
+
+
+def test_a_fault_of_the_graph_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = torch.ops.aten.log_sigmoid.default
+    right = FORMS[operator]
+    monkeypatch.setitem(FORMS, operator, lambda x: right(x) * 1.001)
+    with pytest.raises(ExportError, match=r"(?s)does not compute what the model does.*ONNX Runtime 0\.00"):
+        gatecc.export(Log(), tmp_path / "x", (torch.randn(2, 3),))
+    assert not (tmp_path / "x").exists()
+
+
+class Drifting(nn.Module):
+    """Off by a little more with each call: that is no rounding, though float64 differs from it as well."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x + self.calls * 1e-3
+
+
+def test_a_model_that_changes_from_call_to_call_is_not_excused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="does not compute"):
+        gatecc.export(Drifting(), tmp_path / "x", (torch.rand(2, 3),))
+
+
+class OneLength(nn.Module):
+    """Raises at any other number of tokens, in Python."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if not torch.compiler.is_exporting() and x.shape[1] != 7:
+            raise ValueError("7 tokens")
+        return x.sum((1, 2)) * y.sum()
+
+
+def test_a_size_that_runs_alone_is_fixed_and_said(tmp_path: Path) -> None:
+    made = gatecc.export(OneLength(), tmp_path, (torch.randn(2, 7, 4), torch.randn(5)))
+    assert made.inputs == {"x": ["batch", 7, "x_2"], "y": ["y_batch"]}
+    assert made.dims == ("batch", "x_2", "y_batch")
+    assert made.notes == ("fixed, for the model runs at no other size that was tried: sequence 7",)
+    assert {"sequence"} & set(made.compared[0].sizes) == set()
+    session: Any = __import__("onnxruntime").InferenceSession(str(tmp_path / "model.onnx"))
+    assert session.get_inputs()[0].shape == ["batch", 7, "x_2"]
+
+
+def test_heads_on_an_axis_of_an_input(tmp_path: Path) -> None:
+    """Their number is an attribute of the node."""
+
+    class Heads(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+            return torch.ops.gatecc.linear_attention(q, k, v, g)[0]
+
+    q, k, v = (torch.randn(2, 3, 9, 4) for _ in range(3))
+    made = gatecc.export(Heads(), tmp_path, (q, k, v, -torch.rand(2, 3, 9, 4)))
+    assert [shape[1::2] for shape in made.inputs.values()] == [[3, 4]] * 4
+    assert len(made.compared) == 4
