@@ -181,7 +181,8 @@ class ExportError(GateccError):
     """The model cannot be written as ONNX, or the graph does not compute what the model does. Nothing was written.
 
     The graph is checked, loaded in ONNX Runtime and compared with torch at several batch sizes and lengths; the message
-    names the sizes and the output that differ most.
+    names the sizes and the output that differ, or the operator, its module and its line where it is one that ONNX or
+    ONNX Runtime lacks.
 
     Fails: a model in bfloat16, for which ONNX Runtime has no kernels on a CPU.
     Mended: ``gatecc.export(model.float(), folder, inputs)``.

@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 _LOCK = threading.RLock()
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGALRM", "SIGHUP", "SIGUSR1", "SIGUSR2")  # those that Python code may handle
+_LOOK = 0.2  # seconds between two looks at what another thread may have raised here (see budget.py)
 _STACK_BYTES = 64 << 20  # some systems give threads too little for torch.export
 _INSIDE: ContextVar[bool] = ContextVar("gatecc_inside_shield", default=False)  # the lock is held for this thread
 _DEVICE: ContextVar[torch.device | None] = ContextVar("gatecc_default_device", default=None)
@@ -81,8 +82,20 @@ def apart(work: Callable[[], T]) -> T:
 
 
 def _run_in_thread(run: Callable[[], None]) -> None:
-    """Run and wait; what a signal raises meanwhile (Ctrl-C) stops the thread, and goes on once it has cleaned up."""
-    thread = threading.Thread(target=run, name="gatecc", daemon=True)
+    """Run and wait; what a signal raises meanwhile (Ctrl-C), or another thread (see budget.py), stops the thread, and
+    goes on once it has cleaned up.
+
+    The wait is for an event: a join that an exception interrupts takes the thread for ended (Python 3.11).
+    """
+    ended = threading.Event()
+
+    def running() -> None:
+        try:
+            run()
+        finally:
+            ended.set()
+
+    thread = threading.Thread(target=running, name="gatecc", daemon=True)
     interrupt: BaseException | None = None
     before = threading.stack_size(_STACK_BYTES)
     try:
@@ -95,12 +108,15 @@ def _run_in_thread(run: Callable[[], None]) -> None:
         _stop(thread)
     finally:
         threading.stack_size(before)
-    while thread.is_alive():
+    while True:
         try:
-            thread.join()
+            while thread.is_alive() and not ended.wait(_LOOK):
+                pass
+            break
         except BaseException as e:
             interrupt = e
             _stop(thread)
+    thread.join()
     if interrupt is not None:
         raise interrupt
 

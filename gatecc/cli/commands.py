@@ -149,6 +149,7 @@ def export(
         Path | None, typer.Option("--checkpoint", metavar="FOLDER", help="Load this checkpoint into the model first.")
     ] = None,
     inputs: Inputs = None,
+    timeout: Annotated[float, typer.Option("--timeout", help="Stop after so many seconds of CPU time.")] = 600.0,
     traceback: Traceback = False,
 ) -> None:
     """Write model.onnx after comparing it with torch; if they differ nothing is written."""
@@ -166,7 +167,7 @@ def export(
             with _status("loading the checkpoint"):
                 chosen = gatecc.load(chosen, checkpoint)
         with _status("exporting and comparing"):
-            gatecc.export(chosen, out, example)
+            gatecc.export(chosen, out, example, timeout=timeout)
         typer.echo(out)
 
 

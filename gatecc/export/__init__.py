@@ -15,20 +15,14 @@ from torch import nn
 from gatecc.analysis import Inputs, check_model, evaluation
 from gatecc.capture.adapters import adapted
 from gatecc.capture.budget import budget
+from gatecc.capture.shield import random_states_kept, shielded
 from gatecc.capture.signature import OpaqueArgumentError, map_tensors, split_inputs
 from gatecc.codegen.onnx.build import MODEL, Freedom, Graph, build, free_axes, write
 from gatecc.codegen.onnx.leaves import Call, flat_call
 from gatecc.codegen.onnx.packages import EXPORT, RUNTIME, need
 from gatecc.codegen.onnx.place import blame
 from gatecc.codegen.onnx.runtime import check, check_dtypes
-from gatecc.errors import (
-    ArgumentError,
-    CaptureError,
-    ExampleInputsError,
-    ExportError,
-    GateccError,
-    UnsupportedModelError,
-)
+from gatecc.errors import ArgumentError, CaptureError, ExampleInputsError, ExportError, GateccError
 from gatecc.export.compare import Compared, Outcome, compare
 from gatecc.export.files import MANIFEST, Exported, describe, metadata, move, parent, write_manifest
 from gatecc.scope.recurrences import recurrences
@@ -45,6 +39,7 @@ _UNFORESEEN = "gatecc did not foresee this: please report it with the model's co
 _IMAGE_SIDES = 20.0  # of these, until height and width of images are given up: windowed models take many minutes
 
 
+@shielded
 def export(
     model: nn.Module,
     folder: str | os.PathLike[str],
@@ -76,7 +71,6 @@ def export(
         raise ArgumentError("a timeout is a time", found=str(timeout), expected="seconds above 0, or None for no limit")
     args, kwargs = split_inputs(example_inputs)
     check_model(model)
-    _check_not_compiled(model)
     if verify:
         check_dtypes([*model.parameters(), *model.buffers()])
     try:
@@ -101,7 +95,7 @@ def _export(
     model: nn.Module, folder: Path, inputs: tuple[Any, Any], opset: int, verify: bool, timeout: float | None
 ) -> Exported:
     notes: list[str] = []
-    with evaluation(model), adapted(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with evaluation(model), adapted(model), torch.no_grad(), random_states_kept():
         call = _call(model, *inputs, notes)
         notes.extend(f"not a tensor, left out of the outputs: {what}" for what in call.left_out)
         with recurrences(model), tempfile.TemporaryDirectory(dir=parent(folder), prefix=".gatecc-") as temporary:
@@ -178,19 +172,6 @@ def _fixed(graph: Graph, outcome: Outcome, made: Path) -> list[Compared]:
 
 def _axes(call: Call, free: Freedom) -> list[set[int]]:
     return free_axes(call.leaves, free)
-
-
-def _check_not_compiled(model: nn.Module) -> None:
-    """Rewrites that a compile backend makes are not part of the model: its ONNX graph would lack them in silence."""
-    for name, module in model.named_modules():
-        wrapped = isinstance(module, torch._dynamo.OptimizedModule)
-        if wrapped or module._compiled_call_impl is not None:
-            raise UnsupportedModelError(
-                "a compiled module is not exported: what its backend does would be lost",
-                where=name,
-                found="torch.compile(module)" if wrapped else "module.compile()",
-                do="export the module that was compiled (compiled._orig_mod), or export before compiling",
-            )
 
 
 def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], notes: list[str]) -> Call:

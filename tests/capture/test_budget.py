@@ -9,6 +9,7 @@ from contextlib import suppress
 import pytest
 
 from gatecc.capture.budget import budget
+from gatecc.capture.shield import apart
 
 
 class StoppedError(Exception):
@@ -56,6 +57,19 @@ def test_an_inner_budget_may_be_the_smaller_one_or_the_larger() -> None:
 def nested(outer: float, inner: float) -> None:
     with budget(outer, lambda s: StoppedError("outer")), budget(inner, lambda s: StoppedError("inner")):
         spin(30)
+
+
+def test_work_behind_the_shield_is_stopped_too() -> None:
+    """It runs in a thread of its own."""
+    threads = threading.active_count()
+    with pytest.raises(StoppedError):
+        shielded_work()
+    assert threading.active_count() == threads
+
+
+def shielded_work() -> None:
+    with budget(0.3, lambda s: StoppedError()):
+        apart(lambda: spin(30))
 
 
 def test_code_that_swallows_exceptions_does_not_escape() -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gatecc.codegen.onnx.scalars import scalar
+
 aten: Any = torch.ops.aten
 Form = Callable[..., Any]
 _HALF = (torch.float16, torch.bfloat16)
@@ -133,7 +135,7 @@ def exact_sigmoid(x: Tensor) -> Tensor:
 def _clamp(x: Tensor, low: float | None = None, high: float | None = None) -> Any:
     """With one bound: Clip would put the largest finite number for infinity at the other side."""
     if low is not None and high is not None:
-        return NotImplemented
+        return _clamp_max(_clamp_min(x, low), high) if x.dtype == torch.float64 else NotImplemented
     return _clamp_min(x, low) if high is None else _clamp_max(x, high)
 
 
@@ -149,7 +151,7 @@ def _clamp_max(x: Tensor, high: float) -> Tensor:
 
 def _promoted(x: Tensor, bound: Any) -> tuple[Tensor, Tensor]:
     dtype = torch.result_type(x, bound)
-    return x.to(dtype), torch.scalar_tensor(bound, dtype=dtype, device=x.device)
+    return x.to(dtype), scalar(bound, dtype, x.device)
 
 
 @_form(aten.rsub.Scalar, aten.rsub.Tensor)
@@ -216,7 +218,21 @@ def _for_float64(*operators: Any) -> Callable[[Form], Form]:
 
 @_for_float64(aten.elu.default)
 def _elu(x: Tensor, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Tensor:
+    return _elu_of(x, alpha, scale, input_scale)
+
+
+def _elu_of(x: Tensor, alpha: float, scale: float, input_scale: float = 1) -> Tensor:
     return torch.where(x > 0, x * scale, _expm1(x * input_scale) * (alpha * scale))
+
+
+@_for_float64(aten.selu.default)
+def _selu(x: Tensor) -> Tensor:
+    return _elu_of(x, 1.6732632423543772, 1.0507009873554805)
+
+
+@_for_float64(aten.celu.default)
+def _celu(x: Tensor, alpha: float = 1) -> Tensor:
+    return torch.where(x > 0, x, _expm1(x / alpha) * alpha)
 
 
 @_for_float64(aten.leaky_relu.default)

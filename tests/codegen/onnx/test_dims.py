@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 from torch.export import Dim, export
 
-from gatecc.codegen.onnx.dims import Dims
+from gatecc.codegen.onnx.dims import Dims, fixed
 
 
 class Add(nn.Module):
@@ -56,10 +57,34 @@ def test_inputs_at_other_sizes_repeat_their_entries() -> None:
     assert large.tolist() == [[0, 1, 2, 0], [3, 4, 5, 3], [0, 1, 2, 0]]
 
 
-def test_sizes_to_compare_at() -> None:
+def test_other_lengths() -> None:
     ids = torch.zeros(2, 2)
-    batches, lengths = dims_of(ids=ids).variants([ids])
-    assert batches == [{"batch": 1, "sequence": 2}, {"batch": 3, "sequence": 2}]
-    assert [s["sequence"] for s in lengths][:3] == [5, 1, 3]
-    row = torch.zeros(1)
-    assert dims_of(ids=row).variants([row])[0] == [{}]
+    dims = dims_of(ids=ids)
+    base = dims.sizes([ids])
+    assert [s["sequence"] for s in dims.longer(base, ["sequence"])][:3] == [5, 1, 3]
+    assert {s["batch"] for s in dims.longer(base, ["sequence"])} == {2}
+    assert list(dims.longer(base, [])) == []
+
+
+@pytest.mark.parametrize(
+    ("dimension", "sizes", "expected"),
+    [
+        ("batch", {"batch": 3}, 3),
+        ("2*batch + 1", {"batch": 3}, 7),
+        ("4*sequence", {"batch": 3}, "4*sequence"),
+        ("batch*sequence", {"batch": 3}, "3*sequence"),
+        ("(height//2)", {"height": 9, "width": 8}, 4),
+        ("sequence_2", {"sequence": 5}, "sequence_2"),
+        (None, {"batch": 3}, None),
+    ],
+)
+def test_fixed_sizes(dimension: str | None, sizes: dict[str, int], expected: int | str | None) -> None:
+    assert fixed(dimension, sizes) == expected
+
+
+def test_sizes_that_no_input_has_get_a_readable_name() -> None:
+    ids = torch.zeros(2, 2)
+    dims = dims_of(ids=ids)
+    assert dims.rename("u0") == "size_0"
+    assert dims.rename("2*u7 + u0") == "2*size_1 + size_0"
+    assert dims.rename("12") == 12

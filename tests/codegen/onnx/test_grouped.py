@@ -15,7 +15,7 @@ pytest.importorskip("onnxruntime")
 
 
 class Grouped(nn.Module):
-    """Rows 0 and 1 are for the first of three matrices, none for the second, the last row for none at all."""
+    """Half of the rows are for the first of three matrices, none for the second, the last row for none at all."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -23,7 +23,8 @@ class Grouped(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (S, 4) -> (S, 5)"""
-        ends = torch.stack([torch.tensor(2), torch.tensor(2), torch.tensor(x.size(0) - 1)])
+        half = (torch.arange(x.size(0)) * 2 < x.size(0) - 1).sum()
+        ends = torch.stack([half, half, torch.tensor(x.size(0) - 1)])
         return torch.ops.transformers.grouped_mm_fallback(x, self.weight, ends)
 
 
@@ -40,7 +41,7 @@ def test_a_mixture_of_experts(tmp_path: Path) -> None:
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
     sizes: dict[str, Any] = {"vocab_size": 29, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    experts = {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 8, "num_experts": 4}
+    experts: dict[str, Any] = {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 8, "num_experts": 4}
     config = Qwen2MoeConfig(**sizes, **experts, num_experts_per_tok=2, num_key_value_heads=2, intermediate_size=16)
     model: Any = Qwen2MoeForCausalLM(config).eval()
     made = gatecc.export(model, tmp_path / "x", {"input_ids": torch.randint(29, (2, 8))})

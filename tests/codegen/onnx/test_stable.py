@@ -61,7 +61,7 @@ ROWS: dict[str, Operator] = {
     "logcumsumexp": lambda x: torch.logcumsumexp(x, -1),
     "cummax": lambda x: x.cummax(-1)[0],
     "nll": lambda x: F.nll_loss(F.log_softmax(x, -1), torch.arange(x.size(0)) % 3, reduction="none"),
-    "cross-entropy": lambda x: F.cross_entropy(x, torch.arange(x.size(0)) % 3, label_smoothing=0.1),
+    "cross-entropy": lambda x: F.cross_entropy(x.reshape(-1, 9), torch.arange(x.size(0)) % 3, label_smoothing=0.1),
 }
 NARROW: dict[str, Operator] = {
     "group_norm": lambda x: F.group_norm(x[:, :8], 2),
@@ -121,7 +121,7 @@ def test_the_ends_of_the_ranges(dtype: str, opset: int, tmp_path: Path) -> None:
     check(tmp_path / MODEL, graph.places)
     found = Session(tmp_path / MODEL, graph.places).run(call.inputs, call.leaves)
     exact = module(*(x.double() for x in given))
-    bar = 32 * torch.finfo(kind).eps
+    bar = {torch.float64: 1e-8}.get(kind, 32 * torch.finfo(kind).eps)  # attributes of ONNX nodes are float32
     wrong: dict[str, tuple[float, float]] = {}
     for (name, wide), torchs, y in zip(exact.items(), call.results, found, strict=True):
         finite = torch.isfinite(torchs)  # where torch overflows there is nothing to be as good as
