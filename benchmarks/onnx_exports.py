@@ -53,4 +53,4 @@ def measure() -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    main("onnx_exports", measure)
+    main("onnx_exports", lambda: list(measure()))

@@ -45,9 +45,9 @@ def _children(x: Any) -> list[tuple[Any, Any]] | None:
     if isinstance(x, Mapping):
         return list(x.items())
     if isinstance(x, tuple) and hasattr(x, "_fields"):
-        return list(zip(x._fields, x, strict=True))  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType, reportAttributeAccessIssue]
+        return list(zip(x._fields, x, strict=True))  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(x, list | tuple):
-        return list(enumerate(x))  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+        return list(enumerate(x))
     if dataclasses.is_dataclass(x) and not isinstance(x, type):
         return [(f.name, getattr(x, f.name)) for f in dataclasses.fields(x)]
     node = pytree.SUPPORTED_NODES.get(type(x))

@@ -157,7 +157,7 @@ def _judge(
         tolerance = TOLERANCE.get(x.dtype, 0.0)
         if errors[i] <= tolerance:
             continue
-        own, allowed = float("nan"), tolerance
+        own, distance, allowed = float("nan"), float("nan"), tolerance
         if wide is not None and x.dtype == y.dtype and x.shape == y.shape == wide[i].shape:
             own = _own(wide[i], x)
             allowed = max(tolerance, _TIMES * own) if own <= _OWN.get(x.dtype, 0.0) else tolerance

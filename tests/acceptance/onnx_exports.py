@@ -34,7 +34,7 @@ MODELS = (
 )
 IMAGE = "timm/vit-sdpa"
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "attention-free": ("hf/gpt2-sdpa", {}),
+    "attention-free": ("timm/vit-sdpa", {}),
     "context-gates": ("hf/bert-sdpa", {"context": "activation[0].out", "sites": "activation[1]"}),
     "gam": ("hf/llama-sdpa", {"slots": 5}),
     "gated-swinrmt": ("timm/swin-eager", {}),

@@ -37,6 +37,7 @@ from gatecc.codegen.onnx.linear_attention import (
 from gatecc.codegen.onnx.padded import fold_padded_weights
 from gatecc.codegen.onnx.place import blame, place, reason
 from gatecc.codegen.onnx.scalars import scalars_as_tensors
+from gatecc.codegen.onnx.sequences import check_sequences
 from gatecc.codegen.onnx.sigmoids import exact_sigmoids
 from gatecc.codegen.onnx.stable import FORMS
 from gatecc.errors import CaptureError, ExportError
@@ -194,15 +195,17 @@ def _too_long(where: str, seconds: float) -> CaptureError:
 def _lowered(program: ExportedProgram, opset: int) -> ExportedProgram:
     """The program in operators that torch.onnx writes and ONNX Runtime computes right."""
     check_linear_attention(program)
+    check_sequences(program)
     exact_sigmoids(program)
-    scalars_as_tensors(program)
+    scalars_as_tensors(program, float64=False)
     forms = {**FORMS, ATTENTION: attention(opset), LINEAR_ATTENTION: linear_attention}
     if not any(n.target in forms for n in program.graph.nodes):
+        scalars_as_tensors(program, float64=True)
         return program
     try:
         with _quiet():
             program = program.run_decompositions(forms)
-        scalars_as_tensors(program)
+        scalars_as_tensors(program, float64=True)
         return program
     except Exception as e:
         raise ExportError("an operator cannot be put in its ONNX form", **blame(e), do=_OTHER_OPERATOR) from e

@@ -23,9 +23,10 @@ def grouped_products() -> dict[Any, Callable[..., Any]]:
 
 def _grouped(x: Any, weight: Any, ends: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
     """x: (S, K), weight: (G, K, N), ends: (G,) -> (S, N); rows after the last end are zeros."""
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
 
     del out_dtype
+    op: Any = opset18
     groups = weight.shape[0]
     if ends is None or bias is not None or len(x.shape) != 2 or not isinstance(groups, int):
         raise NotImplementedError("a grouped product other than of rows that are sorted by group, without bias")

@@ -33,8 +33,9 @@ def fold_padded_weights(graph: ir.Graph) -> None:
         source = pad.inputs[0]
         pad.outputs[0].replace_all_uses_with(folded)
         graph.remove(pad, safe=True)
-        if source is not None and source.name in graph.initializers and not source.uses():
-            del graph.initializers[source.name]
+        name = None if source is None or source.uses() else source.name
+        if name is not None and name in graph.initializers:
+            del graph.initializers[name]
 
 
 def _padded(pad: Any) -> torch.Tensor | None:

@@ -19,21 +19,24 @@ aten: Any = torch.ops.aten
 _LONGEST = 3  # 3 times 24 bits are more than 53
 
 
-def scalars_as_tensors(program: ExportedProgram) -> None:
-    """Give a number that stands first, or is of float64, a node of the dtype that torch's type promotion gives it."""
+def scalars_as_tensors(program: ExportedProgram, *, float64: bool) -> None:
+    """Give a number that stands first, or (with ``float64``) is of that dtype, a node of its own.
+
+    Its dtype is the one that torch's type promotion gives it.
+    """
     for module in program.graph_module.modules():
         if isinstance(module, fx.GraphModule):
             for node in list(module.graph.nodes):
-                _with_tensors(module.graph, node)
+                _with_tensors(module.graph, node, float64)
             module.recompile()
 
 
-def _with_tensors(graph: fx.Graph, node: fx.Node) -> None:
+def _with_tensors(graph: fx.Graph, node: fx.Node, float64: bool) -> None:
     schema = getattr(node.target, "_schema", None)
     if node.op != "call_function" or schema is None:
         return
     result = node.meta.get("val")
-    wide = isinstance(result, torch.Tensor) and result.dtype == torch.float64
+    wide = float64 and isinstance(result, torch.Tensor) and result.dtype == torch.float64
     for place, (argument, value) in enumerate(zip(schema.arguments, node.args, strict=False)):
         if not isinstance(value, int | float) or not isinstance(argument.type, torch.TensorType):
             continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
@@ -9,20 +11,18 @@ from torch.export import ExportedProgram
 from gatecc.errors import ExportError
 
 _ASSERTED = torch.ops.gatecc.sequences.default
-_RUNNING = torch.ops.aten.cummax.default
+RUNNING: Any = torch.ops.aten.cummax.default
 
 
-def lower_sequences(program: ExportedProgram) -> ExportedProgram:
-    """The program without running maxima. Raises ExportError for a mask whose form must be asserted on each call."""
-    targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
-    if _ASSERTED in targets:
+def check_sequences(program: ExportedProgram) -> None:
+    """Raise ExportError for a mask whose form must be asserted on each call."""
+    if any(node.target is _ASSERTED for node in program.graph.nodes):
         raise ExportError(
             "a rewritten layer asserts the form of a mask that the graph is given, which ONNX cannot",
             found="an attention mask that is an input of the graph",
             expected="a mask that the model makes itself: of lengths, of a 2-D padding mask, of position_ids",
             do="export with example inputs of that kind",
         )
-    return program.run_decompositions({_RUNNING: running_maximum}) if _RUNNING in targets else program
 
 
 def running_maximum(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:

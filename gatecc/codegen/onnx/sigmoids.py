@@ -113,8 +113,12 @@ def _spell_out(graph: fx.Graph, node: fx.Node) -> None:
 def _complement(user: fx.Node, node: fx.Node) -> bool:
     """Whether ``user`` is 1 - node."""
     if user.target is aten.rsub.Scalar:
-        return user.args[0] is node and user.args[1] == 1 and len(user.args) == 2
-    return user.target is aten.sub.Tensor and user.args[0] == 1 and user.args[1] is node and not user.kwargs
+        return len(user.args) == 2 and user.args[0] is node and _one(user.args[1])
+    return user.target is aten.sub.Tensor and _one(user.args[0]) and user.args[1] is node and not user.kwargs
+
+
+def _one(x: Any) -> bool:
+    return isinstance(x, int | float) and x == 1
 
 
 def _replace(graph: fx.Graph, old: fx.Node, sigmoid: fx.Node, *, minus: bool) -> None:

@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import decomposition_table
 
 from gatecc.codegen.onnx.scalars import scalar
+from gatecc.codegen.onnx.sequences import RUNNING, running_maximum
 
 aten: Any = torch.ops.aten
 Form = Callable[..., Any]
+_DROPPED = 1e-7
 _HALF = (torch.float16, torch.bfloat16)
 FORMS: dict[Any, Form] = {}
 
@@ -152,6 +155,20 @@ def _clamp_max(x: Tensor, high: float) -> Tensor:
 def _promoted(x: Tensor, bound: Any) -> tuple[Tensor, Tensor]:
     dtype = torch.result_type(x, bound)
     return x.to(dtype), scalar(bound, dtype, x.device)
+
+
+@_form(aten.add.Tensor, aten.add.Scalar)
+def _add(x: Any, y: Any, alpha: float = 1) -> Any:
+    """A small epsilon by Sum: onnxscript's optimizer takes Add of a number below 1e-8 for Add of zero, and drops it."""
+    if not isinstance(x, Tensor) or not isinstance(y, float) or not 0 < abs(y * alpha) <= _DROPPED:
+        return NotImplemented
+    x, small = _promoted(x, y * alpha)
+    return torch.onnx.ops.symbolic("Sum", [x, small], dtype=x.dtype, shape=x.shape, version=13)
+
+
+@_form(aten.sub.Tensor, aten.sub.Scalar)
+def _sub(x: Any, y: Any, alpha: float = 1) -> Any:
+    return _add(x, -y, alpha) if isinstance(y, float) else NotImplemented
 
 
 @_form(aten.rsub.Scalar, aten.rsub.Tensor)
@@ -317,23 +334,10 @@ def _cumprod(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor
     return torch.prod(_up_to_each(x, dim, 1), -1).movedim(-1, dim)
 
 
-@_form(aten.cummax.default)
-def _cummax(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    return _cumulative(x, dim, 1)
-
-
 @_form(aten.cummin.default)
 def _cummin(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    return _cumulative(x, dim, -1)
-
-
-def _cumulative(x: Tensor, dim: int, sign: int) -> tuple[Tensor, Tensor]:
-    """The running maximum, or minimum, and the last place where each stood."""
-    rows = _up_to_each(x * sign, dim, -math.inf)
-    best = rows.amax(-1)
-    places = torch.arange(x.size(dim), device=x.device)
-    last = torch.where(rows == best.unsqueeze(-1), places, -1).amax(-1)
-    return (best * sign).movedim(-1, dim), last.movedim(-1, dim)
+    best, places = running_maximum(-x, dim)
+    return -best, places
 
 
 def _up_to_each(x: Tensor, dim: int, other: float) -> Tensor:
@@ -357,8 +361,9 @@ def _opened(operator: Any) -> Form:
     return called
 
 
+FORMS[RUNNING] = running_maximum
 for _operator in (aten.cross_entropy_loss.default, aten.nll_loss_nd.default, aten.nll_loss.default):
     FORMS[_operator] = _opened(_operator)
 for _operator in (aten.nll_loss_forward.default, aten.nll_loss2d_forward.default):
-    FORMS[_operator] = torch._decomp.decomposition_table[_operator]
+    FORMS[_operator] = decomposition_table[_operator]
 FORMS[aten.nll_loss2d.default] = _opened(aten.nll_loss2d.default)

@@ -70,6 +70,7 @@ NARROW: dict[str, Operator] = {
     "normalize": lambda x: F.normalize(x, dim=-1),
     "cumprod": lambda x: x.tanh().cumprod(-1),
     "rsqrt": lambda x: torch.rsqrt(x * x + 1e-12),
+    "a small epsilon": lambda x: (x - 1) / ((x - 1).abs() + 1e-9),
     "logit": lambda x: torch.logit(x.tanh() / 2 + 0.5, 1e-6),
     "cdist": lambda x: torch.cdist(x, x.flip(0)),
 }
