@@ -44,7 +44,7 @@ WIDE: dict[str, Operator] = {
     "celu": lambda x: F.celu(x, 1.5),
     "tanh": torch.tanh,
     "exp2": lambda x: torch.exp2(-x.abs()),
-    "cross-entropy": lambda x: F.binary_cross_entropy_with_logits(x, torch.full_like(x, 0.3), reduction="none"),
+    "cross-entropy": lambda x: F.binary_cross_entropy_with_logits(x, torch.full_like(x, 0.25), reduction="none"),
     "minus a tensor": lambda x: torch.ops.aten.sub.Tensor(5.0, x),
     "clamp_min": lambda x: x.clamp(min=-3.0),
     "hypot": lambda x: torch.hypot(x, torch.ones_like(x)),
