@@ -13,7 +13,7 @@ from torch import nn
 from gatecc.caches import caches_on
 from gatecc.capture.adapters import Setting
 from gatecc.capture.record import RecordedCall
-from gatecc.capture.signature import OpaqueArgumentError
+from gatecc.capture.signature import OpaqueArgumentError, flatten
 from gatecc.decoder.serving import stop_serving
 from gatecc.errors import CaptureError, GraphError, UnsupportedModelError
 from gatecc.ir.program import Program, origin
@@ -119,6 +119,7 @@ class Installer:
         for call in calls:
             built = self._one(module, state, (kind, _key(module, call)), call)
             made |= self._weights(module, state, built.effects(first=len(old.applied) if old else 0))
+            self._enter(module, state, built, call)
         ms = (time.process_time() - clock) * 1e3
         self._rows(plan, made, ms)
 
@@ -141,19 +142,17 @@ class Installer:
             dumps.append(GraphDump.of(program))
 
         with _gradients():
-            key, leaves = call_key(module, call.args, call.kwargs)
             try:
                 if leader is None:
                     built = build(module, state, call.args, call.kwargs, observe)
                 else:
-                    built = rebuild(module, state, leader, leaves, observe)
+                    built = rebuild(module, state, leader, flatten(call.args, call.kwargs)[1], observe)
             finally:
                 new = [path for path in state.own - own if path not in before]
                 self.undo.effects.extend((module, NewModule(path)) for path in new)
         for name, seconds in built.seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         if leader is None or built.entry is not leader.entry:
-            state.family.add(key, built.entry)
             self._trust(state, built)
             self.shared[id(built)] = Shared(built, [state.fqn], dumps)
         return built
@@ -163,8 +162,7 @@ class Installer:
     ) -> Built | None:
         """What a leader's graph is for another layer, if it is proved to be that layer's function; else None."""
         clock = time.process_time()
-        with _gradients():
-            key, leaves = call_key(module, call.args, call.kwargs)
+        leaves = flatten(call.args, call.kwargs)[1]
         with narrowed(module, state.widened):
             held = proves(leader.entry, module, base_forward(module), call.args, call.kwargs, leaves)
         self.seconds["share"] = self.seconds.get("share", 0.0) + time.process_time() - clock
@@ -175,11 +173,16 @@ class Installer:
             return mine
         if not state.family.entries:
             state.family = family
-        elif leader.entry not in state.family.find(key, leaves):  # another kind of call of the same layer
-            state.family.add(key, leader.entry)
         self._trust(state, mine)
         self.shared[id(leader)].scopes.append(state.fqn)
         return mine
+
+    def _enter(self, module: nn.Module, state: Scope, built: Built, call: RecordedCall) -> None:
+        """Enter what was built under the key of the calls to come: the new modules and rows are part of it."""
+        with _gradients():
+            key, leaves = call_key(module, call.args, call.kwargs)
+        if built.entry not in state.family.find(key, leaves):
+            state.family.add(key, built.entry)
 
     def _trust(self, state: Scope, built: Built) -> None:
         state.python = built.python

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as hf
 from torch import Tensor, nn
 
 import gatecc
@@ -161,6 +162,33 @@ def test_modes_that_differ_by_one_scope_are_told_apart_from_rounding() -> None:
     gated = gatecc.transform(model.eval(), GATE, (X,))
     assert scopes(gated) == ["blocks.0.a", "blocks.1"]
     assert any("blocks.1.a" in n and "outputs differ by" in n for n in _notes(gated))
+
+
+@pytest.mark.parametrize("recipe", ["gated-attention", gatecc.recipe("gated-attention", fuse_into="q")], ids=str)
+def test_one_capture_serves_all_layers_and_both_grad_modes(
+    recipe: str | gatecc.Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of train mode; eval mode runs what was installed. With a configuration object, and with weights that grew."""
+    learn = importlib.import_module("gatecc.scope.learn")
+    made: list[Any] = []
+
+    def counted(*args: Any, _build: Any = learn.build, **kwargs: Any) -> Any:
+        made.append(args[0])
+        return _build(*args, **kwargs)
+
+    monkeypatch.setattr(learn, "build", counted)
+    config = hf.LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = hf.LlamaForCausalLM(config).eval()
+    ids = torch.randint(3, 97, (2, 8))
+    gated = gatecc.transform(model, recipe, {"input_ids": ids, "use_cache": False})
+    assert [m.training for m in made] == [False]  # it was in train mode meanwhile
+    for training in (False, True):
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients):
+                gated.train(training)(input_ids=ids, use_cache=False)
+    assert len(made) == 1
 
 
 def test_everything_is_as_before_the_look() -> None:

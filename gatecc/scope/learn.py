@@ -85,9 +85,19 @@ def _without_gradients(
     call, gradients, *modes = key
     if gradients:
         return None
+    seen: Seen = {}
+
+    def forward(*its_args: Any, **its_kwargs: Any) -> Any:
+        """The module's own; its reads are recorded here alone, for objects have other classes while they are."""
+        with recorded_reads(module) as reads:
+            output = base_forward(module)(*its_args, **its_kwargs)
+        seen.update(reads)
+        return output
+
     for known in state.family.find((call, True, *modes), leaves):
-        with narrowed(module, state.widened), recorded_reads(module) as seen:
-            proved = proves(known, module, base_forward(module), args, kwargs, leaves)
+        seen.clear()
+        with narrowed(module, state.widened):
+            proved = proves(known, module, forward, args, kwargs, leaves)
         if proved and seen.keys() <= {(read.path, read.name) for read in known.plain.reads}:
             entry = Entry(known.variant, known.plain)
             entry.layers.add(module)
