@@ -199,9 +199,8 @@ def _program(
     _record_origins(graph, fqn, module)
     out_spec = exported.call_spec.out_spec
     assert out_spec is not None
-    return Program(
-        module, graph_module, fqn, list(leaves), out_spec, paths, guards, constants, signature.autocast(leaves)
-    )
+    under = signature.autocast(leaves)
+    return Program(module, graph_module, fqn, list(leaves), out_spec, paths, guards, constants, autocast=under)
 
 
 def _retarget(
