@@ -63,6 +63,14 @@ EXAMPLES: dict[str, Example] = {
         HEADS,
         before="from torch.nn.attention.flex_attention import flex_attention\n\n",
     ),
+    "GCC185": Example(
+        HEADS,
+        "def attend(x):\n"
+        + textwrap.indent(f"{SPLIT}return (q @ k.mT).softmax(-1) @ v", " " * 4)
+        + "\n\ndef copy(x):\n    return x.unflatten(-1, (2, 4)).transpose(1, 2).clone()\n\n"
+        "return torch.cond(x.sum() > 0, attend, copy, (x,))",
+        PLAIN,
+    ),
     "GCC106": Example(
         HEADS,
         f'{SPLIT}return torch.einsum("bhnm,bhmd,bhnd->bhnd", (q @ k.mT).softmax(-1), v, q)',
@@ -77,6 +85,11 @@ EXAMPLES: dict[str, Example] = {
     ),
     "GCC131": Example("self.w = nn.Parameter(torch.randn(2, 8, 8))", "return x @ self.w"),
     "GCC132": Example("self.w = nn.Parameter(torch.randn(5, 5))", "return self.w @ x", "return (x.mT @ self.w.T).mT"),
+    "GCC186": Example(
+        "self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)",
+        "return torch.cond(x.sum() > 0, lambda x: self.a(x), lambda x: self.b(x), (x,))",
+        "return torch.where(x.sum() > 0, self.a(x), self.b(x))",
+    ),
     "GCC140": Example(
         "self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 8)",
         "return self.c(self.b(self.a(x).relu()).relu())",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -263,7 +263,7 @@ class GateModule(nn.Module):
         if isinstance(self.spec.source, Param):
             places = self.spec.granularity.positions(shape)
             self._check_places(value, places, shape)
-            return Features(self.get_parameter("weight"), places)
+            return Features(cast("Tensor", self.weight), places)
         tensors = [self._cast(x, ref) for x, ref in zip(sources, self.spec.sources, strict=True)]
         read = self.spec.source.read(shape, shape.sources, value, tensors)
         return self.spec.scorer(read, {name: getattr(self, name) for name in self._names}, self.width)
@@ -300,7 +300,7 @@ class GateModule(nn.Module):
         """
         if not self._names or self.spec.scorer.reads_integers:
             return x
-        dtype = self.get_parameter(self._names[0]).dtype
+        dtype = getattr(self, self._names[0]).dtype  # functional_call puts plain tensors in the place of parameters
         own = x.dtype == dtype or (ref.cond is None and torch.is_autocast_enabled(x.device.type))
         return x if own or (ref.cond is None and not x.is_floating_point()) else x.to(dtype)
 

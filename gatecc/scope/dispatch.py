@@ -43,6 +43,7 @@ def first_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     try:
         with torch._C.DisableTorchFunction():
             key, leaves = call_key(module, args, kwargs)
+            refused = state.refused.find(key, leaves, module)
     except NestedTensorError as e:
         raise CallNotCapturedError(
             "torch's fused operators alone take nested tensors, and they know nothing of the rewrite",
@@ -52,7 +53,6 @@ def first_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         ) from e
     except OpaqueArgumentError as e:
         return _python(module, state, args, kwargs, str(e), e.do)
-    refused = state.refused.find(key, leaves, module)
     if refused is not None:
         return _python(module, state, args, kwargs, refused)
     if is_traced(leaves):

@@ -141,6 +141,9 @@ def learn(root: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: dic
     entry_for(module, state, key, args, kwargs, leaves)
     for other in like.values():
         its = scope_of(other)
-        if its is not None and its.family is state.family and lookup(other, args, kwargs) is None:
+        alike = [type(p) for p in other.parameters()] == [
+            type(p) for p in module.parameters()
+        ]  # not: sharded at present
+        if alike and its is not None and its.family is state.family and lookup(other, args, kwargs) is None:
             _share(other, its, call_key(other, args, kwargs)[0], args, kwargs, leaves)
     return True

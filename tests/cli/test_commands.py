@@ -154,7 +154,7 @@ def test_export_takes_the_model_a_recipe_or_a_checkpoint(
 ) -> None:
     counts: list[int] = []
 
-    def export(chosen: torch.nn.Module, folder: Path, inputs: tuple[torch.Tensor, ...]) -> None:
+    def export(chosen: torch.nn.Module, folder: Path, inputs: tuple[torch.Tensor, ...], timeout: float) -> None:
         counts.append(sum(p.numel() for p in chosen.parameters()))
         assert folder == tmp_path / "onnx"
         assert chosen(*inputs).shape == (2, 5, 8)
