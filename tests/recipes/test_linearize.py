@@ -160,14 +160,15 @@ def test_kept_layers_stay_softmax() -> None:
 
 
 def test_a_cache_is_refused_with_a_pointer_to_the_decoder() -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """One that the caller made; `generate` brings the decoder's own: tests/decoder/test_serving.py."""
+    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
     shape: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     llama = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2, num_key_value_heads=1)).eval()
     ids = torch.arange(12).view(2, 6)
     model: Any = gatecc.transform(llama, "gla", {"input_ids": ids})
     with pytest.raises(CallNotCapturedError, match=r"gatecc\.decoder"):
-        model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
+        model(ids, past_key_values=DynamicCache(config=llama.config), use_cache=True)
 
 
 @pytest.mark.parametrize("padded", [False, True])
