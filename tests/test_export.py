@@ -26,6 +26,7 @@ from gatecc.errors import (
     UnsupportedModelError,
 )
 
+EXPORT = sys.modules["gatecc.export"]  # the package: the attribute of gatecc is the function of that name
 RESIDUAL = gatecc.Gate(gatecc.Residual[...].branch, gatecc.GateSpec("skip", "linear", "element", "sigmoid"))
 
 
@@ -301,7 +302,7 @@ def test_outputs_of_any_class_keep_their_names(tmp_path: Path) -> None:
 def test_height_and_width_are_given_up_where_they_take_too_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gatecc.export._IMAGE_SIDES", 1e-3)
+    monkeypatch.setattr(EXPORT, "_IMAGE_SIDES", 1e-3)
     made = gatecc.export(Conv(), tmp_path, (torch.randn(2, 3, 8, 8),))
     assert made.inputs == {"image": ["batch", 3, 8, 8]}
     assert made.notes[0].startswith("height and width of images stay as in the example")
@@ -322,6 +323,6 @@ def test_what_nobody_foresaw_is_an_error_of_ours(tmp_path: Path, monkeypatch: py
     def broken(*_: Any) -> None:
         raise ValueError("SymInt at index 1")
 
-    monkeypatch.setattr("gatecc.export.build", broken)
+    monkeypatch.setattr(EXPORT, "build", broken)
     with pytest.raises(ExportError, match=r"(?s)SymInt at index 1.*do"):
         gatecc.export(nn.Linear(4, 4), tmp_path / "x", (X,))

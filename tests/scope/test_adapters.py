@@ -105,11 +105,13 @@ def test_gates_on_adapted_models_are_those_of_the_merged_model(method: str, reci
     stir(gated, 2, lambda name: name not in known)
     expected = gated(X)
     assert not torch.allclose(expected, before, atol=1e-3)
-    assert torch.allclose(copy.deepcopy(gated).merge_and_unload()(X), expected, atol=1e-5)
+    wide = copy.deepcopy(gated).double()  # outputs of a hundred are 1e-4 apart in float32, by rounding
+    exact = wide(X.double())
+    assert torch.allclose(wide.merge_and_unload()(X.double()), exact, atol=1e-10)
     # The other order: adapters put onto the gated model.
     later = peft.get_peft_model(gatecc.transform(net(), recipe, (X,)), METHODS[method]()).eval()
     later.load_state_dict(gated.state_dict())
-    assert torch.allclose(later(X), expected, atol=1e-6)
+    assert torch.allclose(later.double()(X.double()), exact, atol=1e-10)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "boft", "ia3", "oft", "loha"])
