@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
-_OFTEN = 0.2  # seconds between two looks at the clock
+_OFTEN = 0.2  # seconds between two looks at the clock, at most
 _AGAIN = 1.0  # seconds until the exception is raised again, if somebody has swallowed it
 
 
@@ -44,7 +44,7 @@ def budget(seconds: float | None, spent: Callable[[float], Exception]) -> Genera
 
 def _watch(thread: int, seconds: float, error: type[OutOfTime], done: threading.Event, over: threading.Event) -> None:
     work, clock = time.process_time(), time.monotonic()
-    while not done.wait(_OFTEN):
+    while not done.wait(min(_OFTEN, seconds)):
         if min(time.process_time() - work, time.monotonic() - clock) >= seconds:
             over.set()
             _raise(thread, error)
