@@ -37,7 +37,8 @@ class Attention(nn.Module):
         else:  # "cuda" has no effect on a CPU
             device, dtype = self.kind.split()
             with torch.autocast(device, dtype=getattr(torch, dtype)):
-                y = nn.functional.scaled_dot_product_attention(*self.heads(x))
+                q, k, v = self.heads(x)
+                y = nn.functional.scaled_dot_product_attention(q, k, v)
         return self.o(y.float().transpose(1, 2).flatten(2))
 
     def heads(self, x: Tensor) -> list[Tensor]:
