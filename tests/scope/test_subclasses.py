@@ -32,11 +32,6 @@ def test_gates_on_a_quantised_model_and_quantising_a_gated_one() -> None:
     assert torch.allclose(later(X), base(X), atol=1e-6)
 
 
-def test_scaling_a_quantised_matrix_is_refused() -> None:
-    with pytest.raises(gatecc.GateccError, match="folded"):
-        gatecc.transform(quantised(net()), gatecc.recipe("gated-attention", init="identity(how=fold)"), (X,))
-
-
 def test_weights_that_do_not_exist_yet_are_refused_by_name() -> None:
     with pytest.raises(UnsupportedModelError, match=r"0\.weight"):
         gatecc.inspect(nn.Sequential(nn.LazyLinear(4)), (torch.randn(2, 3),))
