@@ -67,7 +67,7 @@ EXAMPLES: dict[str, Example] = {
         HEADS,
         "def attend(x):\n"
         + textwrap.indent(f"{SPLIT}return (q @ k.mT).softmax(-1) @ v", " " * 4)
-        + "\n\ndef copy(x):\n    return x.unflatten(-1, (2, 4)).transpose(1, 2).clone()\n\n"
+        + "\n\ndef copy(x):\n    return x.unflatten(-1, (2, 4)).transpose(1, 2).contiguous()\n\n"
         "return torch.cond(x.sum() > 0, attend, copy, (x,))",
         PLAIN,
     ),
