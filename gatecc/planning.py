@@ -128,6 +128,8 @@ def _scope_of(rewrite: Rewrite, site: Site, model: nn.Module, called: set[str], 
     for value in map(site.find, rewrite.reads()):
         if value is not None:
             fqn = _common(fqn, _nearest(value.node, site.owner))
+    for reader in rewrite.readers(site):
+        fqn = _common(fqn, reader)
     while fqn and (fqn not in called or isinstance(model.get_submodule(fqn), CONTAINERS)):
         fqn = fqn.rpartition(".")[0]
     return fqn if program.inside(fqn) else program.fqn

@@ -72,6 +72,7 @@ class Editor:
     called: set[Boundary] = field(default_factory=set[Boundary])  # of new modules that have hooks
     sites: Sequence[Site] = ()
     lost: set[str] = field(default_factory=set[str])  # parameters that the edit takes out of the graph on purpose
+    hidden: set[int] = field(default_factory=set[int])  # numbers of the outputs that are None from now on
     whole_sequence: bool = False  # the edit makes later tokens depend on earlier ones in a way that no KV cache holds
 
     def module(self, name: str, build: Build, fill: Fill | None = None) -> str:

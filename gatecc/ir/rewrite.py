@@ -94,6 +94,10 @@ class Rewrite(metaclass=_Taking):
         """
         return (self.site.stage,)
 
+    def readers(self, site: Site) -> Iterable[str]:
+        """Modules that read a value of a site which the edit takes out of the graph: the scope has to run them, too."""
+        return ()
+
     def whole_model(self, site: Site) -> bool:
         """Whether the edit must see the whole model as one graph: it reads an input of the model, or a distant
         value."""

@@ -16,6 +16,7 @@ from gatecc.ir.program import attribute, shape
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.site import Attention, Recurrent, Site, Value
 from gatecc.ir.sizes import described_shape, size_names, size_text
+from gatecc.passes.attention_maps import forget, readers
 from gatecc.passes.mixers import Mixer, Place
 from gatecc.passes.operands import condition, own_weight, stage, static_sizes
 from gatecc.passes.operands import place as where
@@ -60,6 +61,9 @@ class Mix(Rewrite):
     def reads(self) -> Iterable[str]:
         return (self.mixer.stage, *self.mixer.reads)
 
+    def readers(self, site: Site) -> Iterable[str]:
+        return readers(site)
+
     def rewrite(self, site: Site, edit: Editor) -> None:
         if site.kind != self.mixer.site:
             raise SiteRefusedError(
@@ -88,6 +92,7 @@ class Mix(Rewrite):
         target = stage(site, self.mixer.stage)
         mixed = _cast(mixed, target, edit)
         edit.replace(target.node, _back(mixed, target, found, self.mixer, edit))
+        forget(found, edit)
         edit.discard(target.node, inside=self.loses_parameters)
         edit.whole_sequence = True
 

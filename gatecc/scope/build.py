@@ -224,7 +224,8 @@ def apply(
         work.note(edit)
     inserted = {node for edit in editors for node in edit.inserted}
     lost = {name for edit in editors for name in edit.lost}
-    verify(program, before, Suspect(str(rewrite), sites, inserted, rewrite.loses_buffers, replaces | lost, own))
+    hidden = {number for edit in editors for number in edit.hidden}
+    verify(program, before, Suspect(str(rewrite), sites, inserted, rewrite.loses_buffers, replaces | lost, own, hidden))
     return editors
 
 
