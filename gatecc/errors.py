@@ -106,7 +106,8 @@ class CallNotCapturedError(GateccError):
     cannot be said there, and gatecc never runs the unrewritten model in its place.
 
     Fails: calling a model whose residual stream is gated with a KV cache object.
-    Mended: pass ``use_cache=False``; for generation with constant memory use ``gatecc.decoder``.
+    Mended: pass ``use_cache=False``; ``generate`` of a transformers model keeps a state by itself, and
+    ``gatecc.decoder`` does for loops of your own.
     """
 
     code = "GCC006"

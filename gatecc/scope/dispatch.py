@@ -17,7 +17,7 @@ from gatecc.errors import CallNotCapturedError, CaptureError
 from gatecc.scope.family import Entry
 from gatecc.scope.key import call_key
 from gatecc.scope.learn import entry_for, known_entry, lookup
-from gatecc.scope.python_path import run_python
+from gatecc.scope.python_path import REMEDY, run_python
 from gatecc.scope.state import STATE, Scope, base_forward
 from gatecc.scope.traced import is_traced, outside
 from gatecc.scope.variant import Variant
@@ -101,8 +101,6 @@ def _python(
             "this call cannot become a graph, and the rewrite cannot be said in Python",
             where=state.fqn or type(module).__name__,
             found=f"{reason}; {state.python.refused}",
-            do=do
-            or "call without a cache object (use_cache=False) and without hooks on objects inside the scope; "
-            "for generation with constant memory use gatecc.decoder",
+            do=do or REMEDY,
         )
     return run_python(state.python, module, base_forward(module), args, kwargs, state.fqn)

@@ -23,6 +23,11 @@ from gatecc.ir.edit import Call, Editor
 from gatecc.ir.program import Program, attribute, origin
 from gatecc.ir.site import Attention
 
+REMEDY = (
+    "call without a cache object (use_cache=False), and without hooks on objects inside the scope; generate() of a "
+    "transformers model keeps a state by itself, gatecc.decoder(model, inputs) does for loops of your own"
+)
+
 
 @dataclass(frozen=True)
 class Anchor:
@@ -82,7 +87,7 @@ def python_path(
     anchors = _Anchors(program, cores, names, {n for e in editors for n in e.inserted})
     for editor in editors:
         if editor.whole_sequence:
-            return PythonPath(refused=f"{editor.rewrite} keeps no KV cache: decode with gatecc.decoder(model)")
+            return PythonPath(refused=f"{editor.rewrite} keeps no KV cache")
         ops: list[Op] = []
         for step in editor.steps:
             if isinstance(step, Call):
@@ -269,6 +274,5 @@ def _refusal(where: str, reason: str) -> CallNotCapturedError:
         "this call cannot become a graph, and the rewrite cannot be said in Python",
         where=where,
         found=reason,
-        do="call without a cache object (use_cache=False) and without hooks inside the scope; "
-        "for generation with constant memory use gatecc.decoder",
+        do=REMEDY,
     )
