@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, grad_and_value, vmap
 
 from tests.compatibility.subject import canonical, gradients, inputs, whole
 
@@ -81,18 +81,20 @@ def _right_func(module: nn.Module) -> Results:
 
 
 def _vmap(module: nn.Module) -> Results:
-    """A gradient per sample."""
+    """A loss and a gradient per sample."""
     weights, ids = _weights(module), inputs()["input_ids"]
-    per_sample = vmap(grad(lambda w, i: _loss(module, w, i[None])), in_dims=(None, 0))
-    return {f"grad {canonical(n)}": g for n, g in per_sample(weights, ids).items()}
+    per_sample = vmap(grad_and_value(lambda w, i: _loss(module, w, i[None])), in_dims=(None, 0))
+    found, loss = per_sample(weights, ids)
+    return {"loss": loss, **{f"grad {canonical(n)}": g for n, g in found.items()}}
 
 
 def _right_vmap(module: nn.Module) -> Results:
     rows: list[Results] = []
     for row in inputs()["input_ids"]:
         module.zero_grad()
-        _call(module, input_ids=row[None], labels=row[None]).loss.backward()
-        rows.append(gradients(module))
+        loss = _call(module, input_ids=row[None], labels=row[None]).loss
+        loss.backward()
+        rows.append({"loss": loss.detach(), **gradients(module)})
     return {n: torch.stack([row[n] for row in rows]) for n in rows[0]}
 
 
@@ -116,12 +118,14 @@ def _checkpointing(module: nn.Module) -> Results:
     return found
 
 
-def scaled(module: nn.Module) -> nn.Module:
-    """A copy with every weight multiplied as the functional modes do it."""
+def scaled(module: nn.Module, called: nn.Module | None = None) -> nn.Module:
+    """A copy with every weight multiplied as the functional modes do it: those of the module that is ``called``."""
     other = copy.deepcopy(module)
+    names = {n for n, _ in (called or module).named_parameters()}
     with torch.no_grad():
-        for p in other.parameters():
-            p.mul_(FACTOR)
+        for n, p in other.named_parameters():
+            if n in names:
+                p.mul_(FACTOR)
     return other
 
 

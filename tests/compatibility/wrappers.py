@@ -204,10 +204,10 @@ def _hooks(rewrite: Rewrite, mode: str, stack: ExitStack) -> Setup:
 
 def _quantize_dynamic(rewrite: Rewrite, mode: str, stack: ExitStack) -> Setup:
     module = rewrite(base())
-    right = _copy(module, mode)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         quantised = torch.ao.quantization.quantize_dynamic(module, {nn.Linear})  # pyright: ignore[reportDeprecated]
+    right = scaled(module, quantised) if mode in FUNCTIONAL else module  # quantised weights are no parameters
     return Setup(quantised, right, tolerance=0.25, gradients=False)
 
 
