@@ -43,6 +43,7 @@ BEGIN, END = "<!-- recipes:begin -->", "<!-- recipes:end -->"
 GUIDES = (
     ("tutorial.md", "your own rewrite in 25 lines, and everything around it"),
     ("scopes.md", "what a transformed submodule does when it is called"),
+    ("compatibility.md", "modes x wrappers x recipes: what works, what is refused with which code, what fails anyway"),
     ("saving.md", "checkpoints, save_pretrained, Trainer: what is written, and how it is loaded again"),
     ("healing.md", "training after a rewrite: layer-wise transfer, distillation, adapters, and measures of the loss"),
     ("decoder.md", "prefill and step, derived from a causal model's graph: state, sampling, left padding, refusals"),
