@@ -26,7 +26,7 @@ from gatecc.errors import ArgumentError, CaptureError, ExampleInputsError, Expor
 from gatecc.export.compare import Compared, Outcome, compare
 from gatecc.export.files import MANIFEST, Exported, describe, metadata, move, parent, write_manifest
 from gatecc.scope.recurrences import recurrences
-from gatecc.scope.whole import Whole, mixes
+from gatecc.scope.whole import Whole, reads_masks
 
 __all__ = ["MANIFEST", "Compared", "Exported", "export"]
 
@@ -193,7 +193,7 @@ def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], notes
 
 def _said(call: Call) -> Whole | None:
     """The call as one graph, where the model's own parts cannot be exported each by itself."""
-    if not mixes(call.flat.m):
+    if not reads_masks(call.flat.m):
         return None
     args, kwargs = call.arguments(call.leaves)
     return Whole(call.flat.m, args, kwargs)

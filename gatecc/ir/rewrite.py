@@ -79,6 +79,12 @@ class Rewrite(metaclass=_Taking):
         """
         return False
 
+    @property
+    def reads_mask(self) -> bool:
+        """Whether the edit depends on which keys a query may see. That is proved best in the graph of the whole model,
+        so exports write a model with such rewrites from that graph."""
+        return False
+
     @abstractmethod
     def contract(self) -> Contract:
         """What the rewrite promises about the model's function."""

@@ -34,6 +34,11 @@ class Body(Option, slot="body"):
         return ()
 
     @property
+    def reads_mask(self) -> bool:
+        """See Rewrite.reads_mask."""
+        return False
+
+    @property
     def starts_at_zero(self) -> bool:
         """Whether the sub-graph yields exactly 0 when it is fresh."""
         return False
@@ -54,6 +59,10 @@ class PrefixSum(Body, tag="prefix_sum"):
     @property
     def reads(self) -> tuple[str, ...]:
         return ("v",)
+
+    @property
+    def reads_mask(self) -> bool:
+        return True
 
     def build(self, site: Site, value: Value, edit: Editor) -> fx.Node:
         v = stage(site, "v")
@@ -178,6 +187,10 @@ class Branch(Rewrite):
     gate: GateSpec | None = None
     label: str = "branch"
     op: Literal["add", "lerp"] = "add"
+
+    @property
+    def reads_mask(self) -> bool:
+        return self.body.reads_mask
 
     def contract(self) -> Contract:
         zero = starts_at_zero(self.gate) if self.gate else self.op == "add" and self.body.starts_at_zero

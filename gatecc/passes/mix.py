@@ -52,6 +52,10 @@ class Mix(Rewrite):
     def loses_parameters(self) -> bool:
         return self.mixer.stage == "out"
 
+    @property
+    def reads_mask(self) -> bool:
+        return True
+
     def whole_model(self, site: Site) -> bool:
         return bool(self.mixer.inputs)
 

@@ -14,7 +14,6 @@ from gatecc.ir.edit import Editor
 from gatecc.ir.match import Sites, find_sites
 from gatecc.ir.program import Program
 from gatecc.passes.canonicalize import canonicalize
-from gatecc.passes.mix import Mix
 from gatecc.scope.build import rewrite_program
 from gatecc.scope.recurrences import recurrences
 from gatecc.scope.scope import Application, Scope, plain, scopes
@@ -68,10 +67,9 @@ class Whole(nn.Module):
         return output_tensors(self._variant[0](self.m, leaves))
 
 
-def mixes(model: nn.Module) -> bool:
-    """Whether some attention of the model was replaced: that its mask is causal is proved in the whole graph alone."""
-    rewrites = [a.rewrite for _, _, state in scopes(model) for a in state.applied]
-    return any(isinstance(rewrite, Mix) for rewrite in rewrites)
+def reads_masks(model: nn.Module) -> bool:
+    """Whether some rewrite of the model depends on a mask: what it is, is proved in the whole graph alone."""
+    return any(a.rewrite.reads_mask for _, _, state in scopes(model) for a in state.applied)
 
 
 def _merged(states: dict[str, Scope]) -> Scope:

@@ -35,3 +35,17 @@ def test_packed_rows_are_exported_and_given_masks_are_refused(tmp_path: Path) ->
     mask = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()
     with pytest.raises(ExportError, match="asserts the form of a mask"):
         gatecc.export(student, tmp_path / "given", {"input_ids": IDS, "attention_mask": mask})
+
+
+def test_a_mask_that_the_model_makes_is_proved_in_the_whole_graph(tmp_path: Path) -> None:
+    """Prefix sums follow the mask, though they replace nothing: the layer alone would assert a mask that it is
+    given."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_hidden_layers=1, use_cache=False)).eval()
+    affine = gatecc.transform(model, "affine-attention", (IDS,), verify=False)
+    with torch.no_grad():
+        for name, p in affine.named_parameters():
+            if "beta" in name or "alpha" in name:
+                p.normal_()
+    made = gatecc.export(affine, tmp_path / "affine", (IDS,))
+    assert max(c.error for c in made.compared) <= 1e-5
