@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx, nn
@@ -15,7 +15,7 @@ from gatecc.ir.mask import Mask
 from gatecc.ir.program import Program, origin
 from gatecc.ir.rewrite import Recipe, Rewrite
 from gatecc.ir.select import select
-from gatecc.ir.site import Refusal, Site
+from gatecc.ir.site import Attention, Refusal, Site
 from gatecc.scope.masks import Proved, proved_masks, relative
 from gatecc.scope.scope import Application, outside_scopes
 from gatecc.scope.state import forward_hides_class
@@ -52,7 +52,8 @@ def plans_of(
     left_out: list[Refusal] = []
     for rewrite in recipe.rewrites:
         chosen: dict[str, list[Site]] = {}
-        fitting, refused = _fitting(rewrite, select(rewrite.site, analysis.sites, analysis.refusals))
+        by_tokens = any(r.reads_mask and _same_sites(r, rewrite) for r in recipe.rewrites)
+        fitting, refused = _fitting(rewrite, by_tokens, select(rewrite.site, analysis.sites, analysis.refusals))
         left_out += refused
         for site in fitting:
             program = analysis.program_of(site)
@@ -77,8 +78,14 @@ def plans_of(
     return list(plans.values()), left_out
 
 
-def _fitting(rewrite: Rewrite, chosen: list[Site]) -> tuple[list[Site], list[Refusal]]:
-    """The sites that have what a rewrite reads, and refusals of the others.
+def _same_sites(one: Rewrite, other: Rewrite) -> bool:
+    """Whether two rewrites select the same sites, whatever their values."""
+    return replace(one.site, stage="") == replace(other.site, stage="")
+
+
+def _fitting(rewrite: Rewrite, by_tokens: bool, chosen: list[Site]) -> tuple[list[Site], list[Refusal]]:
+    """The sites that have what a rewrite reads, and refusals of the others: with ``by_tokens``, which is set for
+    rewrites that belong together with one that reads a mask over tokens, those where channels attend, too.
 
     Raises SiteRefusedError if none has, or if those sites were not selected by ``...`` but named.
     """
@@ -86,12 +93,16 @@ def _fitting(rewrite: Rewrite, chosen: list[Site]) -> tuple[list[Site], list[Ref
     fitting: list[Site] = []
     for site in chosen:
         missing = [name for name in dict.fromkeys(rewrite.reads()) if site.find(name) is None]
-        if not missing:
+        between = by_tokens and isinstance(site, Attention) and site.over == "channels"
+        if not missing and not between:
             fitting.append(site)
             continue
         values = " and ".join(repr(name) for name in missing)
         reason = f"{rewrite} needs {values}; this {site.kind} is spelled so that it has {', '.join(site.values)}"
         remedy = "gate or read another stage of it"
+        if between:
+            reason = f"{rewrite} is made for tokens that attend to tokens; here channels attend to channels"
+            remedy = "gate its heads, which have a number for each token"
         refusals.append(Refusal(SiteRefusedError.code, site.kind, site.owner, site.line, reason, remedy))
     if refusals and (not fitting or rewrite.site.where is not ...):
         first = refusals[0]

@@ -331,18 +331,51 @@ class BetweenChannels(nn.Module):
         self.qkv = nn.Linear(16, 48)
         self.o = nn.Linear(16, 16)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def mixed(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 4, 1)  # (B, H, D, N)
-        o = (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT).softmax(-1) @ v
-        return self.o(o.permute(0, 3, 1, 2).flatten(2))
+        return (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT).softmax(-1) @ v
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.mixed(x).permute(0, 3, 1, 2).flatten(2))
 
 
-def test_a_gate_for_each_token_does_not_fit_attention_between_channels() -> None:
+class BetweenTokens(BetweenChannels):
+    def mixed(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v).mT
+
+
+def test_gates_of_attention_between_channels_have_a_number_for_each_token() -> None:
     model, x = BetweenChannels(), torch.randn(2, 7, 16)
-    with pytest.raises(SiteRefusedError, match="needs 'hidden'"):  # no stream counts what its queries count
-        gatecc.transform(model, "gated-attention", (x,))
-    with pytest.raises(SiteRefusedError, match="no fixed number of channels"):
-        gatecc.transform(model, [Gate(Attention[...].heads, GateSpec("self", granularity="head"))], (x,))
-    gated = gatecc.transform(model, [Gate(Attention[...].heads, GateSpec("param", "none", "head"))], (x,))
-    torch.testing.assert_close(gated(x), model(x))
-    torch.testing.assert_close(gated(torch.cat([x, x], 1)), model(torch.cat([x, x], 1)))
+    gated = gatecc.transform(model, "gated-attention", (x,))
+    assert torch.allclose(gated(x), model(x), atol=1e-6)
+    w, b = (nn.init.normal_(gated.get_parameter(f"gate.{name}")).detach() for name in ("weight", "bias"))
+
+    class Gated(BetweenChannels):
+        def mixed(self, x: Tensor) -> Tensor:
+            gate = 2 * torch.sigmoid(F.linear(x, w, b))  # (B, N, H)
+            return super().mixed(x) * gate.transpose(1, 2).unsqueeze(2)
+
+    by_hand = Gated()
+    by_hand.load_state_dict(model.state_dict())
+    for batch in (x, torch.randn(3, 11, 16)):
+        torch.testing.assert_close(gated(batch), by_hand(batch))
+
+
+@pytest.mark.parametrize("recipe", ["gla", "affine-attention"])
+def test_what_is_made_for_tokens_does_not_fit_attention_between_channels(recipe: str) -> None:
+    x = torch.randn(2, 7, 16)
+    both = nn.Sequential(BetweenChannels(), BetweenTokens())
+    with pytest.raises(SiteRefusedError, match=r"(?s)0 .*here channels attend to channels"):
+        gatecc.transform(both, gatecc.recipe(recipe, sites="attention[0]"), (x,))
+    rows = gatecc.last_report(gatecc.transform(both, recipe, (x,))).rewrites
+    assert {row.scope for row in rows} == {"1"}  # neither what mixes tokens nor the gate that belongs to it
+
+
+def test_scores_of_attention_between_channels_have_no_tokens() -> None:
+    model, x = BetweenChannels(), torch.randn(2, 7, 16)
+    with pytest.raises(SiteRefusedError, match="axes bhdc of matmul count no tokens"):
+        gatecc.transform(model, [Gate(Attention[...].scores, GateSpec("hidden", granularity="head"))], (x,))
+    gated = gatecc.transform(model, [Gate(Attention[...].scores, GateSpec("pool(hidden)", granularity="head"))], (x,))
+    longer = torch.cat([x, x], 1)
+    torch.testing.assert_close(gated(longer), model(longer))

@@ -132,6 +132,9 @@ class Attention(Site):
     themselves where there is none); scores before softmax and weights after it (b, h, n, m),
     only when spelled out; heads = weights @ v (b, h, n, d); out = after the output projection (b, n, c).
     Weights: q, k, v, o; qkv instead where the rows of the three are interleaved in one matrix.
+
+    Where channels attend to channels (XCiT, DaViT: ``over``), the axes are still named by what they count: q and heads
+    (b, h, d, n), k and v (b, h, c, n), scores and weights (b, h, d, c).
     """
 
     kind = "attention"
@@ -152,6 +155,7 @@ class Attention(Site):
     dropout: float = 0.0
     rotary: bool = False
     cross: bool = False  # keys come from another sequence than queries
+    over: Literal["tokens", "channels"] = "tokens"  # what attends to what
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

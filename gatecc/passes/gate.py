@@ -22,6 +22,7 @@ from gatecc.passes.fold import fold_into_next
 from gatecc.passes.fused import fused_scores, scored_elsewhere
 from gatecc.passes.operands import (
     check_positions,
+    check_tokens,
     condition,
     gate_shape,
     laid_out,
@@ -113,6 +114,8 @@ def gate_node(spec: GateSpec, selector: Any, value: Value, edit: Editor, label: 
     if spec.fuse_into:
         sources = [fused_scores(spec, value, sources[0], edit)]
         spec = scored_elsewhere(spec)
+    if spec.source.tokens:
+        check_tokens(value, edit.site)
     check_positions(value, sources, edit.site)
     at = gate_shape(spec, value, sources, edit)
     like = own_weight(edit.site, edit.program)

@@ -127,7 +127,7 @@ def source_shape(value: Value) -> SourceShape:
             raise SiteRefusedError(
                 "the source of the gate has no fixed number of channels",
                 where=str(origin(value.node).owner),
-                found=f"axis {axis} of {_size(value, axis)}: attention between channels has tokens there",
+                found=f"axis {axis} of {_size(value, axis)} differs from call to call",
                 expected="a size that is the same in every call",
                 do="use a gate that reads nothing (source 'param'), gate stage 'out', or leave this site out",
             )
@@ -140,8 +140,23 @@ def static_sizes(value: Value) -> dict[str, int]:
     return {a: int(s) for a, s in known.items() if s.is_Integer}
 
 
+def check_tokens(value: Value, site: Site) -> None:
+    """Refuse a gate for each token on a value that has none: the scores of attention between channels.
+
+    Raises SiteRefusedError.
+    """
+    if isinstance(site, Attention) and site.over == "channels" and not set(positions(value.axes)) - {"b"}:
+        raise SiteRefusedError(
+            "the gated value has channels where the gate has tokens",
+            where=place(site),
+            found=f"attention between channels: the axes {value.axes} of {value.node.name} count no tokens",
+            expected="a gate that is the same for all tokens of a sample",
+            do="use the source 'param' or 'pool(hidden)', or gate stage 'heads', which has tokens",
+        )
+
+
 def check_positions(value: Value, sources: Sequence[Value], site: Site) -> None:
-    """Refuse a source that counts other places by the value's letter: attention between channels has tokens elsewhere.
+    """Refuse a source that counts other places by the value's letter.
 
     Raises SiteRefusedError.
     """

@@ -177,7 +177,7 @@ def _attention(site: Attention) -> list[str]:
     if site.heads:
         grouped = site.kv_heads not in (0, site.heads)
         words.append(f"{site.heads} heads" + (f" on {site.kv_heads}" if grouped else ""))
-    words += ["rotary"] * site.rotary + ["cross"] * site.cross
+    words += ["rotary"] * site.rotary + ["cross"] * site.cross + ["between channels"] * (site.over == "channels")
     return words + [f"dropout {site.dropout:g}"] * bool(site.dropout)
 
 

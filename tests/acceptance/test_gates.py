@@ -38,7 +38,7 @@ def test_identity_gates(name: str, spec: Spec) -> None:
     except EmptySelectionError:
         gates.check_sites(gates.inspected(case), truth)  # nothing to gate: then every core is refused with a reason
         return
-    except SiteRefusedError:  # windows are cut inside the modules, or channels attend: gates read what they gate
+    except SiteRefusedError:  # windows are cut inside the modules: gates read what they gate
         spec_of_self = GateSpec("self", granularity="head")
         gated = gatecc.transform(case.model, [Gate(Attention[...].heads, spec_of_self)], (case.args, case.kwargs))
     gates.check_sites(gatecc.last_report(gated), truth)

@@ -10,7 +10,7 @@ from torch import fx
 from gatecc.ir.dataflow import Flow
 from gatecc.ir.match.axes import permutation
 from gatecc.ir.match.expand import is_identity, unexpanded
-from gatecc.ir.match.heads import batch_letters, heads_by_size
+from gatecc.ir.match.heads import batch_letters, feature_axes, heads_by_size
 from gatecc.ir.match.maps import LinearMaps
 from gatecc.ir.match.mask_eval import MaskClassifier, MaskGraph
 from gatecc.ir.match.normalisation import Normalisation
@@ -29,6 +29,8 @@ from gatecc.ir.site import Attention, Masking, Value, Weight
 from gatecc.ir.sizes import example_sizes, node_shape, numel, same
 
 Roles = dict[str, str]  # from the letter of an axis in a product to its letter in a site
+Over = Literal["tokens", "channels"]
+_BETWEEN_CHANNELS = str.maketrans("nmd", "dcn")  # queries and keys are channels, and what is contracted are tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,17 +64,17 @@ class Assembler:
         q_node, q_axes = (product.left, product.left_axes) if is_left else (product.right, product.right_axes)
         k_node, k_axes = (product.right, product.right_axes) if is_left else (product.left, product.left_axes)
         v_node, v_letters = self._values(parts)
-        roles = self._roles(parts, (q_node, q_axes), (k_node, k_axes))
-        q = self._operand(q_node, _named(q_axes, roles), parts.owner, expand=False)
-        k = self._operand(k_node, _named(k_axes, roles), parts.owner, expand=True)
+        roles, over = self._roles(parts, (q_node, q_axes), (k_node, k_axes))
+        q = self._operand(q_node, _named(q_axes, roles, over), parts.owner, expand=False)
+        k = self._operand(k_node, _named(k_axes, roles, over), parts.owner, expand=True)
         v_roles = self._value_roles(parts, roles)
-        v = self._operand(v_node, _named(v_letters, v_roles), parts.owner, expand=True, scale=False)
-        heads = self._heads(parts, _named(self._core_letters(parts), v_roles))
+        v = self._operand(v_node, _named(v_letters, v_roles, over), parts.owner, expand=True, scale=False)
+        heads = self._heads(parts, _named(self._core_letters(parts), v_roles, over))
         count, kv_count = self._count(q), self._count(k)
         output = find_output(parts.core, _width(heads, count), flow, self.maps, parts.owner)
         values = {"q": Value(q.node, q.axes), "k": Value(k.node, k.axes), "v": Value(v.node, v.axes), "heads": heads}
         masks, whole = _maskings(parts)
-        values |= self._raw(q, k) | self._inner(parts, roles)
+        values |= self._raw(q, k) | self._inner(parts, roles, over)
         values |= streams((q, k, v), output, heads, (count, kv_count), parts.core, flow)
         return Attention(
             owner=parts.owner,
@@ -95,12 +97,13 @@ class Assembler:
             dropout=self._dropout(parts),
             rotary=bool(q.origins and q.origins.rotary),
             cross=self._cross(q, k, v),
+            over=over,
         )
 
     # --- axes ---
 
-    def _roles(self, parts: Parts, queries: tuple[fx.Node, str], keys: tuple[fx.Node, str]) -> Roles:
-        """The letters of queries and keys; batch axes are named by their sizes."""
+    def _roles(self, parts: Parts, queries: tuple[fx.Node, str], keys: tuple[fx.Node, str]) -> tuple[Roles, Over]:
+        """The letters of queries and keys; batch axes are named by their sizes. And what the queries are."""
         product, (q_node, q_axes), (k_node, k_axes) = parts.product, queries, keys
         contracted = "d" if parts.spelling == "sdpa" else product.contracted
         own = [
@@ -118,7 +121,11 @@ class Assembler:
             origins, node, axes = other, k_node, k_axes
         numbers = row_numbers(origins, self.masks.evaluator, self.sizes) if origins is not None else None
         places = [axes.index(a) if a in axes else len(axes) for a in batch]
-        return roles | dict(zip(batch, batch_letters(places, node, origins, numbers), strict=True))
+        features = feature_axes(node, origins, numbers) if origins is not None and numbers is not None else set[int]()
+        at = axes.index(query if axes is q_axes else parts.keys)
+        over: Over = "channels" if at in features and features.isdisjoint(map(axes.index, contracted)) else "tokens"
+        letters = batch_letters(places, node, origins, numbers, at if over == "channels" else -1)
+        return roles | dict(zip(batch, letters, strict=True)), over
 
     def _value_roles(self, parts: Parts, roles: Roles) -> Roles:
         """The letters of weights times values: those of the scores, found again by position."""
@@ -191,15 +198,16 @@ class Assembler:
             return int(heads) if heads.is_Integer else 0
         if "g" not in sizes:
             return 1
-        ratio = heads_by_size(operand.node, operand.origins)
+        width = next((at for at, letter in enumerate(operand.axes) if letter in "dc"), -1)
+        ratio = heads_by_size(operand.node, operand.origins, width)
         return ratio if ratio is not None else 0
 
     # --- parts of the site ---
 
-    def _inner(self, parts: Parts, roles: Roles) -> dict[str, Value]:
+    def _inner(self, parts: Parts, roles: Roles, over: Over) -> dict[str, Value]:
         if parts.softmax is None or parts.scores is None or parts.weighing is None:
             return {}
-        axes = _named(parts.product.axes, roles)
+        axes = _named(parts.product.axes, roles, over)
         nodes, weights = {"scores": parts.scores.final}, parts.softmax.output
         for node in parts.weighing.path:  # after casts and after the sink column is cut off, before dropout and merging
             if opname(node) not in CASTS and not (parts.scores.sinks and opname(node) == "slice"):
@@ -229,7 +237,8 @@ class Assembler:
             return
         numbers = row_numbers(operand.origins, self.masks.evaluator, self.sizes)
         rows = rows_of(numbers[1] if numbers is not None else None)
-        width = dict(zip(operand.axes, node_shape(operand.node) or (), strict=False)).get("d")
+        sizes = dict(zip(operand.axes, node_shape(operand.node) or (), strict=False))
+        width = sizes.get("d", sizes.get("c"))
         if rows is not None and count and isinstance(width, int) and rows.count < count * width:
             return
         whole = rows is None or rows.range is None
@@ -308,8 +317,9 @@ def _maskings(parts: Parts) -> tuple[list[Masking], bool]:
     return [] if given is None else [Masking(given, "added")], not argument(parts.core, 5, "is_causal")
 
 
-def _named(letters: str, roles: Roles) -> str:
-    return "".join(roles.get(a, "d") for a in letters)
+def _named(letters: str, roles: Roles, over: Over) -> str:
+    names = "".join(roles.get(a, "d") for a in letters)
+    return names.translate(_BETWEEN_CHANNELS) if over == "channels" else names
 
 
 def _rank(node: fx.Node) -> int:

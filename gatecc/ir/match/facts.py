@@ -24,6 +24,7 @@ _SECOND = frozenset(
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution "
     "batch_norm group_norm instance_norm".split()
 )  # the features are second, after the batch
+_NORMS = frozenset("layer_norm rms_norm batch_norm group_norm instance_norm".split())
 _STARTS = _LAST | _SECOND | frozenset(LINEAR_OPS) | {"einsum"}
 _PERMUTES = frozenset("permute transpose t mT movedim swapaxes swapdims".split())
 _REGROUPS = frozenset("view reshape _unsafe_view flatten unflatten view_as reshape_as".split())
@@ -76,9 +77,10 @@ class Facts:
         self._places[key] += 1
         return Place(owner=owner, ordinal=self._places[key] - 1, call=at.call, line=at.line)
 
-    def value(self, node: fx.Node) -> Value:
-        """The node with its axes named."""
-        return Value(node, axes(len(shape(node)), self.channel.get(node)))
+    def value(self, node: fx.Node, like: fx.Node | None = None) -> Value:
+        """The node with its axes named, as those of ``like``, a node of its shape, where nothing else says."""
+        channel = self.channel.get(node, self.channel.get(like) if like is not None else None)
+        return Value(node, axes(len(shape(node)), channel))
 
     def _visit(self, node: fx.Node) -> None:
         found = projection(self.program, node, self.data)
@@ -90,6 +92,7 @@ class Facts:
         if whole is not None:
             self.whole[node] = whole
         self._find_source(node)
+        self._tell_input(node)
         axis = self._find_channel(node)
         if axis is not None:
             self.channel[node] = axis
@@ -130,6 +133,19 @@ class Facts:
         sources = {self.source[n] for n in self.inputs[node] if n in self.source}
         if sources:
             self.source[node] = next(iter(sources)) if len(sources) == 1 else node
+
+    def _tell_input(self, node: fx.Node) -> None:
+        """What a layer reads has its features where the layer takes them, if nothing before says where: an input."""
+        name = opname(node)
+        projection = self.projections.get(node)
+        x = projection.x if projection else node.args[0] if name in _STARTS and node.args else None
+        held = fake(x) if isinstance(x, fx.Node) and x in self.data and x not in self.channel else None
+        if held is None or not held.is_floating_point() or (projection is None and name not in _NORMS):
+            return
+        assert isinstance(x, fx.Node)
+        second = projection.conv if projection else name in _SECOND
+        if held.dim() > 1:
+            self.channel[x] = 1 if second else held.dim() - 1
 
     def _find_channel(self, node: fx.Node) -> int | None:
         name = opname(node)

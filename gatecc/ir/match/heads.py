@@ -6,7 +6,7 @@ import sympy
 import torch
 from torch import fx
 
-from gatecc.ir.match.axes import permutation
+from gatecc.ir.match.axes import axis_after, permutation
 from gatecc.ir.match.origins import Origins
 from gatecc.ir.ops import CASTS, RESHAPES, TRANSPOSES, opname
 from gatecc.ir.sizes import Size, expression, node_shape, numel, same
@@ -16,8 +16,9 @@ _MOVES = (
 )
 
 
-def heads_by_size(node: fx.Node, origins: Origins | None) -> int | None:
-    """Heads = elements of q per token and feature, in units of d. None if no projection tells what a token is."""
+def heads_by_size(node: fx.Node, origins: Origins | None, width: int = -1) -> int | None:
+    """Heads = elements of q per token and feature, in units of d, the axis ``width``. None if no projection tells what
+    a token is."""
     shape = node_shape(node)
     if origins is not None and origins.part is not None:
         shape = node_shape(origins.part)  # each part of joined tokens has as many heads as the whole
@@ -25,20 +26,24 @@ def heads_by_size(node: fx.Node, origins: Origins | None) -> int | None:
         return None
     made = node_shape(origins.projection.node) or ()
     channels = made[origins.projection.channels]
-    ratio = sympy.cancel(numel(shape) * expression(channels) / (expression(shape[-1]) * numel(made)))
+    ratio = sympy.cancel(numel(shape) * expression(channels) / (expression(shape[width]) * numel(made)))
     return int(ratio) if ratio.is_Integer else None
 
 
 def batch_letters(
-    axes: list[int], node: fx.Node, origins: Origins | None, numbers: tuple[fx.Node, torch.Tensor] | None
+    axes: list[int],
+    node: fx.Node,
+    origins: Origins | None,
+    numbers: tuple[fx.Node, torch.Tensor] | None,
+    width: int = -1,
 ) -> str:
     """The letters of the axes ``axes`` of queries: b batch, h heads, w windows, r heads that share a key, g merged.
 
     Different heads come from different features of the projection, different samples and windows from the same ones;
-    where the features cannot be followed (``numbers``), sizes decide.
+    where the features cannot be followed (``numbers``), sizes decide. ``width`` is the axis of a head's features.
     """
     shape = node_shape(node) or ()
-    sizes, heads = [shape[i] if i < len(shape) else 1 for i in axes], heads_by_size(node, origins)
+    sizes, heads = [shape[i] if i < len(shape) else 1 for i in axes], heads_by_size(node, origins, width)
     if len(axes) == 1:
         merged = (heads is not None and heads > 1) or (heads is None and _is_merged(node))
         return "g" if merged else "b"
@@ -86,6 +91,23 @@ def _followed(
     if last is not node and any(_moves_batch(n) for n in after):
         return []
     return [i < tensor.ndim and bool((tensor != tensor.narrow(i, 0, 1)).any()) for i in axes]
+
+
+def feature_axes(node: fx.Node, origins: Origins, numbers: tuple[fx.Node, torch.Tensor]) -> set[int]:
+    """Along which axes of queries the features of the projection lie, as far as these can be followed."""
+    last, tensor = numbers
+    at = origins.between.index(last) + 1 if last in origins.between else 0
+    found: set[int] = set()
+    for axis in range(tensor.ndim):
+        if bool((tensor == tensor.narrow(axis, 0, 1)).all()):
+            continue
+        runs: dict[fx.Node, int | None] = {last: axis}
+        for step in origins.between[at:]:
+            source = next((n for n in step.all_input_nodes if runs.get(n) is not None), None)
+            runs[step] = axis_after(step, source, runs[source] or 0) if source is not None else None
+        if (end := runs.get(node)) is not None:
+            found.add(end)
+    return found
 
 
 def _is_merged(node: fx.Node) -> bool:

@@ -15,5 +15,5 @@ from gatecc.ir.site import Residual
 def match_residual(facts: Facts) -> Iterator[Residual]:
     """One site a join, in execution order. Other adds are the business of match_merge."""
     for add, (skip, branch) in facts.residuals.items():
-        values = {"skip": facts.value(skip), "branch": facts.value(branch), "out": facts.value(add)}
+        values = {"skip": facts.value(skip, add), "branch": facts.value(branch, add), "out": facts.value(add)}
         yield Residual(**facts.place("residual", add), values=values, add=add)

@@ -58,14 +58,13 @@ def ordered(value: Value, tensors: dict[fx.Node, Any], axes: str) -> Tensor:
 
 
 def recomputed(site: Attention, tensors: dict[fx.Node, Any]) -> Tensor | None:
-    """The heads that the site's fields make, (b, h, n, d); None where they say that more is added (bias, a soft
-    cap)."""
+    """The heads that the site's fields make, (b, h, n, d) or (b, h, d, n) between channels; None where they say that
+    more is added (bias, a soft cap)."""
     known = site.mask.kind in ("bidirectional", "causal", "sliding_window")
     if not known or site.mask.padding or site.mask.bias or site.soft_cap or site.sinks or site.scale is None:
         return None
-    q, k, v = (
-        ordered(site.values[name], tensors, axes) for name, axes in (("q", "bhnd"), ("k", "bhmd"), ("v", "bhmd"))
-    )
+    queries, keys = ("bhdn", "bhcn") if site.over == "channels" else ("bhnd", "bhmd")
+    q, k, v = (ordered(site.values[name], tensors, axes) for name, axes in (("q", queries), ("k", keys), ("v", keys)))
     if q.shape[0] == k.shape[0] and k.shape[1] > 1:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = q.double() @ k.double().mT * site.scale
@@ -82,7 +81,7 @@ def check(site: Attention, tensors: dict[fx.Node, Any]) -> bool:
     expected = recomputed(site, tensors)
     if expected is None:
         return False
-    heads = ordered(site.values["heads"], tensors, "bhnd").double()
+    heads = ordered(site.values["heads"], tensors, "bhdn" if site.over == "channels" else "bhnd").double()
     assert heads.shape == expected.shape, (site.key, heads.shape, expected.shape)
     torch.testing.assert_close(heads, expected, rtol=1e-4, atol=1e-4, msg=lambda m: f"{site.key}: {m}")
     return True

@@ -118,3 +118,17 @@ def test_rotary_is_neither_residual_nor_merge() -> None:
     assert not found.sites("residual")
     assert not found.sites("merge")
     assert not found.refusals("merge")
+
+
+def test_the_skip_that_is_an_input_is_named_like_its_branch() -> None:
+    """An input says nothing of its layout: images with the channels last, and signals with the channels second."""
+    norm, f = nn.LayerNorm(6), nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 6))
+    images = torch.randn(2, 4, 5, 6)
+    for join in (lambda m, x: x + m.f(m.norm(x)), lambda m, x: x + m.norm(m.f(x))):
+        found = find(Lambda(join, f=f, norm=norm), images)
+        assert set(found.axes(found.sites("residual")[0]).values()) == {"byxc"}
+        assert set(found.axes(found.sites("mlp")[0]).values()) == {"byxc"}
+    conv = nn.Sequential(nn.Conv1d(6, 6, 3, padding=1), nn.ReLU(), nn.Conv1d(6, 6, 3, padding=1))
+    found = find(Lambda(lambda m, x: x + m.f(x), f=conv), torch.randn(2, 6, 7))
+    assert set(found.axes(found.sites("residual")[0]).values()) == {"bcn"}
+    assert {axes for site in found.sites("conv") for axes in found.axes(site).values()} == {"bcn"}
