@@ -10,7 +10,8 @@ from typing import Literal
 class Mask:
     """``kind`` is the pattern without padding; ``window`` is the number of keys that a query sees in a sliding window.
 
-    ``padding``: the mask also depends on a padding mask that is an input. ``bias``: finite values are added to allowed
+    ``padding``: the mask also depends on a padding mask that is an input; with ``both``, queries that are padding see
+    nothing. ``bias``: finite values are added to allowed
     scores as well (ALiBi, relative positions). ``unknown`` means that nothing was proved, ``reason`` says why.
     ``asserted``: the graph is given the mask as a tensor, and the kind was proved in a larger graph: whoever relies on
     it must assert the form of the tensor on every call (`gatecc.ops.sequences`).
@@ -19,6 +20,7 @@ class Mask:
     kind: Literal["bidirectional", "causal", "sliding_window", "packed", "unknown"]
     window: int | None = None
     padding: bool = False
+    both: bool = False
     bias: bool = False
     reason: str = ""
     asserted: bool = False

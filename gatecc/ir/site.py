@@ -36,10 +36,12 @@ class Value:
 @dataclass(frozen=True, eq=False)
 class Masking:
     """A tensor that masks the scores of attention: True where a key is "seen" or "hidden", or "added" or "subtracted"
-    (an added boolean is True where a key is seen)."""
+    (an added boolean is True where a key is seen). ``rank``: how many axes the scores have there, with heads as an axis
+    of their own or merged with the batch."""
 
     node: fx.Node
     how: Literal["seen", "hidden", "added", "subtracted"]
+    rank: int = 4
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,8 @@ def numbers(seen: Tensor, causal: bool, window: int) -> tuple[Tensor, Tensor]:
     wanted = number.unsqueeze(-1) == number.unsqueeze(-2)
     wanted = wanted.tril() if causal else wanted
     wanted = wanted.triu(1 - window) if window else wanted
-    return number, (wanted != seen) & keep.unsqueeze(-1)
+    nobody = ~keep.any(-1)[:, None, None]  # sees itself: such a row is padding alone, and hides everything
+    return number, ((wanted != seen) & keep.unsqueeze(-1)) | (seen & nobody)
 
 
 def _kernel(mask: Tensor, causal: bool, window: int, biased: bool, packed: bool) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from gatecc.errors import SiteRefusedError
 from gatecc.ir.edit import Editor
 from gatecc.ir.program import shape
-from gatecc.ir.site import Attention
+from gatecc.ir.site import Attention, Masking
 from gatecc.ops.sequences import numbers, sequences, visible
 from gatecc.passes.operands import place
 
@@ -26,7 +26,7 @@ def token_mask(site: Attention, q: fx.Node, packs: bool, edit: Editor) -> fx.Nod
     packed = mask.kind == "packed"
     if not (mask.padding or mask.asserted or packed):
         return None
-    if not site.mask_whole or not site.maskings or any(len(shape(m.node)) not in (2, 3, 4) for m in site.maskings):
+    if not site.mask_whole or not site.maskings or not all(map(_is_told, site.maskings)):
         raise SiteRefusedError(
             "padding cannot be told from the mask",
             where=place(site),
@@ -34,14 +34,26 @@ def token_mask(site: Attention, q: fx.Node, packs: bool, edit: Editor) -> fx.Nod
             expected="tensors (B, heads, N, N), or without heads or batch, that are added to the scores or fill them",
             do="call the model without a padding mask, or leave this site out",
         )
-    nodes = [m.node for m in site.maskings]
+    nodes = [edit.call(_with_batch, m.node) if len(shape(m.node)) == 3 < m.rank else m.node for m in site.maskings]
     hows = tuple(m.how for m in site.maskings)
     form = mask.causal, mask.window or 0, mask.bias
     if mask.asserted:
         return edit.call(asserted, q, hows, packs, *form, *nodes, name="sequence" if packs else "keep")
     if packed:
         return edit.call(numbered, q, hows, *form, *nodes, name="sequence")
-    return edit.call(diagonal if mask.window else last_row, q, hows, mask.bias, *nodes, name="keep")
+    told = diagonal if mask.window or mask.both else last_row
+    return edit.call(told, q, hows, mask.bias, *nodes, name="keep")
+
+
+def _is_told(mask: Masking) -> bool:
+    """Whether the axes of a mask are known: where query heads that share a key head have an axis, no more than two."""
+    sizes = shape(mask.node)
+    return len(sizes) in (2, 3, 4) and (mask.rank <= 4 or all(isinstance(n, int) and n == 1 for n in sizes[:-2]))
+
+
+def _with_batch(mask: Tensor) -> Tensor:
+    """(H or 1, N or 1, N), applied to scores that have an axis for heads -> (1, H or 1, N or 1, N)."""
+    return mask.unsqueeze(0)
 
 
 def asserted(

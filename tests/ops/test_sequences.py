@@ -50,6 +50,14 @@ def test_what_padding_sees_does_not_matter() -> None:
     assert torch.equal(sequences(mask, True), ROWS[:2])
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_tokens_that_see_others_and_not_themselves_are_no_padding(causal: bool) -> None:
+    mask = mask_of(ROWS[:2], causal) & ~torch.eye(6, dtype=torch.bool)
+    for form in (mask, added(mask, -1e4)):
+        with pytest.raises(MaskFormError, match="token 3 sees the keys" if causal else "token 2 sees the keys"):
+            sequences(form, causal)
+
+
 def test_one_row_for_all_queries_says_padding() -> None:
     keep = ROWS[:2] > 0
     assert torch.equal(sequences(keep[:, None, None], False), keep.long())

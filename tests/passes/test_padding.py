@@ -57,6 +57,30 @@ def test_a_mask_by_other_operators_is_refused() -> None:
         gatecc.transform(Spelled("m"), "gla", (torch.randn(2, 5, 8), KEEP))
 
 
+class Heads(Spelled):
+    """Another bias for each head, without an axis for samples, and padding that hides queries as well as keys."""
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (2, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        n = x.size(1)
+        scores = q @ k.mT * 0.5 + torch.tensor([0.1, 0.2])[:, None, None] * torch.arange(n).expand(1, 1, n)
+        if "c" in self.steps:
+            scores = scores.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), LOW)
+        scores = scores.masked_fill(((keep == 0)[:, None, None] | (keep == 0)[:, None, :, None]), LOW)
+        return self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("steps", ["", "c"])
+def test_a_bias_of_each_head_and_padding_of_both_sides(steps: str) -> None:
+    torch.manual_seed(0)
+    x, keep = torch.randn(3, 5, 8), torch.cat([KEEP, KEEP[:1]])
+    model: Any = gatecc.transform(Heads(steps), gatecc.recipe("gla", gate=False, norm=False), (x, keep))
+    with torch.no_grad():
+        got, full = model(x, keep), torch.ones(1, 3, dtype=torch.long)
+        for b, kept in enumerate(keep.bool()):
+            assert torch.allclose(got[b, kept], model(x[b : b + 1, kept], full)[0], atol=1e-6)
+
+
 # --- what stands in the graph -----------------------------------------------------------------------------------------
 
 Q = torch.zeros(2, 2, 5, 4)

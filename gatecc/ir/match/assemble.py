@@ -314,7 +314,8 @@ def _maskings(parts: Parts) -> tuple[list[Masking], bool]:
         found, whole = maskings(parts.scores)
         return found, whole and not _is_edited(parts)
     given = _node(argument(parts.core, 3, "attn_mask"))
-    return [] if given is None else [Masking(given, "added")], not argument(parts.core, 5, "is_causal")
+    masks = [] if given is None else [Masking(given, "added", len(node_shape(parts.core) or ()))]
+    return masks, not argument(parts.core, 5, "is_causal")
 
 
 def _named(letters: str, roles: Roles, over: Over) -> str:

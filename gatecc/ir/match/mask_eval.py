@@ -115,7 +115,7 @@ class _Proof:
     def _seen(self, large: Mask, small: Mask) -> Mask:
         """The pattern at a large size with what was seen of the inputs at a small one."""
         packed = large.kind == "causal" and small.kind == "packed"
-        return replace(large, kind="packed" if packed else large.kind, padding=small.padding)
+        return replace(large, kind="packed" if packed else large.kind, padding=small.padding, both=small.both)
 
     def _beyond(self, constant: int) -> list[Mask]:
         """The mask at a length that exceeds a constant; at the constant itself if a table ends there."""

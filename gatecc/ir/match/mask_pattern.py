@@ -65,7 +65,8 @@ def agree(masks: list[Mask]) -> Mask:
     if unknown is not None:
         return unknown
     kinds, windows = {m.kind for m in masks}, {m.window for m in masks} - {None}
-    merged = replace(masks[-1], padding=any(m.padding for m in masks), bias=any(m.bias for m in masks))
+    some = {name: any(getattr(m, name) for m in masks) for name in ("padding", "both", "bias")}
+    merged = replace(masks[-1], **some)
     if len(windows) == 1 and kinds <= {"causal", "sliding_window"}:
         return replace(merged, kind="sliding_window", window=windows.pop())
     if len(kinds) == 1 and not windows:

@@ -63,15 +63,17 @@ def judge(mask: Mask, effects: set[tuple[bool, str]], node: fx.Node) -> Mask:
     """What the probes of one input, (packed or not, effect), say about the mask that the neutral inputs show."""
     if (True, "packed") in effects and mask.causal:
         return replace(mask, kind="packed")
-    if {effect for packed, effect in effects if not packed} <= {"none", "padding"} and (False, "padding") in effects:
-        return replace(mask, padding=True)
+    seen = {effect for packed, effect in effects if not packed} - {"none"}
+    if seen and seen <= {"padding", "padding of both"}:
+        return replace(mask, padding=True, both=mask.both or "padding of both" in seen)
     return Mask(
         "unknown", bias=mask.bias, reason=f"it depends on the values of the input {node.name} in a way without a name"
     )
 
 
 def effect(base: torch.Tensor, probe: Probe, shown: torch.Tensor) -> str:
-    """ "none", "padding" (the changed keys are hidden), "packed" (other segments are hidden) or "other"."""
+    """ "none", "padding" (the changed keys are hidden), "padding of both" (those queries see nothing, too), "packed"
+    (other segments are hidden) or "other"."""
     if _matches(shown, base):
         return "none"
     if probe.segments is not None:
@@ -85,7 +87,10 @@ def effect(base: torch.Tensor, probe: Probe, shown: torch.Tensor) -> str:
         return "other"
     hidden = base & keep
     own = base & torch.eye(*base.shape[-2:], dtype=torch.bool)  # padding may see itself, lest it see nothing
-    return "padding" if _matches(shown, hidden) or _matches(shown, hidden | own) else "other"
+    if _matches(shown, hidden) or _matches(shown, hidden | own):
+        return "padding"
+    square = base.shape[-2] == base.shape[-1]
+    return "padding of both" if square and torch.equal(*torch.broadcast_tensors(shown, hidden & keep.mT)) else "other"
 
 
 def _matches(shown: torch.Tensor, expected: torch.Tensor) -> bool:

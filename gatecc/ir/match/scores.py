@@ -217,7 +217,8 @@ def soft_cap(scores: Scores, flow: Flow) -> float | None:
 def maskings(scores: Scores) -> tuple[list[Masking], bool]:
     """The tensors that mask or are added to the scores, in order, and whether these are all that may hide keys."""
     inside = {scores.source.node, *scores.path}
-    found = [] if scores.source.addend is None else [Masking(scores.source.addend, "added")]
+    addend = scores.source.addend
+    found = [] if addend is None else [Masking(addend, "added", _rank_of(scores.source.node))]
     whole = True
     for node in scores.path:
         name = opname(node)
@@ -244,10 +245,15 @@ def _masking(node: fx.Node, others: list[fx.Node], inside: set[fx.Node]) -> Mask
     if name in ("where", "masked_fill"):
         condition = argument(node, 0 if name == "where" else 1, "mask")
         keeps = name == "where" and argument(node, 1, "self") in inside
-        return Masking(condition, "seen" if keeps else "hidden") if isinstance(condition, fx.Node) else None
+        how = "seen" if keeps else "hidden"
+        return Masking(condition, how, _rank_of(node)) if isinstance(condition, fx.Node) else None
     if len(others) != 1 or _is_shift(others[0]) or node.kwargs or (name == "sub" and node.args[0] is others[0]):
         return None
-    return Masking(others[0], "added" if name == "add" else "subtracted")
+    return Masking(others[0], "added" if name == "add" else "subtracted", _rank_of(node))
+
+
+def _rank_of(node: fx.Node) -> int:
+    return len(node_shape(node) or ())
 
 
 def unshifted(node: fx.Node) -> fx.Node:
