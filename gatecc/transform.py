@@ -168,9 +168,12 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Undo every transform of a model: its parameters, outputs and state dict are bitwise those of before (T8).
 
     Changes that training made to the model's own parameters stay; the new parameters are dropped. Raises
-    UnsupportedModelError for a model that is wrapped (DDP, FSDP): wrappers would go on holding the dropped parameters.
+    UnsupportedModelError for a model that is wrapped (DDP, FSDP), as wrappers would go on holding the dropped
+    parameters; and where a weight that a rewrite changed was quantised since.
     """
     refuse_wrapped(model)
+    for effect in [effect for step in history(model) for effect in step.effects]:
+        effect.check(behind(model))
     target = behind(model) if inplace else copy.deepcopy(behind(model))
     for step in reversed(history(target)):
         caches_on(step.caches)

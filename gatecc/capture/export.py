@@ -20,6 +20,7 @@ from torch.fx.graph import CodeGen
 from gatecc.capture import signature
 from gatecc.capture.adapters import adapted
 from gatecc.capture.frames import no_source_lines
+from gatecc.capture.functions import functions_marked
 from gatecc.capture.guards import size_guards
 from gatecc.capture.hooks import marked
 from gatecc.capture.kept import attributes_kept
@@ -28,6 +29,7 @@ from gatecc.capture.shield import callers_device
 from gatecc.capture.subclasses import plain_weights
 from gatecc.errors import CaptureError, GateccError
 from gatecc.ir.boundary import Boundary
+from gatecc.ir.functions import FunctionCall, settle_functions
 from gatecc.ir.hooks import hooks_kept
 from gatecc.ir.loops import free_lengths
 from gatecc.ir.program import META, Origin, Program, attribute
@@ -66,6 +68,7 @@ def capture(
     forward: Callable[..., Any] | None = None,
     dynamic: Literal["auto", "none"] = "auto",
     hooked: Collection[str] | None = None,
+    functions: bool = False,
 ) -> Program:
     """Capture ``module(*args, **kwargs)`` as a Program.
 
@@ -75,7 +78,8 @@ def capture(
     dynamic unless the model specialises it; the guards say which. Height and width of an image that enters the whole
     model are not: see _dynamic_axes. Train or eval, and the grad mode, are as they are now. Hooks on submodules are
     traced as if they were the model's own code; with ``hooked`` none of them is called, and the calls of these
-    submodules are marked (gatecc.ir.boundary).
+    submodules are marked (gatecc.ir.boundary). With ``functions`` so are calls of custom autograd functions: of a graph
+    that is to be trained.
 
     Raises CaptureError with torch's reason; the module is left as it was.
     """
@@ -91,10 +95,12 @@ def capture(
         for context in plain:
             stack.enter_context(context)
         boundaries = stack.enter_context(marks)
-        flat = _Flat(module, _from_start(forward or module, boundaries), args, kwargs)
+        called = stack.enter_context(functions_marked()) if functions else []
+        flat = _Flat(module, _from_start(forward or module, boundaries, called), args, kwargs)
         exported = _export(flat, leaves, fqn, dynamic)
     program = _program(exported, module, leaves, fqn, _paths(module, args, kwargs))
     program.hooked, program.boundaries = frozenset(hooked or ()), boundaries
+    program.functions = settle_functions(program.graph_module, called)
     return program
 
 
@@ -104,11 +110,14 @@ def _unmarked(module: nn.Module) -> Generator[list[Boundary]]:
         yield []
 
 
-def _from_start(call: Callable[..., Any], boundaries: list[Boundary]) -> Callable[..., Any]:
-    """The call, of which torch.export may make several attempts: the boundaries are those of the last one."""
+def _from_start(
+    call: Callable[..., Any], boundaries: list[Boundary], functions: list[FunctionCall]
+) -> Callable[..., Any]:
+    """The call, of which torch.export may make several attempts: what was marked is that of the last one."""
 
     def attempt(*args: Any, **kwargs: Any) -> Any:
         boundaries.clear()
+        functions.clear()
         return call(*args, **kwargs)
 
     return attempt

@@ -12,12 +12,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-
-def is_wrapped(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is of a class that wraps others, so that its elements cannot be edited."""
-    return is_traceable_wrapper_subclass(tensor.data)
+from gatecc.ir.weights import is_wrapped
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from gatecc.errors import CheckpointError
+from gatecc.ir.weights import is_wrapped
 from gatecc.transform import history
 
 Kind = list[Any]  # dtype and shape, as JSON gives them back
@@ -49,7 +50,19 @@ def base_state(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, to
 
 
 def stored_state(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """What goes to the file, each tensor in memory of its own; and the names that are the same tensor as another."""
+    """What goes to the file, each tensor in memory of its own; and the names that are the same tensor as another.
+
+    Raises CheckpointError for tensors of a class that wraps others.
+    """
+    for name, tensor in state.items():
+        if is_wrapped(tensor):
+            raise CheckpointError(
+                "a file holds no tensors of this class",
+                where=name,
+                found=type(tensor.data).__name__,
+                do="gatecc.save(model, folder, only_new=True) leaves the weights of the base model out, and load takes "
+                "the base model that is quantised in the same way; or save before quantising",
+            )
     stored: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[Any, str] = {}
@@ -99,5 +112,9 @@ def digests(state: Mapping[str, torch.Tensor], names: Iterable[str]) -> dict[str
 
 
 def _digest(tensor: torch.Tensor) -> str:
+    if is_wrapped(tensor):
+        inner = cast("Any", tensor.data)
+        parts = [_digest(getattr(inner, name)) for name in inner.__tensor_flatten__()[0]]
+        return hashlib.sha256(" ".join([type(inner).__name__, *parts]).encode()).hexdigest()[:16]
     data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
     return hashlib.sha256(cast("Any", data.numpy())).hexdigest()[:16]

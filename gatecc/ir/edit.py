@@ -21,10 +21,11 @@ from torch.utils._pytree import tree_flatten
 
 from gatecc.errors import GraphError, SiteRefusedError
 from gatecc.ir.boundary import Boundary, Slot, follow, held
+from gatecc.ir.functions import entries
 from gatecc.ir.hooks import silenced
 from gatecc.ir.program import META, Origin, Program, attribute, fake, origin, window
 from gatecc.ir.site import Site
-from gatecc.ir.weights import Build, Effect, Fill, NewModule, ScaleWeight, WidenWeight
+from gatecc.ir.weights import Build, Effect, Fill, NewModule, ScaleWeight, WidenWeight, is_wrapped
 from gatecc.ir.widen import Rows
 
 CONTAINERS = (
@@ -166,7 +167,7 @@ class Editor:
         where nobody reads them, and a later rewrite of one is refused.
         """
         kept = set[fx.Node]() if inside else {v.node for v in self.site.values.values()} - {node}
-        kept |= held(self.program.boundaries)
+        kept |= held(self.program.boundaries) | entries(self.program.functions)
         stack = [node]
         while stack:
             dead = stack.pop()
@@ -195,8 +196,10 @@ class Editor:
         names = [n for n, p in self.program.module.named_parameters(remove_duplicate=False) if p is live]
         size = node.meta["val"].shape
         taken = live is not None and tuple(live.shape) != tuple(size)
-        if uses != [linear] or len(names) != 1 or taken:
+        wrapped = live is not None and is_wrapped(live)
+        if uses != [linear] or len(names) != 1 or taken or wrapped:
             used = f"it has {len(uses)} uses under the names {', '.join(names) or 'of a constant'}"
+            used = f"it is a {type(live).__name__}, which takes no rows" if wrapped else used
             raise SiteRefusedError(
                 f"the matrix {node.target} cannot take rows of a gate",
                 where=f"{self.site.owner} {self.site.line}".strip(),

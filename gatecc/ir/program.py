@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch.utils._pytree import TreeSpec
 
 from gatecc.ir.boundary import Boundary, copies
+from gatecc.ir.functions import FunctionCall, copies_of
 
 META = "gatecc"  # the only key of node.meta that gatecc writes: plain attributes of a node die in deepcopy
 
@@ -52,6 +53,7 @@ class Program:
     boundaries: list[Boundary] = field(default_factory=list[Boundary])  # of their calls, in the order of the calls
     captured: dict[fx.Node, int] = field(default_factory=dict[fx.Node, int])  # if there are any: the nodes before edits
     autocast: tuple[str, torch.dtype] | None = None  # what the call was under: the graph runs under it, too
+    functions: list[FunctionCall] = field(default_factory=list[FunctionCall])  # custom autograd functions that it calls
     exempt: set[fx.Node] = field(default_factory=set[fx.Node])  # nodes that this autocast must not reach
 
     @property
@@ -116,6 +118,7 @@ def copy_for(program: Program, module: nn.Module, fqn: str, example: Sequence[to
     paths, guards, constants = list(program.paths), list(program.guards), dict(program.constants)
     made = Program(module, graph_module, fqn, list(example), program.out_spec, paths, guards, constants, program.hooked)
     made.boundaries = copies(program.boundaries, copied)
+    made.functions = copies_of(program.functions, copied)
     made.captured = {copied[node]: place for node, place in program.captured.items() if node in copied}
     return made
 

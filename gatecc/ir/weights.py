@@ -14,8 +14,9 @@ from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from gatecc.errors import ArgumentError
+from gatecc.errors import ArgumentError, UnsupportedModelError
 from gatecc.ir.widen import Rows, narrow, widen
 
 Build = Callable[[], nn.Module]
@@ -45,6 +46,11 @@ class Effect(ABC):
     @abstractmethod
     def undo(self, layer: nn.Module) -> None:
         """Take it back, bitwise."""
+
+    def check(self, layer: nn.Module) -> None:
+        """Raise UnsupportedModelError if `undo` could not be done."""
+        if self.edits_model:
+            editable(layer, self.path)
 
     @abstractmethod
     def describe(self) -> str:
@@ -185,6 +191,28 @@ class WidenWeight(Effect):
 
     def placed(self, fqn: str) -> Effect:
         return WidenWeight(super().placed(fqn).path, self.rows)
+
+
+def is_wrapped(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is of a class that wraps others, so that its elements cannot be edited."""
+    return is_traceable_wrapper_subclass(tensor.data)
+
+
+def editable(layer: nn.Module, path: str) -> nn.Parameter:
+    """A parameter whose elements can be edited. Raises UnsupportedModelError if it was quantised since."""
+    holder, _, name = path.rpartition(".")
+    module = layer.get_submodule(holder)
+    parameter = module._parameters.get(name)
+    if parameter is None or is_wrapped(parameter):
+        raise UnsupportedModelError(
+            "a weight that the rewrite changed holds no elements that can be edited any more",
+            where=path,
+            found=f"{type(module).__name__} without this parameter" if parameter is None else type(parameter).__name__,
+            expected="an ordinary parameter",
+            do="quantise last: revert, or call the model once in each kind of call, and then quantise it; or transform "
+            "without fuse_into and folding, which change weights of the model",
+        )
+    return parameter
 
 
 def noise(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

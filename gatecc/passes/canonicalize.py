@@ -17,6 +17,7 @@ from torch._ops import OpOverload
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from gatecc.ir.dataflow import Flow
+from gatecc.ir.functions import entries
 from gatecc.ir.ops import mutates, opname
 from gatecc.ir.program import Program
 from gatecc.passes.regions import inline_regions
@@ -36,7 +37,7 @@ def canonicalize(program: Program) -> None:
             _normalise(node, node.target)
     if any(mutates(node) for node in program.calls()):
         _name_complete(program)
-    _drop_dead(program.graph)
+    _drop_dead(program.graph, entries(program.functions))
     _drop_unused_bodies(program)
 
 
@@ -112,10 +113,10 @@ def _name_complete(program: Program) -> None:
             reader.replace_input_with(base, alias)
 
 
-def _drop_dead(graph: fx.Graph) -> None:
+def _drop_dead(graph: fx.Graph, kept: set[fx.Node]) -> None:
     """Erase nodes that nobody reads. Writes and random operators stay: the latter move the generator on."""
     for node in reversed(graph.nodes):
-        if not node.users and not node.is_impure():
+        if not node.users and not node.is_impure() and node not in kept:
             graph.erase_node(node)
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from gatecc.capture.subclasses import is_wrapped
 from gatecc.errors import ArgumentError, SiteRefusedError
 from gatecc.ir.edit import Editor
 from gatecc.ir.printer import node_text
 from gatecc.ir.program import fake
+from gatecc.ir.weights import is_wrapped
 
 _A = torch.ops.aten
 # Operators through which a factor passes unchanged, on their first argument.
@@ -71,6 +71,7 @@ def _weight(edit: Editor, user: fx.Node, node: fx.Node) -> str:
     raise SiteRefusedError(
         "the factor of the gate cannot be folded into the next linear",
         where=f"{edit.site.owner} {edit.site.line}".strip(),
-        found=f"{node_text(user)} reads {kind} that is gated",
+        found=f"{node_text(user)} reads {kind} that is gated"
+        + (f" by a {type(live).__name__}, which is not scaled" if live is not None and is_wrapped(live) else ""),
         do='use init="identity" (2*sigmoid), which needs no folding',
     )

@@ -17,6 +17,7 @@ from gatecc.errors import CaptureError, GateccError, GraphError
 from gatecc.ir.boundary import held, settle
 from gatecc.ir.cost import Cost, cost
 from gatecc.ir.edit import Editor, Replace
+from gatecc.ir.functions import entries
 from gatecc.ir.match import find_sites
 from gatecc.ir.program import Program, copy_for, window
 from gatecc.ir.rewrite import Rewrite
@@ -87,7 +88,9 @@ def _build(
 ) -> Built:
     clock = _Clock()
     with recorded_reads(module, seen), no_checkpointing(state.fqn or type(module).__name__):
-        program = capture(module, args, kwargs, fqn=state.fqn, forward=base_forward(module), hooked=hooks)
+        program = capture(
+            module, args, kwargs, fqn=state.fqn, forward=base_forward(module), hooked=hooks, functions=True
+        )
     clock.lap("capture")
     canonicalize(program)
     settle(program)
@@ -168,7 +171,7 @@ def rewrite_program(program: Program, state: Scope, sites: list[Site]) -> list[l
                 do="call the model as in the example inputs, or transform it with example inputs of this kind",
             )
         editors.append(apply(application.rewrite, program, found, state.own, taken, work))
-    seen = held(program.boundaries)
+    seen = held(program.boundaries) | entries(program.functions)
     program.graph.eliminate_dead_code(lambda node: node in seen or node.is_impure())
     return editors
 

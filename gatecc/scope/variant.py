@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from gatecc.capture.guards import Check, compile_guards
 from gatecc.capture.reads import Read, Ties, grouped
 from gatecc.ir.boundary import Boundary
+from gatecc.ir.functions import PrintedCalls
 from gatecc.ir.program import Program, fake
 from gatecc.passes.autocast import casts_to, is_cast
 from gatecc.scope.hooked import HookCalls
@@ -59,6 +60,7 @@ def _function(program: Program, hooks: bool) -> tuple[str, Callable[..., Any], t
     """Print the graph as ``forward(self, *leaves, *extra)``; extra: constants and bodies of higher-order operators."""
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
+    functions = PrintedCalls(program)
     calls = HookCalls(program, graph, copied) if hooks and program.boundaries else None
     extra: dict[str, fx.Node] = {}
     values: list[Any] = []
@@ -75,7 +77,7 @@ def _function(program: Program, hooks: bool) -> tuple[str, Callable[..., Any], t
             spec = program.out_spec
             graph.output(pytree.tree_unflatten(flat, spec) if _is_plain(spec) else tuple(flat))
             continue
-        if node in held:
+        if node in held or functions.printed(node, graph, copied):
             continue
         copied[node] = _copied(graph, node, value, casts.get(node))
         if node is after:

@@ -7,13 +7,17 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from gatecc.ir.weights import editable
 from gatecc.ir.widen import Rows
 
 
 @contextmanager
 def narrowed(module: nn.Module, widened: Mapping[str, Rows]) -> Generator[None]:
-    """The module with its own rows alone, as its forward was written for; the wide parameters come back afterwards."""
-    wide = {path: module.get_parameter(path) for path in widened}
+    """The module with its own rows alone, as its forward was written for; the wide parameters come back afterwards.
+
+    Raises UnsupportedModelError for weights that were quantised since.
+    """
+    wide = {path: editable(module, path) for path in widened}
     try:
         for path, parameter in wide.items():
             own = widened[path].narrow(parameter.detach())
