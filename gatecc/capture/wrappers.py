@@ -33,6 +33,11 @@ _SHARDED = Wrapper(
     "on the model",
 )
 _REPLICATED = Wrapper("replicate", "transform first: replicate(gatecc.transform(model, recipe, inputs))")
+_AVERAGE = Wrapper(
+    "an average of weights",
+    "transform the model that is trained, then average it: AveragedModel(gatecc.transform(model, recipe, inputs)); the "
+    "parameters of both are paired in order",
+)
 _FABRIC = Wrapper("fabric.setup", "transform first: fabric.setup(gatecc.transform(model, recipe, inputs), optimizer)")
 
 # By the name of the class and the start of its module's, so that none of them has to be imported.
@@ -42,6 +47,10 @@ _WRAPPERS = {
     ("FullyShardedDataParallel", "torch.distributed"): _around("FullyShardedDataParallel"),
     ("FSDPModule", "torch.distributed"): _SHARDED,
     ("DDP", "torch.distributed._composable"): _REPLICATED,
+    ("AveragedModel", "torch.optim.swa_utils"): _AVERAGE,
+    ("ModelEma", "timm"): _AVERAGE,
+    ("ModelEmaV2", "timm"): _AVERAGE,
+    ("ModelEmaV3", "timm"): _AVERAGE,
     ("ReplicateModule", "torch.distributed"): _REPLICATED,
     ("_FabricModule", "lightning"): _FABRIC,
     ("DeepSpeedEngine", "deepspeed"): Wrapper(

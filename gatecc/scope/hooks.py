@@ -51,7 +51,7 @@ def _check_wrapper(name: str, module: nn.Module) -> None:
     if wrapper is not None:
         raise OpaqueArgumentError(
             f"{wrapper.name} on the submodule {name}, which lies inside the scope",
-            do='transform without scope="model", so that scopes lie inside of what is wrapped',
+            do='wrap the scope or what lies around it, nothing inside; without scope="model" scopes are smaller',
         )
     if any(getattr(h, "__module__", "") == _CHECKPOINT for h in module._forward_pre_hooks.values()):
         raise CallNotCapturedError(
@@ -59,7 +59,7 @@ def _check_wrapper(name: str, module: nn.Module) -> None:
             where=name,
             found="torch.distributed._composable.checkpoint on this submodule",
             expected="checkpointing of the scope itself, or of modules around it",
-            do='transform without scope="model", so that scopes lie inside of what is checkpointed',
+            do='checkpoint the scope or what lies around it; without scope="model" scopes are smaller',
         )
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from torch.nn.utils import prune, weight_norm
+from torch.nn.utils import prune, spectral_norm, weight_norm
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -283,7 +283,7 @@ def test_a_gate_in_the_middle_of_a_hooked_module(x: Tensor) -> None:
     assert torch.allclose(mlp.get_submodule("gate")(hidden, given) * hidden, seen[1], atol=1e-6)
 
 
-@pytest.mark.parametrize("make", [weight_norm, lambda m: prune.random_unstructured(m, "weight", 0.5)])
+@pytest.mark.parametrize("make", [weight_norm, spectral_norm, lambda m: prune.random_unstructured(m, "weight", 0.5)])
 def test_hooks_that_make_weights(x: Tensor, make: Callable[[nn.Module], Any]) -> None:
     """torch.nn.utils: the weight is made anew on each call, from parameters that train."""
     torch.manual_seed(0)

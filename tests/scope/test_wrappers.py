@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 import gatecc
@@ -114,7 +115,7 @@ def close(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.usefixtures("group")
-@pytest.mark.parametrize("kind", ["ddp", "data_parallel", "fully_shard", "fully_shard_layer", "fabric"])
+@pytest.mark.parametrize("kind", ["ddp", "data_parallel", "fully_shard", "fully_shard_layer", "fabric", "average"])
 def test_wrapped_already(kind: str, by_layer: nn.Module, x: Tensor) -> None:
     from lightning.fabric import Fabric
 
@@ -124,6 +125,8 @@ def test_wrapped_already(kind: str, by_layer: nn.Module, x: Tensor) -> None:
         model = DistributedDataParallel(inner)
     elif kind == "data_parallel":
         model = nn.DataParallel(inner)
+    elif kind == "average":
+        model = AveragedModel(inner)
     elif kind == "fabric":
         model = Fabric(accelerator="cpu", devices=1).setup_module(inner)
     else:
