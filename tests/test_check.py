@@ -133,3 +133,35 @@ def test_a_model_that_changes_its_input_in_place_leaves_the_callers_alone() -> N
     assert torch.equal(x, before)
     assert not state.any()
     assert torch.allclose(gated(x.clone(), state.clone()), model(x.clone(), state.clone()), atol=1e-6)
+
+
+class ByMode(nn.Module):
+    """Computes in bfloat16 where no gradients are asked for; or under a switch that a graph does not hold."""
+
+    def __init__(self, switch: bool) -> None:
+        super().__init__()
+        self.block = tiny().get_submodule("blocks.0")
+        self.switch = switch
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.switch:
+            torch.set_autocast_enabled("cpu", True)
+            try:
+                return self.block(x)
+            finally:
+                torch.set_autocast_enabled("cpu", False)
+        with torch.autocast("cpu", torch.bfloat16, enabled=not torch.is_grad_enabled()):
+            return self.block(x)
+
+
+def test_a_model_that_computes_otherwise_without_gradients_is_compared_there() -> None:
+    model, x = ByMode(switch=False).eval(), torch.randn(2, 6, 16)
+    gated = gatecc.transform(model, "gated-attention", (x,))
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            assert torch.allclose(gated(x), model(x), atol=1e-6)
+
+
+def test_a_capture_that_misses_what_the_module_does_is_not_blamed_on_the_rewrites() -> None:
+    with pytest.raises(ContractError, match="captured graph does not compute what the module does"):
+        gatecc.transform(ByMode(switch=True).eval(), "gated-attention", (torch.randn(2, 6, 16),), scope="model")

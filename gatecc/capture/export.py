@@ -6,12 +6,13 @@ import inspect
 import logging
 import re
 import warnings
-from collections.abc import Callable, Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import fx, nn
+from torch._ops import HigherOrderOperator
 from torch.export import Dim, ExportedProgram
 from torch.export import _trace as trace
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
@@ -205,7 +206,7 @@ def _program(
     for node in graph.nodes:  # "m" is the wrapper's name for the module, which nobody knows
         if node.op == "get_attr" and node.name.startswith("m_") and _live(module, str(node.target)) is not None:
             node._rename(re.sub(r"\W", "_", str(node.target)))
-    _record_origins(graph, fqn, module)
+    _record_origins(graph_module, fqn, module)
     out_spec = exported.call_spec.out_spec
     assert out_spec is not None
     under = signature.autocast(leaves)
@@ -235,7 +236,18 @@ def _live(module: nn.Module, path: str) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
-def _record_origins(graph: fx.Graph, fqn: str, module: nn.Module) -> None:
+def _in_order(graph_module: fx.GraphModule) -> Iterator[fx.Node]:
+    """The nodes of a graph, those of the bodies of higher-order operators (regions without gradients) before the call
+    of the operator."""
+    for node in graph_module.graph.nodes:
+        for source in node.all_input_nodes if isinstance(node.target, HigherOrderOperator) else ():
+            body = getattr(graph_module, str(source.target), None) if source.op == "get_attr" else None
+            if isinstance(body, fx.GraphModule):
+                yield from _in_order(body)
+        yield node
+
+
+def _record_origins(graph_module: fx.GraphModule, fqn: str, module: nn.Module) -> None:
     """Write owner, call and source line of every node into its meta, from what export recorded.
 
     A module that is registered under several names goes by its first one. Export leaves the prefix off these names.
@@ -243,7 +255,7 @@ def _record_origins(graph: fx.Graph, fqn: str, module: nn.Module) -> None:
     first = {id(child): name for name, child in module.named_modules()}
     names = {name: first[id(child)] for name, child in module.named_modules(remove_duplicate=False)}
     calls: dict[str, list[str]] = {}
-    for node in graph.nodes:
+    for node in _in_order(graph_module):
         stack = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
         raw = "/".join(str(key) for key in node.meta.get("nn_module_stack", {}))  # a second call has "@1" in its key
         relative = _CALL_SUFFIX.sub("", stack[-1]) if stack else ""

@@ -166,8 +166,9 @@ class _Ambient:
         torch.set_grad_enabled(self.gradients)
         if self.stream is not None:
             torch.accelerator.set_stream(self.stream)
-        torch.autocast_increment_nesting()  # else each region that ends here would empty the caller's cache
-        torch.set_autocast_cache_enabled(False)  # casts that a proof makes carry no gradient
+        # Casts that a proof makes carry no gradient, and weights have other values meanwhile. Regions of the model may
+        # switch the cache on for themselves: it must be empty when they end, as it is at the end of outermost ones.
+        torch.set_autocast_cache_enabled(False)
         for kind, dtype in self.autocasts:
             torch.set_autocast_enabled(kind, True)
             torch.set_autocast_dtype(kind, dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from gatecc.scope.scope import Scope, base_forward, outside_scopes, scopes
 from gatecc.scope.variant import Variant
 from gatecc.scope.widened import narrowed
 
+_ROUNDING = 1e-5  # relative to max(1, max|output|)
 Guilty = tuple[Rewrite, Site, fx.Node]  # and the node that its edit ends in
 
 
@@ -41,6 +42,17 @@ def blame(
             expected=expected,
             do="declare changes_function if that is meant; else mend the rewrite",
         )
+    untrue = next(_untrue(model, args, kwargs), None)
+    if untrue is not None:
+        return ContractError(
+            "the captured graph does not compute what the module does",
+            where=untrue,
+            found=found,
+            expected=expected,
+            do="a graph holds no state that the module reads or sets while it runs (a global, "
+            "torch.set_autocast_enabled, its own attributes): write it with arguments or a context manager, or select "
+            "sites outside of it",
+        )
     return ContractError(
         "the transformed model is not the original, though each rewrite alone keeps its contract",
         where=recipe.name,
@@ -48,6 +60,21 @@ def blame(
         expected=expected,
         do="do the rewrites one by one to see which of them do not go together",
     )
+
+
+def _untrue(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[str]:
+    """The scopes whose graph before any rewrite gives other outputs than the module's own forward."""
+    outermost = set(outside_scopes(model))
+    found = [(fqn, module, state) for fqn, module, state in scopes(model) if fqn in outermost]
+    calls, _ = record_calls(model, [fqn for fqn, _, _ in found], args, kwargs)
+    for fqn, module, state in found:
+        for call in calls[fqn]:
+            _, leaves = flatten(call.args, call.kwargs)
+            with narrowed(module, state.widened):
+                graph = _run(Variant(_program(module, state, call.args, call.kwargs), ()), module, leaves)
+                own = _run(lambda *_: base_forward(module)(*call.args, **call.kwargs), module, leaves)  # noqa: B023
+            if not same_outputs(own, graph, _ROUNDING):
+                yield fqn or type(module).__name__
 
 
 def _guilty(model: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Guilty]:
@@ -80,7 +107,7 @@ def _in_scope(module: nn.Module, state: Scope, recipe: Recipe, args: Any, kwargs
                 yield application.rewrite, site, nodes[-1] if nodes else edits[0].site_node
 
 
-def _run(variant: Variant, module: nn.Module, leaves: list[torch.Tensor]) -> Any:
+def _run(variant: Callable[[nn.Module, list[torch.Tensor]], Any], module: nn.Module, leaves: list[torch.Tensor]) -> Any:
     with torch.no_grad(), random_states_kept(), callers_device():
         torch.manual_seed(0)
         return variant(module, leaves)

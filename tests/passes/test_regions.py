@@ -76,6 +76,40 @@ def test_attention_inside_autocast_is_a_site(kind: str) -> None:
         assert not torch.allclose(gated(X), model(X), atol=1e-2)
 
 
+class Around(nn.Module):
+    """Two layers that the model calls inside a region of its own."""
+
+    def __init__(self, region: Any) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Attention("island"), Attention("island")])
+        self.region = region
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.region():
+            for layer in self.layers:
+                x = x + layer(x)
+        return x
+
+
+def autocast() -> Any:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize("region", [autocast, torch.no_grad])
+def test_what_runs_inside_a_region_keeps_its_owner(region: Any) -> None:
+    model = Around(region).eval()
+    gated = gatecc.transform(model, "gated-attention", (X,))
+    assert [(r.scope, r.site) for r in gatecc.last_report(gated).rewrites] == [
+        ("layers.0", "layers.0#0"),
+        ("layers.1", "layers.1#0"),
+    ]
+    with torch.no_grad():
+        for i in range(2):
+            gated.get_parameter(f"layers.{i}.gate.bias")[:2] = -200.0
+            model.get_parameter(f"layers.{i}.o.weight")[:, :8] = 0
+    assert torch.allclose(gated(X), model(X), atol=1e-5)
+
+
 class Conditional(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import pickle
 import random
@@ -220,6 +221,27 @@ def test_proofs_leave_no_casts_without_gradient_in_the_cache_of_autocast() -> No
         grads.append({n: p.grad.clone() for n, p in gated.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys() == dict(gated.named_parameters()).keys()
     assert all(torch.equal(grads[0][n], grads[1][n]) for n in grads[0])
+
+
+class Decorated(Net):
+    """A region that was made before any call, and so keeps the casts of weights whatever the call is under."""
+
+    @torch.autocast("cpu", torch.bfloat16)
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).float()
+
+
+def test_no_cast_of_a_weight_outlives_a_transform() -> None:
+    plain = Decorated().eval()
+    for keep in (False, True):  # in a transform, and in the first call of a kind
+        gated = gatecc.transform(plain, "gated-attention", (X,), verify=not keep)
+        with torch.no_grad():
+            for p in gated.parameters():
+                p.mul_(1.5)
+        expected = copy.deepcopy(gated)(X)
+        torch.testing.assert_close(gated(X), expected)
+        gated(X).square().mean().backward()
+        assert all(p.grad is not None for p in gated.parameters())
 
 
 @pytest.mark.parametrize("inplace", [False, True])
