@@ -57,9 +57,10 @@ def plans_of(
         left_out += refused
         for site in fitting:
             program = analysis.program_of(site)
+            largest = _within_shells(program.fqn, site, model, called - too_small)
             whole = scope == "model" or rewrite.whole_model(site)
-            fqn = program.fqn if whole else _scope_of(rewrite, site, model, called, program)
-            chosen.setdefault(program.fqn if fqn in too_small else fqn, []).append(site)
+            fqn = largest if whole else _scope_of(rewrite, site, model, called, program)
+            chosen.setdefault(largest if fqn in too_small else fqn, []).append(site)
         wanted.append((rewrite, chosen))
     if not wanted:
         raise EmptySelectionError("the recipe has no rewrite", where=recipe.name)
@@ -76,6 +77,20 @@ def plans_of(
             plan.applied.append(Application(rewrite, tuple(places)))
             plan.masks |= proved_masks(sites, fqn)
     return list(plans.values()), left_out
+
+
+def _within_shells(fqn: str, site: Site, model: nn.Module, called: set[str]) -> str:
+    """The module inside of the shells that peft puts around a model: it takes them off when adapters are merged, and a
+    scope on one of them would go with it."""
+    module, path = model.get_submodule(fqn), [fqn] if fqn else []
+    while type(module).__module__.startswith("peft."):
+        name = next((name for name in ("base_model", "model") if name in module._modules), "")
+        if not name:
+            return fqn
+        module = module.get_submodule(name)
+        path.append(name)
+    inner = ".".join(path)
+    return inner if inner in called and f"{site.owner}.".startswith(f"{inner}.") else fqn
 
 
 def _same_sites(one: Rewrite, other: Rewrite) -> bool:

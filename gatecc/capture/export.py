@@ -20,6 +20,7 @@ from torch.fx.graph import CodeGen
 
 from gatecc.capture import signature
 from gatecc.capture.adapters import adapted
+from gatecc.capture.forms import TraceableForms
 from gatecc.capture.frames import no_source_lines
 from gatecc.capture.functions import functions_marked
 from gatecc.capture.guards import size_guards
@@ -141,7 +142,7 @@ def _export(flat: _Flat, leaves: list[torch.Tensor], fqn: str, dynamic: Literal[
     images = _image_channels(flat.m) if not fqn else frozenset[tuple[int, int]]()
     shapes = [_dynamic_axes(x, images) if dynamic == "auto" else None for x in leaves]
     try:
-        with callers_device():
+        with callers_device(), TraceableForms():
             return torch.export.export(flat, tuple(leaves), dynamic_shapes=(tuple(shapes),), strict=False)
     except GateccError:  # of a check that runs inside
         raise

@@ -75,6 +75,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "boft": lambda: peft.BOFTConfig(boft_block_size=4, target_modules=PROJECTIONS),
     "ia3": lambda: peft.IA3Config(target_modules=PROJECTIONS, feedforward_modules=PROJECTIONS[4:]),
     "loha": lambda: peft.LoHaConfig(r=4, target_modules=PROJECTIONS),
+    "hra": lambda: peft.HRAConfig(r=2, target_modules=["q_proj", "down_proj"]),
     "miss": lambda: peft.MissConfig(r=4, target_modules=PROJECTIONS),
 }
 
@@ -143,6 +144,17 @@ def test_adapters_of_a_gated_model_train_and_several_may_be_active() -> None:
     assert not torch.allclose(model(X), both, atol=1e-4)
     model.base_model.set_adapter(["default", "second"])
     assert torch.allclose(model.merge_and_unload()(X), both, atol=1e-5)
+
+
+def test_merging_takes_no_scope_of_the_whole_model_away() -> None:
+    """peft takes its own modules off the model when adapters are merged, with whatever is on them."""
+    model = adapted("lora on q")
+    known = {name for name, _ in model.named_parameters()}
+    gated: Any = gatecc.transform(model, "gated-attention", (X,), scope="model")
+    stir(gated, 2, lambda name: name not in known)
+    expected = gated(X)
+    assert not torch.allclose(expected, model(X), atol=1e-3)
+    assert torch.allclose(gated.merge_and_unload()(X), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("norm", [weight_norm, spectral_norm])
