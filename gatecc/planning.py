@@ -46,7 +46,7 @@ def plans_of(
     """The scopes of a recipe: for each rewrite and site the smallest called module that holds all of the edit.
 
     The refusals are those of sites that were not asked for by name and lack a value that a rewrite needs. Sites whose
-    scope is ``too_small`` are rewritten in the largest graph that was captured: nothing between is tried.
+    scope is ``too_small`` are rewritten in the largest graph that was captured.
     """
     wanted: list[tuple[Rewrite, dict[str, list[Site]]]] = []
     left_out: list[Refusal] = []

@@ -239,8 +239,9 @@ def _transform(model: nn.Module, task: _Task, analysis: Analysis, undo: Undo) ->
         more = set[str]() if failed else _seen_to_act(work, plans, analysis, task)
         if not failed and not more:
             break
-        too_small |= failed
-        missed |= more
+        parents = {fqn for fqn in failed if any(f"{inner}.".startswith(f"{fqn}.") for inner in missed)}
+        too_small |= parents
+        missed |= more | (failed - parents)
         undo.run(model)
         report.rewrites.clear()
     report.refusals = [*report.refusals, *left_out]
@@ -280,7 +281,8 @@ def _install(
 ) -> set[str]:
     """Install all plans. Returns the scopes that turned out too small: one that failed, and the others of its class.
 
-    A submodule on its own can hide what its surroundings prove: sizes that are constants of the model become inputs.
+    A submodule on its own can hide what its surroundings prove: sizes that are constants of the model become inputs,
+    and streams that are one in the parent come in twice. So its parent is tried, and then the largest graph.
     """
     calls, _ = record_calls(work.model, [p.fqn for p in plans], args, kwargs)
     for plan in sorted(plans, key=lambda p: -p.fqn.count(".") - bool(p.fqn)):
@@ -289,7 +291,7 @@ def _install(
         except (CaptureError, SiteRefusedError) as e:
             if plan.fqn in largest:
                 raise
-            work.report.notes.append(f"{plan.fqn}: rewritten in the graph of the whole model; alone: {e.found}")
+            work.report.notes.append(f"{plan.fqn}: rewritten in a larger graph; alone: {e.found}")
             cls = base_class(work.model.get_submodule(plan.fqn))
             return {p.fqn for p in plans if base_class(work.model.get_submodule(p.fqn)) is cls} - largest
     return set()

@@ -36,12 +36,13 @@ class Spelled(nn.Module):
                 "W": lambda s: torch.where(~hide, s, LOW),
                 "a": lambda s: s + hide.float() * LOW,
                 "s": lambda s: s - hide.float() * -LOW,
-                "m": lambda s: torch.maximum(s + hide.float() * LOW, torch.full_like(s, LOW)),
+                "m": lambda s: torch.minimum(s, hide.float() * 2 * LOW - LOW),
+                "x": lambda s: torch.max(s + hide.float() * LOW, torch.tensor(LOW)),
             }[step](scores)
         return self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 
-@pytest.mark.parametrize("steps", ["f", "w", "W", "s", "fc", "cf", "ca", "cw"])
+@pytest.mark.parametrize("steps", ["f", "w", "W", "s", "fc", "cf", "ca", "cw", "cx"])
 def test_padding_is_left_out_however_it_is_spelled(steps: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 5, 8)

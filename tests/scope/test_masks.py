@@ -251,6 +251,38 @@ def test_encoders_take_padded_and_packed_rows() -> None:
     assert close(cut[0, :2], short[:2])
 
 
+class Stack(nn.Module):
+    """Layers of torch, whose attention is given one stream three times: alone it could be attention across two."""
+
+    def __init__(self, causal: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(16, 2, 24, 0.0, batch_first=True)
+        self.embed, self.encoder = nn.Embedding(41, 16), nn.TransformerEncoder(layer, 2)
+        self.causal = causal
+
+    def forward(self, ids: Tensor, keep: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        if self.causal:
+            mask = nn.Transformer.generate_square_subsequent_mask(ids.size(1))
+        hidden = None if keep is None else torch.zeros(keep.shape).masked_fill(keep == 0, -torch.inf)
+        return self.encoder(self.embed(ids), mask, hidden, self.causal or None)
+
+
+@pytest.mark.parametrize(("causal", "padded"), [(False, False), (True, True)])
+def test_layers_of_torch_are_scopes_by_themselves(causal: bool, padded: bool) -> None:
+    student: Any = convert(Stack(causal).eval(), "gla", {"ids": IDS, **({"keep": RIGHT} if padded else {})})
+    assert [fqn for fqn, _, _ in scopes(student)] == ["encoder.layers.0", "encoder.layers.1"]
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert close(student(IDS, RIGHT)[0, :6], student(IDS[:1, :6])[0])
+            assert close(student(IDS, RIGHT)[1], student(IDS)[1])
+            assert close(student(IDS[:1, :1]), student(IDS)[:1, :1]) == causal
+    if not causal:
+        with pytest.raises(MaskFormError):
+            student(IDS, mask=torch.zeros(9, 9).masked_fill(torch.ones(9, 9).triu(7) > 0, -torch.inf))
+    assert torch.equal(gatecc.revert(student).eval()(IDS, RIGHT)[1], Stack(causal).eval()(IDS, RIGHT)[1])
+
+
 # --- which masks are handed down --------------------------------------------------------------------------------------
 
 

@@ -73,7 +73,7 @@ class Assembler:
         count, kv_count = self._count(q), self._count(k)
         output = find_output(parts.core, _width(heads, count), flow, self.maps, parts.owner)
         values = {"q": Value(q.node, q.axes), "k": Value(k.node, k.axes), "v": Value(v.node, v.axes), "heads": heads}
-        masks, whole = _maskings(parts)
+        masks, whole = _maskings(parts, flow)
         values |= self._raw(q, k) | self._inner(parts, roles, over)
         values |= streams((q, k, v), output, heads, (count, kv_count), parts.core, flow)
         return Attention(
@@ -308,10 +308,10 @@ def _node(value: object) -> fx.Node | None:
     return value if isinstance(value, fx.Node) else None
 
 
-def _maskings(parts: Parts) -> tuple[list[Masking], bool]:
+def _maskings(parts: Parts, flow: Flow) -> tuple[list[Masking], bool]:
     """What masks the scores, and whether nothing else hides keys."""
     if parts.scores is not None:
-        found, whole = maskings(parts.scores)
+        found, whole = maskings(parts.scores, flow)
         return found, whole and not _is_edited(parts)
     given = _node(argument(parts.core, 3, "attn_mask"))
     masks = [] if given is None else [Masking(given, "added", len(node_shape(parts.core) or ()))]

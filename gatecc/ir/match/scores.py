@@ -214,7 +214,7 @@ def soft_cap(scores: Scores, flow: Flow) -> float | None:
     return None
 
 
-def maskings(scores: Scores) -> tuple[list[Masking], bool]:
+def maskings(scores: Scores, flow: Flow) -> tuple[list[Masking], bool]:
     """The tensors that mask or are added to the scores, in order, and whether these are all that may hide keys."""
     inside = {scores.source.node, *scores.path}
     addend = scores.source.addend
@@ -227,12 +227,20 @@ def maskings(scores: Scores) -> tuple[list[Masking], bool]:
             one = _masking(node, others, inside)
             found += [one] if one is not None else []
             whole = whole and (one is not None or not others or _is_shift(others[0]))
-        elif name in _HIDING:
+        elif name in _HIDING and not _is_floored(node, inside, flow):
             whole = False
     return found, whole
 
 
+_FLOOR = -1e4
 _HIDING = frozenset("rsub maximum minimum max cat pad constant_pad_nd copy slice_scatter tril triu index_put".split())
+
+
+def _is_floored(node: fx.Node, inside: set[fx.Node], flow: Flow) -> bool:
+    """Whether scores are raised to a number that no key which is seen lies below: models do so with masked scores."""
+    floors = [constant(n, flow) for n in node.all_input_nodes if n not in inside]
+    raised = opname(node) in ("maximum", "max") and bool(floors)
+    return raised and all(floor is not None and floor <= _FLOOR for floor in floors)
 
 
 def _is_shift(node: fx.Node) -> bool:
