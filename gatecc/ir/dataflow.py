@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 from torch._ops import OpOverload
 
 from gatecc.ir.ops import CONTRACTIONS, SHAPE_ONLY, mutates, opname, written
@@ -14,8 +14,9 @@ from gatecc.ir.program import Program
 
 class Flow:
     """``inputs``: those inputs of a node whose values matter. ``data``: nodes whose values depend on an input of the
-    program. ``raw``: nodes that come from parameters and constants without any contraction. ``base``: the node that
-    owns a view's storage. ``writers``: the nodes that write to a base's storage, in order.
+    program. ``learned``: nodes whose values depend on a parameter. ``raw``: nodes that come from parameters and
+    constants without any contraction. ``base``: the node that owns a view's storage. ``writers``: the nodes that write
+    to a base's storage, in order.
     """
 
     def __init__(self, program: Program) -> None:
@@ -23,6 +24,7 @@ class Flow:
         self.order: dict[fx.Node, int] = {}
         self.inputs: dict[fx.Node, list[fx.Node]] = {}
         self.data: set[fx.Node] = set()
+        self.learned: set[fx.Node] = set()
         self.raw: set[fx.Node] = set()
         self.base: dict[fx.Node, fx.Node] = {}
         self.writers: dict[fx.Node, list[fx.Node]] = {}
@@ -40,6 +42,8 @@ class Flow:
         sources = self.inputs[node] = value_inputs(node)
         if node.op == "placeholder" or any(s in self.data for s in sources):
             self.data.add(node)
+        if isinstance(self.program.parameter(node), nn.Parameter) or any(s in self.learned for s in sources):
+            self.learned.add(node)
         if node.op != "placeholder" and name not in CONTRACTIONS and all(s in self.raw for s in sources):
             self.raw.add(node)
         viewed = _aliased(node)
@@ -50,6 +54,8 @@ class Flow:
             self.writers.setdefault(target, []).append(node)
             if node in self.data:
                 self.data.add(target)
+            if node in self.learned:
+                self.learned.add(target)
             if any(s not in self.raw for s in sources):
                 self.raw.discard(target)
 

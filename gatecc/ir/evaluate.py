@@ -1,9 +1,9 @@
 """Evaluator: compute one node of a program at sizes of one's choice, without running the model.
 
 Only the node's ancestors run, and sizes come from the symbolic shapes, so that no node runs for its size alone.
-Products
-of data (the content of the model) are replaced with zeros, and an evaluation in which something other than finite
-arithmetic is done to them is refused: the result then holds for any content.
+Products of what the model made of its data (its content; products of masks are not) are replaced with zeros, and an
+evaluation in which something other than finite arithmetic is done to them is refused: the result then holds for any
+content.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Evaluator:
             stack.extend(w for w in self.flow.writers.get(self.flow.base[node], ()) if self.flow.order[w] < end)
             if node in given:
                 continue
-            if node in zero or (opname(node) in CONTRACTIONS and node in self.flow.data):
+            if node in zero or self._is_content(node):
                 content.add(node)
                 stack.extend(addends(node))
             elif not _is_size(node):
@@ -79,6 +79,11 @@ class Evaluator:
         nodes = sorted(needed, key=self.flow.order.__getitem__)
         self._check(nodes, content, given)
         return Slice(target, nodes, [n for n in nodes if n.op == "placeholder"], frozenset(content))
+
+    def _is_content(self, node: fx.Node) -> bool:
+        """Whether a node is a product of what the model made of its inputs, not of masks alone."""
+        learned = node in self.flow.learned or not self.flow.learned  # no parameter is known: any may be an input
+        return opname(node) in CONTRACTIONS and node in self.flow.data and learned
 
     def _check(self, nodes: list[fx.Node], content: set[fx.Node], given: frozenset[fx.Node]) -> None:
         tainted = set(content)

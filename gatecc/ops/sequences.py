@@ -18,6 +18,7 @@ from torch import Tensor
 from gatecc.errors import MaskFormError
 
 HIDDEN = -50.0  # a score that lies this far below the others is hidden: exp(-50) is 2e-22
+_MASKED = -9e3  # a bias is no number below that
 _KEPT = 8  # results a thread remembers: the layers of a model share their masks
 _LIBRARY = torch.library.Library("gatecc", "FRAGMENT")
 _LIBRARY.define("sequences(Tensor mask, bool causal, int window, bool biased, bool packed) -> Tensor")
@@ -41,10 +42,12 @@ def sequences(
 
 
 def visible(mask: Tensor, biased: bool = False) -> Tensor:
-    """Where a query sees a key, in the shape of the mask."""
-    if mask.dtype == torch.bool:
-        return mask
-    return mask > torch.finfo(mask.dtype).min / 2 if biased else mask == 0
+    """Where a query sees a key, in the shape of the mask. Beside a bias, what is hidden lies far below all that is not:
+    models hide by -1e4, -1e9, -1e30 or the least number that there is."""
+    if mask.dtype == torch.bool or not biased:
+        return mask if mask.dtype == torch.bool else mask == 0
+    least = mask.amin().clamp_min(torch.finfo(mask.dtype).min)
+    return mask > torch.where(least < _MASKED, least / 2, -torch.inf)
 
 
 def numbers(seen: Tensor, causal: bool, window: int) -> tuple[Tensor, Tensor]:

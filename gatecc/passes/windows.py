@@ -56,7 +56,7 @@ def biases(site: Attention, program: Program) -> set[str]:
     """The parameters that an attention uses to bias its scores: they go when its softmax goes."""
     added = addends(site, program)
     if added is None:
-        added = [] if site.mask_node is None else [site.mask_node]
+        added = [mask.node for mask in site.maskings]
     return {name for addend in added for name in learned(addend, program)}
 
 

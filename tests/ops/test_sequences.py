@@ -108,8 +108,11 @@ def test_the_other_direction_raises() -> None:
 
 def test_a_bias_is_allowed_where_it_was_proved() -> None:
     mask = mask_of(ROWS[:2], True)
-    bias = added(mask, torch.finfo(torch.float32).min) + torch.randn(2, 4, 6, 6)
-    assert torch.equal(sequences(bias, True, biased=True), ROWS[:2])
+    distance = torch.arange(6.0)[:, None] - torch.arange(6.0)
+    for low in (-1e4, -1e9, -1e30, torch.finfo(torch.float32).min, -torch.inf):
+        for bias in (torch.randn(2, 4, 6, 6), -100 * distance.abs()):
+            assert torch.equal(sequences(added(mask, low) + bias, True, biased=True), ROWS[:2])
+    assert torch.equal(sequences(-1000 * distance[None, None].abs(), False, biased=True), torch.ones(1, 6).long())
 
 
 def test_packed_rows_raise_for_who_cannot_keep_them_apart() -> None:

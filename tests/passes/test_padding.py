@@ -37,12 +37,14 @@ class Spelled(nn.Module):
                 "a": lambda s: s + hide.float() * LOW,
                 "s": lambda s: s - hide.float() * -LOW,
                 "m": lambda s: torch.minimum(s, hide.float() * 2 * LOW - LOW),
+                "p": lambda s: s + torch.einsum("q,bhik->bhqk", torch.ones(x.size(1)), hide.float()) * LOW,
+                "e": lambda s: s - torch.einsum("kbhq->bhqk", hide.permute(3, 0, 1, 2).float()) * -LOW,
                 "x": lambda s: torch.max(s + hide.float() * LOW, torch.tensor(LOW)),
             }[step](scores)
         return self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 
-@pytest.mark.parametrize("steps", ["f", "w", "W", "s", "fc", "cf", "ca", "cw", "cx"])
+@pytest.mark.parametrize("steps", ["f", "w", "W", "s", "fc", "cf", "ca", "cw", "cx", "p", "e"])
 def test_padding_is_left_out_however_it_is_spelled(steps: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 5, 8)
