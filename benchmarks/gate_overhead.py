@@ -1,7 +1,8 @@
 """The eager forward of a transformed model against the same gates written by hand in Python.
 
 ``python benchmarks/gate_overhead.py [--check]``. Llama, hidden 512, 6 layers, 128 tokens, identity head gates after
-attention. By hand: the gate is applied where a person would put it, in a subclass of the attention function.
+attention. By hand: the gate is applied where a person would put it, in a subclass of the attention function. Padded: 4
+rows of 256 tokens, half of them padded; converted layers are given their mask and assert its form, one graph proves it.
 """
 
 from __future__ import annotations
@@ -74,6 +75,25 @@ def measure() -> Iterator[Row]:
     with torch.no_grad():
         hand_s, gated_s = best_of(lambda: hand(small), lambda: gated(small), repeats=30)
     yield Row("one token: gatecc / by hand", gated_s / hand_s, ONE_TOKEN)
+    yield from padded(model, hand, gated)
+
+
+def padded(model: nn.Module, hand: nn.Module, gated: nn.Module) -> Iterator[Row]:
+    """Padded calls, of the gated model and of a converted one."""
+    ids = torch.randint(0, 1000, (4, 2 * TOKENS))
+    mask = torch.ones_like(ids)
+    mask[:2, TOKENS:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    layers, whole = (gatecc.transform(model, "gla", inputs, scope=scope) for scope in ("auto", "model"))
+    whole.load_state_dict(layers.state_dict())
+    with torch.no_grad():
+        kept = mask.bool()
+        assert torch.allclose(hand(**inputs).logits[kept], gated(**inputs).logits[kept], atol=1e-4)
+        assert torch.allclose(layers(**inputs).logits[kept], whole(**inputs).logits[kept], atol=1e-4)
+        models = (hand, gated, whole, layers)
+        hand_s, gated_s, whole_s, layers_s = best_of(*(lambda m=m: m(**inputs) for m in models), repeats=10)
+    yield Row("padded: gatecc / by hand", gated_s / hand_s)
+    yield Row("padded, gla: masks handed down / one graph", layers_s / whole_s)
 
 
 if __name__ == "__main__":
