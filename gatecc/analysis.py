@@ -278,6 +278,8 @@ def _descend(
     todo = [name for name, _ in model.named_children()]
     while todo:
         name = todo.pop(0)
+        if name not in calls:  # a module that has another name, too
+            continue
         module = model.get_submodule(name)
         children = [f"{name}.{child}" for child, _ in module.named_children()]
         if not calls[name]:  # a container that is never called itself

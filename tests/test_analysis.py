@@ -30,3 +30,22 @@ def test_code_that_stays_in_python_is_refused_by_name() -> None:
     assert refused.keys() == {"", "1"}
     assert all(r.code == "GCC004" and r.remedy and len(r.reason) > 50 for r in refused.values())
     assert {s.owner for s in report.sites if s.kind == "linear"} >= {"0", "2"}
+
+
+class Aliased(nn.Module):
+    """A deciding module, and a module of the body that the whole holds by a second name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 8), Deciding())
+        self.first = self.body[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+def test_a_module_with_two_names_is_looked_at_once() -> None:
+    report = gatecc.inspect(Aliased(), (torch.randn(2, 5, 8),))
+    owners = [s.owner for s in report.sites if s.kind == "linear"]
+    assert owners.count("body.0") == 1
+    assert "first" not in owners

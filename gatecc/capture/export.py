@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import fx, nn
@@ -38,6 +38,7 @@ from gatecc.ir.program import META, Origin, Program, attribute
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _RUNTIME = "_empty_nn_module_stack"  # the owner that export gives to the nodes of its own runtime asserts
+_SLICE = re.compile(r"slice\((None|-?\d+), (None|-?\d+), (None|-?\d+)\)")
 _CALL_SUFFIX = re.compile(r"@\d+")
 
 
@@ -261,12 +262,37 @@ def _record_origins(graph_module: fx.GraphModule, fqn: str, module: nn.Module) -
         raw = "/".join(str(key) for key in node.meta.get("nn_module_stack", {}))  # a second call has "@1" in its key
         relative = _CALL_SUFFIX.sub("", stack[-1]) if stack else ""
         relative = relative[2:] if relative == "m" or relative.startswith("m.") else relative
+        if "slice(" in relative:
+            above = [names[n] for path in stack[:-1] if (n := path.removeprefix("m").lstrip(".")) in names]
+            found = (_sliced(module.get_submodule(name), relative) for name in ("", *reversed(above)))
+            relative = next((first[id(one)] for one in found if one is not None), relative)
         owner = ".".join(p for p in (fqn, names.get(relative, "")) if p)
         seen = calls.setdefault(owner, [])
         if node.op == "call_function" and raw and raw not in seen and _RUNTIME not in raw:
             seen.append(raw)
         call = seen.index(raw) if raw in seen else 0
         node.meta[META] = Origin(owner, call, _line(node.meta.get("stack_trace")))
+
+
+def _sliced(module: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path that goes through slices of lists: ``layers.slice(1, None, None).0``.
+
+    Export starts such paths somewhere between the root and the module that runs the layers.
+    """
+    held: Any = module
+    for part in path.split("."):
+        found = _SLICE.fullmatch(part)
+        if isinstance(held, list) and found is None:
+            held = cast("list[Any]", held)[int(part)]
+        elif found is None:
+            held = held._modules.get(part)
+        else:
+            bounds = [None if bound == "None" else int(bound) for bound in found.groups()]
+            layers = cast("list[Any]", held) if isinstance(held, list) else list(held._modules.values())
+            held = layers[slice(*bounds)]
+        if held is None:
+            return None
+    return held if isinstance(held, nn.Module) else None
 
 
 def _line(trace: str | None) -> str:

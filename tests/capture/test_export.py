@@ -178,3 +178,29 @@ def test_a_capture_that_fails_prints_no_graph(capfd: pytest.CaptureFixture[str])
     with pytest.raises(CaptureError, match="data-dependent"):
         capture(Decides(), (torch.randn(2, 4),))
     assert capfd.readouterr() == ("", "")
+
+
+class Aliased(nn.Module):
+    """Layers that are called through a slice, one of which has another name too."""
+
+    def __init__(self, part: slice) -> None:
+        super().__init__()
+        self.body = nn.Module()
+        self.body.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(4)])
+        self.alias = self.body.layers[3]
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers: Any = self.body.layers
+        for layer in layers[1:][self.part]:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("part", "layers"), [(slice(None, -1), (1, 2)), (slice(None, None, 2), (1, 3)), (slice(-2, None), (2, 3))]
+)
+def test_layers_of_a_slice_have_their_own_names(part: slice, layers: tuple[int, ...]) -> None:
+    program = capture(nn.Sequential(Aliased(part)), (torch.randn(2, 4),))
+    owners = [origin(n).owner for n in program.calls() if "linear" in str(n.target)]
+    assert owners == [f"0.body.layers.{i}" for i in layers]

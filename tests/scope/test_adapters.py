@@ -146,6 +146,23 @@ def test_adapters_of_a_gated_model_train_and_several_may_be_active() -> None:
     assert torch.allclose(model.merge_and_unload()(X), both, atol=1e-5)
 
 
+def test_learned_prompts_stand_before_a_model_of_gated_layers() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=61, pad_token_id=0, **sizes)).eval()
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    ids = {"input_ids": torch.randint(1, 61, (2, 6), generator=torch.Generator().manual_seed(0))}
+    prompted: Any = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    known = {name for name, _ in prompted.named_parameters()}
+    gated: Any = gatecc.transform(prompted, "gated-attention", ((), ids))
+    assert torch.allclose(gated(**ids).logits, prompted(**ids).logits, atol=1e-6)
+    stir(gated, 2, lambda name: name not in known)
+    later: Any = peft.get_peft_model(gatecc.transform(base, "gated-attention", ((), ids)), config).eval()
+    later.load_state_dict(gated.state_dict())
+    assert torch.allclose(later(**ids).logits, gated(**ids).logits, atol=1e-6)
+
+
 def test_merging_takes_no_scope_of_the_whole_model_away() -> None:
     """peft takes its own modules off the model when adapters are merged, with whatever is on them."""
     model = adapted("lora on q")
