@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
@@ -279,19 +279,16 @@ def _sliced(module: nn.Module, path: str) -> nn.Module | None:
 
     Export starts such paths somewhere between the root and the module that runs the layers.
     """
-    held: Any = module
+    held: nn.Module | list[Any] | None = module
     for part in path.split("."):
         found = _SLICE.fullmatch(part)
-        if isinstance(held, list) and found is None:
-            held = cast("list[Any]", held)[int(part)]
-        elif found is None:
-            held = held._modules.get(part)
-        else:
+        if found is not None and held is not None:
             bounds = [None if bound == "None" else int(bound) for bound in found.groups()]
-            layers = cast("list[Any]", held) if isinstance(held, list) else list(held._modules.values())
-            held = layers[slice(*bounds)]
-        if held is None:
-            return None
+            held = (held if isinstance(held, list) else list(held._modules.values()))[slice(*bounds)]
+        elif isinstance(held, list):
+            held = held[int(part)]
+        else:
+            held = held._modules.get(part) if held is not None else None
     return held if isinstance(held, nn.Module) else None
 
 
