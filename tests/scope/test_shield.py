@@ -226,7 +226,7 @@ def test_proofs_leave_no_casts_without_gradient_in_the_cache_of_autocast() -> No
 class Decorated(Net):
     """A region that was made before any call, and so keeps the casts of weights whatever the call is under."""
 
-    @torch.autocast("cpu", torch.bfloat16)
+    @torch.autocast("cpu", torch.bfloat16)  # pyright: ignore[reportUntypedFunctionDecorator]  # torch has no types for it
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).float()
 
