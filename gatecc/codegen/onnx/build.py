@@ -24,7 +24,7 @@ from torch.export import Dim, ExportedProgram
 from gatecc.capture.budget import budget
 from gatecc.capture.guards import Check, compile_guards, size_guards
 from gatecc.codegen.onnx.attention import ATTENTION, attention
-from gatecc.codegen.onnx.clean import clean, name_ends
+from gatecc.codegen.onnx.clean import clean, hold_constants, name_ends
 from gatecc.codegen.onnx.dims import Dims, fixed
 from gatecc.codegen.onnx.grouped import grouped_products
 from gatecc.codegen.onnx.leaves import Call
@@ -224,6 +224,7 @@ def _convert(program: ExportedProgram, call: Call, opset: int) -> ir.Model:
     except Exception as e:
         raise ExportError("torch.onnx cannot write this model", **blame(e), do=_OTHER_OPERATOR) from e
     assert made is not None
+    hold_constants(made.model.graph)
     fold_padded_weights(made.model.graph)
     name_ends(made.model.graph, call)
     return made.model

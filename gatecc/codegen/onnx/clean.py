@@ -11,6 +11,22 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
+def hold_constants(graph: ir.Graph) -> None:
+    """Enter the constants that nodes read and the graph does not hold: torch.onnx gives the bounds of two clamps of one
+    value the same names, and the graph keeps the first."""
+    held = {id(v) for v in (*graph.inputs, *graph.initializers.values())}
+    for node in graph:
+        for value in node.inputs:
+            if value is None or value.producer() is not None or value.const_value is None or id(value) in held:
+                continue
+            name = str(value.name)
+            while name in graph.initializers:
+                name += "_"
+            value.name = name
+            graph.initializers.add(value)
+            held.add(id(value))
+
+
 def name_ends(graph: ir.Graph, call: Call) -> None:
     """Give inputs and outputs the names of the call; what bears one of them inside the graph gets another.
 

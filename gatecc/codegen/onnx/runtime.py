@@ -12,6 +12,8 @@ from gatecc.codegen.onnx.place import first_line
 from gatecc.errors import ExportError
 
 _NAME = re.compile(r"[\w.:/-]+")
+_UNFOLDED = {"Erf": ("Gelu",), "Softplus": ("Mish",), "Tanh": ("Gelu", "Mish"), "Sigmoid": ("Swish",)}
+_LACKS = re.compile(r"implementation for (\w+)\(")
 _OTHER = "write it with other operators; verify=False writes the graph untried"
 _REPORT = "gatecc did not foresee this: please report it with the model's code; another opset may do"
 _NO_KERNELS = (torch.bfloat16, torch.complex64, torch.complex128)
@@ -41,7 +43,9 @@ class Session:
         try:
             self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as e:
-            raise ExportError("ONNX Runtime does not load the graph", **_blame(e, places), do=_OTHER) from e
+            told = _blame(e, places)
+            told["where"] = told["where"] or _unfolded(path, e, places)
+            raise ExportError("ONNX Runtime does not load the graph", **told, do=_OTHER) from e
         self._places = places
         self._inputs = {i.name for i in self._session.get_inputs()}
 
@@ -61,6 +65,19 @@ def _blame(error: Exception, places: Mapping[str, str]) -> dict[str, str]:
     """``where`` and ``found``: the operator of the model whose node a message names."""
     named = next((places[name] for name in _NAME.findall(str(error)) if name in places), "")
     return {"where": named, "found": f"{type(error).__name__}: {first_line(error)}"}
+
+
+def _unfolded(path: Path, error: Exception, places: Mapping[str, str]) -> str:
+    """The operator of the model whose node ONNX Runtime unfolded into one that it lacks, and which has no name: Erf of
+    Gelu."""
+    import onnx
+
+    if not (lacking := _LACKS.search(str(error))):
+        return ""
+    for node in onnx.load(path, load_external_data=False).graph.node:
+        if node.op_type in (lacking[1], *_UNFOLDED.get(lacking[1], ())):
+            return places.get(node.name, "")
+    return ""
 
 
 def check_dtypes(tensors: Sequence[torch.Tensor]) -> None:

@@ -1,7 +1,7 @@
 """Sigmoids: those whose relative precision counts, in a form that has it.
 
 ONNX Runtime's sigmoid is right to 1e-7 and 0 below -18. As a gate that is enough; not where a logarithm, a root, a
-power or a division reads it, perhaps through other pointwise operators: ``log(sigmoid(x))`` would be -inf.
+power, a division or a product with an exponential reads it, perhaps through other pointwise operators: ``log(sigmoid(x))`` would be -inf.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ _SENSITIVE = {
 }
 _POWERS = (aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor)
 _QUOTIENTS = (aten.div.Tensor, aten.div.Tensor_mode, aten.true_divide.Tensor, aten.divide.Tensor)
+_GROWING = {aten.exp.default, aten.exp2.default, aten.reciprocal.default, *_POWERS}  # what a product may be large by
 _VIEWS = {
     *(aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.transpose.int),
     *(aten.permute.default, aten.expand.default, aten.slice.Tensor, aten.select.int, aten.flatten.using_ints),
@@ -93,7 +94,10 @@ def _magnifies(user: fx.Node, value: fx.Node) -> bool:
     if user.target in _POWERS:
         exponent = user.args[1]
         return not (isinstance(exponent, int | float) and exponent > 0 and float(exponent).is_integer())
-    return user.target in _QUOTIENTS and user.args[1] is value
+    if user.target in _QUOTIENTS:  # by a tensor, which may be as small
+        return isinstance(user.args[1], fx.Node)
+    others = [n for n in user.all_input_nodes if n is not value] if user.target is aten.mul.Tensor else []
+    return any(n.target in _GROWING for n in others)
 
 
 def _pointwise(node: fx.Node) -> bool:
