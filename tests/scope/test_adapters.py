@@ -65,6 +65,7 @@ def lora(**options: Any) -> Any:
     return peft.LoraConfig(**{"r": 4, "target_modules": PROJECTIONS, **options})
 
 
+GATES = [*gatecc.recipe("gated-attention").rewrites, *gatecc.recipe("feature-gate").rewrites]
 METHODS: dict[str, Callable[[], Any]] = {
     "lora": lora,
     "rslora with dropout": lambda: lora(use_rslora=True, lora_dropout=0.1),
@@ -95,39 +96,51 @@ def adapted(method: str) -> Any:
     return model
 
 
+@pytest.fixture(scope="module")
+def gates_first() -> Any:
+    """Gates on the attention and in the MLP of a model that has no adapters."""
+    return gatecc.transform(net(), GATES, (X,))
+
+
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("recipe", ["gated-attention", "feature-gate"])
-def test_gates_on_adapted_models_are_those_of_the_merged_model(method: str, recipe: str) -> None:
+def test_gates_on_adapted_models_are_those_of_the_merged_model(method: str, gates_first: Any) -> None:
     model = adapted(method)
     before = model(X)
     known = {name for name, _ in model.named_parameters()}
-    gated: Any = gatecc.transform(model, recipe, (X,))
+    gated: Any = gatecc.transform(model, GATES, (X,))
+    new = [name.rpartition(".")[0] for name, _ in gated.named_parameters() if name not in known]
+    assert {name.split(".")[2] for name in new} == {"attention", "mlp"}
     assert torch.allclose(gated(X), before, atol=1e-6)
-    stir(gated, 2, lambda name: name not in known)
-    expected = gated(X)
-    assert not torch.allclose(expected, before, atol=1e-3)
+    for part in ("attention", "mlp"):  # each gate acts by itself
+        still = gated(X)
+        stir(gated, 2, lambda name, part=part: name not in known and part in name)
+        assert not torch.allclose(gated(X), still, atol=1e-3)
     wide = copy.deepcopy(gated).double()  # outputs of a hundred are 1e-4 apart in float32, by rounding
     exact = wide(X.double())
     assert torch.allclose(wide.merge_and_unload()(X.double()), exact, atol=1e-10)
     # The other order: adapters put onto the gated model.
-    later = peft.get_peft_model(gatecc.transform(net(), recipe, (X,)), METHODS[method]()).eval()
+    later = peft.get_peft_model(copy.deepcopy(gates_first), METHODS[method]()).eval()
     later.load_state_dict(gated.state_dict())
     assert torch.allclose(later.double()(X.double()), exact, atol=1e-10)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "boft", "ia3", "oft", "loha"])
-@pytest.mark.parametrize("kind", ["attention", "mlp"])
-def test_a_gate_of_zero_on_the_output_leaves_nothing_of_an_adapter(method: str, kind: str) -> None:
+def test_a_gate_of_zero_on_the_output_leaves_nothing_of_an_adapter(method: str) -> None:
     model = adapted(method)
     known = {name for name, _ in model.named_parameters()}
-    spec = GateSpec("hidden" if kind == "attention" else "in", "linear", "channel", "sigmoid")
-    gated: Any = gatecc.transform(model, [Gate(sites.KINDS[kind][...].out, spec)], (X,))
+    reads = {"attention": "hidden", "mlp": "in"}
+    gates = [
+        Gate(sites.KINDS[kind][...].out, GateSpec(source, "linear", "channel", "sigmoid"))
+        for kind, source in reads.items()
+    ]
+    gated: Any = gatecc.transform(model, gates, (X,))
     with torch.no_grad():
         for name, p in gated.named_parameters():
             if name not in known:
                 p.fill_(-40.0 if name.endswith("bias") else 0.0)  # sigmoid(-40) = 0
-    inner = gated.get_submodule(f"base_model.model.{kind}")
-    assert float(inner(X).detach().abs().max()) < 1e-6
+    for kind in reads:
+        inner = gated.get_submodule(f"base_model.model.{kind}")
+        assert float(inner(X).detach().abs().max()) < 1e-6
 
 
 def test_adapters_of_a_gated_model_train_and_several_may_be_active() -> None:
