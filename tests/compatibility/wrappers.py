@@ -34,13 +34,14 @@ class Setup:
     """``module`` is called under the mode; ``right`` computes the same without the wrapper.
 
     ``runs``: modes in which the wrapper does the call by itself. ``watched()``: for each call of a hook whether it saw
-    what is right. ``tolerance`` replaces that of the mode, if it is larger. ``gradients`` says if they can be compared.
+    what is right; None where there is no hook. ``tolerance`` replaces that of the mode, if it is larger. ``gradients``
+    says if they can be compared.
     """
 
     module: nn.Module
     right: nn.Module
     runs: dict[str, Callable[[], Results]] = field(default_factory=dict[str, Callable[[], Results]])
-    watched: Callable[[], list[bool]] = list[bool]
+    watched: Callable[[], list[bool]] | None = None
     tolerance: float = 0.0
     gradients: bool = True
 
