@@ -28,7 +28,22 @@ def test_the_same_recipe_twice() -> None:
     _, second = _notes(once)
     assert "holds gate of gated-attention already (transform 1), at 2 of these sites" in second
     _, other = _notes(once, gatecc.recipe("gated-attention", granularity="element"))
-    assert "already" not in other
+    assert "already (transform 1, with other options), at 2 of these sites" in other
+    _, elsewhere = _notes(once, gatecc.recipe("gated-attention", position="v"))
+    assert "already" not in elsewhere
+    gate = gatecc.Gate("mlp[...].out", gatecc.GateSpec("self"))
+    assert "gate mlp[...].out is in the list twice" in _notes(_model(), [gate, gate])[1]
+
+
+@pytest.mark.parametrize(("tokens", "prefix"), [(9, 0), (10, 1)])
+def test_a_number_of_tokens_that_is_a_square_by_luck(tokens: int, prefix: int) -> None:
+    x = torch.randn(2, tokens, 16)
+    for options, told in (({}, True), ({"rows": 1, "columns": 9}, False)):
+        recipe = gatecc.recipe("vig", prefix=prefix, **options)
+        notes = gatecc.last_report(gatecc.transform(_model(), recipe, (x,), verify=False)).notes
+        behind = " behind 1" if prefix else ""
+        note = f"the 9 tokens{behind} are taken for an image of 3 rows of 3 patches"
+        assert any(note in n for n in notes) is told
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])

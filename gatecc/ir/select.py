@@ -88,9 +88,12 @@ class Selector:
     @classmethod
     def parse(cls, text: str) -> Selector:
         """The selector that a text means; the inverse of ``str``. Raises ArgumentError."""
-        match = _TEXT.fullmatch(text.strip())
+        match = _TEXT.fullmatch(text.strip()) if isinstance(cast("object", text), str) else None
         if match is None:
-            raise ArgumentError(f"{text!r} is no selector", expected="kind[where].stage, e.g. attention[2:].heads")
+            raise ArgumentError(
+                f"{text!r} is no selector",
+                expected="kind[where].stage, e.g. attention[2:].heads, or by owners attention[encoder.*].heads",
+            )
         return cls(match["kind"].lower(), **_split(match["where"]), stage=match["stage"] or "")
 
     def to_json(self) -> dict[str, Any]:

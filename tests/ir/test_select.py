@@ -158,3 +158,9 @@ def test_what_to_do_is_something_that_the_model_has() -> None:
         select(Selector("attention", ...), SITES)
     with pytest.raises(EmptySelectionError, match=r"do +pass a model with layers that gatecc knows"):
         select(Selector("attention", ...), [])
+
+
+@pytest.mark.parametrize("text", ["self_attn", ["attention[...]"], None])
+def test_what_is_no_selector_is_told_how_one_is_written(text: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"by owners attention\[encoder"):
+        Selector.parse(text)

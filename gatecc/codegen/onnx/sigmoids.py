@@ -1,7 +1,8 @@
 """Sigmoids: those whose relative precision counts, in a form that has it.
 
 ONNX Runtime's sigmoid is right to 1e-7 and 0 below -18. As a gate that is enough; not where a logarithm, a root, a
-power, a division or a product with an exponential reads it, perhaps through other pointwise operators: ``log(sigmoid(x))`` would be -inf.
+power, a division or a product with an exponential reads it, perhaps through other pointwise operators:
+``log(sigmoid(x))`` would be -inf.
 """
 
 from __future__ import annotations
