@@ -151,9 +151,21 @@ def _export(flat: _Flat, leaves: list[torch.Tensor], fqn: str, dynamic: Literal[
         raise CaptureError(
             "torch.export could not capture this module",
             where=fqn or type(flat.m).__name__,
-            found=_reason(e),
+            found=_packed(flat.m) or _reason(e),
             do="select sites in submodules that do not hold this code, or write it with torch.where / torch.cond",
         ) from e
+
+
+def _packed(module: nn.Module) -> str:
+    """Which submodule holds objects of TorchScript in the place of its weights, as torch.ao.quantization makes them."""
+    for name, m in module.named_modules():
+        if any(isinstance(value, torch.ScriptObject) for value in vars(m).values()):
+            where = name.removesuffix("._packed_params") or type(m).__name__
+            return (
+                f"{where} holds its weights packed, which torch.export cannot read; "
+                "quantize_ of torchao keeps them as tensors"
+            )
+    return ""
 
 
 def _image_channels(module: nn.Module) -> frozenset[tuple[int, int]]:

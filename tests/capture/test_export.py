@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -204,3 +205,13 @@ def test_layers_of_a_slice_have_their_own_names(part: slice, layers: tuple[int, 
     program = capture(nn.Sequential(Aliased(part)), (torch.randn(2, 4),))
     owners = [origin(n).owner for n in program.calls() if "linear" in str(n.target)]
     assert owners == [f"0.body.layers.{i}" for i in layers]
+
+
+def test_packed_weights_are_named() -> None:
+    """torch's own reason names a class of TorchScript and none of the model."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})  # pyright: ignore[reportDeprecated]
+    with pytest.raises(CaptureError, match=r"found +0 holds its weights packed.*torchao"):
+        capture(quantised, (torch.ones(2, 4),))
