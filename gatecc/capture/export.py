@@ -20,7 +20,7 @@ from torch.fx.graph import CodeGen
 
 from gatecc.capture import signature
 from gatecc.capture.adapters import adapted
-from gatecc.capture.forms import TraceableForms
+from gatecc.capture.forms import TraceableForms, nothing_drawn_by_python
 from gatecc.capture.frames import no_source_lines
 from gatecc.capture.functions import functions_marked
 from gatecc.capture.guards import size_guards
@@ -98,7 +98,11 @@ def capture(
         for context in plain:
             stack.enter_context(context)
         boundaries = stack.enter_context(marks)
-        called = stack.enter_context(functions_marked()) if functions else []
+        called: list[FunctionCall] = []
+        if functions:
+            called = stack.enter_context(functions_marked())
+            stack.enter_context(nothing_drawn_by_python(module))
+        stack.enter_context(TraceableForms(trained=functions))
         flat = _Flat(module, _from_start(forward or module, boundaries, called), args, kwargs)
         exported = _export(flat, leaves, fqn, dynamic)
     program = _program(exported, module, leaves, fqn, _paths(module, args, kwargs))
@@ -143,7 +147,7 @@ def _export(flat: _Flat, leaves: list[torch.Tensor], fqn: str, dynamic: Literal[
     images = _image_channels(flat.m) if not fqn else frozenset[tuple[int, int]]()
     shapes = [_dynamic_axes(x, images) if dynamic == "auto" else None for x in leaves]
     try:
-        with callers_device(), TraceableForms():
+        with callers_device():
             return torch.export.export(flat, tuple(leaves), dynamic_shapes=(tuple(shapes),), strict=False)
     except GateccError:  # of a check that runs inside
         raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch.nn import functional as F
 
 import gatecc
 from gatecc.capture import capture
-from gatecc.errors import CaptureError
+from gatecc.errors import CallNotCapturedError, CaptureError
 
 X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 
@@ -56,6 +58,39 @@ def test_a_gated_model_trains_as_before() -> None:
     for name, grad in grads.items():
         found = its[name]
         assert found is None if grad is None else found is not None and torch.equal(found, grad), name
+
+
+class Hooked(nn.Module):
+    """What explainers do with attention maps: a hook on a tensor that needs a gradient."""
+
+    def __init__(self, draw: bool = False) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.seen: list[Tensor] = []
+        self.draw = draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.gelu(self.up(self.norm(x)))
+        if self.draw:
+            return x + self.down(y) * (random.random() < 0.5 if self.training else 1)
+        if y.requires_grad:
+            y.register_hook(self.seen.append)
+        return x + self.down(y)
+
+
+def test_a_hook_on_a_tensor_is_not_lost() -> None:
+    """Such a model cannot be trained as a graph; where no gradient is taken, there is no hook."""
+    model = Hooked().eval()
+    with pytest.raises(CaptureError, match=r"(?s)hook on a tensor.*Tensor\.register_hook"):
+        gatecc.transform(model, "residual-gates", (X,))
+    assert gatecc.inspect(model, (X,)).sites
+
+
+def test_python_s_random_numbers_are_not_frozen() -> None:
+    gated = gatecc.transform(Hooked(draw=True).eval(), "residual-gates", (X,), verify=False)
+    gated(X)
+    with pytest.raises(CallNotCapturedError, match=r"(?s)numpy\.random"):
+        gated.train()(X)
 
 
 def test_what_depends_on_a_random_number_stays_refused() -> None:
