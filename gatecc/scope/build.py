@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from gatecc.capture import capture
 from gatecc.capture.checkpointing import no_checkpointing
+from gatecc.capture.guards import LaterGuards
 from gatecc.capture.reads import Seen, reads_of, recorded_reads, ties_of
 from gatecc.errors import CaptureError, GateccError, GraphError
 from gatecc.ir.boundary import held, settle
@@ -157,6 +158,7 @@ def rewrite_program(program: Program, state: Scope, sites: list[Site]) -> list[l
     """Do every application of a scope on a program, verifying after each of them."""
     editors: list[list[Editor]] = []
     taken: set[str] = set()
+    sizes = LaterGuards(program.placeholders)
     sites = [handed_down(site, program, state.masks) for site in sites]
     work = Sites(sites)
     for application in state.applied:
@@ -173,6 +175,7 @@ def rewrite_program(program: Program, state: Scope, sites: list[Site]) -> list[l
         editors.append(apply(application.rewrite, program, found, state.own, taken, work))
     seen = held(program.boundaries) | entries(program.functions)
     program.graph.eliminate_dead_code(lambda node: node in seen or node.is_impure())
+    program.guards += [guard for guard in sizes.found() if guard not in program.guards]
     return editors
 
 

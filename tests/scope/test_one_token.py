@@ -50,6 +50,17 @@ def test_a_call_of_one_token(recipe: Any) -> None:
     assert torch.allclose(logits(model, IDS[:1, :1]), whole[:1, :1], atol=1e-5)
 
 
+def test_the_first_call_of_its_kind_with_two_tokens() -> None:
+    """Whether keys but the last are one or more changes what torch knows of their layout: that holds for two alone."""
+    model = gatecc.transform(llama(), gatecc.recipe("liger", window=3), (IDS,))
+    whole = logits(model, IDS)
+    for tokens in (2, 3, 5):
+        mask = torch.ones(tokens, tokens, dtype=torch.bool).tril().expand(2, 1, -1, -1)
+        with torch.no_grad():
+            found = model(IDS[:, :tokens], attention_mask=mask).logits
+        assert torch.allclose(found, whole[:, :tokens], atol=1e-5)
+
+
 @pytest.mark.parametrize(("recipe", "batch"), [("gla", 1), ("liger", 2)])
 def test_an_example_of_one_token(recipe: str, batch: int) -> None:
     torch.manual_seed(1)
