@@ -230,6 +230,18 @@ def test_a_failure_leaves_the_folder_as_it_was(
     assert (folder / "model.onnx").read_text() == "old"
 
 
+def test_a_refusal_prints_no_graph(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    class Repeating(Counting):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(int(x.sum())):
+                x = self.linear(x)
+            return x
+
+    with pytest.raises(CaptureError):
+        gatecc.export(Repeating().eval(), tmp_path / "x", (X,))
+    assert "def forward" not in "".join(capfd.readouterr())
+
+
 def test_an_existing_folder_keeps_what_is_not_ours(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "model.onnx", "model.onnx.data"):
         (tmp_path / name).write_text("old")

@@ -94,7 +94,7 @@ def capture(
     leaves = _apart(leaves)
     marks = _unmarked(module) if hooked is None else marked(module, hooked)
     plain = plain_weights(module), neutral_weights(module), attributes_kept(module), adapted(module)
-    with ExitStack() as stack, free_lengths(), _quiet(), _fast():
+    with ExitStack() as stack, free_lengths(), quiet(), _fast():
         for context in plain:
             stack.enter_context(context)
         boundaries = stack.enter_context(marks)
@@ -333,7 +333,7 @@ def _fast() -> Generator[None]:
 
 
 @contextmanager
-def _quiet() -> Generator[None]:
+def quiet() -> Generator[None]:
     """torch.export prints notices about specialised dimensions; gatecc says what matters in its own report."""
     names = ("torch._export", "torch.export", "torch.fx", "torch._dynamo", "torch._subclasses")
     loggers = [logging.getLogger(name) for name in names]

@@ -22,11 +22,13 @@ from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
 from gatecc.capture.budget import budget
+from gatecc.capture.export import quiet
 from gatecc.capture.guards import Check, compile_guards, size_guards
 from gatecc.codegen.onnx.attention import ATTENTION, attention
 from gatecc.codegen.onnx.clean import clean, hold_constants, name_ends
 from gatecc.codegen.onnx.dims import Dims, fixed
 from gatecc.codegen.onnx.grouped import grouped_products
+from gatecc.codegen.onnx.indices import long_indices
 from gatecc.codegen.onnx.leaves import Call
 from gatecc.codegen.onnx.linear_attention import (
     LINEAR_ATTENTION,
@@ -170,7 +172,7 @@ def _program(call: Call, module: nn.Module, axes: Sequence[set[int]], limit: flo
     shapes = tuple(dict.fromkeys(sorted(of_one), Dim.AUTO) for of_one in axes)
     where = type(call.flat.m).__name__
     try:
-        with budget(limit, lambda seconds: _too_long(where, seconds)), _quiet():
+        with budget(limit, lambda seconds: _too_long(where, seconds)), quiet(), _quiet():
             return torch.export.export(module, call.leaves, dynamic_shapes=(shapes,), strict=False)
     except CaptureError:
         raise
@@ -197,6 +199,7 @@ def _lowered(program: ExportedProgram, opset: int) -> ExportedProgram:
     check_linear_attention(program)
     check_sequences(program)
     exact_sigmoids(program)
+    long_indices(program)
     scalars_as_tensors(program, float64=False)
     forms = {**FORMS, ATTENTION: attention(opset), LINEAR_ATTENTION: linear_attention}
     if not any(n.target in forms for n in program.graph.nodes):

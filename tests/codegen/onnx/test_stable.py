@@ -30,6 +30,7 @@ WIDE: dict[str, Operator] = {
     "odds": lambda x: torch.sigmoid(x) / (1 - torch.sigmoid(x)).clamp_min(1e-6),
     "ratio": lambda x: torch.sigmoid(x) / torch.sigmoid(x - 1),
     "product": lambda x: torch.sigmoid(x) * torch.exp(-x.clamp(-60, 60)),
+    "int32 indices": lambda x: x.view(8, 21)[(x[:3] > 0).to(torch.int32), (x[3:6] > 0).to(torch.int32)],
     "two clamps": lambda x: x.clamp(-1.0, 1.0) + x.clamp(-1.0, 1.0).exp(),
     "complement": lambda x: torch.log(1 - torch.sigmoid(x).clamp(1e-6, 1 - 1e-6)),
     "softplus": F.softplus,
