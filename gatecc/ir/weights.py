@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gatecc.errors import ArgumentError, UnsupportedModelError
@@ -195,7 +196,8 @@ class WidenWeight(Effect):
 
 def is_wrapped(tensor: torch.Tensor) -> bool:
     """Whether a tensor is of a class that wraps others, so that its elements cannot be edited."""
-    return is_traceable_wrapper_subclass(tensor.data)
+    with unset_fake_temporarily():  # an edit that is traced looks at the live weight
+        return is_traceable_wrapper_subclass(tensor.data)
 
 
 def editable(layer: nn.Module, path: str) -> nn.Parameter:

@@ -160,9 +160,18 @@ def check_positions(value: Value, sources: Sequence[Value], site: Site) -> None:
 
     Raises SiteRefusedError.
     """
-    mine = static_sizes(value)
+    mine, tokens = static_sizes(value), _tokens(value)
     for other in sources:
-        theirs = static_sizes(other)
+        theirs, its = static_sizes(other), _tokens(other)
+        if tokens is not None and its is not None and tokens[1] != its[1]:
+            raise SiteRefusedError(
+                "the source of the gate has other tokens than the value",
+                where=place(site),
+                found=f"{tokens[1]} on the example in {value.node.name}, {its[1]} in {other.node.name}: some are no "
+                "tokens of the source, such as a learned prefix",
+                expected="a token of the source for each of the value",
+                do="use a gate that reads what it gates (source 'self'), gate stage 'heads', or leave this site out",
+            )
         for axis in set(positions(value.axes)) & set(other.axes) - {"b"}:
             sizes = mine.get(axis), theirs.get(axis)
             if sizes[0] != sizes[1] and 1 not in sizes:
@@ -173,6 +182,17 @@ def check_positions(value: Value, sources: Sequence[Value], site: Site) -> None:
                     expected="one size",
                     do="use a gate that reads nothing (source 'param'), gate stage 'out', or leave this site out",
                 )
+
+
+def _tokens(value: Value) -> tuple[str, int] | None:
+    """The letter of the one axis that counts tokens, and its size on the example; None for windows, flattened tokens
+    and the like."""
+    letters = positions(value.axes)
+    if letters not in ("bn", "bm"):
+        return None
+    size = shape(value.node)[value.axes.index(letters[1])]
+    found = size if isinstance(size, int) else size.node.hint
+    return None if found is None or int(found) == 1 else (letters[1], int(found))
 
 
 def _size(value: Value, axis: str) -> str:

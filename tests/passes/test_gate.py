@@ -8,7 +8,9 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
+import gatecc
 from gatecc.errors import ArgumentError, EmptySelectionError, SiteRefusedError
 from gatecc.ir.edit import NewModule
 from gatecc.ir.gate import GateSpec
@@ -162,3 +164,27 @@ def test_rows_of_a_group_lie_behind_its_queries() -> None:
     assert isinstance(module, NewModule)
     assert not list(result.program.module.get_submodule(module.path).parameters()), "its rows are its parameters"
     assert result.error <= 1e-6
+
+
+class Prompted(nn.Module):
+    """Attention to three learned keys beside the tokens, or to these alone."""
+
+    def __init__(self, alone: bool) -> None:
+        super().__init__()
+        self.prompt = nn.Parameter(torch.randn(1, 4, 3, 4))
+        self.q, self.kv, self.alone = nn.Linear(16, 16), nn.Linear(16, 16), alone
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, kv = (f(x).unflatten(-1, (4, 4)).transpose(1, 2) for f in (self.q, self.kv))
+        prompt = self.prompt.expand(x.size(0), -1, -1, -1)
+        keys = prompt if self.alone else torch.cat([prompt, kv], 2)
+        return nn.functional.scaled_dot_product_attention(q, keys, keys).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_keys_that_are_no_tokens_take_no_gate_of_the_tokens(alone: bool) -> None:
+    x = torch.randn(2, 6, 16)
+    with pytest.raises(SiteRefusedError, match=f"{3 if alone else 9} on the example"):
+        gatecc.transform(Prompted(alone).eval(), gatecc.recipe("gated-attention", position="v"), (x,))
+    gated = gatecc.transform(Prompted(alone).eval(), "gated-attention", (x,))  # its queries are tokens
+    assert gated(torch.cat([x, x], 1)).shape == (2, 12, 16)
