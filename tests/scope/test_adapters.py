@@ -162,7 +162,8 @@ def test_adapters_of_a_gated_model_train_and_several_may_be_active() -> None:
 def test_learned_prompts_stand_before_a_model_of_gated_layers() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2}
     base = LlamaForCausalLM(LlamaConfig(vocab_size=61, pad_token_id=0, **sizes)).eval()
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     ids = {"input_ids": torch.randint(1, 61, (2, 6), generator=torch.Generator().manual_seed(0))}
