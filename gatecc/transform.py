@@ -236,13 +236,14 @@ def _transform(model: nn.Module, task: _Task, analysis: Analysis, undo: Undo) ->
     while True:
         plans, left_out = plans_of(model, recipe, analysis, scope, called - missed, too_small)
         work = Installer(model, recipe, undo, report, analysis.programs)
-        failed = _install(work, plans, {p.fqn for p in analysis.programs}, args, kwargs)
+        failed, unproved = _install(work, plans, {p.fqn for p in analysis.programs}, args, kwargs)
         more = set[str]() if failed else _seen_to_act(work, plans, analysis, task)
         if not failed and not more:
             break
-        parents = {fqn for fqn in failed if any(f"{inner}.".startswith(f"{fqn}.") for inner in missed)}
-        too_small |= parents
-        missed |= more | (failed - parents)
+        tried = {fqn for fqn in failed if any(f"{inner}.".startswith(f"{fqn}.") for inner in missed)}
+        climbing = failed - tried if unproved else set[str]()
+        too_small |= failed - climbing
+        missed |= more | climbing
         undo.run(model)
         report.rewrites.clear()
     report.refusals = [*report.refusals, *left_out]
@@ -279,11 +280,13 @@ def _without_cache(model: nn.Module, reason: str, report: Report, undo: Undo) ->
 
 def _install(
     work: Installer, plans: list[Plan], largest: set[str], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> set[str]:
-    """Install all plans. Returns the scopes that turned out too small: one that failed, and the others of its class.
+) -> tuple[set[str], bool]:
+    """Install all plans. Returns the scopes that turned out too small, one that failed and the others of its class; and
+    whether it was a site that alone lacks what the rewrite needs.
 
-    A submodule on its own can hide what its surroundings prove: sizes that are constants of the model become inputs,
-    and streams that are one in the parent come in twice. So its parent is tried, and then the largest graph.
+    A submodule on its own can hide what its surroundings prove: streams that are one in the parent come in twice. Then
+    the parent is tried, once. Where the site is not there at all, sizes that are constants of the model became inputs:
+    the largest graph has them.
     """
     calls, _ = record_calls(work.model, [p.fqn for p in plans], args, kwargs)
     for plan in sorted(plans, key=lambda p: -p.fqn.count(".") - bool(p.fqn)):
@@ -294,8 +297,9 @@ def _install(
                 raise
             work.report.notes.append(f"{plan.fqn}: rewritten in a larger graph; alone: {e.found}")
             cls = base_class(work.model.get_submodule(plan.fqn))
-            return {p.fqn for p in plans if base_class(work.model.get_submodule(p.fqn)) is cls} - largest
-    return set()
+            like = {p.fqn for p in plans if base_class(work.model.get_submodule(p.fqn)) is cls} - largest
+            return like, isinstance(e, SiteRefusedError)
+    return set(), False
 
 
 def _seen_to_act(work: Installer, plans: list[Plan], analysis: Analysis, task: _Task) -> set[str]:

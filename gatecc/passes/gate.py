@@ -116,7 +116,8 @@ def gate_node(spec: GateSpec, selector: Any, value: Value, edit: Editor, label: 
         spec = scored_elsewhere(spec)
     if spec.source.tokens:
         check_tokens(value, edit.site)
-    check_positions(value, sources, edit.site)
+    over_tokens = [part.tokens for part in spec.source.parts for _ in part.refs]  # the others are pooled: of any length
+    check_positions(value, [s for s, tokens in zip(sources, over_tokens, strict=True) if tokens], edit.site)
     at = gate_shape(spec, value, sources, edit)
     like = own_weight(edit.site, edit.program)
 
