@@ -24,8 +24,8 @@ from _table import Row, best_of, main
 from torch import Tensor
 
 from gatecc.codegen.c import build
-from gatecc.codegen.c.linear_attention import STEP, Part, Spec, has_matrix_units, library
 from gatecc.ops.linear_attention import linear_attention, linear_attention_step
+from gatecc.ops.linear_attention.c.kernels import STEP, Part, Spec, has_matrix_units, library
 
 D = 64
 FORWARD = {torch.float32: {512: 5, 2048: 12, 8192: 40, 32768: 130}, torch.bfloat16: {512: 8, 2048: 15, 8192: 54}}

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import gatecc
-from gatecc.analysis import split_inputs
 from gatecc.capture.adapters import adapted
 from gatecc.cli.reference import load_model
+from gatecc.engine.analyse import split_inputs
 
 SHAKE = 0.3  # standard deviation of what is added to the gates' parameters
 NOISE = 0.1  # what sets the inputs of training apart from those of the measurement, relative to their own deviation

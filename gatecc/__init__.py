@@ -1,9 +1,9 @@
 """gatecc: a compiler that puts gates, experts and linear attention into PyTorch models."""
 
-from gatecc import diagnose, recurrence, train
-from gatecc.analysis import inspect
+from gatecc import diagnose, state_space, train
 from gatecc.checkpoint import load, save
 from gatecc.decoder import Decoder, decoder
+from gatecc.engine.analyse import inspect
 from gatecc.errors import GateccError
 from gatecc.export import export
 from gatecc.ir.contract import Contract
@@ -11,11 +11,11 @@ from gatecc.ir.gate import GateSpec
 from gatecc.ir.rewrite import Recipe, Rewrite
 from gatecc.ir.select import Selector
 from gatecc.ir.site import MLP, Activation, Attention, Block, Conv, Embedding, Head, Linear, Merge, Recurrent, Residual
-from gatecc.passes.branch import Branch
+from gatecc.passes.branch.branch import Branch
 from gatecc.passes.bypass import Bypass
 from gatecc.passes.fuse import Fuse
 from gatecc.passes.gate import Gate
-from gatecc.passes.mix import Mix
+from gatecc.passes.mix.mix import Mix
 from gatecc.recipes.registry import build as recipe
 from gatecc.recipes.registry import recipes
 from gatecc.report import Report
@@ -54,9 +54,9 @@ __all__ = [
     "load",
     "recipe",
     "recipes",
-    "recurrence",
     "revert",
     "save",
+    "state_space",
     "train",
     "transform",
 ]

@@ -17,9 +17,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gatecc.analysis import Analysis, Inputs, analyse, check_model, evaluation
 from gatecc.capture.shield import shielded
 from gatecc.capture.signature import split_inputs
+from gatecc.engine.analyse import Analysis, Inputs, analyse, check_model, evaluation
 from gatecc.errors import ArgumentError
 from gatecc.ir.match import find_sites
 from gatecc.ir.ops import argument

@@ -5,13 +5,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from torch import nn
 
-from gatecc import notes
-from gatecc.acts import acts
-from gatecc.analysis import (
+from gatecc.capture.adapters import Setting
+from gatecc.capture.compiled import behind, compiled_like
+from gatecc.capture.record import record_calls
+from gatecc.capture.shield import shielded
+from gatecc.capture.signature import split_inputs
+from gatecc.capture.wrappers import refuse_wrapped
+from gatecc.decoder.runtime.serving import is_served, serve, stop_serving
+from gatecc.engine import notes
+from gatecc.engine.analyse import (
     Analysis,
     Inputs,
     analyse,
@@ -21,21 +28,15 @@ from gatecc.analysis import (
     parameter_count,
     report_of,
 )
-from gatecc.caches import caches_off, caches_on, why_no_cache
-from gatecc.capture.adapters import Setting
-from gatecc.capture.compiled import behind, compiled_like
-from gatecc.capture.record import record_calls
-from gatecc.capture.shield import shielded
-from gatecc.capture.signature import split_inputs
-from gatecc.capture.wrappers import refuse_wrapped
-from gatecc.check import Checked, Reference, at_another_size, check, reference
-from gatecc.decoder.serving import is_served, serve, stop_serving
+from gatecc.engine.caches import caches_off, caches_on, why_no_cache
+from gatecc.engine.contracts import Checked, Reference, at_another_size, check, reference
+from gatecc.engine.install import Installer, Undo
+from gatecc.engine.modes import acts
+from gatecc.engine.other_size import one_more
+from gatecc.engine.plan import Plan, called_modules, plans_of
 from gatecc.errors import ArgumentError, CaptureError, EmptySelectionError, GraphError, SiteRefusedError
-from gatecc.installer import Installer, Undo
 from gatecc.ir.rewrite import Recipe, Rewrite
 from gatecc.ir.weights import Effect
-from gatecc.one_more import one_more
-from gatecc.planning import Plan, called_modules, plans_of
 from gatecc.recipes import resolve
 from gatecc.report import PassRow, Report
 from gatecc.scope.fast_paths import Switch, fast_paths_off, fast_paths_on
@@ -273,7 +274,7 @@ def _without_cache(model: nn.Module, reason: str, report: Report, undo: Undo) ->
     if settings:
         report.notes.append(f"use_cache is off in the model's configuration from now on: {reason}")
     new = serve(model)
-    undo.served += new
+    undo.first += [partial(stop_serving, module) for module in new]
     if new:
         report.notes.append("generate goes through the derived decoder, whose state takes the place of a KV cache")
 

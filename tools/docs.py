@@ -50,7 +50,7 @@ GUIDES = (
     ("gates.md", "what a gate reads, how it is scored, what it varies over, how it learns and starts"),
     ("linear-attention.md", "the operator: rules, options, states, steps, and what computes it"),
     ("export.md", "ONNX: which sizes are free, how numbers are judged, what is given up and what is refused"),
-    ("recurrence.md", "softmax, linear attention, delta rules and state spaces as one recurrence, and checks of it"),
+    ("state-space.md", "softmax, linear attention, delta rules and state spaces as one recurrence, and checks of it"),
     ("capture.md", "from a model to a graph: what is changed meanwhile, and what happens when it fails"),
     ("reports.md", "what a report holds, and its forms"),
 )

@@ -18,6 +18,13 @@ from gatecc.errors import ExampleInputsError
 
 Key = tuple[Any, ...]
 CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.memory_format, torch.layout)
+TOKENS = (
+    "decoder_input_ids",
+    "input_ids",
+    "ids",
+    "tokens",
+    "idx",
+)  # names of the token input, the surest first
 
 
 class OpaqueArgumentError(Exception):

@@ -11,12 +11,12 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from gatecc.analysis import check_model
 from gatecc.capture.shield import random_states_kept, shielded
 from gatecc.capture.tree import decode
 from gatecc.checkpoint import models
 from gatecc.checkpoint.state import digests, kinds_of, state_of, tie, ties_of
 from gatecc.checkpoint.write import FORMAT, RECIPE, sites_of
+from gatecc.engine.analyse import check_model
 from gatecc.errors import ArgumentError, CheckpointError, GateccError
 from gatecc.ir import store
 from gatecc.ir.rewrite import Recipe, rewrite_from_json

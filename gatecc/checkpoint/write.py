@@ -10,13 +10,13 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
-from gatecc.analysis import evaluation
 from gatecc.capture.compiled import behind
 from gatecc.capture.shield import random_states_kept, shielded
 from gatecc.capture.tree import decode, encode
 from gatecc.checkpoint.examples import special_ids, synthetic
 from gatecc.checkpoint.models import described
 from gatecc.checkpoint.state import base_state, digests, kinds_of, plain, state_of, stored_state, ties_of
+from gatecc.engine.analyse import evaluation
 from gatecc.errors import ArgumentError, CheckpointError
 from gatecc.ir import store
 from gatecc.scope.scope import base_class

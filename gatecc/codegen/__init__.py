@@ -1,8 +1,1 @@
-"""Graphs and kernels written out. Codegen reads a finished Program and never runs a pass.
-
-Importing this makes the kernels known to the operators that they belong to.
-"""
-
-from gatecc.codegen import c, triton
-
-__all__ = ["c", "triton"]
+"""Toolchains that know no operator: C sources built and loaded, graphs written as ONNX. Codegen never runs a pass."""

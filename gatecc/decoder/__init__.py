@@ -12,4 +12,4 @@ no rule is refused by name, and so is a mask that does not prove causal.
 """
 
 from gatecc.decoder.derive import decoder as decoder
-from gatecc.decoder.runtime import Decoder as Decoder
+from gatecc.decoder.runtime.decoder import Decoder as Decoder

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from gatecc.analysis import Inputs, check_model, evaluation
 from gatecc.capture.adapters import adapted
 from gatecc.capture.shield import shielded
 from gatecc.capture.signature import split_inputs
-from gatecc.decoder.inputs import enlarged
+from gatecc.decoder.analysis.inputs import enlarged
 from gatecc.decoder.plan import Plan, plan
-from gatecc.decoder.runtime import Decoder
+from gatecc.decoder.runtime.decoder import Decoder
+from gatecc.engine.analyse import Inputs, check_model, evaluation
 from gatecc.errors import ArgumentError, DecoderError
 from gatecc.scope.whole import whole_program
 

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from gatecc.decoder import slots as marks
-from gatecc.decoder.axes import NOW, Lengths
-from gatecc.decoder.inputs import Inputs, read_inputs
-from gatecc.decoder.kinds import Kinds
-from gatecc.decoder.labels import Labels
-from gatecc.decoder.mixers import mixers
+from gatecc.decoder.analysis.axes import NOW, Lengths
+from gatecc.decoder.analysis.dependence import Kinds
+from gatecc.decoder.analysis.inputs import Inputs, read_inputs
+from gatecc.decoder.analysis.labels import Labels
+from gatecc.decoder.analysis.transfer import label
 from gatecc.decoder.refuse import refusal
-from gatecc.decoder.rules import Recalled, attention
-from gatecc.decoder.slots import Slot
-from gatecc.decoder.ways import label
-from gatecc.decoder.weighing import weighings
+from gatecc.decoder.rules import slots as marks
+from gatecc.decoder.rules.attention import Recalled, attention
+from gatecc.decoder.rules.deferred_softmax import weighings
+from gatecc.decoder.rules.scan import mixers
+from gatecc.decoder.rules.slots import Slot
 from gatecc.errors import DecoderError
 from gatecc.ir.dataflow import Flow
 from gatecc.ir.evaluate import Evaluator

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from gatecc.analysis import Inputs, check_model, evaluation
 from gatecc.capture.adapters import adapted
 from gatecc.capture.budget import budget
 from gatecc.capture.shield import random_states_kept, shielded
@@ -22,10 +21,11 @@ from gatecc.codegen.onnx.leaves import Call, flat_call
 from gatecc.codegen.onnx.packages import EXPORT, RUNTIME, need
 from gatecc.codegen.onnx.place import blame
 from gatecc.codegen.onnx.runtime import check, check_dtypes
+from gatecc.engine.analyse import Inputs, check_model, evaluation
 from gatecc.errors import ArgumentError, CaptureError, ExampleInputsError, ExportError, GateccError
 from gatecc.export.compare import Compared, Outcome, compare
 from gatecc.export.files import MANIFEST, Exported, describe, metadata, move, parent, write_manifest
-from gatecc.scope.recurrences import recurrences
+from gatecc.scope.transformers_loops import recurrences
 from gatecc.scope.whole import Whole, reads_masks
 
 __all__ = ["MANIFEST", "Compared", "Exported", "export"]

@@ -1,5 +1,5 @@
 """Operators of namespace gatecc, one a file. Importing this package registers them."""
 
-from gatecc.ops import estimators, linear_attention, recurrent, sequences
+from gatecc.ops import estimators, linear_attention, rnn, sequences
 
-__all__ = ["estimators", "linear_attention", "recurrent", "sequences"]
+__all__ = ["estimators", "linear_attention", "rnn", "sequences"]

@@ -18,8 +18,7 @@ from gatecc.ir.gates.layout import positions
 from gatecc.ir.program import attribute
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.site import Site, Value
-from gatecc.passes.fold import fold_into_next
-from gatecc.passes.fused import fused_scores, scored_elsewhere
+from gatecc.passes.fold_factor import fold_into_next
 from gatecc.passes.operands import (
     check_positions,
     check_tokens,
@@ -33,6 +32,7 @@ from gatecc.passes.operands import (
     source_shape,
     stage,
 )
+from gatecc.passes.shared_projection import fused_scores, scored_elsewhere
 
 
 def multiply(value: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,8 @@ from gatecc.ir.gate import GateSpec
 from gatecc.ir.gates.init import Random
 from gatecc.ir.rewrite import Rewrite
 from gatecc.passes.gate import Gate
-from gatecc.passes.mix import Mix
-from gatecc.passes.mixers.manhattan import Manhattan
+from gatecc.passes.mix.mix import Mix
+from gatecc.passes.mix.mixers.manhattan import Manhattan
 from gatecc.recipes.linearize import chosen
 from gatecc.recipes.registry import recipe
 from gatecc.recipes.windowed_retention import g1

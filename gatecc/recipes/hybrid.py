@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from gatecc.ir.rewrite import Rewrite
-from gatecc.passes.mix import Mix
-from gatecc.passes.mixers.hopfield import Hopfield
-from gatecc.passes.mixers.hybrid import Liger, LoLCATs
+from gatecc.passes.mix.mix import Mix
+from gatecc.passes.mix.mixers.hopfield import Hopfield
+from gatecc.passes.mix.mixers.hybrid import Liger, LoLCATs
 from gatecc.recipes.linearize import chosen
 from gatecc.recipes.registry import recipe
 

@@ -7,10 +7,10 @@ from gatecc.ir.gates.init import Random
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.select import Selector
 from gatecc.passes.gate import Gate
-from gatecc.passes.mix import Mix
-from gatecc.passes.mixers.decay import LowRank, Retention, Scalar
-from gatecc.passes.mixers.features import FeatureMap, UnitMap
-from gatecc.passes.mixers.linear import Linear
+from gatecc.passes.mix.mix import Mix
+from gatecc.passes.mix.mixers.decay import LowRank, Retention, Scalar
+from gatecc.passes.mix.mixers.features import FeatureMap, UnitMap
+from gatecc.passes.mix.mixers.linear import Linear
 from gatecc.recipes.registry import recipe
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from gatecc.ir.rewrite import Rewrite
-from gatecc.passes.mix import Mix
-from gatecc.passes.mixers.ninformer import NiNformer
+from gatecc.passes.mix.mix import Mix
+from gatecc.passes.mix.mixers.ninformer import NiNformer
 from gatecc.recipes.linearize import chosen
 from gatecc.recipes.registry import recipe
 

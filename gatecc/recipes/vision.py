@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from gatecc.ir.rewrite import Rewrite
-from gatecc.passes.branch import Branch
-from gatecc.passes.grid import GridConv
-from gatecc.passes.mix import Mix
-from gatecc.passes.mixers.lina import Lina
-from gatecc.passes.mixers.vig import ViG
+from gatecc.passes.branch.branch import Branch
+from gatecc.passes.branch.grid import GridConv
+from gatecc.passes.mix.mix import Mix
+from gatecc.passes.mix.mixers.lina import Lina
+from gatecc.passes.mix.mixers.vig import ViG
 from gatecc.recipes.linearize import chosen
 from gatecc.recipes.registry import recipe
 

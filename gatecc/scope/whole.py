@@ -15,8 +15,8 @@ from gatecc.ir.match import Sites, find_sites
 from gatecc.ir.program import Program
 from gatecc.passes.canonicalize import canonicalize
 from gatecc.scope.build import rewrite_program
-from gatecc.scope.recurrences import recurrences
 from gatecc.scope.scope import Application, Scope, plain, scopes
+from gatecc.scope.transformers_loops import recurrences
 from gatecc.scope.variant import Variant
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import gatecc
-from gatecc.decoder import derive, mixers
-from gatecc.decoder.labels import Labels
+from gatecc.decoder import derive
+from gatecc.decoder.analysis.labels import Labels
+from gatecc.decoder.rules import scan
 from gatecc.errors import DecoderError, ExampleInputsError
 from tests.decoder.mixing import D, Mixed, RunningMean, V
 from tests.decoder.stepping import difference, full, stepped
@@ -54,7 +55,7 @@ def test_a_wrong_decoder_is_not_returned(monkeypatch: pytest.MonkeyPatch) -> Non
     def without_carry(*_: Any, **__: Any) -> None:
         return None
 
-    monkeypatch.setattr(mixers, "_total", without_carry)
+    monkeypatch.setattr(scan, "_total", without_carry)
     monkeypatch.setattr(Labels, "forbid", without_carry)
     with pytest.raises(DecoderError, match="does not compute what the model does"):
         derive.decoder(Mixed(RunningMean()).eval(), (torch.randint(V, (2, 16)),))

@@ -10,7 +10,7 @@ import os
 import pytest
 
 import gatecc
-from gatecc.decoder import runtime
+from gatecc.decoder.runtime import decoder as runtime
 from tests.decoder.stepping import PIECES, difference, full, stepped
 from tests.zoo import SPECS, variants
 from tests.zoo.huggingface import ENTRIES

@@ -19,12 +19,12 @@ from gatecc.ir.program import Program
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.select import Selector, select
 from gatecc.ir.weights import Effect
-from gatecc.passes.branch import Branch
+from gatecc.passes.branch.branch import Branch
 from gatecc.passes.bypass import Bypass
 from gatecc.passes.canonicalize import canonicalize
 from gatecc.passes.fuse import Fuse
 from gatecc.passes.gate import Gate
-from gatecc.passes.mix import Mix
+from gatecc.passes.mix.mix import Mix
 from gatecc.scope.build import Sites, apply
 from gatecc.scope.family import difference
 from gatecc.scope.variant import Variant

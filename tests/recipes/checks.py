@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import gatecc
-from gatecc.check import compare
+from gatecc.engine.contracts import compare
 from tests.zoo.models import find
 from tests.zoo.spec import Case
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import gatecc
 from gatecc.errors import ArgumentError, SiteRefusedError
-from gatecc.passes.mixers import AttentionFree, Place
-from gatecc.passes.mixers.attention_free import angles
+from gatecc.passes.mix.mixers import AttentionFree, Place
+from gatecc.passes.mix.mixers.attention_free import angles
 from tests.passes.graphs import attention, done
 from tests.recipes.checks import gradients, new_parameters, randomise, reverted
 from tests.recipes.replaced import by_hand, gap, heads, merged

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import gatecc
 from gatecc.errors import GraphError, SiteRefusedError
-from gatecc.passes.mixers import GAM, Place
+from gatecc.passes.mix.mixers import GAM, Place
 from tests.passes.graphs import attention, done
 from tests.recipes.checks import causal, gradients, new_parameters, randomise, reverted
 from tests.recipes.replaced import by_hand, gap, shaken

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import gatecc
 from gatecc.errors import SiteRefusedError
-from gatecc.passes.windows import grid
+from gatecc.passes.mix.windows import grid
 from tests.ir.match.found import find
 from tests.recipes.checks import gradients, new_parameters, randomise, reverted
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import gatecc
 from gatecc.errors import SiteRefusedError
 from gatecc.ir.edit import Editor
-from gatecc.passes.mixers import PGN, Linear
+from gatecc.passes.mix.mixers import PGN, Linear
 from tests.ir.match.found import find
 from tests.recipes.checks import causal, gradients, new_parameters, randomise, reverted
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import gatecc
 from gatecc.errors import SiteRefusedError
-from gatecc.passes.mixers import Lina, Place, ViG
+from gatecc.passes.mix.mixers import Lina, Place, ViG
 from tests.passes.graphs import attention, done
 from tests.recipes.checks import gradients, randomise, reverted
 from tests.recipes.replaced import by_hand, gap, heads, merged, shaken, vit

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gatecc
-from gatecc.analysis import analyse
+from gatecc.engine.analyse import analyse
 from gatecc.errors import MaskFormError, SiteRefusedError
 from gatecc.ir.site import Attention
 

@@ -1,5 +1,1 @@
-"""Kernels in plain C, built by the system's compiler when they are first needed. Importing this registers them."""
-
-from gatecc.codegen.c import linear_attention
-
-__all__ = ["linear_attention"]
+"""Plain C as loaded libraries: built by the system's compiler when they are first needed, and kept."""

@@ -30,12 +30,6 @@ from gatecc.codegen.onnx.dims import Dims, fixed
 from gatecc.codegen.onnx.grouped import grouped_products
 from gatecc.codegen.onnx.indices import long_indices
 from gatecc.codegen.onnx.leaves import Call
-from gatecc.codegen.onnx.linear_attention import (
-    LINEAR_ATTENTION,
-    check_linear_attention,
-    fixed_symbols,
-    linear_attention,
-)
 from gatecc.codegen.onnx.padded import fold_padded_weights
 from gatecc.codegen.onnx.place import blame, place, reason
 from gatecc.codegen.onnx.scalars import scalars_as_tensors
@@ -43,6 +37,12 @@ from gatecc.codegen.onnx.sequences import check_sequences
 from gatecc.codegen.onnx.sigmoids import exact_sigmoids
 from gatecc.codegen.onnx.stable import FORMS
 from gatecc.errors import CaptureError, ExportError
+from gatecc.ops.linear_attention.onnx import (
+    LINEAR_ATTENTION,
+    check_linear_attention,
+    fixed_symbols,
+    linear_attention,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -9,19 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from gatecc.ir.match.activation import match_activation
-from gatecc.ir.match.attention import match_attention
+from gatecc.ir.match.attention.hidden import match_hidden
+from gatecc.ir.match.attention.walk import match_attention
 from gatecc.ir.match.block import match_block
 from gatecc.ir.match.conv import match_conv
 from gatecc.ir.match.embedding import match_embedding
 from gatecc.ir.match.experts import match_experts
 from gatecc.ir.match.facts import Facts
 from gatecc.ir.match.head import match_head
-from gatecc.ir.match.hidden import match_hidden
 from gatecc.ir.match.linear import match_linear
 from gatecc.ir.match.merge import match_merge
 from gatecc.ir.match.mlp import match_mlp
-from gatecc.ir.match.recurrent import match_recurrent
 from gatecc.ir.match.residual import match_residual
+from gatecc.ir.match.rnn import match_recurrent
 from gatecc.ir.program import Program
 from gatecc.ir.site import Refusal, Site
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from gatecc.codegen.c import build
-from gatecc.codegen.c.linear_attention import Spec, library
 from gatecc.ops.linear_attention import linear_attention
+from gatecc.ops.linear_attention.c.kernels import Spec, library
 from tests.machine import units
 from tests.ops.linear_attention.cases import double, operands, relative
 

@@ -26,9 +26,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gatecc.codegen.triton import launch
 from gatecc.ops.linear_attention.arguments import arguments
 from gatecc.ops.linear_attention.problem import prepare
+from gatecc.ops.linear_attention.triton import launch
 
 BIN = Path(triton.backends.nvidia.__file__).parent / "bin"
 KERNELS = ("scan", "mix", "differentiate", "solve", "strengths", "delta_scan", "delta_scan_backward")

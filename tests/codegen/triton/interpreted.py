@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
-from gatecc.codegen.triton.linear_attention import GpuKernels
 from gatecc.ops.linear_attention import bidirectional, linear_attention
 from gatecc.ops.linear_attention.kernels import KERNELS
+from gatecc.ops.linear_attention.triton.dispatch import GpuKernels
 from tests.ops.linear_attention.cases import decays, double, leaves, operands, relative
 
 # Triton waits for the first tensor on a GPU.
-LAUNCHER_WAS_IMPORTED = "gatecc.codegen.triton.launch" in sys.modules
+LAUNCHER_WAS_IMPORTED = "gatecc.ops.linear_attention.triton.launch" in sys.modules
 KINDS = ("mild", "-3", "-12", "mixed", "zero", "one")
 Errors = dict[str, float]
 

@@ -1,0 +1,97 @@
+"""What the inputs of a captured model are to its decoder: tokens, values that come with each token, and the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from gatecc.capture import signature
+from gatecc.capture.signature import TOKENS
+from gatecc.decoder.analysis.axes import Lengths
+from gatecc.errors import DecoderError, ExampleInputsError
+from gatecc.ir.program import Program
+from gatecc.ir.sizes import described_shape, expression, node_shape, symbols, upper_bound
+
+_LEAST = 8  # positions that an example has at least, so that steps of all kinds can be checked on it
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """``tokens`` grow step by step; ``history`` are the other inputs with a value per token (an attention mask), of
+    which the state keeps all values so far; ``context`` does not change while a text is decoded (an encoder's input).
+    """
+
+    tokens: fx.Node
+    history: list[fx.Node]
+    context: list[fx.Node]
+    lengths: Lengths
+
+
+def read_inputs(program: Program) -> Inputs:
+    """The roles of a program's placeholders. Raises DecoderError if the length is fixed in the capture."""
+    nodes = {str(path[0]): node for path, node in zip(program.paths, program.placeholders, strict=True)}
+    tokens = next((nodes[name] for name in TOKENS if name in nodes), program.placeholders[0])
+    sizes = list(node_shape(tokens) or ())
+    length = expression(sizes[1]) if len(sizes) > 1 else None
+    if not isinstance(length, sympy.Symbol):
+        raise DecoderError(
+            "the graph holds for one length only",
+            where=tokens.name,
+            found=f"the model fixes the size of {tokens.name} to {tuple(sizes)} while it is captured",
+            expected="(batch, length) with a length that may vary",
+            do="write the model without Python loops and branches over the length",
+        )
+    others = [n for n in program.placeholders if n is not tokens]
+    history = [n for n in others if _is_history(n, length)]
+    batch = {s for n in (tokens, *history) for s in symbols((node_shape(n) or (1,))[0])} - {length}
+    context = [n for n in others if n not in history]
+    other = {s for n in context for size in node_shape(n) or () for s in symbols(size)} - batch - {length}
+    lengths = Lengths(frozenset({length}), frozenset(batch), upper_bound(sizes[1]), frozenset(other))
+    return Inputs(tokens, history, context, lengths)
+
+
+def _is_history(node: fx.Node, length: sympy.Symbol) -> bool:
+    shape = node_shape(node) or ()
+    if not any(length in symbols(size) for size in shape):
+        return False
+    if len(shape) == 2 and expression(shape[1]) == length:
+        return True
+    raise DecoderError(
+        "an input depends on the length and is no value per token",
+        where=node.name,
+        found=f"its shape is ({described_shape(node)})",
+        expected="(batch, length)",
+        do="derive the decoder from example inputs without it",
+    )
+
+
+def enlarged(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The example inputs with two samples at least and a few positions: a capture fixes sizes of one.
+
+    Samples and positions are repeated. Raises ExampleInputsError if there is no tensor of tokens.
+    """
+    try:
+        _, leaves = signature.flatten(args, kwargs)
+    except signature.OpaqueArgumentError as e:
+        raise ExampleInputsError("the example inputs hold something that a graph cannot take", found=str(e)) from e
+    first = next((x for x in (*(kwargs.get(name) for name in TOKENS), *leaves) if isinstance(x, torch.Tensor)), None)
+    if first is None or first.dim() < 2 or 0 in first.shape:
+        raise ExampleInputsError(
+            "the example inputs hold no tokens",
+            found="no tensor" if first is None else f"a first tensor of shape {tuple(first.shape)}",
+            expected="token ids of shape (batch, length)",
+        )
+    batch, length = first.shape[:2]
+
+    def grown(x: torch.Tensor) -> torch.Tensor:
+        if x.dim() >= 2 and x.shape[:2] == (batch, length) and length < _LEAST:
+            x = x.repeat(1, -(-_LEAST // length), *[1] * (x.dim() - 2))[:, :_LEAST]
+        if batch == 1 and x.dim() and x.shape[0] == 1:
+            x = torch.cat([x, x])
+        return x
+
+    return signature.map_tensors(grown, (args, kwargs))

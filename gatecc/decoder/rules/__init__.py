@@ -1,0 +1,1 @@
+"""Step rules: where positions meet, the past enters through a slot of the state."""

@@ -1,0 +1,152 @@
+"""Step rules: where positions meet, the graph is changed so that the past enters through a slot of the state.
+
+Attention keeps keys and values, before heads are repeated; one whose weights are normalised later is in
+gatecc.decoder.rules.deferred_softmax. The other mixers are in gatecc.decoder.rules.scan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+from gatecc.decoder.analysis.axes import ALL, Lengths, Span
+from gatecc.decoder.refuse import refusal
+from gatecc.decoder.rules.slots import Slot, kept
+from gatecc.ir.mask import Mask
+from gatecc.ir.match.product import product
+from gatecc.ir.ops import CASTS, VIEWS, opname
+from gatecc.ir.program import META
+from gatecc.ir.site import Attention
+from gatecc.ir.sizes import described_shape, node_shape
+
+_ON_THE_WAY = VIEWS | CASTS | frozenset(("mul", "div"))
+
+
+@dataclass(frozen=True, eq=False)
+class Recalled:
+    """A fused attention that reads slots. ``keys`` and ``values`` are the marks, ``repeats`` the nodes that repeat
+    their heads for ``group`` query heads each.
+
+    ``plain``: its mask hides from the newest token none of the keys that its slots hold.
+    """
+
+    keys: fx.Node
+    values: fx.Node
+    repeats: frozenset[fx.Node]
+    group: int
+    plain: bool
+
+
+def attention(site: Attention, slots: list[Slot], lengths: Lengths) -> Recalled | None:
+    """Let one attention read its keys and values from slots. Raises DecoderError if its mask does not prove causal.
+
+    An attention whose keys do not grow with the tokens (those of an encoder, say) stays as it is.
+    """
+    k, v = site.values["k"], site.values["v"]
+    if not any(lengths.has(size) for size in k.node.meta["val"].shape):
+        return None
+    span = causal_span(site.core, site.mask)
+    marks: list[fx.Node] = []
+    repeats: list[fx.Node] = []
+    for start, reader in ((k.node, _product(site, k.node)), (v.node, site.core)):
+        way = _way(start, reader)
+        if way is None:
+            raise refusal(reader, f"{start.name} reaches it on a way that is not understood")
+        mark, copies = keep(start, way, reader, Slot("keys", start, span=span, owner=site.owner), slots, lengths)
+        marks.append(mark)
+        repeats += copies
+    if site.spelling != "sdpa":
+        return None
+    mask = site.mask
+    plain = mask.kind in ("causal", "sliding_window") and not mask.padding and not mask.bias
+    return Recalled(marks[0], marks[1], frozenset(repeats), _group(site, marks), plain)
+
+
+def _group(site: Attention, marks: list[fx.Node]) -> int:
+    """How many query heads share a key head, 0 if the axes are not (batch, heads, positions, features)."""
+    query = site.core.args[0]
+    shapes = [list(node_shape(n) or ()) for n in (query, *marks) if isinstance(n, fx.Node)]
+    if any(len(shape) != 4 or not isinstance(shape[1], int) for shape in shapes) or len(shapes) != 3:
+        return 0
+    q, k, v = (int(shape[1]) for shape in shapes)
+    axes = all(site.values[name].axes == "bhmd" for name in "kv")
+    return q // k if axes and k == v and q % k == 0 else 0
+
+
+def _product(site: Attention, keys: fx.Node) -> fx.Node:
+    """The node in which queries meet keys."""
+    if site.spelling == "sdpa":
+        return site.core
+    stack, seen = [keys], {keys}
+    while stack:
+        node = stack.pop()
+        for user in node.users:
+            if product(user) is not None and any(n is not node and n in _ancestry(user) for n in user.all_input_nodes):
+                return user
+            if opname(user) in _ON_THE_WAY and user not in seen:
+                seen.add(user)
+                stack.append(user)
+    raise refusal(site.core, "the product of queries and keys was not found")
+
+
+def _ancestry(user: fx.Node) -> list[fx.Node]:
+    """Operands of a product that are no parameters."""
+    return [n for n in user.all_input_nodes if n.op != "get_attr"]
+
+
+def causal_span(core: fx.Node, mask: Mask) -> Span:
+    """The keys that a query may see. Raises DecoderError if the mask does not prove causal."""
+    if not mask.causal:
+        raise refusal(
+            core,
+            f"the mask of this attention does not prove causal: {mask.reason or mask.kind}",
+            do="a decoder needs a model in which no token sees a later one",
+        )
+    return Span(window=mask.window) if mask.kind == "sliding_window" else ALL
+
+
+def keep(
+    start: fx.Node, way: list[fx.Node], reader: fx.Node, slot: Slot, slots: list[Slot], lengths: Lengths
+) -> tuple[fx.Node, list[fx.Node]]:
+    """Put a mark behind ``start`` on its ``way`` to ``reader``; what else reads it goes on with the new positions.
+
+    Returns the mark and the nodes between it and the reader, which are copies.
+    """
+    axes = lengths.axes(start)
+    if len(axes) != 1 or not lengths.pure(start.meta["val"].shape[axes[0]]):
+        raise refusal(start, f"keys or values of shape ({described_shape(start)})")
+    slots.append(replace(slot, axis=axes[0]))
+    graph = start.graph
+    with graph.inserting_before(way[0] if way else reader):
+        mark = graph.call_function(kept, (start, len(slots) - 1))
+    mark.meta = {"val": start.meta["val"], META: start.meta.get(META)}
+    before, now, copies = start, mark, list[fx.Node]()
+    for node in way:
+        with graph.inserting_before(node):
+            copies.append(graph.node_copy(node, lambda n, old=before, new=now: new if n is old else n))
+        before, now = node, copies[-1]
+    _replace_operand(reader, before, now)
+    return mark, copies
+
+
+def _way(start: fx.Node, reader: fx.Node) -> list[fx.Node] | None:
+    """The nodes between ``start`` and ``reader``, in order; None if no chain of views and factors joins them."""
+    stack: list[tuple[fx.Node, list[fx.Node]]] = [(start, [])]
+    while stack:
+        node, path = stack.pop()
+        for user in node.users:
+            if user is reader:
+                return path
+            if opname(user) in _ON_THE_WAY:
+                stack.append((user, [*path, user]))
+    return None
+
+
+def _replace_operand(reader: fx.Node, old: fx.Node, new: fx.Node) -> None:
+    """Read ``new`` for keys and values; the first operand of a fused attention is its query, which stays."""
+    if opname(reader) != "scaled_dot_product_attention":
+        reader.replace_input_with(old, new)
+        return
+    args = list(reader.args)
+    reader.args = tuple(new if i in (1, 2) and a is old else a for i, a in enumerate(args))

@@ -1,0 +1,1 @@
+"""The decoder that a user holds: its state, and generation with it."""

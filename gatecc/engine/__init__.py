@@ -1,0 +1,1 @@
+"""A model through the compiler: analyse, plan, install, check contracts, blame."""

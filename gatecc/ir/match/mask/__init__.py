@@ -1,0 +1,1 @@
+"""Masks classified: evaluated at several sizes with telling inputs, and named by what that shows."""

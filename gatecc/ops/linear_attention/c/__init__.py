@@ -1,0 +1,5 @@
+"""Linear attention on a CPU, in plain C. Importing this registers the kernels."""
+
+from gatecc.ops.linear_attention.c import kernels
+
+__all__ = ["kernels"]

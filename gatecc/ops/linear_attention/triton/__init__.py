@@ -1,0 +1,5 @@
+"""Linear attention on a GPU, in Triton: compiled when first needed. Importing this registers it, without Triton."""
+
+from gatecc.ops.linear_attention.triton import dispatch
+
+__all__ = ["dispatch"]

@@ -1,0 +1,442 @@
+"""match_attention on handwritten attention: every combination of spellings is found and its fields are right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from gatecc.capture import capture
+from gatecc.ir.match.attention.walk import match_attention
+from gatecc.ir.program import Program
+from gatecc.ir.site import Attention, Refusal
+from gatecc.passes.canonicalize import canonicalize
+from tests.ir.match.attention_math import check, ordered, projected, record
+
+B, N, HEADS, WIDTH, D = 2, 5, 4, 3, 12
+
+
+def found(module: nn.Module, *inputs: Tensor) -> tuple[Program, list[Attention], list[Refusal]]:
+    program = capture(module, inputs)
+    canonicalize(program)
+    sites, refusals = match_attention(program)
+    return program, sites, refusals
+
+
+def only(module: nn.Module, *inputs: Tensor) -> Attention:
+    program, sites, refusals = found(module, *inputs)
+    assert len(sites) == 1
+    assert not refusals
+    check(sites[0], record(program))
+    return sites[0]
+
+
+# --- the product of spellings -----------------------------------------------------------------------------------------
+
+Scores = Callable[[Tensor, Tensor], Tensor]
+
+PRODUCTS: dict[str, Scores] = {
+    "matmul": lambda q, k: q @ k.mT,
+    "transpose": lambda q, k: torch.matmul(q, k.transpose(-2, -1)),
+    "einsum": lambda q, k: torch.einsum("bhne,bhme->bhnm", q, k),
+    "ellipsis": lambda q, k: torch.einsum("...ne,...me->...nm", q, k),
+    "bmm": lambda q, k: torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).unflatten(0, (-1, q.shape[1])),
+    "baddbmm": lambda q, k: (
+        torch.baddbmm(torch.zeros(1, 1, 1), q.flatten(0, 1), k.flatten(0, 1).mT, beta=0.0, alpha=2.0).unflatten(
+            0, (-1, q.shape[1])
+        )
+        / 2.0
+    ),
+}
+SCALES: dict[str, Callable[[Scores, Tensor, Tensor], Tensor]] = {
+    "none": lambda product, q, k: product(q, k),
+    "query": lambda product, q, k: product(q * 0.5, k),
+    "both": lambda product, q, k: product(q / math.sqrt(2.0), k / math.sqrt(2.0)),
+    "scores": lambda product, q, k: product(q, k) * 0.5,
+    "divided": lambda product, q, k: product(q, k) / 2.0,
+    "tensor": lambda product, q, k: product(q, k) / torch.sqrt(torch.tensor(4.0)),
+}
+SOFTMAXES: dict[str, Callable[[Tensor], Tensor]] = {
+    "method": lambda s: s.softmax(-1),
+    "cast": lambda s: F.softmax(s, dim=3, dtype=torch.float32).to(s.dtype),
+    "exp": lambda s: s.exp() / s.exp().sum(-1, keepdim=True),
+    "shifted": lambda s: _normalised((s - s.amax(-1, keepdim=True)).exp()),
+    "reciprocal": lambda s: _inverse((s - s.max(-1, keepdim=True).values).exp()),
+    "logsumexp": lambda s: (s - s.logsumexp(-1, keepdim=True)).exp(),
+    "log_softmax": lambda s: s.log_softmax(-1).exp(),
+}
+VALUES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "matmul": lambda w, v: w @ v,
+    "einsum": lambda w, v: torch.einsum("bhnm,bhme->bhne", w, v),
+    "bmm": lambda w, v: torch.bmm(w.flatten(0, 1), v.flatten(0, 1)).unflatten(0, (-1, w.shape[1])),
+    "swapped": lambda w, v: (v.mT @ w.mT).mT,
+    "dropped": lambda w, v: F.dropout(w, 0.1, training=False) @ v,
+}
+GROUPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "expand": lambda x: x[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1, 2),
+    "repeat": lambda x: x.repeat_interleave(2, dim=1),
+}
+
+
+def _normalised(powers: Tensor) -> Tensor:
+    return powers / powers.sum(-1, keepdim=True)
+
+
+def _inverse(powers: Tensor) -> Tensor:
+    return powers * powers.sum(dim=-1, keepdim=True).reciprocal()
+
+
+def _later(n: int, m: int) -> Tensor:
+    return torch.ones(n, m, dtype=torch.bool).triu(1)
+
+
+MASKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda s: s,
+    "masked_fill": lambda s: s.masked_fill(_later(s.shape[-2], s.shape[-1]), -torch.inf),
+    "in_place": lambda s: s.masked_fill_(_later(s.shape[-2], s.shape[-1]), -1e9),
+    "where": lambda s: torch.where(_later(s.shape[-2], s.shape[-1]), torch.finfo(s.dtype).min, s),
+    "additive": lambda s: s + torch.full((s.shape[-2], s.shape[-1]), -torch.inf).triu(1),
+    "ten_thousand": lambda s: s - 1e4 * _later(s.shape[-2], s.shape[-1]).float(),
+    "window": lambda s: s.masked_fill(_outside(s.shape[-2], s.shape[-1], 3), -torch.inf),
+}
+
+
+def _outside(n: int, m: int, width: int) -> Tensor:
+    distance = torch.arange(n)[:, None] - torch.arange(m)
+    return (distance < 0) | (distance >= width)
+
+
+@dataclass(frozen=True)
+class Spelling:
+    product: str
+    scale: str
+    mask: str
+    softmax: str
+    values: str
+    group: str
+    fused: bool  # q, k and v in one Linear
+
+    @property
+    def kind(self) -> str:
+        return {"none": "bidirectional", "window": "sliding_window"}.get(self.mask, "causal")
+
+
+SPELLINGS = st.builds(
+    Spelling,
+    product=st.sampled_from(sorted(PRODUCTS)),
+    scale=st.sampled_from(sorted(SCALES)),
+    mask=st.sampled_from(sorted(MASKS)),
+    softmax=st.sampled_from(sorted(SOFTMAXES)),
+    values=st.sampled_from(sorted(VALUES)),
+    group=st.sampled_from(sorted(GROUPS)),
+    fused=st.booleans(),
+)
+
+
+class Spelled(nn.Module):
+    """x: (B, N, D) -> (B, N, D)"""
+
+    def __init__(self, how: Spelling) -> None:
+        super().__init__()
+        self.how = how
+        self.kv_heads = HEADS if how.group == "none" else HEADS // 2
+        self.rows = [HEADS * WIDTH, self.kv_heads * WIDTH, self.kv_heads * WIDTH]
+        self.projections = nn.ModuleList(
+            [nn.Linear(D, sum(self.rows))] if how.fused else [nn.Linear(D, r) for r in self.rows]
+        )
+        self.out = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pieces = [p(x) for p in self.projections]
+        pieces = pieces[0].split(self.rows, dim=-1) if self.how.fused else pieces
+        q, k, v = (t.unflatten(-1, (-1, WIDTH)).transpose(1, 2) for t in pieces)
+        k, v = GROUPS[self.how.group](k), GROUPS[self.how.group](v)
+        scores = MASKS[self.how.mask](SCALES[self.how.scale](PRODUCTS[self.how.product], q, k))
+        heads = VALUES[self.how.values](SOFTMAXES[self.how.softmax](scores), v)
+        return self.out(heads.transpose(1, 2).flatten(2))
+
+
+@settings(max_examples=24, phases=(Phase.explicit, Phase.generate))  # shrinking would capture hundreds of times
+@given(SPELLINGS)
+def test_every_spelling_is_found(how: Spelling) -> None:
+    module = Spelled(how)
+    program, sites, refusals = found(module, torch.randn(B, N, D))
+    assert len(sites) == 1, refusals
+    assert not refusals
+    site, tensors = sites[0], record(program)
+    assert site.key == "#0"
+    assert (site.heads, site.kv_heads) == (HEADS, module.kv_heads)
+    assert site.scale == pytest.approx(1.0 if how.scale == "none" else 0.5)
+    assert str(site.mask) == (how.kind if how.kind != "sliding_window" else "sliding_window(3)")
+    assert site.spelling == ("softmax" if how.softmax in ("method", "cast") else "manual")
+    assert set(site.values) == {"hidden", "q_raw", "k_raw", "q", "k", "v", "scores", "weights", "heads", "out"}
+    assert check(site, tensors)
+    weights, v = (ordered(site.values[name], tensors, axes) for name, axes in (("weights", "bhnm"), ("v", "bhmd")))
+    torch.testing.assert_close(
+        weights @ v.repeat_interleave(HEADS // v.shape[1], 1), ordered(site.values["heads"], tensors, "bhnd")
+    )
+    for role in "qkv":
+        made = projected(site, program, tensors, role)
+        assert made is not None
+        axes = "bnhd" if role == "q" else "bmhd"
+        torch.testing.assert_close(made, ordered(site.values[role], tensors, axes).flatten(2))
+    assert site.weights["o"].fqn == "out.weight"
+
+
+# --- the fused node ---------------------------------------------------------------------------------------------------
+
+
+class Fused(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+        self.qkv = nn.Linear(D, 3 * D)
+        self.proj = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, HEADS, WIDTH).permute(2, 0, 3, 1, 4).unbind(0)
+        heads = F.scaled_dot_product_attention(q, k, v, **self.options)
+        return self.proj(heads.transpose(1, 2).reshape(x.shape))
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "scale"), [({}, "bidirectional", 3**-0.5), ({"is_causal": True, "scale": 0.25}, "causal", 0.25)]
+)
+def test_fused(options: dict[str, Any], kind: str, scale: float) -> None:
+    site = only(Fused(**options), torch.randn(B, N, D))
+    assert (site.spelling, site.mask.kind, site.heads) == ("sdpa", kind, HEADS)
+    assert site.scale == pytest.approx(scale)
+    assert [site.weights[r].rows for r in "qkv"] == [(0, 12), (12, 24), (24, 36)]
+    assert "scores" not in site.values
+
+
+def test_dropout_is_that_of_training() -> None:
+    model = Fused(dropout_p=0.25)
+    assert found(model, torch.randn(B, N, D))[1][0].dropout == 0.25
+    assert found(nn.MultiheadAttention(D, HEADS, dropout=0.5).eval(), *[torch.randn(N, B, D)] * 3)[1][0].dropout == 0.0
+
+
+class Interleaved(Fused):
+    """Bloom and GPT-NeoX: q, k and v of one head stand together."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (HEADS, 3 * WIDTH)).transpose(1, 2).chunk(3, dim=-1)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_interleaved_rows_have_no_range() -> None:
+    site = only(Interleaved(), torch.randn(B, N, D))
+    assert set(site.weights) == {"qkv", "o"}
+    assert site.weights["qkv"].rows is None
+
+
+class Parameters(nn.Module):
+    """Weights as bare parameters: one used with matmul, one with F.linear, one sliced out of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wq = nn.Parameter(torch.randn(D, D))
+        self.wkv = nn.Parameter(torch.randn(2 * D, D))
+        self.wo = nn.Parameter(torch.randn(D, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = x @ self.wq, F.linear(x, self.wkv[:D]), F.linear(x, self.wkv[D:])
+        q, k, v = (t.unflatten(-1, (HEADS, WIDTH)).transpose(1, 2) for t in (q, k, v))
+        return (q @ k.mT).softmax(-1).matmul(v).transpose(1, 2).flatten(2) @ self.wo.T
+
+
+def test_weights_that_are_parameters() -> None:
+    site = only(Parameters(), torch.randn(B, N, D))
+    assert [(w.fqn, w.orientation, w.rows) for w in (site.weights[r] for r in "qkvo")] == [
+        ("wq", "in_out", None),
+        ("wkv", "out_in", (0, 12)),
+        ("wkv", "out_in", (12, 24)),
+        ("wo", "out_in", None),
+    ]
+
+
+class Pixels(nn.Module):
+    """The attention of a convolutional net: 1x1 convolutions, pixels as tokens, one head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Conv2d(D, D, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q(x).flatten(2).mT, self.k(x).flatten(2), self.v(x).flatten(2).mT
+        heads = torch.bmm(torch.softmax(torch.bmm(q, k) * D**-0.5, dim=2), v)
+        return x + self.out(heads.mT.reshape(x.shape))
+
+
+def test_convolutions_as_projections() -> None:
+    site = only(Pixels(), torch.randn(B, D, 4, 4))
+    assert site.heads == 1
+    assert {w.orientation for w in site.weights.values()} == {"conv"}
+    assert site.values["hidden"].axes == "bcyx"
+    assert site.values["q"].axes == "bnd"
+
+
+class Cross(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.norm_kv = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.attention = nn.MultiheadAttention(D, HEADS, batch_first=True)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        kv = self.norm_kv(context)
+        return x + self.attention(self.norm(x), kv, kv, need_weights=False)[0]
+
+
+def test_cross_attention() -> None:
+    site = only(Cross(), torch.randn(B, N, D), torch.randn(B, 7, D))
+    assert site.cross
+    assert site.owner == "attention"
+    assert set(site.values) >= {"hidden", "hidden_kv", "out"}
+    assert not only(
+        Spelled(Spelling("matmul", "none", "none", "method", "matmul", "none", fused=False)), torch.randn(B, N, D)
+    ).cross
+
+
+class Rotary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        angle = (torch.arange(x.shape[1])[:, None] * 100.0 ** -torch.arange(0, 1, 0.125)).repeat(1, 2)
+
+        def turn(t: Tensor) -> Tensor:
+            one, two = t.chunk(2, -1)
+            return t * angle.cos() + torch.cat([-two, one], -1) * angle.sin()
+
+        return F.scaled_dot_product_attention(turn(self.q(x)), turn(self.k(x)), x)
+
+
+def test_rotary() -> None:
+    site = only(Rotary(), torch.randn(B, N, 16))
+    assert site.rotary
+    assert site.weights["q"].fqn == "q.weight"
+    assert not only(Fused(), torch.randn(B, N, D)).rotary
+
+
+class Capped(nn.Module):
+    """Gemma 2's soft cap and gpt-oss's sinks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sinks = nn.Parameter(torch.randn(HEADS))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = torch.tanh(q @ k.mT * 0.5 / 30.0) * 30.0
+        sinks = self.sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
+        return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1] @ v
+
+
+def test_soft_cap_and_sinks() -> None:
+    program, (site,), _ = found(Capped(), *(torch.randn(B, HEADS, N, WIDTH) for _ in range(3)))
+    assert site.soft_cap == pytest.approx(30.0)
+    assert site.scale == pytest.approx(0.5)
+    assert site.sinks
+    assert site.mask.kind == "bidirectional"
+    tensors = record(program)
+    assert ordered(site.values["scores"], tensors, "bhnm").shape[-1] == N
+    torch.testing.assert_close(
+        ordered(site.values["weights"], tensors, "bhnm") @ ordered(site.values["v"], tensors, "bhmd"),
+        tensors[site.core],
+    )
+
+
+class Twice(nn.Module):
+    """One module called twice, and two attentions in one module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Fused()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(self.inner(x))
+        y = (x @ x.mT).softmax(-1) @ x
+        return (y @ x.mT).softmax(-1) @ x
+
+
+def test_keys_are_unique_and_in_order() -> None:
+    _, sites, _ = found(Twice(), torch.randn(B, N, D))
+    assert [site.key for site in sites] == ["inner#0", "inner#0@1", "#0", "#1"]
+
+
+# --- what is none -----------------------------------------------------------------------------------------------------
+
+
+def _talking(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("bhnm,gh->bgnm", (q @ k.mT).softmax(-1), torch.eye(HEADS)) @ v
+
+
+def _differential(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q @ k.mT).softmax(-1) - 0.5 * (k @ q.mT).softmax(-1)) @ v
+
+
+def _slots(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-2) @ v
+
+
+def _pointer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1) + 0 * v.sum()
+
+
+def _pooling(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q.sum(-1, keepdim=True).softmax(-2).mT @ v
+
+
+class Calls(nn.Module):
+    def __init__(self, function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.function(q, k, v)
+
+
+@pytest.mark.parametrize(
+    ("function", "codes"),
+    [
+        (_talking, ["GCC101"]),
+        (_differential, ["GCC101", "GCC101"]),
+        (_pooling, ["GCC102"]),
+        (_pointer, ["GCC103"]),
+        (_slots, ["GCC104"]),
+    ],
+)
+def test_what_is_refused(function: Callable[[Tensor, Tensor, Tensor], Tensor], codes: list[str]) -> None:
+    _, sites, refusals = found(Calls(function), *(torch.randn(B, HEADS, N, WIDTH) for _ in range(3)))
+    assert not sites
+    assert [r.code for r in refusals] == codes
+    for refusal in refusals:
+        assert refusal.kind == "attention"
+        assert refusal.line.startswith("test_attention.py:")
+        assert refusal.reason
+        assert refusal.remedy
+
+
+class Router(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.classifier = nn.Linear(D, 4), nn.Linear(D, 7)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        top, index = self.gate(x).softmax(-1).topk(2, -1)
+        return top / top.sum(-1, keepdim=True) + index, self.classifier(x).softmax(-1)
+
+
+def test_routers_and_classifiers_are_not_mentioned() -> None:
+    _, sites, refusals = found(Router(), torch.randn(B, N, D))
+    assert not sites
+    assert not refusals
