@@ -14,7 +14,10 @@ import torch
 from torch import fx
 
 from gatecc.capture.guards import compile_guards
-from gatecc.decoder.emit.positions import Positions
+from gatecc.decoder.emit.numbers import Numbers
+from gatecc.decoder.emit.positions import PositionWriter
+from gatecc.decoder.emit.sources import Sources
+from gatecc.decoder.emit.writer import GraphWriter
 from gatecc.decoder.plan import Plan
 from gatecc.errors import ArgumentError
 from gatecc.ir.sizes import expression, node_shape
@@ -82,9 +85,11 @@ class Context:
 
 def _program(plan: Plan) -> fx.GraphModule:
     """(context inputs, batch) -> what the steps read."""
-    writer = Positions(plan, frozenset(n for n, kind in plan.kinds.of.items() if kind == "position"))
-    writer.given = plan.inputs.context
-    writer.inputs["context"] = writer.graph.placeholder("context")
-    writer.batch = writer.graph.placeholder("batch")
-    writer.graph.output(tuple(writer.whole(node) for node in plan.context))
+    writer = GraphWriter(plan)
+    sources = Sources(writer, plan.inputs.context)
+    sources.add("context")
+    numbers = Numbers(writer, sources, sources.add("batch"))
+    every = frozenset(node for node, kind in plan.kinds.of.items() if kind == "position")
+    positions = PositionWriter(sources, numbers, live=every)
+    writer.graph.output(tuple(positions.whole(node) for node in plan.context))
     return writer.module()

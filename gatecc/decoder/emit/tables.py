@@ -12,7 +12,11 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
-from gatecc.decoder.emit.emitter import table_program
+from gatecc.decoder.analysis.axes import ALL
+from gatecc.decoder.emit.numbers import Numbers
+from gatecc.decoder.emit.positions import PositionWriter
+from gatecc.decoder.emit.sources import Sources
+from gatecc.decoder.emit.writer import GraphWriter
 from gatecc.decoder.plan import Plan
 
 _TRIED = (2, 3, 5, 8, 13, 16)
@@ -25,7 +29,7 @@ class Tables:
 
     def __init__(self, plan: Plan, nodes: Sequence[fx.Node]) -> None:
         self.plan, self.nodes = plan, list(nodes)
-        self.module, weights = table_program(plan, self.nodes)
+        self.module, weights = _program(plan, self.nodes)
         self.weights = list(weights.values())
         self._made: dict[tuple[int, int], tuple[tuple[tuple[int, int], ...], tuple[torch.Tensor, ...]]] = {}
         self._reach: dict[int, int] = {}
@@ -107,6 +111,18 @@ class Tables:
         around = {c + d for c in numbers if max(_TRIED) < c <= _LARGEST for d in (-1, 1)}
         bound = self.reach(max(around | {max(_TRIED)}) + 8)
         return sorted({n for n in around | set(_TRIED) if n < bound} | {bound})
+
+
+def _program(plan: Plan, nodes: Sequence[fx.Node]) -> tuple[fx.GraphModule, dict[str, torch.Tensor]]:
+    """The program that evaluates position nodes for a whole capacity: (batch, length) -> a tuple of tensors."""
+    writer = GraphWriter(plan)
+    sources = Sources(writer)
+    numbers = Numbers(writer, sources, sources.add("batch"))
+    numbers.bounds[ALL] = 0, sources.add("length")
+    every = frozenset(node for node, kind in plan.kinds.of.items() if kind == "position")
+    positions = PositionWriter(sources, numbers, live=every)
+    writer.graph.output(tuple(positions.whole(node) for node in nodes))
+    return writer.module(), writer.weights
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:

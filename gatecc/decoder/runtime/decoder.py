@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from gatecc.decoder.analysis.context import Context
-from gatecc.decoder.emit.emitter import Emitter
+from gatecc.decoder.emit.step import Step, write_step
 from gatecc.decoder.emit.tables import Tables
 from gatecc.decoder.plan import Plan
 from gatecc.decoder.runtime.generate import Generation
@@ -24,11 +24,11 @@ _LARGEST = 1 << 26  # bytes that a table over queries and keys may take; beyond,
 class Program:
     """One step program: its graph module, and its forward bound to plain attributes (nn.Module's lookup is slow)."""
 
-    def __init__(self, emitter: Emitter) -> None:
-        self.module = emitter.program()
-        self.tables = Tables(emitter.plan, emitter.tables)
+    def __init__(self, plan: Plan, step: Step) -> None:
+        self.module = step.module
+        self.tables = Tables(plan, step.tables)
         self._forward: Any = type(self.module).forward
-        self._weights = SimpleNamespace(**emitter.weights)
+        self._weights = SimpleNamespace(**step.weights)
 
     def __call__(self, *inputs: Any) -> tuple[torch.Tensor, tuple[Any, ...]]:
         return self._forward(self._weights, *inputs)
@@ -51,9 +51,7 @@ class Decoder(Generation):
     def _find_live(self) -> frozenset[fx.Node]:
         live: frozenset[fx.Node] = frozenset()
         while True:
-            emitter = Emitter(self.plan, single=False, live=live)
-            emitter.program()
-            more = Tables(self.plan, emitter.tables).unstable()
+            more = Tables(self.plan, write_step(self.plan, single=False, live=live).tables).unstable()
             if not more:
                 return live
             live |= more
@@ -71,7 +69,8 @@ class Decoder(Generation):
         rows = self._too_large(capacity)
         if (single, rows) not in self._programs:
             live = self._live | (self._square() if rows else frozenset())
-            self._programs[single, rows] = Program(Emitter(self.plan, single=single, live=live))
+            step = write_step(self.plan, single=single, live=live)
+            self._programs[single, rows] = Program(self.plan, step)
         return self._programs[single, rows]
 
     def _square(self) -> frozenset[fx.Node]:

@@ -1,0 +1,50 @@
+"""Operands: what the data nodes of a step read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from gatecc.decoder.analysis.axes import Span
+from gatecc.decoder.emit.positions import PositionWriter
+from gatecc.decoder.refuse import refusal
+from gatecc.ir.sizes import node_shape
+
+
+class Operands:
+    """``env``: what was written for the data nodes of the captured graph so far."""
+
+    def __init__(self, positions: PositionWriter, tokens: fx.Node) -> None:
+        self.positions, self.numbers, self.writer = positions, positions.numbers, positions.writer
+        self.plan = positions.plan
+        self.env: dict[fx.Node, Any] = {self.plan.inputs.tokens: tokens}
+        self._reshaped: dict[fx.Node, fx.Node] = {}  # a reshape that was written, and what it reshapes
+
+    def read(self, node: fx.Node, x: Any, span: Span | None = None) -> Any:
+        """An argument of a data node as the step has it. ``span``: what an argument that is the length counts."""
+        if not isinstance(x, fx.Node):
+            return x
+        if x in self.env:
+            return self.env[x]
+        if self.plan.kind(x) == "size":
+            if self.plan.lengths.has(x.meta["val"]) and span is None:
+                raise refusal(node, "it uses the length as a number")
+            return self.numbers.size(x.meta["val"], span)
+        spans = self.plan.labels.cuts.get(node, {}).get(x)
+        return self.positions.value(x, spans or (None,) * len(node_shape(x) or ()))
+
+    def shape(self, node: fx.Node) -> list[Any]:
+        """The shape of a data node in the step."""
+        spans = self.plan.labels.of[node]
+        return [self.numbers.size(size, span) for size, span in zip(node_shape(node) or (), spans, strict=True)]
+
+    def reshape(self, x: fx.Node, shape: list[Any]) -> fx.Node:
+        """One reshape in the place of a chain of them."""
+        return self.note_reshape(self._reshaped.get(x, x), shape)
+
+    def note_reshape(self, x: fx.Node, shape: list[Any]) -> fx.Node:
+        """A reshape of ``x`` itself, which later ones pass over."""
+        made = self.writer.graph.call_method("reshape", (x, shape))
+        self._reshaped[made] = x
+        return made
