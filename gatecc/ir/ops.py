@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch import fx
 from torch._ops import OpOverload
 
@@ -71,6 +72,15 @@ def operands(node: fx.Node) -> list[Any]:
 def mutates(node: fx.Node) -> bool:
     """Whether the operator writes to one of its arguments."""
     return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+
+def same_call(one: fx.Node, other: fx.Node) -> bool:
+    """Whether two nodes call one operator with the same arguments, one that neither writes nor draws."""
+    target = one.target
+    if target != other.target or not isinstance(target, OpOverload) or target._schema.is_mutable:
+        return False
+    random = torch.Tag.nondeterministic_seeded in target.tags
+    return not random and one.args == other.args and one.kwargs == other.kwargs
 
 
 def written(node: fx.Node) -> list[fx.Node]:

@@ -41,7 +41,7 @@ def weighings(flow: Flow, known: Collection[fx.Node], slots: list[Slot], lengths
             continue
         found.append((node, scores, weighing))
     for node, scores, weighing in found:  # the graph is changed only now: the flow is that of before
-        span = causal_span(weighing.source.node, masks.classify(_mask_graph(node, scores, weighing, lengths)))
+        span = causal_span(weighing.source.node, masks.classify(_mask_graph(node, scores, weighing, lengths, flow)))
         product = scores.source
         keys = product.right if scores.keys in product.right_axes else product.left
         for operand, reader in ((keys, product.node), (weighing.values, weighing.source.node)):
@@ -49,7 +49,7 @@ def weighings(flow: Flow, known: Collection[fx.Node], slots: list[Slot], lengths
             keep(start, way, reader, Slot("keys", start, span=span, owner=origin(node).owner), slots, lengths)
 
 
-def _mask_graph(node: fx.Node, scores: Scores, weighing: Weighing, lengths: Lengths) -> MaskGraph:
+def _mask_graph(node: fx.Node, scores: Scores, weighing: Weighing, lengths: Lengths, flow: Flow) -> MaskGraph:
     """What masks the scores: the addends before the exponential, and the weights that are zeroed behind it."""
     product = scores.source
     sizes: dict[str, Size] = {}
@@ -61,7 +61,7 @@ def _mask_graph(node: fx.Node, scores: Scores, weighing: Weighing, lengths: Leng
     return MaskGraph(
         sizes[query],
         sizes[scores.keys],
-        unshifted(scores.final),
+        unshifted(scores.final, flow),
         node,
         product.node,
         product.axes.index(query) - rank,

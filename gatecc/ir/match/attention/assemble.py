@@ -15,7 +15,7 @@ from gatecc.ir.match.attention.origins import Tracer
 from gatecc.ir.match.attention.output import find_output
 from gatecc.ir.match.attention.qkv import Projection
 from gatecc.ir.match.attention.rows import row_numbers, rows_of, weight_of
-from gatecc.ir.match.attention.scores import Scores, constant, maskings, scalar_factor, scale_of, soft_cap, unshifted
+from gatecc.ir.match.attention.scores import Scores, maskings, scalar_factor, scale_of, soft_cap, unshifted
 from gatecc.ir.match.attention.stream import same_stream
 from gatecc.ir.match.attention.streams import Operand, before_rotary, streams
 from gatecc.ir.match.attention.values import Weighing, dropout_of
@@ -25,6 +25,7 @@ from gatecc.ir.match.mask.evaluate import MaskClassifier, MaskGraph
 from gatecc.ir.match.product import Product
 from gatecc.ir.ops import CASTS, RESHAPES, TRANSPOSES, argument, opname
 from gatecc.ir.program import origin
+from gatecc.ir.scalars import scalar
 from gatecc.ir.site import Attention, Masking, Value, Weight
 from gatecc.ir.sizes import example_sizes, node_shape, numel, same
 
@@ -170,7 +171,7 @@ class Assembler:
         name = opname(node)
         if is_identity(node):
             return source, axes, 1.0
-        if scale and name in ("mul", "div") and constant(node.args[1], self.flow) is not None:
+        if scale and name in ("mul", "div") and scalar(node.args[1], self.flow) is not None:
             return source, axes, scalar_factor(node, source, self.flow) or 1.0
         order = permutation(node, len(axes)) if name in TRANSPOSES and axes[-1] != "d" else None
         if order is not None and _only_last_two(order):
@@ -257,7 +258,7 @@ class Assembler:
         if given is None:
             width = (node_shape(q.node) or (1,))[-1]
             return float(width) ** -0.5 * outer if isinstance(width, int) else None
-        number = constant(given, self.flow)
+        number = scalar(given, self.flow)
         return None if number is None else number * outer
 
     def _mask_graph(self, parts: Parts, roles: Roles) -> MaskGraph:
@@ -275,7 +276,7 @@ class Assembler:
         return MaskGraph(
             sizes[query],
             sizes[parts.keys],
-            unshifted(parts.scores.final),
+            unshifted(parts.scores.final, self.flow),
             parts.softmax.output,
             product.node,
             product.axes.index(query) - len(product.axes),

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 from torch import fx
 
-from gatecc.ir.ops import CASTS, SOFTMAXES, VIEWS, argument, opname
+from gatecc.ir.dataflow import Flow
+from gatecc.ir.ops import CASTS, SOFTMAXES, VIEWS, opname
+from gatecc.ir.pattern import Match, Pattern, Patterns, anything, call, constant, one_of, through
+
+_PLACED = VIEWS | CASTS
+_GUARDS = frozenset("add clamp clamp_min maximum reciprocal pow".split())
+_WEIGHED = _PLACED | frozenset("mul where masked_fill dropout".split())
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,82 +28,19 @@ class Normalisation:
     total: fx.Node | None = None
 
 
-def normalisation(node: fx.Node) -> Normalisation | None:
+def normalisation(node: fx.Node, flow: Flow) -> Normalisation | None:
     """Read a node as the end of a softmax; None if it is not."""
-    name = opname(node)
-    if name in SOFTMAXES:
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        return Normalisation(node, source, int(argument(node, 1, "dim")), "softmax")
-    if name in ("div", "mul") and len(node.args) > 1:
-        return _quotient(node)
-    if name == "exp":
-        return _log_form(node)
-    return None
-
-
-def _log_form(node: fx.Node) -> Normalisation | None:
-    """``exp(log_softmax(x))`` and ``exp(x - logsumexp(x))``."""
-    inner = node.args[0]
-    if not isinstance(inner, fx.Node):
+    match = _SOFTMAX.at(node, flow)
+    if match is None:
         return None
-    if opname(inner) in ("log_softmax", "_log_softmax", "special_log_softmax"):
-        source = inner.args[0]
-        assert isinstance(source, fx.Node)
-        return Normalisation(node, source, int(argument(inner, 1, "dim")), "manual", node)
-    if opname(inner) != "sub":
-        return None
-    source, total = inner.args[0], inner.args[1]
-    if not isinstance(source, fx.Node) or not isinstance(total, fx.Node):
-        return None
-    total = _through(total, VIEWS | CASTS)
-    if opname(total) != "logsumexp" or total.args[0] is not source:
-        return None
-    axis = _single(argument(total, 1, "dim"))
-    return None if axis is None else Normalisation(node, source, axis, "manual", node)
-
-
-def _quotient(node: fx.Node) -> Normalisation | None:
-    """``e / e.sum(axis)`` with e made of an exponential; also ``e * (1 / e.sum(axis))``."""
-    for top, bottom in _quotient_operands(node):
-        total = _through(bottom, VIEWS | CASTS | _GUARDS)
-        if opname(total) != "sum" or len(total.args) < 2 or not _equal(total.args[0], top):
-            continue
-        axis, exponential = _single(total.args[1]), _exponential(top)
-        if axis is not None and exponential is not None:
-            source = exponential.args[0]
-            assert isinstance(source, fx.Node)
-            return Normalisation(node, source, axis, "manual", exponential, total)
-    return None
-
-
-_GUARDS = frozenset("add clamp clamp_min maximum reciprocal pow".split())
-
-
-def _quotient_operands(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
-    one, other = node.args[0], node.args[1]
-    if not isinstance(one, fx.Node) or not isinstance(other, fx.Node):
-        return
-    if opname(node) == "div":
-        yield one, other
-        return
-    for top, bottom in ((one, other), (other, one)):
-        inverse = _through(bottom, VIEWS | CASTS)
-        if opname(inverse) == "reciprocal" or (opname(inverse) == "pow" and inverse.args[1] in (-1, -1.0)):
-            yield top, bottom
-
-
-def _equal(one: object, other: fx.Node) -> bool:
-    """One node, or the same call written twice: ``s.exp() / s.exp().sum(-1)``."""
-    if not isinstance(one, fx.Node) or one is other:
-        return one is other
-    return one.target == other.target and one.args == other.args and one.kwargs == other.kwargs and opname(one) != ""
-
-
-def _through(node: fx.Node, names: frozenset[str]) -> fx.Node:
-    while opname(node) in names and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
+    dims: Any = match.constants["axis"]
+    axis = dims if isinstance(dims, int) else int(dims[0])
+    if match.pattern.name == "softmax":
+        return Normalisation(node, match["x"], axis, "softmax")
+    exponential = _exponential(match.nodes.get("weighed", node))
+    assert exponential is not None
+    source = match.nodes.get("x", exponential.all_input_nodes[0])
+    return Normalisation(node, source, axis, "manual", exponential, match.nodes.get("total"))
 
 
 def _exponential(node: fx.Node, depth: int = 8) -> fx.Node | None:
@@ -112,10 +54,22 @@ def _exponential(node: fx.Node, depth: int = 8) -> fx.Node | None:
     return next((e for e in found if e is not None), None)
 
 
-_WEIGHED = VIEWS | CASTS | frozenset("mul where masked_fill dropout".split())
+def _has_exponential(match: Match) -> str:
+    return "" if _exponential(match["weighed"]) is not None else "there is no exponential"
 
 
-def _single(dims: object) -> int | None:
-    if isinstance(dims, int):
-        return dims
-    return int(dims[0]) if isinstance(dims, list | tuple) and len(dims) == 1 else None
+def _is_single(dims: object) -> bool:
+    return isinstance(dims, int) or (isinstance(dims, list | tuple) and len(cast("list[Any]", dims)) == 1)
+
+
+_X, _AXIS = anything("x"), constant(_is_single, "axis")
+_WEIGHTS = anything("weighed")
+_TOTAL = through(_PLACED | _GUARDS, call("sum", _WEIGHTS, ..., name="total", dim=_AXIS))
+_INVERSE = one_of(call("reciprocal", _TOTAL), call("pow", _TOTAL, -1))
+_SOFTMAX = Patterns(
+    Pattern("softmax", call(SOFTMAXES, _X, ..., dim=_AXIS)),
+    Pattern("quotient", call("div", _WEIGHTS, _TOTAL, ...), _has_exponential),
+    Pattern("product", call("mul", _WEIGHTS, through(_PLACED, _INVERSE)), _has_exponential),
+    Pattern("log form", call("exp", call("log_softmax _log_softmax special_log_softmax", _X, ..., dim=_AXIS))),
+    Pattern("log form", call("exp", call("sub", _X, through(_PLACED, call("logsumexp", _X, ..., dim=_AXIS))))),
+)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,8 +12,10 @@ from gatecc.ir.dataflow import Flow
 from gatecc.ir.match.axes import axis_before, tensor_source
 from gatecc.ir.match.product import Product, product
 from gatecc.ir.ops import CASTS, CONTRACTIONS, DROPOUTS, TRANSPOSES, VIEWS, argument, opname
+from gatecc.ir.pattern import Pattern, Patterns, anything, call, through
+from gatecc.ir.scalars import scalar
 from gatecc.ir.site import Masking
-from gatecc.ir.sizes import node_shape, numel, same
+from gatecc.ir.sizes import node_shape, same
 
 _JOINS = frozenset("add sub rsub mul div maximum minimum max where cat pad constant_pad_nd copy slice_scatter".split())
 _STEPS = (
@@ -136,49 +137,6 @@ def _sources(node: fx.Node) -> list[fx.Node]:
 # --- what is done to the scores ---------------------------------------------------------------------------------------
 
 
-def constant(value: Any, flow: Flow) -> float | None:
-    """The value of a scalar that depends on neither input nor parameter."""
-    if isinstance(value, int | float):
-        return float(value)
-    if not isinstance(value, fx.Node) or value.op != "get_attr":
-        return _computed_constant(value, flow)
-    tensor = flow.program.constants.get(str(value.target))
-    return float(tensor) if tensor is not None and tensor.numel() == 1 else None
-
-
-_FOLD = {"sqrt": math.sqrt, "rsqrt": lambda x: 1 / math.sqrt(x), "reciprocal": lambda x: 1 / x, "neg": lambda x: -x}
-_PASS = VIEWS | CASTS
-
-
-def _computed_constant(value: Any, flow: Flow) -> float | None:
-    """Fold the few operators that scales are written with: ``1 / sqrt(tensor(64.))``, ``tensor(d ** -0.5)``."""
-    if not isinstance(value, fx.Node) or value in flow.data or not value.args or flow.writers.get(value):
-        return None
-    shape = node_shape(value)
-    if shape is None or numel(shape) != 1:
-        return None
-    name, operand = opname(value), constant(value.args[0], flow)
-    if name == "full" or name == "scalar_tensor":
-        filled = value.args[-1]
-        return float(filled) if isinstance(filled, int | float) else None
-    if operand is None:
-        return None
-    if name in _PASS:
-        return operand
-    if name in ("pow", "mul", "div"):
-        other = constant(value.args[1], flow)
-        return (
-            None
-            if other is None
-            else operand**other
-            if name == "pow"
-            else operand * other
-            if name == "mul"
-            else operand / other
-        )
-    return _FOLD[name](operand) if name in _FOLD else None
-
-
 def scalar_factor(node: fx.Node, source: fx.Node, flow: Flow) -> float | None:
     """What ``node`` multiplies ``source`` by: 1 for operators that do not scale, None if it is no constant."""
     name = opname(node)
@@ -189,7 +147,7 @@ def scalar_factor(node: fx.Node, source: fx.Node, flow: Flow) -> float | None:
     one, other = node.args[0], node.args[1]
     if name == "div" and source is other:
         return None
-    factor = constant(other if source is one else one, flow)
+    factor = scalar(other if source is one else one, flow)
     if factor is None:
         return None
     return factor if name == "mul" else 1.0 / factor
@@ -238,7 +196,7 @@ _HIDING = frozenset("rsub maximum minimum max cat pad constant_pad_nd copy slice
 
 def _is_floored(node: fx.Node, inside: set[fx.Node], flow: Flow) -> bool:
     """Whether scores are raised to a number that no key which is seen lies below: models do so with masked scores."""
-    floors = [constant(n, flow) for n in node.all_input_nodes if n not in inside]
+    floors = [scalar(n, flow) for n in node.all_input_nodes if n not in inside]
     raised = opname(node) in ("maximum", "max") and bool(floors)
     return raised and all(floor is not None and floor <= _FLOOR for floor in floors)
 
@@ -264,11 +222,11 @@ def _rank_of(node: fx.Node) -> int:
     return len(node_shape(node) or ())
 
 
-def unshifted(node: fx.Node) -> fx.Node:
+_MAXIMUM = through(VIEWS | CASTS, call("amax max", anything("scores"), ...))
+_SHIFTED = Patterns(Pattern("scores less their largest", call("sub", anything("scores"), _MAXIMUM)))
+
+
+def unshifted(node: fx.Node, flow: Flow) -> fx.Node:
     """The scores before their row's maximum is subtracted, which a softmax does not see but a proof does."""
-    if opname(node) != "sub" or not isinstance(node.args[0], fx.Node) or not isinstance(node.args[1], fx.Node):
-        return node
-    top = node.args[1]
-    while opname(top) in _PASS and isinstance(top.args[0], fx.Node):
-        top = top.args[0]
-    return node.args[0] if opname(top) in ("amax", "max") and top.args[0] is node.args[0] else node
+    shifted = _SHIFTED.at(node, flow)
+    return node if shifted is None else shifted["scores"]

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from torch import fx
 
 from gatecc.ir.dataflow import Flow
-from gatecc.ir.match.attention.scores import constant
 from gatecc.ir.match.axes import axis_after
 from gatecc.ir.match.product import Product, product
 from gatecc.ir.ops import CASTS, CONTRACTIONS, DROPOUTS, VIEWS, argument, opname
+from gatecc.ir.scalars import scalar
 from gatecc.ir.sizes import node_shape
 
 _PASSING = VIEWS | CASTS | DROPOUTS | frozenset(("nan_to_num",))
@@ -103,12 +103,12 @@ def passes(user: fx.Node, node: fx.Node, flow: Flow) -> bool:
     if name in _PASSING:
         return bool(user.args) and (user.args[0] is node or name == "getitem")
     if name == "masked_fill":
-        return user.args[0] is node and constant(argument(user, 2, "value"), flow) == 0.0
+        return user.args[0] is node and scalar(argument(user, 2, "value"), flow) == 0.0
     if name == "where":
-        return any(constant(x, flow) == 0.0 for x in user.args[1:3] if x is not node)
+        return any(scalar(x, flow) == 0.0 for x in user.args[1:3] if x is not node)
     if name in ("mul", "div"):
         other = user.args[1] if user.args[0] is node else user.args[0]
-        return constant(other, flow) == 1.0 or (name == "mul" and is_binary(other))
+        return scalar(other, flow) == 1.0 or (name == "mul" and is_binary(other))
     return False
 
 

@@ -65,7 +65,7 @@ def _read(node: fx.Node, flow: Flow) -> Parts | Refusal | None:
         return _fused(node)
     if name in _OPAQUE:
         return refuse("GCC105", "attention", node, name)
-    found = normalisation(node)
+    found = normalisation(node, flow)
     return _spelled_out(found, flow) if found is not None else None
 
 

@@ -421,7 +421,7 @@ def test_what_is_refused(function: Callable[[Tensor, Tensor, Tensor], Tensor], c
     assert [r.code for r in refusals] == codes
     for refusal in refusals:
         assert refusal.kind == "attention"
-        assert refusal.line.startswith("test_attention.py:")
+        assert refusal.line.startswith("test_walk.py:")
         assert refusal.reason
         assert refusal.remedy
 
