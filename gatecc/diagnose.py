@@ -21,11 +21,11 @@ from gatecc.capture.shield import shielded
 from gatecc.capture.signature import split_inputs
 from gatecc.engine.analyse import Analysis, Inputs, analyse, check_model, evaluation
 from gatecc.errors import ArgumentError
-from gatecc.ir.match import find_sites
 from gatecc.ir.ops import argument
 from gatecc.ir.program import Program, attribute
 from gatecc.ir.select import Selector, select
 from gatecc.ir.site import Attention, Residual, Site
+from gatecc.pipeline import prepare
 from gatecc.scope.hooks import UNSEEN
 from gatecc.scope.scope import scopes
 from gatecc.scope.whole import whole_program
@@ -220,8 +220,8 @@ def _analysis(model: nn.Module, example_inputs: Inputs) -> Analysis:
         if not list(scopes(model)):
             return analyse(model, args, kwargs)
         program = whole_program(model, args, kwargs)  # analyse leaves the rewrites out
-        found = find_sites(program)
-        return Analysis([program], found.sites, found.refusals)
+        found = prepare(program, canonical=True)
+        return Analysis([program], list(found.found), list(found.refusals))
 
 
 def values_of(model: nn.Module, program: Program, wanted: set[fx.Node]) -> Values:

@@ -69,11 +69,11 @@ def views(model: nn.Module, example_inputs: Inputs, sites: Selector | None = Non
     wide = copy.deepcopy(model).double()
     args, kwargs = map_tensors(lambda x: x.double() if x.is_floating_point() else x, split_inputs(example_inputs))
     with evaluation(wide):
-        program, found, editors = whole_edits(wide, args, kwargs)
-    chosen = [s for s in select(selector, found.sites, found.refusals) if isinstance(s, Attention)]
+        prepared, editors = whole_edits(wide, args, kwargs)
+    chosen = [s for s in select(selector, prepared.found, prepared.refusals) if isinstance(s, Attention)]
     mixed = {e.site.key: e for e in editors if _mixer_call(e) is not None}
-    reads = [_mixed(mixed[s.key], program) if s.key in mixed else _softmax(s) for s in chosen]
-    values = values_of(wide, program, {node for read in reads for node in read.nodes})
+    reads = [_mixed(mixed[s.key], prepared.program) if s.key in mixed else _softmax(s) for s in chosen]
+    values = values_of(wide, prepared.program, {node for read in reads for node in read.nodes})
     return [read.view(site.key, values) for site, read in zip(chosen, reads, strict=True)]
 
 

@@ -101,6 +101,11 @@ def check(root: Path = ROOT) -> list[Violation]:
     return found
 
 
+def imported(source: str, parts: tuple[str, ...]) -> list[str]:
+    """The dotted names that a file imports; ``parts`` is its path without suffix, (gatecc, passes, gate)."""
+    return [target for _, target in _imports(ast.parse(source), parts, frozenset(HEIGHT))]
+
+
 def _judge(layer: str, target: str) -> str | None:
     """Why ``layer`` may not import ``target``, or None if it may."""
     foreign = next((name for name in FOREIGN if _within(target, name)), None)

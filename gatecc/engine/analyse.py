@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,17 +17,15 @@ from gatecc.capture.signature import copied, split_inputs
 from gatecc.capture.wrappers import refuse_wrapped
 from gatecc.errors import CaptureError, ExampleInputsError, UnsupportedModelError
 from gatecc.ir.cost import cost
-from gatecc.ir.match import find_sites
 from gatecc.ir.program import Program
 from gatecc.ir.refusals import fitted
 from gatecc.ir.site import Refusal, Site
-from gatecc.passes.canonicalize import canonicalize
+from gatecc.pipeline import Stage, prepare
 from gatecc.report import GraphDump, GraphPair, PassRow, Report, RungRow, SiteRow, Totals
 from gatecc.scope.one_token import with_longer_masks
 from gatecc.scope.scope import plain
 
 Inputs = Any  # a tuple, a dict, or (tuple, dict)
-T = TypeVar("T")
 PACKED = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)  # what libraries keep quantised weights in
 
 
@@ -240,20 +237,15 @@ def _unseen(row: RungRow) -> Refusal:
 
 
 def add_program(analysis: Analysis, program: Program) -> None:
-    """Canonicalize a captured program and add its sites."""
-    nodes = len(program.graph.nodes)
-    _timed(analysis, "canonicalize", nodes, lambda: canonicalize(program), program)
-    found = _timed(analysis, "match", len(program.graph.nodes), lambda: find_sites(program), program)
+    """Prepare a captured program and add its sites."""
+
+    def row(stage: Stage) -> None:
+        analysis.passes.append(PassRow(stage.name, stage.seconds * 1e3, stage.nodes, len(stage.program.graph.nodes)))
+
+    prepared = prepare(program, row)
     analysis.programs.append(program)
-    analysis.sites.extend(found.sites)
-    analysis.refusals.extend(found.refusals)
-
-
-def _timed(analysis: Analysis, name: str, before: int, work: Callable[[], T], program: Program) -> T:
-    clock = time.process_time()
-    result = work()
-    analysis.passes.append(PassRow(name, (time.process_time() - clock) * 1e3, before, len(program.graph.nodes)))
-    return result
+    analysis.sites.extend(prepared.found)
+    analysis.refusals.extend(prepared.refusals)
 
 
 def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

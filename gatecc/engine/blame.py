@@ -13,12 +13,10 @@ from gatecc.capture.record import record_calls
 from gatecc.capture.shield import callers_device, random_states_kept
 from gatecc.capture.signature import flatten
 from gatecc.errors import ContractError, GateccError
-from gatecc.ir.match import find_sites
 from gatecc.ir.program import Program, window
 from gatecc.ir.rewrite import Recipe, Rewrite
 from gatecc.ir.site import Site
-from gatecc.passes.canonicalize import canonicalize
-from gatecc.scope.build import Sites, apply
+from gatecc.pipeline import Application, apply, prepare
 from gatecc.scope.family import same_outputs
 from gatecc.scope.scope import Scope, base_forward, outside_scopes, scopes
 from gatecc.scope.variant import Variant
@@ -71,7 +69,8 @@ def _untrue(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         for call in calls[fqn]:
             _, leaves = flatten(call.args, call.kwargs)
             with narrowed(module, state.widened):
-                graph = _run(Variant(_program(module, state, call.args, call.kwargs), ()), module, leaves)
+                captured = prepare(_captured(module, state, call.args, call.kwargs)).program
+                graph = _run(Variant(captured, ()), module, leaves)
                 own = _run(lambda *_: base_forward(module)(*call.args, **call.kwargs), module, leaves)  # noqa: B023
             if not same_outputs(own, graph, _ROUNDING):
                 yield fqn or type(module).__name__
@@ -93,18 +92,16 @@ def _in_scope(module: nn.Module, state: Scope, recipe: Recipe, args: Any, kwargs
             continue
         for place in application.sites:
             with narrowed(module, state.widened):
-                program = _program(module, state, args, kwargs)
-                plain = Variant(program, ())
-                before = _run(plain, module, leaves)
-            site = _site(program, application.rewrite, place)
+                prepared = prepare(_captured(module, state, args, kwargs))
+                before = _run(Variant(prepared.program, ()), module, leaves)
             try:
-                edits = apply(application.rewrite, program, [site], state.own, set(), Sites([site]))
+                ((edit,),) = apply(prepared, [Application(application.rewrite, (place,))], own=set(state.own))
             except GateccError:
                 continue
-            after = _run(Variant(program, ()), module, leaves)
+            after = _run(Variant(prepared.program, ()), module, leaves)
             if not same_outputs(before, after, application.rewrite.contract().allowed(1)):
-                nodes = sorted(edits[0].inserted)
-                yield application.rewrite, site, nodes[-1] if nodes else edits[0].site_node
+                nodes = sorted(edit.inserted)
+                yield application.rewrite, edit.site, nodes[-1] if nodes else edit.site_node
 
 
 def _run(variant: Callable[[nn.Module, list[torch.Tensor]], Any], module: nn.Module, leaves: list[torch.Tensor]) -> Any:
@@ -113,14 +110,5 @@ def _run(variant: Callable[[nn.Module, list[torch.Tensor]], Any], module: nn.Mod
         return variant(module, leaves)
 
 
-def _program(module: nn.Module, state: Scope, args: Any, kwargs: Any) -> Program:
-    program = capture(module, args, kwargs, fqn=state.fqn, forward=base_forward(module), hooked=())
-    canonicalize(program)
-    return program
-
-
-def _site(program: Program, rewrite: Rewrite, place: tuple[str, int]) -> Site:
-    sites = find_sites(program).sites
-    return next(
-        s for s in sites if s.kind == rewrite.site.kind and (program.relative_name(s.owner), s.ordinal) == place
-    )
+def _captured(module: nn.Module, state: Scope, args: Any, kwargs: Any) -> Program:
+    return capture(module, args, kwargs, fqn=state.fqn, forward=base_forward(module), hooked=())

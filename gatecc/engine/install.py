@@ -19,6 +19,7 @@ from gatecc.errors import CaptureError, GraphError, UnsupportedModelError
 from gatecc.ir.program import Program, origin
 from gatecc.ir.rewrite import Recipe
 from gatecc.ir.weights import Effect, NewModule
+from gatecc.pipeline import Stage
 from gatecc.report import GraphDump, GraphPair, PassRow, Report, RewriteRow
 from gatecc.scope.build import Built, build, rebuild, same_for_layers
 from gatecc.scope.family import Family, proves, structure
@@ -137,8 +138,9 @@ class Installer:
         before = dict(module.named_modules())
         own = set(state.own)
 
-        def observe(stage: str, program: Program) -> None:
-            dumps.append(GraphDump.of(program))
+        def observe(stage: Stage) -> None:
+            if stage.name in ("match", "clean"):
+                dumps.append(GraphDump.of(stage.program))
 
         with _gradients():
             try:

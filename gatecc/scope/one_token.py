@@ -13,9 +13,8 @@ from gatecc.capture import capture
 from gatecc.capture.signature import OpaqueArgumentError, map_tensors
 from gatecc.errors import CaptureError
 from gatecc.ir.mask import Mask
-from gatecc.ir.match import find_sites
 from gatecc.ir.site import Attention, Site
-from gatecc.passes.canonicalize import canonicalize
+from gatecc.pipeline import prepare
 from gatecc.scope.masks import UNTOLD, one_token
 
 _TOKENS = 3
@@ -63,5 +62,4 @@ def _masks(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
         program = capture(model, args, kwargs)
     except CaptureError:
         return {}
-    canonicalize(program)
-    return {s.key: s.mask for s in find_sites(program).sites if isinstance(s, Attention)}
+    return {s.key: s.mask for s in prepare(program).found if isinstance(s, Attention)}

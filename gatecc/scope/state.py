@@ -10,22 +10,14 @@ from typing import Any, cast
 from torch import nn
 
 from gatecc.ir.mask import Mask
-from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.widen import Rows
+from gatecc.pipeline import Application as Application
 from gatecc.scope.family import Entry, Family
 from gatecc.scope.masks import Proved
 from gatecc.scope.python_path import PythonPath
 from gatecc.scope.refusals import Refusals
 
 STATE = "_gatecc"
-
-
-@dataclass(frozen=True)
-class Application:
-    """One rewrite and where it is done in a scope: (owner relative to the scope, ordinal) of each site."""
-
-    rewrite: Rewrite
-    sites: tuple[tuple[str, int], ...]
 
 
 @dataclass(eq=False)

@@ -11,10 +11,9 @@ from torch import nn
 from gatecc.capture import capture
 from gatecc.capture.outputs import output_tensors
 from gatecc.ir.edit import Editor
-from gatecc.ir.match import Sites, find_sites
 from gatecc.ir.program import Program
-from gatecc.passes.canonicalize import canonicalize
-from gatecc.scope.build import rewrite_program
+from gatecc.pipeline import Prepared, apply, prepare
+from gatecc.scope.masks import handed_down
 from gatecc.scope.scope import Application, Scope, plain, scopes
 from gatecc.scope.transformers_loops import recurrences
 from gatecc.scope.variant import Variant
@@ -27,28 +26,27 @@ def whole_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     in the whole graph it is made of positions. Scopes whose weights hold rows of gates run inline nevertheless, for
     the plain graph would not fit these weights. Raises CaptureError, SiteRefusedError, GraphError.
     """
-    program, states = _captured(model, args, kwargs)
-    if states:
-        rewrite_program(program, _merged(states), find_sites(program).sites)
-    return program
+    return whole_edits(model, args, kwargs)[0].program
 
 
-def whole_edits(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Program, Sites, list[Editor]]:
-    """`whole_program`, the sites that it had before its rewrites, and the edits: none for scopes that run inline."""
-    program, states = _captured(model, args, kwargs)
-    found = find_sites(program)
-    editors = rewrite_program(program, _merged(states), found.sites) if states else []
-    return program, found, [editor for of_one in editors for editor in of_one]
+def whole_edits(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Prepared, list[Editor]]:
+    """`whole_program` with its sites, and the edits: none for scopes that run inline."""
+    prepared, states = _captured(model, args, kwargs)
+    if not states:
+        return prepared, []
+    whole = _merged(states)
+    prepared.found = [handed_down(site, prepared.program, whole.masks) for site in prepared.found]
+    editors = apply(prepared, whole.applied, own=whole.own)
+    return prepared, [editor for of_one in editors for editor in of_one]
 
 
-def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Program, dict[str, Scope]]:
-    """The canonical graph, and the scopes whose rewrites are still to be done on it."""
+def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Prepared, dict[str, Scope]]:
+    """The prepared graph, and the scopes whose rewrites are still to be done on it."""
     states = {fqn: state for fqn, _, state in scopes(model)}
     inline = any(state.widened for state in states.values())
     with nullcontext() if inline else plain(model), recurrences(model):
         program = capture(model, args, kwargs)
-    canonicalize(program)
-    return program, {} if inline else states
+    return prepare(program), {} if inline else states
 
 
 class Whole(nn.Module):

@@ -13,19 +13,17 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 
-from gatecc.ir.match import find_sites
 from gatecc.ir.printer import graph_text
 from gatecc.ir.program import Program
 from gatecc.ir.rewrite import Rewrite
-from gatecc.ir.select import Selector, select
+from gatecc.ir.select import Selector
 from gatecc.ir.weights import Effect
 from gatecc.passes.branch.branch import Branch
 from gatecc.passes.bypass import Bypass
-from gatecc.passes.canonicalize import canonicalize
 from gatecc.passes.fuse import Fuse
 from gatecc.passes.gate import Gate
 from gatecc.passes.mix.mix import Mix
-from gatecc.scope.build import Sites, apply
+from gatecc.pipeline import apply, prepare
 from gatecc.scope.family import difference
 from gatecc.scope.variant import Variant
 from tests.golden.reader import Reader
@@ -72,22 +70,11 @@ class Case:
         program = reader.program
         before = graph_text(program, sizes=reader.sizes)
         expected = Variant(program, ())(program.module, program.example)
-        steps: list[Effect] = []
-        contracts = ["exact"]
-        work: Sites | None = None
-        own: set[str] = set()
-        taken: set[str] = set()
-        for line in self.pipeline:
-            if line == "canonicalize":
-                canonicalize(program)
-                continue
-            rewrite = rewrite_from_text(line)
-            sites = find_sites(program).sites if work is None else work.now()
-            work = Sites(sites) if work is None else work
-            edits = apply(rewrite, program, select(rewrite.site, sites), own, taken, work)
-            steps += [step for edit in edits for step in edit.weights]
-            contracts.append(str(rewrite.contract()))
-        program.graph.eliminate_dead_code()
+        rewrites = [rewrite_from_text(line) for line in self.pipeline if line != "canonicalize"]
+        prepared = prepare(program, canonical="canonicalize" not in self.pipeline)
+        editors = apply(prepared, rewrites)
+        steps = [step for of_one in editors for edit in of_one for step in edit.weights]
+        contracts = ["exact", *(str(rewrite.contract()) for rewrite in rewrites)]
         after = graph_text(program, sizes=reader.sizes)
         for step in steps:
             step.apply(program.module)

@@ -8,13 +8,10 @@ import torch
 from torch import Tensor, fx
 
 from gatecc.ir.edit import Editor
-from gatecc.ir.match import find_sites
 from gatecc.ir.program import Program
 from gatecc.ir.rewrite import Rewrite
-from gatecc.ir.select import select
 from gatecc.ir.weights import Effect
-from gatecc.passes.canonicalize import canonicalize
-from gatecc.scope.build import Sites, apply
+from gatecc.pipeline import apply, prepare
 from gatecc.scope.family import difference
 from gatecc.scope.variant import Variant
 from tests.golden.reader import Reader
@@ -86,17 +83,11 @@ class Done:
 def done(text: str, *rewrites: Rewrite) -> Done:
     """Read a graph, canonicalize it, do rewrites, install their weights."""
     program = Reader(text).program
-    canonicalize(program)
+    prepared = prepare(program)
     with torch.no_grad():
         before = Variant(program, ())(program.module, program.example)
         values = _values(program)
-    work = Sites(find_sites(program).sites)
-    own: set[str] = set()
-    taken: set[str] = set()
-    edits: list[Editor] = []
-    for rewrite in rewrites:
-        edits += apply(rewrite, program, select(rewrite.site, work.now()), own, taken, work)
-    program.graph.eliminate_dead_code()
+    edits = [edit for of_one in apply(prepared, rewrites) for edit in of_one]
     result = Done(program, edits, before, values)
     for step in result.steps:
         step.apply(program.module)
