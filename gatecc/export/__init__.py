@@ -25,6 +25,7 @@ from gatecc.engine.analyse import Inputs, check_model, evaluation
 from gatecc.errors import ArgumentError, CaptureError, ExampleInputsError, ExportError, GateccError
 from gatecc.export.compare import Compared, Outcome, compare
 from gatecc.export.files import MANIFEST, Exported, describe, metadata, move, parent, write_manifest
+from gatecc.ops import registry
 from gatecc.scope.transformers_loops import recurrences
 from gatecc.scope.whole import Whole, reads_masks
 
@@ -103,7 +104,7 @@ def _export(
             said = _said(call)
 
             def make(free: Freedom, limit: float | None) -> Graph:
-                graph = build(call, opset, metadata(model), said, free, limit)
+                graph = build(call, opset, metadata(model), registry.lowerings("ort"), said, free, limit)
                 _write(graph, made)
                 return graph
 

@@ -64,6 +64,15 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
     return node.kwargs.get(name, default)
 
 
+def named(node: fx.Node, name: str, default: Any = None) -> Any:
+    """An argument of an operator by the name in its schema; ``default`` if the schema has none of that name."""
+    assert isinstance(node.target, OpOverload)
+    for i, argument in enumerate(node.target._schema.arguments):
+        if argument.name == name:
+            return node.args[i] if i < len(node.args) else node.kwargs.get(name, argument.default_value)
+    return default
+
+
 def operands(node: fx.Node) -> list[Any]:
     """The positional arguments."""
     return list(node.args)

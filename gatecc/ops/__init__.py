@@ -1,4 +1,4 @@
-"""Operators of namespace gatecc, one a file. Importing this package registers them."""
+"""Operators, one package or file each. Importing this package registers them: see gatecc.ops.registry."""
 
 from gatecc.ops import estimators, linear_attention, rnn, sequences
 

@@ -30,19 +30,13 @@ from gatecc.codegen.onnx.dims import Dims, fixed
 from gatecc.codegen.onnx.grouped import grouped_products
 from gatecc.codegen.onnx.indices import long_indices
 from gatecc.codegen.onnx.leaves import Call
+from gatecc.codegen.onnx.lowering import Lowering
 from gatecc.codegen.onnx.padded import fold_padded_weights
 from gatecc.codegen.onnx.place import blame, place, reason
 from gatecc.codegen.onnx.scalars import scalars_as_tensors
-from gatecc.codegen.onnx.sequences import check_sequences
 from gatecc.codegen.onnx.sigmoids import exact_sigmoids
 from gatecc.codegen.onnx.stable import FORMS
 from gatecc.errors import CaptureError, ExportError
-from gatecc.ops.linear_attention.onnx import (
-    LINEAR_ATTENTION,
-    check_linear_attention,
-    fixed_symbols,
-    linear_attention,
-)
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -98,19 +92,21 @@ def build(
     call: Call,
     opset: int,
     metadata: Mapping[str, str],
+    lowerings: Mapping[Any, Lowering],
     said: nn.Module | None = None,
     free: Freedom = Freedom.ALL,
     limit: float | None = None,
 ) -> Graph:
     """Export one call; gradients are off. Raises CaptureError if torch.export fails, ExportError if torch.onnx does.
 
+    ``lowerings`` are the ONNX forms of operators that torch.onnx does not know, by overload.
     ``said`` is a module that computes what ``call.flat`` does in a way that is easier to export. ``limit`` is the CPU
     time in seconds that torch.export may take.
     """
     module = said or call.flat
     axes = free_axes(call.leaves, free)
     program = _program(call, module, axes, limit)
-    numbers = fixed_symbols(program)
+    numbers = _fixed_symbols(program, lowerings)
     if numbers:  # sizes that an ONNX node holds as attributes
         axes = [
             {i for i in of_one if not _holds(x, i, numbers)}
@@ -119,7 +115,7 @@ def build(
         program = _program(call, module, axes, limit)
     dims = Dims.of(_values(program, call), call.leaves, call.inputs)
     accepts = compile_guards(size_guards(program, _placeholders(program, call)))
-    model = _convert(_lowered(program, opset), call, opset)
+    model = _convert(_lowered(program, opset, lowerings), call, opset)
     if model.opset_imports.get("") != opset:
         raise ExportError(
             "torch.onnx wrote another opset than it was asked for",
@@ -152,6 +148,13 @@ def _placeholders(program: ExportedProgram, call: Call) -> list[fx.Node]:
 
 def _values(program: ExportedProgram, call: Call) -> list[torch.Tensor]:
     return [n.meta["val"] for n in _placeholders(program, call)]
+
+
+def _fixed_symbols(program: ExportedProgram, lowerings: Mapping[Any, Lowering]) -> set[Any]:
+    """The symbols of sizes that the forms of operators need as numbers."""
+    called = [(n, lowerings[n.target]) for n in program.graph.nodes if n.target in lowerings]
+    sizes = [size for node, lowering in called for size in lowering.fixed(node)]
+    return {symbol for s in sizes if isinstance(s, torch.SymInt) for symbol in s.node.expr.free_symbols}
 
 
 def _holds(x: torch.Tensor, axis: int, symbols: Set[Any]) -> bool:
@@ -194,14 +197,16 @@ def _too_long(where: str, seconds: float) -> CaptureError:
     )
 
 
-def _lowered(program: ExportedProgram, opset: int) -> ExportedProgram:
+def _lowered(program: ExportedProgram, opset: int, lowerings: Mapping[Any, Lowering]) -> ExportedProgram:
     """The program in operators that torch.onnx writes and ONNX Runtime computes right."""
-    check_linear_attention(program)
-    check_sequences(program)
+    for node in program.graph.nodes:
+        if node.target in lowerings:
+            lowerings[node.target].check(node)
     exact_sigmoids(program)
     long_indices(program)
     scalars_as_tensors(program, float64=False)
-    forms = {**FORMS, ATTENTION: attention(opset), LINEAR_ATTENTION: linear_attention}
+    own = {operator: lowering.form for operator, lowering in lowerings.items() if lowering.form is not None}
+    forms = {**FORMS, ATTENTION: attention(opset), **own}
     if not any(n.target in forms for n in program.graph.nodes):
         scalars_as_tensors(program, float64=True)
         return program

@@ -10,7 +10,7 @@ from torch import fx
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _RAW = re.compile(r"\x1b\[[0-9;]*m")
-_TORCH = ("/torch/", "/gatecc/scope/", "/gatecc/codegen/")
+_TORCH = ("/torch/", "/gatecc/scope/", "/gatecc/codegen/", "/gatecc/ops/")
 
 
 def place(node: fx.Node) -> str:

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch._decomp import decomposition_table
 
 from gatecc.codegen.onnx.scalars import scalar
-from gatecc.codegen.onnx.sequences import RUNNING, running_maximum
 
 aten: Any = torch.ops.aten
 Form = Callable[..., Any]
@@ -334,9 +333,20 @@ def _cumprod(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor
     return torch.prod(_up_to_each(x, dim, 1), -1).movedim(-1, dim)
 
 
+@_form(aten.cummax.default)
+def _cummax(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The largest value up to each place, and where it is; of equal ones the last."""
+    moved = x.movedim(dim, -1)
+    at = torch.arange(moved.size(-1), device=x.device)
+    least = torch.iinfo(x.dtype).min if not x.dtype.is_floating_point else -torch.inf
+    values = torch.where(at <= at[:, None], moved.unsqueeze(-2), least).amax(-1)
+    places = torch.where((at <= at[:, None]) & (moved.unsqueeze(-2) == values.unsqueeze(-1)), at, -1).amax(-1)
+    return values.movedim(-1, dim), places.movedim(-1, dim)
+
+
 @_form(aten.cummin.default)
 def _cummin(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    best, places = running_maximum(-x, dim)
+    best, places = _cummax(-x, dim)
     return -best, places
 
 
@@ -361,7 +371,6 @@ def _opened(operator: Any) -> Form:
     return called
 
 
-FORMS[RUNNING] = running_maximum
 for _operator in (aten.cross_entropy_loss.default, aten.nll_loss_nd.default, aten.nll_loss.default):
     FORMS[_operator] = _opened(_operator)
 for _operator in (aten.nll_loss_forward.default, aten.nll_loss2d_forward.default):

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
 from gatecc.decoder.analysis.axes import NOW, Span, Spans
 from gatecc.decoder.analysis.dependence import Kinds
@@ -143,12 +142,3 @@ class Labels:
         if flat and not self.lengths.pure((node_shape(source) or ())[axis]):
             return
         raise refusal(node, "it mixes positions, and has no step rule")
-
-
-def named(node: fx.Node, name: str, default: Any = None) -> Any:
-    """An argument of an operator by the name in its schema."""
-    assert isinstance(node.target, OpOverload)
-    for i, argument in enumerate(node.target._schema.arguments):
-        if argument.name == name:
-            return node.args[i] if i < len(node.args) else node.kwargs.get(name, argument.default_value)
-    return default

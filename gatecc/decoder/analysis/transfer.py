@@ -14,15 +14,16 @@ from torch._ops import OpOverload
 
 from gatecc.decoder.analysis.axes import ALL, NOW, Span, Spans
 from gatecc.decoder.analysis.dependence import Kinds
-from gatecc.decoder.analysis.labels import CUT, Labels, Rule, named
+from gatecc.decoder.analysis.labels import CUT, Labels, Rule
 from gatecc.decoder.refuse import refusal
 from gatecc.decoder.rules import slots as marks
-from gatecc.decoder.rules.operators import LAYERS
 from gatecc.decoder.rules.slots import Slot
 from gatecc.ir.match.axes import axis_map
 from gatecc.ir.match.product import product
-from gatecc.ir.ops import CASTS, DROPOUTS, RESHAPES, SAME_SHAPE, SHAPE_ONLY, SOFTMAXES, TRANSPOSES, opname
+from gatecc.ir.ops import CASTS, DROPOUTS, RESHAPES, SAME_SHAPE, SHAPE_ONLY, SOFTMAXES, TRANSPOSES, named, opname
 from gatecc.ir.sizes import node_shape, same
+from gatecc.ops import registry
+from gatecc.ops.registry import StepRule
 
 _POINTWISE = (
     CASTS
@@ -60,7 +61,9 @@ def label(kinds: Kinds, slots: Sequence[Slot], nodes: Iterable[fx.Node]) -> Labe
 
 
 def _rule(node: fx.Node) -> Rule | None:
-    name = opname(node)
+    name, found = opname(node), registry.find(node.target)
+    if found is not None and found.step is not None:
+        return _registered(found.step)
     if name in _RULES and not (name in ("max", "min") and _has_argument(node, "other")):
         return _RULES[name]
     pointwise = isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
@@ -338,20 +341,19 @@ def _create(labels: Labels, node: fx.Node) -> Any:
     return labels.one(node)
 
 
-def _recurrence(labels: Labels, node: fx.Node) -> Any:
-    """gatecc::linear_attention with its state in a slot: everything else is at the new positions."""
-    if not any(n.target in marks.STATES for n in node.all_input_nodes):
-        raise refusal(node, "no step rule was found for it")
-    return labels.one(node)
+def _registered(step: StepRule) -> Rule:
+    """An operator with its state in a slot: everything else is at the new positions, along which it may combine values.
 
+    Without one it may combine them along other axes alone.
+    """
 
-def _layers(labels: Labels, node: fx.Node) -> Any:
-    """RNN, GRU and LSTM layers: with their state in a slot, or along an axis that is none of positions."""
-    if str(node.target).endswith(".data"):
-        raise refusal(node, "packed sequences have no step rule", do="call the layers with padded sequences")
-    if not any(n.target in marks.STATES for n in node.all_input_nodes):
-        labels.forbid(node, node.all_input_nodes[0], 1 if named(node, "batch_first") else 0)
-    return labels.one(node)
+    def rule(labels: Labels, node: fx.Node) -> Any:
+        axis = step.axis_of(node)
+        if axis is not None and not any(n.target in marks.STATES for n in node.all_input_nodes):
+            labels.forbid(node, named(node, step.operand), axis)
+        return labels.one(node)
+
+    return rule
 
 
 def _table() -> dict[str, Rule]:
@@ -368,7 +370,6 @@ def _table() -> dict[str, Rule]:
         (_CREATE, _create),
         (_SPLITS, _split),
         (_SAME_PLACE, _same_place),
-        (LAYERS, _layers),
     ):
         rules |= dict.fromkeys(names, rule)
     return rules | {
@@ -383,7 +384,6 @@ def _table() -> dict[str, Rule]:
         "linear": _linear,
         **dict.fromkeys("matmul bmm mm baddbmm addmm einsum".split(), _product),
         "scaled_dot_product_attention": _fused,
-        "linear_attention": _recurrence,
         **dict.fromkeys("prelu view_as_complex view_as_real".split(), Labels.one),
     }
 

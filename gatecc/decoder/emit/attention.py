@@ -7,10 +7,10 @@ from typing import Any
 from torch import fx
 
 from gatecc.decoder.analysis.axes import ALL, NOW, Span
-from gatecc.decoder.analysis.labels import named
 from gatecc.decoder.emit import lower
 from gatecc.decoder.emit.masks import triangle
 from gatecc.decoder.emit.operands import Operands
+from gatecc.ir.ops import named
 from gatecc.ir.program import shape
 
 

@@ -9,7 +9,6 @@ from torch import fx
 from torch.fx.node import map_aggregate
 
 from gatecc.decoder.analysis.axes import NOW, Span
-from gatecc.decoder.analysis.labels import named
 from gatecc.decoder.emit import lower
 from gatecc.decoder.emit.attention import AttentionWriter
 from gatecc.decoder.emit.operands import Operands
@@ -18,9 +17,9 @@ from gatecc.decoder.emit.slots import SlotWriter
 from gatecc.decoder.refuse import refusal
 from gatecc.decoder.rules import slots as marks
 from gatecc.ir.match.axes import permutation
-from gatecc.ir.ops import RESHAPES, SHAPE_ONLY, TRANSPOSES, opname
+from gatecc.ir.ops import RESHAPES, SHAPE_ONLY, TRANSPOSES, named, opname
 from gatecc.ir.program import shape
-from gatecc.ops.linear_attention import linear_attention_step
+from gatecc.ops import registry
 
 _FILLS = frozenset("zeros ones full empty".split()) | SHAPE_ONLY
 
@@ -50,8 +49,6 @@ class DataWriter:
             return self.env[node.args[0]]
         if opname(node) == "scaled_dot_product_attention":
             return self.attention.attention(node)
-        if opname(node) == "linear_attention" and self.single and self._is_simple(node):
-            return self._one_token(node)
         result = self._call(node)
         self.slots.returned(node, result)
         return result
@@ -76,7 +73,7 @@ class DataWriter:
                 return self.writer.narrow(read(node, node.args[0]), axis, bounds[0], bounds[1] - bounds[0])
         args = map_aggregate(node.args, lambda x: read(node, x, span))
         kwargs = map_aggregate(node.kwargs, lambda x: read(node, x, span))
-        return lower.call(self.writer.graph, node.target, args, kwargs)
+        return lower.call(self.writer.graph, self._function(node), args, kwargs)
 
     def _span(self, node: fx.Node, axis: int) -> Span | None:
         """The positions that an axis of a node's operand runs over."""
@@ -98,22 +95,10 @@ class DataWriter:
                 return None
         return self.operands.reshape(self.env[source], self.operands.shape(node))
 
-    # --- linear attention ---
-
-    def _is_simple(self, node: fx.Node) -> bool:
-        plain = named(node, "mask") is None and not named(node, "normalize")
-        return plain and named(node, "gate_normalizer") is None
-
-    def _one_token(self, node: fx.Node) -> tuple[Any, Any]:
-        """linear_attention for one token: the step kernel on a copy of the state. -> (o, state)"""
-        graph, read = self.writer.graph, self.operands.read
-        held = graph.call_method("clone", (read(node, node.args[5]),))
-        given = [read(node, x) for x in node.args[:5]]
-        taken = [graph.call_method("select", (x, 2, 0)) if isinstance(x, fx.Node) else None for x in given]
-        o = graph.call_function(linear_attention_step, (*taken, held), {"scale": named(node, "scale")})
-        start = next(n for n in node.all_input_nodes if n.target in marks.STATES)
-        self.slots.next[int(str(start.args[-1]))] = held
-        return graph.call_method("unsqueeze", (o, 2)), held
+    def _function(self, node: fx.Node) -> Any:
+        """What a node calls, or what its operator has for one token in its place."""
+        found = registry.find(node.target) if self.single else None
+        return (found.step.one_token(node) if found is not None and found.step is not None else None) or node.target
 
 
 def slice_bounds(node: fx.Node) -> tuple[int, int] | None:

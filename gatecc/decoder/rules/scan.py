@@ -10,14 +10,14 @@ from typing import Any
 from torch import fx
 
 from gatecc.decoder.analysis.axes import Lengths
-from gatecc.decoder.analysis.labels import named
 from gatecc.decoder.refuse import refusal
 from gatecc.decoder.rules.delays import SHIFTS, delay
-from gatecc.decoder.rules.operators import LAYERS, layers, linear_attention
+from gatecc.decoder.rules.operators import resume
 from gatecc.decoder.rules.slots import Slot, carried, extended
-from gatecc.ir.ops import argument, opname
+from gatecc.ir.ops import argument, named, opname
 from gatecc.ir.program import META, Program, origin
 from gatecc.ir.sizes import node_shape, same
+from gatecc.ops import registry
 
 _TOTALS = {"cumsum": 0.0, "cumprod": 1.0, "logcumsumexp": float("-inf")}  # and what they start from
 _PADS = frozenset(("pad", "constant_pad_nd"))
@@ -36,12 +36,12 @@ def mixers(program: Program, data: set[fx.Node], slots: list[Slot], lengths: Len
             _total(node, slots, lengths)
         elif name == "conv1d":
             _convolution(node, slots, lengths)
-        elif name == "linear_attention":
-            linear_attention(node, slots)
-        elif name in LAYERS:
-            layers(node, slots, lengths)
         elif name in SHIFTS:
             delay(node, slots, lengths)
+        else:
+            found = registry.find(node.target)
+            if found is not None and found.step is not None:
+                resume(node, found.step, slots, lengths)
 
 
 # --- running totals -------------------------------------------------------------------------------------------------

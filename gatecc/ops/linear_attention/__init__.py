@@ -3,7 +3,7 @@
 from gatecc.ops.linear_attention.operator import bidirectional, linear_attention
 from gatecc.ops.linear_attention.step import linear_attention_step
 
-from gatecc.ops.linear_attention import cost  # isort: skip  (formulas of the operators above)
 from gatecc.ops.linear_attention import c, triton  # isort: skip  (kernels, which register themselves)
+from gatecc.ops.linear_attention import registration  # isort: skip  (of the operators above)
 
-__all__ = ["bidirectional", "c", "cost", "linear_attention", "linear_attention_step", "triton"]
+__all__ = ["bidirectional", "c", "linear_attention", "linear_attention_step", "registration", "triton"]

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
 Shape = Sequence[int]
 
@@ -34,17 +33,20 @@ def moved_bytes(*tensors: torch.Tensor | None) -> int:
     return sum(x.numel() * x.element_size() for x in tensors if x is not None)
 
 
-def _forward(q: Shape, k: Shape, v: Shape, *rest: Any, normalize: bool = False, **_: Any) -> int:
+def forward(q: Shape, k: Shape, v: Shape, *rest: Any, normalize: bool = False, **_: Any) -> int:
+    """Of the operator's arguments."""
     return flops(q, v, delta=_has_beta(rest), normalize=normalize)
 
 
-def _backward(
+def backward(
     grad_o: Shape, grad_state: Shape, q: Shape, k: Shape, v: Shape, *rest: Any, normalize: bool = False, **_: Any
 ) -> int:
+    """Of the arguments of its gradient."""
     return flops(q, v, delta=_has_beta(rest), normalize=normalize, backward=True)
 
 
-def _step(q: Shape, k: Shape, v: Shape, *rest: Any, **_: Any) -> int:
+def step(q: Shape, k: Shape, v: Shape, *rest: Any, **_: Any) -> int:
+    """Of the arguments of one step."""
     B, H, Dk = q
     return flops((B, H, 1, Dk), (B, H, 1, v[2]), delta=_has_beta(rest))
 
@@ -52,8 +54,3 @@ def _step(q: Shape, k: Shape, v: Shape, *rest: Any, **_: Any) -> int:
 def _has_beta(rest: tuple[Any, ...]) -> bool:
     """``rest`` is log_decay, beta and what follows."""
     return len(rest) > 1 and rest[1] is not None
-
-
-register_flop_formula(torch.ops.gatecc.linear_attention)(_forward)
-register_flop_formula(torch.ops.gatecc.linear_attention_backward)(_backward)
-register_flop_formula(torch.ops.gatecc.linear_attention_step)(_step)

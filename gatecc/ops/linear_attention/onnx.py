@@ -7,40 +7,33 @@ know (heads that are shared, padding, the normaliser, the other direction) is pu
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
-from torch.export import ExportedProgram
 
+from gatecc.codegen.onnx.lowering import Lowering
 from gatecc.codegen.onnx.place import place
 from gatecc.errors import ExportError
+from gatecc.ir.ops import named
 from gatecc.ops.linear_attention.arguments import Arguments, arguments
 
-LINEAR_ATTENTION: Any = torch.ops.gatecc.linear_attention.default
 
-
-def check_linear_attention(program: ExportedProgram) -> None:
+def _check(node: fx.Node) -> None:
     """Raise ExportError for what the form lacks."""
-    nodes = [n for n in program.graph.nodes if n.op == "call_function" and n.target is LINEAR_ATTENTION]
-    for node in nodes:
-        packed = node.args[6] if len(node.args) > 6 else node.kwargs.get("cu_seqlens")
-        if packed is not None:
-            raise _lacking(node, "packed sequences (cu_seqlens)", "give each sequence a row of the batch")
-        if node.args[0].meta["val"].dtype == torch.float64:
-            raise _lacking(node, "float64", "export model.float()")
+    if named(node, "cu_seqlens") is not None:
+        raise _lacking(node, "packed sequences (cu_seqlens)", "give each sequence a row of the batch")
+    if node.all_input_nodes[0].meta["val"].dtype == torch.float64:
+        raise _lacking(node, "float64", "export model.float()")
 
 
-def fixed_symbols(program: ExportedProgram) -> set[Any]:
-    """The symbols of sizes that are attributes of the node, or widths of what is packed for it: heads and channels."""
-    symbols: set[Any] = set()
-    for node in program.graph.nodes:
-        if node.op == "call_function" and node.target is LINEAR_ATTENTION:
-            held = [x.meta["val"] for x in node.args[:5] if isinstance(x, fx.Node)]
-            sizes = [x.shape[axis] for x in held for axis in (1, 3) if x.dim() == 4]
-            symbols.update(*(s.node.expr.free_symbols for s in sizes if isinstance(s, torch.SymInt)))
-    return symbols
+def _fixed(node: fx.Node) -> Iterator[Any]:
+    """Heads and channels: attributes of the node, or widths of what is packed for it."""
+    for x in (n.meta["val"] for n in node.args[:5] if isinstance(n, fx.Node)):
+        if x.dim() == 4:
+            yield from (x.shape[1], x.shape[3])
 
 
 def _lacking(node: fx.Node, found: str, do: str) -> ExportError:
@@ -121,3 +114,6 @@ def _packed(x: Tensor | None) -> Tensor | None:
 
 def _repeated(x: Tensor, heads: int) -> Tensor:
     return x if x.size(1) == heads else x.repeat_interleave(heads // x.size(1), 1)
+
+
+LOWERING = Lowering(linear_attention, _check, _fixed)

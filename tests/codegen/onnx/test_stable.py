@@ -121,7 +121,7 @@ def test_the_ends_of_the_ranges(dtype: str, opset: int, tmp_path: Path) -> None:
     kind: torch.dtype = getattr(torch, dtype)
     module, given = All(NO_FLOAT16 if kind is torch.float16 else ()), values(kind)
     call = flat_call(module, given, {})
-    graph = build(call, opset, {})
+    graph = build(call, opset, {}, {})
     write(graph, tmp_path)
     check(tmp_path / MODEL, graph.places)
     found = Session(tmp_path / MODEL, graph.places).run(call.inputs, call.leaves)
@@ -144,10 +144,17 @@ def test_only_sigmoids_that_are_read_closely_are_spelled_out(sensitive: bool) ->
             return torch.rsqrt(gate) if sensitive else gate * torch.rsqrt((gate * x).pow(2).mean(-1, keepdim=True) + 1)
 
     with torch.no_grad():
-        operators = build(flat_call(Gate(), (torch.randn(2, 3),), {}), 24, {}).operators
+        operators = build(flat_call(Gate(), (torch.randn(2, 3),), {}), 24, {}, {}).operators
     assert ("Sigmoid" in operators) is not sensitive
 
 
 @pytest.mark.parametrize("operator", [op for op in FORMS if "backward" not in str(op)], ids=str)
 def test_every_form_is_of_an_operator_that_torch_has(operator: object) -> None:
     assert isinstance(operator, torch._ops.OpOverload)
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_a_running_maximum_by_comparisons(dim: int) -> None:
+    x = torch.tensor([[3, 1, 4, 1, 5], [2, 2, 6, 0, 6], [7, 0, 1, 8, 8]])
+    for got, wanted in zip(FORMS[torch.ops.aten.cummax.default](x, dim), x.cummax(dim), strict=True):
+        assert torch.equal(got, wanted)

@@ -10,19 +10,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gatecc
-from gatecc.codegen.onnx.sequences import running_maximum
 from gatecc.errors import ExportError
 
 pytest.importorskip("onnxruntime")
 IDS = torch.randint(3, 41, (2, 9), generator=torch.Generator().manual_seed(0))
 SHAPE: dict[str, Any] = {"vocab_size": 41, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
-
-
-@pytest.mark.parametrize("dim", [0, 1, -1])
-def test_a_running_maximum_by_comparisons(dim: int) -> None:
-    x = torch.tensor([[3, 1, 4, 1, 5], [2, 2, 6, 0, 6], [7, 0, 1, 8, 8]])
-    for got, wanted in zip(running_maximum(x, dim), x.cummax(dim), strict=True):
-        assert torch.equal(got, wanted)
 
 
 def test_packed_rows_are_exported_and_given_masks_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,23 @@
+"""Lowering: how an operator that torch.onnx does not know is put in its ONNX form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """``form`` takes what the operator takes and computes it with ATen operators and ``torch.onnx.ops.symbolic``.
+
+    ``check`` raises ExportError for a call that the form does not know. ``fixed`` yields the sizes of a call that the
+    form writes as attributes of a node, so that they must be numbers. Without a form an operator is there for its
+    check.
+    """
+
+    form: Callable[..., Any] | None
+    check: Callable[[fx.Node], None] = lambda node: None
+    fixed: Callable[[fx.Node], Iterable[Any]] = lambda node: ()

@@ -1,0 +1,63 @@
+"""What decoder, ONNX and cost know of linear attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from gatecc.ir.ops import named
+from gatecc.ops.linear_attention import cost
+from gatecc.ops.linear_attention.kernels import KERNELS
+from gatecc.ops.linear_attention.onnx import LOWERING
+from gatecc.ops.linear_attention.step import linear_attention_step
+from gatecc.ops.registry import Carry, Operator, StepRule, Unfit, register
+
+
+def _unfit(node: fx.Node) -> Unfit | None:
+    for name, plain in (("reverse", False), ("cu_seqlens", None)):
+        if named(node, name) is not plain:
+            return Unfit(f"linear attention with {name}", "a decoder runs forwards over one text a sample")
+    return None
+
+
+def _one_token(node: fx.Node) -> Callable[..., Any] | None:
+    """The step kernel knows no padding, no normaliser and no logits of gates."""
+    plain = named(node, "mask") is None and not named(node, "normalize") and named(node, "gate_normalizer") is None
+    return one_token if plain else None
+
+
+def one_token(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    initial_state: Tensor,
+    *_: Any,
+    scale: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """``linear_attention`` of one token from a state, which stays as it is. q: (B, H, 1, Dk) -> o: (B, H, 1, Dv)"""
+    state = initial_state.clone()
+    decay, strength = (None if x is None else x.select(2, 0) for x in (log_decay, beta))
+    o = linear_attention_step(q.select(2, 0), k.select(2, 0), v.select(2, 0), decay, strength, state, scale=scale)
+    return o.unsqueeze(2), state
+
+
+_ops = torch.ops.gatecc
+register(
+    Operator(
+        overload=_ops.linear_attention.default,
+        step=StepRule(
+            operand="q", axis=2, carries=(Carry("initial_state", output=1),), unfit=_unfit, one_token=_one_token
+        ),
+        onnx={"ort": LOWERING},
+        flops=cost.forward,
+        kernels=KERNELS,
+    )
+)
+register(Operator(overload=_ops.linear_attention_backward.default, flops=cost.backward, kernels=KERNELS))
+register(Operator(overload=_ops.linear_attention_step.default, flops=cost.step, kernels=KERNELS))

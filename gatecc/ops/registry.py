@@ -1,0 +1,110 @@
+"""Registry: what others may know of an operator, entered by the operator's own package.
+
+Decoder, ONNX and cost ask here and know no operator by name, so a new operator is one package and needs no edit
+elsewhere. An operator of torch that stays whole in a graph (``aten.lstm``) may be entered as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from torch import fx
+from torch._ops import OpOverload
+from torch.utils.flop_counter import register_flop_formula
+
+from gatecc.codegen.onnx.lowering import Lowering
+from gatecc.errors import ArgumentError
+
+Target = Literal["ort", "portable"]
+"""Of an ONNX graph: with the operators of ONNX Runtime (com.microsoft), or with those of the standard alone."""
+
+
+class Carry(NamedTuple):
+    """One tensor of an operator's state: the argument that a call starts from, and the output that is its next value.
+
+    The argument is optional (None is zero), a tensor, or with ``item`` one of a list.
+    """
+
+    argument: str
+    output: int
+    item: int | None = None
+
+
+class Unfit(NamedTuple):
+    """Why a call has no step, and what the user can do."""
+
+    reason: str
+    do: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRule:
+    """How an operator runs token by token; functions are given its node in a captured graph.
+
+    ``operand`` is the argument along whose ``axis`` values are combined: a step starts there from the state that the
+    call before it has returned, so that tokens may come in pieces of any length. Along all other axes the operator does
+    the same at each place. Without ``carries`` it may not run along the tokens at all; without an ``axis`` it combines
+    nothing.
+    """
+
+    operand: str
+    axis: int | Callable[[fx.Node], int] | None
+    carries: tuple[Carry, ...] = ()
+    unfit: Callable[[fx.Node], Unfit | None] = lambda node: None
+    one_token: Callable[[fx.Node], Callable[..., Any] | None] = lambda node: None
+    """What computes exactly one token faster, with the operator's arguments and results; None: the operator itself."""
+
+    def axis_of(self, node: fx.Node) -> int | None:
+        """The axis of the operand in one call."""
+        return self.axis(node) if callable(self.axis) else self.axis
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Operator:
+    """An operator's entry.
+
+    ``kernels``: what serves it on a device type, in a protocol of its own. ``onnx``: its form for a target; one for
+    ``portable`` serves all. ``flops`` is a formula as torch's counter knows them: it takes the operator's arguments,
+    shapes in the place of tensors. ``bytes`` takes tensors without storage, and is needed only where an operator does
+    not read all of its inputs once and write its outputs once.
+    """
+
+    overload: OpOverload
+    step: StepRule | None = None
+    onnx: Mapping[Target, Lowering] = field(default_factory=dict[Target, Lowering])
+    flops: Callable[..., int] | None = None
+    bytes: Callable[..., int] | None = None
+    kernels: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+_OPERATORS: dict[Any, Operator] = {}
+
+
+def register(operator: Operator) -> None:
+    """Enter an operator. Raises ArgumentError if it is there already."""
+    if operator.overload in _OPERATORS:
+        raise ArgumentError(
+            "an operator is registered twice", found=str(operator.overload), do="give it another name, or change it"
+        )
+    _OPERATORS[operator.overload] = operator
+    formula = operator.flops
+    if formula is not None and operator.overload.namespace != "aten":  # torch takes its own operators apart
+        register_flop_formula(operator.overload.overloadpacket)(lambda *a, out_shape, **k: formula(*a, **k))
+
+
+def find(target: object) -> Operator | None:
+    """The entry of what a node calls."""
+    return _OPERATORS.get(target)
+
+
+def operators() -> Iterator[Operator]:
+    """All entries, in the order in which they came."""
+    return iter(_OPERATORS.values())
+
+
+def lowerings(target: Target) -> dict[Any, Lowering]:
+    """The ONNX forms for a target, by overload."""
+    found = {o.overload: o.onnx.get(target) or o.onnx.get("portable") for o in operators()}
+    return {overload: lowering for overload, lowering in found.items() if lowering is not None}
