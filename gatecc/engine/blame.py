@@ -13,7 +13,8 @@ from gatecc.capture.record import record_calls
 from gatecc.capture.shield import callers_device, random_states_kept
 from gatecc.capture.signature import flatten
 from gatecc.errors import ContractError, GateccError
-from gatecc.ir.program import Program, window
+from gatecc.ir.printer import window
+from gatecc.ir.program import Program
 from gatecc.ir.rewrite import Recipe, Rewrite
 from gatecc.ir.site import Site
 from gatecc.pipeline import Application, apply, prepare

@@ -23,7 +23,8 @@ from gatecc.errors import GraphError, SiteRefusedError
 from gatecc.ir.boundary import Boundary, Slot, follow, held
 from gatecc.ir.functions import entries
 from gatecc.ir.hooks import silenced
-from gatecc.ir.program import META, Origin, Program, attribute, fake, origin, window
+from gatecc.ir.printer import window
+from gatecc.ir.program import META, Origin, Program, attribute, fake, origin
 from gatecc.ir.site import Site
 from gatecc.ir.weights import Build, Effect, Fill, NewModule, ScaleWeight, WidenWeight, is_wrapped
 from gatecc.ir.widen import Rows

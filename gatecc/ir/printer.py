@@ -77,3 +77,12 @@ def _comment(node: fx.Node, names: Mapping[str, str], owners: bool) -> str:
     size = shape_text(held.shape, names)
     owner = origin(node).owner if owners and node.op == "call_function" else ""
     return size + dtype + (f" | {owner}" if owner else "")
+
+
+def window(node: fx.Node, radius: int = 4) -> str:
+    """The graph around a node as text, the node marked: what errors print."""
+    nodes = [n for n in node.graph.nodes if n.op != "get_attr" or n is node]  # their readers show them
+    at = nodes.index(node)
+    near = nodes[max(0, at - radius) : at + radius + 1]
+    rows = graph_text(node.graph, keep=set(near).__contains__, owners=False).splitlines()
+    return "\n".join(("> " if n is node else "  ") + row for n, row in zip(near, rows, strict=True))

@@ -145,14 +145,3 @@ def fake(node: fx.Node) -> torch.Tensor | None:
     """The recorded fake tensor of a node, None if the node does not hold one tensor."""
     value = node.meta.get("val")
     return value if isinstance(value, torch.Tensor) else None
-
-
-def window(node: fx.Node, radius: int = 4) -> str:
-    """The graph around a node as text, the node marked: what errors print."""
-    from gatecc.ir.printer import graph_text  # which reads programs
-
-    nodes = [n for n in node.graph.nodes if n.op != "get_attr" or n is node]  # their readers show them
-    at = nodes.index(node)
-    near = nodes[max(0, at - radius) : at + radius + 1]
-    rows = graph_text(node.graph, keep=set(near).__contains__, owners=False).splitlines()
-    return "\n".join(("> " if n is node else "  ") + row for n, row in zip(near, rows, strict=True))

@@ -18,7 +18,8 @@ from torch._guards import detect_fake_mode
 
 from gatecc.errors import GraphError
 from gatecc.ir.loops import free_lengths
-from gatecc.ir.program import Program, attribute, fake, origin, window
+from gatecc.ir.printer import window
+from gatecc.ir.program import Program, attribute, fake, origin
 from gatecc.ir.site import Site
 from gatecc.ir.sizes import renamed, size_names
 

@@ -10,7 +10,8 @@ from gatecc.errors import CaptureError, GateccError, GraphError
 from gatecc.ir.boundary import held
 from gatecc.ir.edit import Editor
 from gatecc.ir.functions import entries
-from gatecc.ir.program import Program, window
+from gatecc.ir.printer import window
+from gatecc.ir.program import Program
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.select import select
 from gatecc.ir.site import Site

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 
 from torch import fx
 
-from gatecc.ir.boundary import settle
 from gatecc.ir.edit import Editor, Replace
 from gatecc.ir.match import find_sites
 from gatecc.ir.program import Program
+from gatecc.ir.settle import settle
 from gatecc.ir.site import Refusal, Site, Value
 from gatecc.passes.canonicalize import canonicalize
 from gatecc.pipeline.stage import Observer, step

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
 from gatecc.report.drawing import picture
+from gatecc.report.findings import Findings
 from gatecc.report.grouping import group
 from gatecc.report.units import change, error_text, si, worst
 
-if TYPE_CHECKING:
-    from gatecc.report.report import Report
 
-
-def render(report: Report) -> str:
+def render(report: Findings) -> str:
     """The whole page. Every text of the report is escaped by the template engine or by ElementTree."""
     return _template().render(
         report=report,
@@ -36,7 +34,7 @@ def render(report: Report) -> str:
     )
 
 
-def _sizes(report: Report) -> list[tuple[str, str, int | None, int | None]]:
+def _sizes(report: Findings) -> list[tuple[str, str, int | None, int | None]]:
     totals = report.totals
     rows = (
         ("Parameters", "", totals.parameters_before, totals.parameters_after),

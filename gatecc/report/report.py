@@ -7,7 +7,7 @@ import io
 import json
 import os
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,34 +17,19 @@ from rich.console import Console
 from gatecc.errors import ArgumentError
 from gatecc.ir.files import write_atomic
 from gatecc.ir.graphview import write_dot, write_graphml
-from gatecc.ir.site import Refusal
+from gatecc.report import page, text
 from gatecc.report.codec import decode, encode
-from gatecc.report.rows import GraphPair, PassRow, RewriteRow, RungRow, SiteRow, Totals, environment
-
-VERSION = 1  # of the JSON form; a reader refuses any other
+from gatecc.report.findings import VERSION, Findings
 
 
 @dataclass
-class Report:
+class Report(Findings):
     """Plain data; ``print(report)``, ``report.print()``, ``report.save("report.html")``.
 
     Sites and refusals are complete: every place that looked like a site is in one of the two lists.
     """
 
     SUFFIXES: ClassVar[tuple[str, ...]] = (".json", ".html", ".txt", ".graphml", ".dot")  # that ``save`` knows
-
-    model: str = ""  # the class of the model
-    recipe: str = ""  # empty for an inspection
-    sites: list[SiteRow] = field(default_factory=list[SiteRow])
-    refusals: list[Refusal] = field(default_factory=list[Refusal])
-    rungs: list[RungRow] = field(default_factory=list[RungRow])
-    rewrites: list[RewriteRow] = field(default_factory=list[RewriteRow])
-    passes: list[PassRow] = field(default_factory=list[PassRow])
-    graphs: list[GraphPair] = field(default_factory=list[GraphPair])
-    totals: Totals = field(default_factory=Totals)
-    notes: list[str] = field(default_factory=list[str])
-    environment: dict[str, str] = field(default_factory=environment)
-    version: int = VERSION
 
     def to_json(self, indent: int | None = 1) -> str:
         """The report as strict JSON."""
@@ -71,18 +56,14 @@ class Report:
 
     def to_text(self, width: int = 120) -> str:
         """The report as plain text tables."""
-        from gatecc.report.text import render
-
-        text = io.StringIO()
-        console = Console(width=width, color_system=None, force_terminal=False, file=text)
-        console.print(render(self, width))
-        return text.getvalue()
+        written = io.StringIO()
+        console = Console(width=width, color_system=None, force_terminal=False, file=written)
+        console.print(text.render(self, width))
+        return written.getvalue()
 
     def to_html(self) -> str:
         """The report as one self-contained page."""
-        from gatecc.report.page import render
-
-        return render(self)
+        return page.render(self)
 
     def to_networkx(self) -> nx.DiGraph[str]:
         """The captured graphs, after the rewrites if there were any, as one DiGraph.
@@ -103,10 +84,8 @@ class Report:
 
     def print(self, console: Console | None = None) -> None:
         """Print tables that fit the terminal; without colour where the output is not one."""
-        from gatecc.report.text import render
-
         console = console or Console()
-        console.print(render(self, console.width))
+        console.print(text.render(self, console.width))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the report; the suffix decides the form: .json, .html or .txt, or the graph alone: .graphml or .dot.
@@ -126,5 +105,5 @@ class Report:
 
     def _repr_html_(self) -> str:
         # In a frame: the page's styles must not leak into the notebook.
-        page = html.escape(self.to_html(), quote=True)
-        return f'<iframe title="gatecc report" srcdoc="{page}" style="width:100%;height:640px;border:0"></iframe>'
+        source = html.escape(self.to_html(), quote=True)
+        return f'<iframe title="gatecc report" srcdoc="{source}" style="width:100%;height:640px;border:0"></iframe>'

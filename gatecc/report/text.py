@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Group as Stack
@@ -12,22 +11,19 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from gatecc.report.findings import Findings
 from gatecc.report.grouping import group
 from gatecc.report.units import change, error_text, si, worst
-
-if TYPE_CHECKING:
-    from gatecc.report.report import Report
-
 
 WIDE = 112  # columns; a narrower terminal does not show source lines of sites
 
 
-def render(report: Report, width: int) -> RenderableType:
+def render(report: Findings, width: int) -> RenderableType:
     """Everything that a terminal of ``width`` columns should show, empty parts left out."""
     return Stack(*_parts(report, width))
 
 
-def _parts(report: Report, width: int) -> Iterator[RenderableType]:
+def _parts(report: Findings, width: int) -> Iterator[RenderableType]:
     yield _headline(report)
     sites = _sites(report, with_line=width >= WIDE)
     for table in (sites, *(part(report) for part in (_refusals, _rewrites, _totals, _rungs, _passes))):
@@ -40,7 +36,7 @@ def _parts(report: Report, width: int) -> Iterator[RenderableType]:
         yield Text(f"note  {note}", style="yellow")
 
 
-def _headline(report: Report) -> Text:
+def _headline(report: Findings) -> Text:
     words = Text(report.model or "model", style="bold")
     if report.recipe:
         words.append(f" after {report.recipe}", style="bold cyan")
@@ -57,7 +53,7 @@ def _table(title: str, *columns: str, numbers: Iterable[str] = ()) -> Table:
     return table
 
 
-def _sites(report: Report, with_line: bool) -> Table:
+def _sites(report: Findings, with_line: bool) -> Table:
     columns = ("kind", "owner", "n", "what it is", "line")[: 5 if with_line else 4]
     table = _table("Sites", *columns, numbers=("n",))
     table.columns[3].max_width = 24  # the names are what one reads first
@@ -69,7 +65,7 @@ def _sites(report: Report, with_line: bool) -> Table:
     return table
 
 
-def _refusals(report: Report) -> Table:
+def _refusals(report: Findings) -> Table:
     table = _table("Refused", "code", "owner", "n", "found", "do", numbers=("n",))
     for like in group(report.refusals, lambda r: r.owner, lambda r: (r.code, r.kind, r.reason, r.remedy)):
         refusal = like.rows[0]
@@ -79,7 +75,7 @@ def _refusals(report: Report) -> Table:
     return table
 
 
-def _rewrites(report: Report) -> Table:
+def _rewrites(report: Findings) -> Table:
     table = _table(
         "Rewrites", "rewrite", "site", "n", "contract", "error", "new", "ms", numbers=("n", "error", "new", "ms")
     )
@@ -98,7 +94,7 @@ def _rewrites(report: Report) -> Table:
     return table
 
 
-def _totals(report: Report) -> Table:
+def _totals(report: Findings) -> Table:
     totals = report.totals
     sizes = (
         ("parameters", "", totals.parameters_before, totals.parameters_after),
@@ -115,14 +111,14 @@ def _totals(report: Report) -> Table:
     return table
 
 
-def _verdict(report: Report) -> Text:
+def _verdict(report: Findings) -> Text:
     verdicts = {True: ("held", "bold green"), False: ("broken", "bold red"), None: ("not checked", "dim")}
     error = error_text(report.totals.max_error)
     words = Text(f"\ncontract  {report.totals.contract} ").append(*verdicts[report.totals.contract_held])
     return words.append(f", largest error {error}" if error else "")
 
 
-def _rungs(report: Report) -> Table:
+def _rungs(report: Findings) -> Table:
     table = _table("Capture", "module", "rung", "n", "why not higher", numbers=("n",))
     for like in group(report.rungs, lambda r: r.fqn, lambda r: (r.rung, r.reason)):
         cells = (like.place or "(model)", like.rows[0].rung, str(len(like.rows)), like.rows[0].reason)
@@ -130,7 +126,7 @@ def _rungs(report: Report) -> Table:
     return table
 
 
-def _passes(report: Report) -> Table:
+def _passes(report: Findings) -> Table:
     table = _table("Passes", "pass", "ms", "nodes", "", numbers=("ms", "nodes"))
     longest = max((row.ms for row in report.passes), default=0.0) or 1.0
     for row in report.passes:

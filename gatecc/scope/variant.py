@@ -18,10 +18,10 @@ from torch.utils import _pytree as pytree
 from gatecc.capture.guards import Check, compile_guards
 from gatecc.capture.reads import Read, Ties, grouped
 from gatecc.ir.boundary import Boundary
-from gatecc.ir.functions import PrintedCalls
 from gatecc.ir.program import Program, fake
 from gatecc.passes.autocast import casts_to, is_cast
 from gatecc.scope.hooked import HookCalls
+from gatecc.scope.printed_calls import PrintedCalls
 
 
 class Variant:

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gatecc.capture import capture
-from gatecc.ir.printer import graph_text
-from gatecc.ir.program import window
+from gatecc.ir.printer import graph_text, window
 from gatecc.ir.sizes import described_shape, renamed, shape_text, size_names
 
 

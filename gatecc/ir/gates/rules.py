@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
 from gatecc.errors import ArgumentError
-from gatecc.ir.gates.activation import Linear, Start
-from gatecc.ir.gates.estimator import Reinforce, Supervised
-from gatecc.ir.gates.init import Identity, Reuse
+from gatecc.ir.gates.activation import Activation, Linear, Start
+from gatecc.ir.gates.estimator import Estimator, Reinforce, Supervised
+from gatecc.ir.gates.granularity import Granularity
+from gatecc.ir.gates.init import Identity, Init, Reuse
 from gatecc.ir.gates.layout import GateShape
-from gatecc.ir.gates.scorer import NoScorer, Schedule
-from gatecc.ir.gates.source import Cond, Param, Stage
-
-if TYPE_CHECKING:
-    from gatecc.ir.gate import GateSpec
+from gatecc.ir.gates.scorer import NoScorer, Schedule, Scorer
+from gatecc.ir.gates.source import Cond, Param, Ref, Source, Stage
 
 
-def check(spec: GateSpec) -> None:
+class Choices(Protocol):
+    """What is chosen of a gate: a `GateSpec`, which asks these rules while it is made."""
+
+    @property
+    def source(self) -> Source: ...
+    @property
+    def sources(self) -> tuple[Ref, ...]: ...
+    @property
+    def scorer(self) -> Scorer: ...
+    @property
+    def granularity(self) -> Granularity: ...
+    @property
+    def activation(self) -> Activation: ...
+    @property
+    def estimator(self) -> Estimator: ...
+    @property
+    def init(self) -> Init: ...
+    @property
+    def fuse_into(self) -> str | None: ...
+
+
+def check(spec: Choices) -> None:
     """Raise ArgumentError for choices that do not go together."""
     if isinstance(spec.source, Param) and not isinstance(spec.scorer, NoScorer):
         raise _clash(spec, "a learned constant has no scorer", "scorer=none")
@@ -35,7 +54,7 @@ def check(spec: GateSpec) -> None:
         raise _clash(spec, "rows in another linear's matrix start as rows, not as a copy of a weight", "another init")
 
 
-def _check_granularity(spec: GateSpec) -> None:
+def _check_granularity(spec: Choices) -> None:
     constant = isinstance(spec.source, Param)
     if spec.activation.many and spec.granularity.one:
         raise _clash(
@@ -49,11 +68,11 @@ def _check_granularity(spec: GateSpec) -> None:
         raise _clash(spec, "one gate a sample needs a source that varies over samples only", "pool(...), cond(NAME)")
 
 
-def _pools(spec: GateSpec) -> bool:
+def _pools(spec: Choices) -> bool:
     return spec.scorer.tag == "attn" or spec.source.tag == "logits"
 
 
-def _check_estimator(spec: GateSpec) -> None:
+def _check_estimator(spec: Choices) -> None:
     estimator, activation = spec.estimator, spec.activation
     if estimator.binary and activation.logit(torch.zeros(1)) is None and not (estimator.one_hot and activation.many):
         accepted = "sigmoid, threshold" + ", softmax" * estimator.one_hot
@@ -68,7 +87,7 @@ def _check_estimator(spec: GateSpec) -> None:
         )
 
 
-def _check_init(spec: GateSpec) -> None:
+def _check_init(spec: Choices) -> None:
     if isinstance(spec.init, Reuse) and spec.scorer.tag not in ("linear", "conv", "lookup"):
         raise _clash(spec, f"scorer {spec.scorer} has no weight to copy into", "scorer=linear, conv or lookup")
     if not isinstance(spec.init, Identity) or isinstance(spec.scorer, Schedule):
@@ -82,7 +101,7 @@ def _check_init(spec: GateSpec) -> None:
         raise _clash(spec, "a gate without parameters starts where its source is", "init=zero")
 
 
-def start(spec: GateSpec) -> Start | None:
+def start(spec: Choices) -> Start | None:
     """See GateSpec.start."""
     if not isinstance(spec.init, Identity) or isinstance(spec.scorer, Schedule):
         return None
@@ -95,7 +114,7 @@ def start(spec: GateSpec) -> Start | None:
     return Start(spec.activation, 0.0 if spec.init.how == "fold" else spec.init.bias)
 
 
-def check_place(spec: GateSpec, shape: GateShape, width: int) -> None:
+def check_place(spec: Choices, shape: GateShape, width: int) -> None:
     """Raise ArgumentError if a gate cannot stand at a place."""
     if len(shape.sources) != len(spec.sources):
         raise ArgumentError(
@@ -126,5 +145,5 @@ def check_place(spec: GateSpec, shape: GateShape, width: int) -> None:
         )
 
 
-def _clash(spec: GateSpec, what: str, expected: str) -> ArgumentError:
+def _clash(spec: Choices, what: str, expected: str) -> ArgumentError:
     return ArgumentError(what, found=str(spec), expected=expected)
