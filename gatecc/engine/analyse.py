@@ -16,11 +16,11 @@ from gatecc.capture.shield import callers_device, shielded
 from gatecc.capture.signature import copied, split_inputs
 from gatecc.capture.wrappers import refuse_wrapped
 from gatecc.errors import CaptureError, ExampleInputsError, UnsupportedModelError
-from gatecc.ir.cost import cost
 from gatecc.ir.program import Program
 from gatecc.ir.refusals import fitted
 from gatecc.ir.site import Refusal, Site
 from gatecc.pipeline import Stage, prepare
+from gatecc.pipeline.cost import cost
 from gatecc.report import GraphDump, GraphPair, PassRow, Report, RungRow, SiteRow, Totals
 from gatecc.scope.one_token import with_longer_masks
 from gatecc.scope.scope import plain

@@ -252,7 +252,7 @@ class Installer:
 
     def cost_after(self, report: Report) -> dict[str, int]:
         """FLOPs and bytes after: those before, plus what the rewritten graphs cost more than the plain ones."""
-        from gatecc.ir.cost import cost
+        from gatecc.pipeline.cost import cost
 
         flops, traffic = report.totals.flops_before or 0, report.totals.bytes_before or 0
         for one in self.shared.values():

@@ -13,12 +13,12 @@ from torch import nn
 from gatecc.capture import capture
 from gatecc.capture.checkpointing import no_checkpointing
 from gatecc.capture.reads import Seen, reads_of, recorded_reads, ties_of
-from gatecc.ir.cost import Cost, cost
 from gatecc.ir.edit import Editor
 from gatecc.ir.program import Program, copy_for
 from gatecc.ir.site import Attention
 from gatecc.ir.weights import Effect
 from gatecc.pipeline import Observer, Prepared, Times, apply, prepare
+from gatecc.pipeline.cost import Cost, cost
 from gatecc.scope.family import Entry
 from gatecc.scope.hooks import hooked
 from gatecc.scope.masks import handed_down

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from gatecc.capture import capture
-from gatecc.ir.cost import Cost, cost, node_cost
+from gatecc.pipeline.cost import Cost, cost, node_cost
 
 
 class Conv(nn.Module):
