@@ -89,9 +89,9 @@ def register(operator: Operator) -> None:
             "an operator is registered twice", found=str(operator.overload), do="give it another name, or change it"
         )
     _OPERATORS[operator.overload] = operator
-    formula = operator.flops
-    if formula is not None and operator.overload.namespace != "aten":  # torch takes its own operators apart
-        register_flop_formula(operator.overload.overloadpacket)(lambda *a, out_shape, **k: formula(*a, **k))
+    packet, formula = operator.overload.overloadpacket, operator.flops
+    if formula is not None and operator.overload.namespace != "aten":  # torch's counter takes its own operators apart
+        register_flop_formula(packet)(lambda *args, out_shape, **options: formula(*args, **options))
 
 
 def find(target: object) -> Operator | None:

@@ -1,8 +1,8 @@
 """Cost: the floating-point operations and the bytes moved of a graph, read from its recorded shapes.
 
 FLOPs are those of ``torch.utils.flop_counter``: matrix products, convolutions and attention, two per multiply-add,
-without counting a causal half. Operators of gatecc take part by registering a formula there. Bytes are what the
-operators read and write if each runs alone: views are free, a gather reads the rows that it picks. Fusing lowers them.
+without counting a causal half. Operators in the registry have formulas of their own. Bytes are what the operators read
+and write if each runs alone: views are free, a gather reads the rows that it picks. Fusing lowers them.
 Symbolic sizes count at their hints, that is at the sizes of the example inputs.
 """
 
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from gatecc.ir.program import Program
+from gatecc.ops import registry
 
 _GATHERS = frozenset({"aten::embedding", "aten::index", "aten::index_select", "aten::gather", "aten::take_along_dim"})
 
@@ -57,7 +58,9 @@ def node_cost(node: fx.Node, owner: fx.GraphModule) -> Cost:
     args, kwargs = tree_map(_spec, (node.args, node.kwargs))
     flops = _flops(node.target, _Frozen(args), _Frozen(kwargs))
     uncounted = frozenset({str(node.target)}) if flops is None else frozenset[str]()
-    return Cost(flops or 0, _bytes(node), uncounted)
+    entry = registry.find(node.target)
+    own = entry.bytes(*_make(args), **_make(kwargs)) if entry is not None and entry.bytes is not None else None
+    return Cost(flops or 0, _bytes(node) if own is None else own, uncounted)
 
 
 def _total(costs: Iterable[Cost]) -> Cost:
@@ -118,12 +121,19 @@ def _flops(target: OpOverload, args: _Frozen, kwargs: _Frozen) -> int | None:
     """The FLOPs of one call, None if the operator does not run on shapes alone (its result depends on data)."""
     if not any(isinstance(leaf, _TensorSpec) for leaf in tree_leaves((args.value, kwargs.value))):
         return 0  # a tensor made from nothing
+    entry = registry.find(target)
+    if entry is not None and entry.flops is not None:
+        return entry.flops(*_shapes(args.value), **_shapes(kwargs.value))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         try:
             target(*_make(args.value), **_make(kwargs.value))
         except (RuntimeError, NotImplementedError):
             return None
     return counter.get_total_flops()
+
+
+def _shapes(value: Any) -> Any:
+    return tree_map(lambda leaf: leaf.shape if isinstance(leaf, _TensorSpec) else leaf, value)
 
 
 def _make(value: Any) -> Any:

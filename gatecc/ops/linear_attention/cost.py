@@ -1,8 +1,8 @@
 """What ``gatecc::linear_attention`` costs: floating-point operations for torch's counter, and bytes.
 
-Counted as pipeline/cost.py does: matrix products, two operations per multiply-add; products with gates are pointwise, and
-count as nothing. Per token and head, of the recurrence and not of a chunked form: what a kernel does beyond it is its
-own affair. Linear in the number of tokens, where attention's count is quadratic.
+Counted as pipeline/cost.py does: matrix products, two operations per multiply-add; products with gates are pointwise,
+and count as nothing. Per token and head, of the recurrence and not of a chunked form: what a kernel does beyond it is
+its own affair. Linear in the number of tokens, where attention's count is quadratic.
 """
 
 from __future__ import annotations
