@@ -16,13 +16,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from types import EllipsisType
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar, cast
 
 from gatecc.errors import ArgumentError, EmptySelectionError
-from gatecc.ir.site import KINDS, Refusal, Site
 
 Where: TypeAlias = (
-    "EllipsisType | str | int | slice[Any, Any, Any] | Sequence[str] | Sequence[int] | Callable[[Site], bool]"
+    "EllipsisType | str | int | slice[Any, Any, Any] | Sequence[str] | Sequence[int] | Callable[[Any], bool]"
 )
 
 _TEXT = re.compile(r"(?P<kind>[A-Za-z]+)(?:\[(?P<where>.*)\])?(?:\.(?P<stage>\w+))?", re.DOTALL)
@@ -32,6 +31,18 @@ _WRAPPERS = re.compile(r"(?<!\w)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrap
 _INT = re.compile(r"-?\d+")
 _SLICE = re.compile(r"(-?\d+)?:(-?\d+)?(?::(-?\d+)?)?")
 _PLAIN_GLOB = re.compile(r"[\w.*?\[\]!#@-]*[A-Za-z_*?\[#@][\w.*?\[\]!#@-]*", re.ASCII)  # a glob that needs no quotes
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The values that sites of a kind can expose, and the one that is meant where none is named."""
+
+    names: tuple[str, ...]
+    main: str
+    numbered: bool = False  # in0, in1, ... too: how many there are is the site's
+
+
+STAGES: dict[str, Stages] = {}  # by kind; the classes of gatecc.ir.site write themselves down here
 
 
 class UnknownStageError(ArgumentError, AttributeError):
@@ -55,17 +66,18 @@ class Selector:
     besides: Where | None = None  # sites that are left as they are; it need not find any
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ArgumentError(f"{self.kind!r} is no kind of site", expected="one of " + ", ".join(KINDS))
+        if self.kind not in STAGES:
+            raise ArgumentError(f"{self.kind!r} is no kind of site", expected="one of " + ", ".join(STAGES))
         object.__setattr__(self, "where", _normal(self.where))
         if self.besides is not None:
             object.__setattr__(self, "besides", _normal(self.besides))
-        object.__setattr__(self, "stage", self.stage or KINDS[self.kind].main_stage)
-        stages = KINDS[self.kind].stages
-        # The inputs of a merge are numbered, and their number is that of the site.
-        if self.stage in stages or (self.kind == "merge" and re.fullmatch(r"in\d+", self.stage)):
+        stages = STAGES[self.kind]
+        object.__setattr__(self, "stage", self.stage or stages.main)
+        if self.stage in stages.names or (stages.numbered and re.fullmatch(r"in\d+", self.stage)):
             return
-        raise UnknownStageError(f"{self.kind} has no stage {self.stage!r}", expected="one of " + ", ".join(stages))
+        raise UnknownStageError(
+            f"{self.kind} has no stage {self.stage!r}", expected="one of " + ", ".join(stages.names)
+        )
 
     def __getattr__(self, name: str) -> Selector:
         if name.startswith("_"):  # what copy, pickle and the like probe for
@@ -111,7 +123,40 @@ class Selector:
         return cls(data["kind"], **_split(data["where"]), stage=data["stage"])
 
 
-def select(selector: Selector, sites: Iterable[Site], refusals: Sequence[Refusal] = ()) -> list[Site]:
+class Named(Protocol):
+    """What a selector looks at among the sites of a kind: a site, or its row in a report."""
+
+    @property
+    def owner(self) -> str: ...
+    @property
+    def key(self) -> str: ...
+
+
+class OfKind(Named, Protocol):
+    """A site."""
+
+    kind: ClassVar[str]
+
+
+class Refused(Protocol):
+    """What a message about an empty selection reads of a refusal."""
+
+    @property
+    def code(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def owner(self) -> str: ...
+    @property
+    def reason(self) -> str: ...
+    @property
+    def remedy(self) -> str: ...
+
+
+AnySite = TypeVar("AnySite", bound=OfKind)
+
+
+def select(selector: Selector, sites: Iterable[AnySite], refusals: Sequence[Refused] = ()) -> list[AnySite]:
     """The sites that ``selector`` means, in the order of ``sites`` (execution order).
 
     Raises EmptySelectionError if it, or any single glob or position in it, finds none; the message lists what exists.
@@ -129,25 +174,16 @@ def select(selector: Selector, sites: Iterable[Site], refusals: Sequence[Refusal
     return [site for site in of_kind if id(site) in wanted]
 
 
-class Named(Protocol):
-    """What a selector looks at: a site, or its row in a report."""
-
-    @property
-    def owner(self) -> str: ...
-    @property
-    def key(self) -> str: ...
-
-
 def left_alone(selector: Selector, of_kind: Sequence[Named]) -> bool:
     """Whether there is a site of the kind that ``but`` leaves as it is."""
     if callable(selector.besides):
         return True
     return selector.besides is not None and bool(
-        _matches(replace(selector, where=selector.besides, besides=None), cast("list[Site]", of_kind))
+        _matches(replace(selector, where=selector.besides, besides=None), of_kind)
     )
 
 
-def _matches(selector: Selector, of_kind: list[Site]) -> set[int]:
+def _matches(selector: Selector, of_kind: Sequence[Named]) -> set[int]:
     where = selector.where
     if isinstance(where, EllipsisType):
         return {id(site) for site in of_kind}
@@ -164,7 +200,7 @@ def _matches(selector: Selector, of_kind: list[Site]) -> set[int]:
     return found
 
 
-def _is_named(site: Site, glob: str) -> bool:
+def _is_named(site: Named, glob: str) -> bool:
     """Whether a glob means a site, with or without the names that wrappers (DDP, peft, checkpointing) put between."""
     name = site.key if "#" in glob else site.owner
     return fnmatchcase(name, glob) or fnmatchcase(unwrapped(name), unwrapped(glob))
@@ -179,7 +215,7 @@ def unwrapped(name: str) -> str:
 
 
 def _empty(
-    selector: Selector, everything: list[Site], of_kind: list[Site], refusals: Sequence[Refusal]
+    selector: Selector, everything: Sequence[OfKind], of_kind: Sequence[Named], refusals: Sequence[Refused]
 ) -> EmptySelectionError:
     counts = Counter(site.kind for site in everything)
     found = [", ".join(f"{count} {kind}" for kind, count in counts.items()) or "no site of any kind"]
@@ -198,7 +234,9 @@ def _empty(
     )
 
 
-def _remedy(selector: Selector, everything: list[Site], of_kind: list[Site], refused: Sequence[Refusal]) -> str:
+def _remedy(
+    selector: Selector, everything: Sequence[OfKind], of_kind: Sequence[Named], refused: Sequence[Refused]
+) -> str:
     if of_kind:
         return "gatecc.inspect(model, example_inputs) lists the sites: select by their owners or positions"
     fitting = [r.remedy for r in refused if r.remedy]

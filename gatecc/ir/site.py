@@ -14,15 +14,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import fx
 
 from gatecc.errors import SiteRefusedError
 from gatecc.ir.mask import Mask
-
-if TYPE_CHECKING:
-    from gatecc.ir.select import Selector, Where
+from gatecc.ir.select import STAGES, Selector, Stages, Where
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,9 +85,10 @@ class _Kind(type):
     """
 
     def __getitem__(cls, where: Where) -> Selector:
-        from gatecc.ir.select import Selector
-
         return Selector(vars(cls)["kind"], where)
+
+
+KINDS: dict[str, type[Site]] = {}  # by the name of the kind
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -100,6 +99,7 @@ class Site(metaclass=_Kind):
     kind: ClassVar[str] = "site"
     stages: ClassVar[tuple[str, ...]] = ()  # the value names that this kind can expose
     main_stage: ClassVar[str] = "out"  # what a rewrite means when it names no stage
+    numbered: ClassVar[bool] = False  # in0, in1, ... are stages too
 
     owner: str
     ordinal: int = 0
@@ -107,6 +107,12 @@ class Site(metaclass=_Kind):
     line: str = ""
     values: Mapping[str, Value]
     weights: Mapping[str, Weight] = field(default_factory=dict[str, Weight])
+
+    def __init_subclass__(cls) -> None:
+        """A kind of site can be selected as soon as its class exists."""
+        super().__init_subclass__()
+        KINDS[cls.kind] = cls
+        STAGES[cls.kind] = Stages(cls.stages, cls.main_stage, cls.numbered)
 
     def __post_init__(self) -> None:
         where = f"{self.owner} {self.line}".strip()
@@ -229,6 +235,7 @@ class Merge(Site):
 
     kind = "merge"
     stages = ("out",)
+    numbered = True
     form: Literal["add", "cat"]
 
 
@@ -254,12 +261,6 @@ class Block(Site):
 
     kind = "block"
     stages = ("in", "out")
-
-
-KINDS: dict[str, type[Site]] = {
-    cls.kind: cls
-    for cls in (Attention, MLP, Linear, Conv, Recurrent, Activation, Residual, Merge, Embedding, Head, Block)
-}
 
 
 @dataclass(frozen=True)

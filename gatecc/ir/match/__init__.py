@@ -15,8 +15,8 @@ from gatecc.ir.match.block import match_block
 from gatecc.ir.match.conv import match_conv
 from gatecc.ir.match.embedding import match_embedding
 from gatecc.ir.match.experts import match_experts
-from gatecc.ir.match.facts import Facts
 from gatecc.ir.match.head import match_head
+from gatecc.ir.match.joins import JoinedFacts
 from gatecc.ir.match.linear import match_linear
 from gatecc.ir.match.merge import match_merge
 from gatecc.ir.match.mlp import match_mlp
@@ -54,7 +54,7 @@ class Sites:
 
 def find_sites(program: Program) -> Sites:
     """All sites of a program that gatecc.passes.canonicalize has brought into form."""
-    facts = Facts(program)
+    facts = JoinedFacts(program)
     cores, refused = match_attention(program, facts.flow, facts.maps)
     refused += match_hidden(program)
     found = [*cores, *refused, *(item for matcher in _MATCHERS for item in matcher(facts))]

@@ -9,7 +9,6 @@ from typing import Any, TypedDict
 from torch import fx
 
 from gatecc.ir.dataflow import Flow
-from gatecc.ir.match.joins import residual_joins
 from gatecc.ir.match.maps import LinearMaps, Map
 from gatecc.ir.match.nonlinearity import Nonlinearity, nonlinearities
 from gatecc.ir.match.projection import LINEAR_OPS, Projection, axes, computed, projection
@@ -47,8 +46,7 @@ class Facts:
     ``whole``: likewise, but adapters count as part of the projection that they stand beside, and computed weights too.
     ``refused``: what looks like one. ``source``: the weighted operation that a value was last mixed by; nodes that
     differ by element-wise operations and views only share it. ``channel``: the axis that holds the features, where that
-    is known. ``nonlinearities``: by the node they end in. ``residuals``: the adds that join a skip and a branch, add ->
-    (skip, branch).
+    is known. ``nonlinearities``: by the node they end in.
     """
 
     def __init__(self, program: Program) -> None:
@@ -67,7 +65,6 @@ class Facts:
         for node in program.calls():
             self._visit(node)
         self.nonlinearities: dict[fx.Node, Nonlinearity] = nonlinearities(list(program.calls()))
-        self.residuals = residual_joins(self)
 
     def place(self, kind: str, node: fx.Node, owner: str | None = None) -> Place:
         """The place of a new site at ``node``; sites of one kind, owner and call are numbered as they are asked for."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from gatecc.ir.match.facts import Facts
+from gatecc.ir.match.joins import JoinedFacts
 from gatecc.ir.ops import CASTS, SOFTMAXES, VIEWS, opname
 from gatecc.ir.refusals import refuse
 from gatecc.ir.site import Head, Refusal
@@ -19,7 +19,7 @@ _AFTER = (
 )
 
 
-def match_head(facts: Facts) -> Iterator[Head | Refusal]:
+def match_head(facts: JoinedFacts) -> Iterator[Head | Refusal]:
     """One site a projection that yields an output, in the order of the outputs; none in a submodule's program.
 
     A model without any is refused once (GCC161).
@@ -36,7 +36,7 @@ def match_head(facts: Facts) -> Iterator[Head | Refusal]:
         yield refuse("GCC161", "head", leaves[0], f"the first output comes from {opname(leaves[0])}", owner="")
 
 
-def _last_projections(facts: Facts, leaf: fx.Node) -> list[fx.Node]:
+def _last_projections(facts: JoinedFacts, leaf: fx.Node) -> list[fx.Node]:
     """The projections behind an output, through views and element-wise functions of them alone.
 
     Several if their outputs are added (LeViT averages a classifier and a distilled one); none if anything else is read.

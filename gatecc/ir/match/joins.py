@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import fx
 
+from gatecc.ir.match.facts import Facts
 from gatecc.ir.match.shapes import same_shape
 from gatecc.ir.ops import CASTS, CONTRACTIONS, DROPOUTS, VIEWS, opname
-from gatecc.ir.program import fake, origin
-
-if TYPE_CHECKING:
-    from gatecc.ir.match.facts import Facts
+from gatecc.ir.program import Program, fake, origin
 
 _TRANSPARENT = (
     VIEWS | CASTS | DROPOUTS | frozenset("batch_norm layer_norm group_norm avg_pool2d max_pool2d pad".split())
@@ -21,6 +17,14 @@ _MIXERS = CONTRACTIONS | frozenset(
     "avg_pool1d avg_pool2d max_pool2d cumsum _fft_c2c _fft_r2c fft_fft fft_fft2 roll".split()
 )
 _SHORTCUT = 8  # nodes of the longest projection shortcut
+
+
+class JoinedFacts(Facts):
+    """The facts, and the adds that join a skip and a branch: ``residuals``, add -> (skip, branch)."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program)
+        self.residuals = residual_joins(self)
 
 
 def residual_joins(facts: Facts) -> dict[fx.Node, tuple[fx.Node, fx.Node]]:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import fx
 
-from gatecc.ir.match.facts import Facts
+from gatecc.ir.match.joins import JoinedFacts
 from gatecc.ir.ops import CASTS, DROPOUTS, SOFTMAXES, VIEWS, opname
 from gatecc.ir.program import fake
 from gatecc.ir.refusals import refuse
@@ -21,7 +21,7 @@ _WEIGHERS = SOFTMAXES | {"exp"}
 _TO_SOFTMAX = VIEWS | CASTS | DROPOUTS | frozenset("add sub mul div where masked_fill clamp tanh maximum".split())
 
 
-def match_merge(facts: Facts) -> Iterator[Merge | Refusal]:
+def match_merge(facts: JoinedFacts) -> Iterator[Merge | Refusal]:
     """One site a join, in execution order; refused: constants (GCC150), scores (GCC151), weightless values (GCC152)."""
     scores = _scores(facts)
     for node in facts.program.calls():
@@ -34,7 +34,9 @@ def match_merge(facts: Facts) -> Iterator[Merge | Refusal]:
                 yield found
 
 
-def _merge(facts: Facts, node: fx.Node, form: Literal["add", "cat"], scores: set[fx.Node]) -> Merge | Refusal | None:
+def _merge(
+    facts: JoinedFacts, node: fx.Node, form: Literal["add", "cat"], scores: set[fx.Node]
+) -> Merge | Refusal | None:
     parts = [part for part in _parts(node, form) if part in facts.source or not _broadcasts(part)]
     held = fake(node)
     if len(parts) < 2 or held is None or not held.dtype.is_floating_point:
@@ -73,12 +75,12 @@ def _is_input(part: fx.Node) -> bool:
     return part.op == "placeholder" and held is not None and held.dtype.is_floating_point
 
 
-def _distinct(facts: Facts, parts: list[fx.Node]) -> bool:
+def _distinct(facts: JoinedFacts, parts: list[fx.Node]) -> bool:
     """Whether the parts come from different weights (an input counts as one)."""
     return len({facts.source.get(part, part) for part in parts}) > 1
 
 
-def _scores(facts: Facts) -> set[fx.Node]:
+def _scores(facts: JoinedFacts) -> set[fx.Node]:
     """The nodes that only feed softmaxes over at least three axes, by element-wise steps: attention scores."""
     scores: set[fx.Node] = set()
     for node in reversed(facts.program.graph.nodes):

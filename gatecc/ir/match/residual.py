@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gatecc.ir.match.facts import Facts
+from gatecc.ir.match.joins import JoinedFacts
 from gatecc.ir.site import Residual
 
 
-def match_residual(facts: Facts) -> Iterator[Residual]:
+def match_residual(facts: JoinedFacts) -> Iterator[Residual]:
     """One site a join, in execution order. Other adds are the business of match_merge."""
     for add, (skip, branch) in facts.residuals.items():
         values = {"skip": facts.value(skip, add), "branch": facts.value(branch, add), "out": facts.value(add)}
