@@ -73,9 +73,8 @@ class Plan:
         return "data" if node.target in marks.MARKS else self.kinds.of.get(node, "position")
 
     def tensor(self, node: fx.Node) -> torch.Tensor:
-        """The live tensor behind a get_attr node. Raises DecoderError if it is a graph (of a higher-order operator)."""
-        found = self.program.constants.get(str(node.target))
-        found = self.program.parameter(node) if found is None else found
+        """The live tensor that a node reads. Raises DecoderError if it is a graph (of a higher-order operator)."""
+        found = self.program.tensor(node)
         if found is None:
             raise refusal(next(iter(node.users)), "it runs a graph of its own, which is not looked into")
         return found
@@ -89,7 +88,7 @@ def plan(program: Program) -> Plan:
     fused: dict[fx.Node, Recalled] = {}
     sites = [site for site in find_sites(program).of("attention") if isinstance(site, Attention)]
     for site in sites:
-        recalled = attention(site, slots, inputs.lengths)
+        recalled = attention(program, site, slots, inputs.lengths)
         if recalled is not None:
             fused[site.core] = recalled
     weighings(Flow(program), {site.core for site in sites}, slots, inputs.lengths)

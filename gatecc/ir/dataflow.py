@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 from torch._ops import OpOverload
 
 from gatecc.ir.ops import CONTRACTIONS, SHAPE_ONLY, mutates, opname, written
@@ -40,11 +40,11 @@ class Flow:
     def _visit(self, node: fx.Node) -> None:
         name = opname(node)
         sources = self.inputs[node] = value_inputs(node)
-        if node.op == "placeholder" or any(s in self.data for s in sources):
+        if self.program.is_input(node) or any(s in self.data for s in sources):
             self.data.add(node)
-        if isinstance(self.program.parameter(node), nn.Parameter) or any(s in self.learned for s in sources):
+        if self.program.is_parameter(node) or any(s in self.learned for s in sources):
             self.learned.add(node)
-        if node.op != "placeholder" and name not in CONTRACTIONS and all(s in self.raw for s in sources):
+        if not self.program.is_input(node) and name not in CONTRACTIONS and all(s in self.raw for s in sources):
             self.raw.add(node)
         viewed = _aliased(node)
         self.base[node] = self.base[viewed] if viewed is not None else node

@@ -192,8 +192,9 @@ class Editor:
             linear.meta["val"] = cast("Callable[..., Any]", linear.target)(*args)
 
     def _widen(self, linear: fx.Node, node: fx.Node, rows: Rows, fill: Callable[[], Any]) -> None:
-        uses = [u for n in self.program.graph.find_nodes(op="get_attr", target=node.target) for u in n.users]
-        live = self.program.parameter(node)
+        path = str(self.program.path(node))
+        uses = self.program.readers(self.program.full_name(path))
+        live = self.program.weight(node)
         names = [n for n, p in self.program.module.named_parameters(remove_duplicate=False) if p is live]
         size = node.meta["val"].shape
         taken = live is not None and tuple(live.shape) != tuple(size)
@@ -202,13 +203,13 @@ class Editor:
             used = f"it has {len(uses)} uses under the names {', '.join(names) or 'of a constant'}"
             used = f"it is a {type(live).__name__}, which takes no rows" if wrapped else used
             raise SiteRefusedError(
-                f"the matrix {node.target} cannot take rows of a gate",
+                f"the matrix {path} cannot take rows of a gate",
                 where=f"{self.site.owner} {self.site.line}".strip(),
                 found="it holds those of another gate already" if taken else used,
                 do="leave fuse_into out: the gate then has a matrix of its own",
             )
         node.meta["val"] = node.meta["val"].new_empty((rows.groups * (rows.old + rows.new), *size[1:]))
-        self.weights.append(WidenWeight(str(node.target), rows, fill))
+        self.weights.append(WidenWeight(path, rows, fill))
 
     def pin(self, node: fx.Node, axis: int) -> int:
         """Let the graph hold for the present size of an axis only; other sizes are captured anew."""

@@ -78,7 +78,7 @@ class Evaluator:
                 stack.extend(_needed_inputs(node))
         nodes = sorted(needed, key=self.flow.order.__getitem__)
         self._check(nodes, content, given)
-        return Slice(target, nodes, [n for n in nodes if n.op == "placeholder"], frozenset(content))
+        return Slice(target, nodes, [n for n in nodes if self.program.is_input(n)], frozenset(content))
 
     def _is_content(self, node: fx.Node) -> bool:
         """Whether a node is a product of what the model made of its inputs, not of masks alone."""
@@ -113,7 +113,7 @@ class Evaluator:
                 rows.append(str(held))
             elif node in part.content and isinstance(held, torch.Tensor):
                 rows.append(("content", str(held.shape), held.dtype, tuple(number[a] for a in addends(node))))
-            elif node.op == "get_attr":
+            elif self.program.path(node) is not None:
                 rows.append(self._table(node))
             else:
                 rows.append((node.op, node.target, _frozen((node.args, node.kwargs), number)))
@@ -123,7 +123,7 @@ class Evaluator:
         """A number for a parameter or buffer, the same for equal ones."""
         held = self._attribute(node)
         if not isinstance(held, torch.Tensor):
-            return str(node.target)
+            return str(self.program.path(node))
         for i, table in enumerate(self._tables):
             if table.dtype == held.dtype and torch.equal(table, held):
                 return "table", i
@@ -160,7 +160,7 @@ class Evaluator:
             return self._zeros(node, env, sizes)
         if _is_size(node):
             return value(node.meta["val"], sizes)
-        if node.op == "get_attr":
+        if self.program.path(node) is not None:
             return self._attribute(node)
         if node.op != "call_function":
             raise UnprovableError(f"it depends on {node.name}")
@@ -178,11 +178,9 @@ class Evaluator:
         return node.target(*args, **kwargs)
 
     def _attribute(self, node: fx.Node) -> Any:
-        name = str(node.target)
-        tensor = self.program.constants.get(name)
-        tensor = self.program.parameter(node) if tensor is None else tensor
+        tensor = self.program.tensor(node)
         if tensor is None:
-            return getattr(self.program.graph_module, name)
+            return getattr(self.program.graph_module, str(node.target))
         return tensor.detach().clone() if node in self.flow.writers else tensor.detach()
 
     def _zeros(self, node: fx.Node, env: dict[fx.Node, Any], sizes: Sizes) -> torch.Tensor:

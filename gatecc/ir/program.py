@@ -1,9 +1,9 @@
 """Program: the graph of one captured module, with everything that a rewrite needs to know about where it came from.
 
-The graph is a flat function of tensors. Its placeholders are the tensor leaves of ``(args, kwargs)`` in pytree order,
-its
+The graph is a flat function of tensors. Its inputs are the tensor leaves of ``(args, kwargs)`` in pytree order, its
 output is the flat tuple of output leaves. Parameters and buffers are ``get_attr`` nodes whose target is relative to
-``module``; the program holds no copy of them. Constants that tracing created live in ``constants``.
+``module``, or placeholders that are `lifted`, as in the graphs of Dynamo; the program holds no copy of them. Constants
+that tracing created live in ``constants``. Ask `Program.weight` what a node reads, not its opcode.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class Program:
     module: nn.Module
     graph_module: fx.GraphModule
     fqn: str
-    example: list[torch.Tensor]  # one per placeholder
+    example: list[torch.Tensor]  # one per input
     out_spec: TreeSpec
     paths: list[tuple[Any, ...]] = field(
         default_factory=list[tuple[Any, ...]]
-    )  # of each placeholder: parameter name, then steps
+    )  # of each input: parameter name, then steps
     guards: list[str] = field(default_factory=list[str])  # python expressions over L["leaves"], see capture.guards
     constants: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     hooked: frozenset[str] = frozenset()  # submodules, relative to the module, whose hooks are to be called
@@ -55,6 +55,7 @@ class Program:
     autocast: tuple[str, torch.dtype] | None = None  # what the call was under: the graph runs under it, too
     functions: list[FunctionCall] = field(default_factory=list[FunctionCall])  # custom autograd functions that it calls
     exempt: set[fx.Node] = field(default_factory=set[fx.Node])  # nodes that this autocast must not reach
+    lifted: dict[fx.Node, str] = field(default_factory=dict[fx.Node, str])  # weights that are placeholders
 
     @property
     def graph(self) -> fx.Graph:
@@ -62,22 +63,53 @@ class Program:
 
     @property
     def placeholders(self) -> list[fx.Node]:
-        return [n for n in self.graph.nodes if n.op == "placeholder"]
+        """The inputs of the call, in order."""
+        return [n for n in self.graph.nodes if self.is_input(n)]
 
     @property
     def outputs(self) -> tuple[Any, ...]:
         """The flat output leaves: nodes, or Python constants such as None."""
         return tuple(cast("tuple[Any, ...]", self.graph.output_node().args[0]))
 
-    def parameter(self, node: fx.Node) -> torch.Tensor | None:
-        """The live parameter or buffer behind a get_attr node; None for constants and other nodes."""
-        if node.op != "get_attr" or str(node.target) in self.constants:
+    def is_input(self, node: fx.Node) -> bool:
+        """Whether a node is a tensor of the call: no lifted weight, no size that a graph takes beside its tensors."""
+        if node.op != "placeholder" or node in self.lifted:
+            return False
+        return not isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | int | float)
+
+    def path(self, node: fx.Node) -> str | None:
+        """What a node reads from outside the call, by its name relative to the module: a weight, a constant, or the
+        body of a higher-order operator. None for inputs and values that are computed."""
+        return str(node.target) if node.op == "get_attr" else self.lifted.get(node)
+
+    def weight(self, node: fx.Node) -> torch.Tensor | None:
+        """The live parameter or buffer that a node reads; None for constants and other nodes."""
+        path = self.path(node)
+        if path is None or path in self.constants:
             return None
         try:
-            value = attribute(self.module, str(node.target))
+            value = attribute(self.module, path)
         except AttributeError:  # the body of a higher-order operator, which lives in the graph module alone
             return None
         return value if isinstance(value, torch.Tensor) else None
+
+    def weight_name(self, node: fx.Node) -> str | None:
+        """FQN in the model of the parameter or buffer that a node reads; None for constants and other nodes."""
+        return None if self.weight(node) is None else self.full_name(str(self.path(node)))
+
+    def is_parameter(self, node: fx.Node) -> bool:
+        """Whether a node reads a parameter, no buffer."""
+        return isinstance(self.weight(node), nn.Parameter)
+
+    def constant(self, node: fx.Node) -> torch.Tensor | None:
+        """The constant that a node reads."""
+        path = self.path(node)
+        return None if path is None else self.constants.get(path)
+
+    def tensor(self, node: fx.Node) -> torch.Tensor | None:
+        """The weight or the constant that a node reads: what it holds is known without a call."""
+        constant = self.constant(node)
+        return self.weight(node) if constant is None else constant
 
     def full_name(self, relative: str) -> str:
         """FQN in the model of a name relative to the captured module."""
@@ -93,7 +125,10 @@ class Program:
 
     def readers(self, fqn: str) -> list[fx.Node]:
         """The nodes that read a parameter, by its FQN in the model."""
-        held = self.graph.find_nodes(op="get_attr", target=self.relative_name(fqn)) if self.inside(fqn) else []
+        if not self.inside(fqn):
+            return []
+        path = self.relative_name(fqn)
+        held = [*self.graph.find_nodes(op="get_attr", target=path), *(n for n, of in self.lifted.items() if of == path)]
         return [user for node in held for user in node.users]
 
     def calls(self) -> Iterator[fx.Node]:
@@ -120,6 +155,7 @@ def copy_for(program: Program, module: nn.Module, fqn: str, example: Sequence[to
     made.boundaries = copies(program.boundaries, copied)
     made.functions = copies_of(program.functions, copied)
     made.captured = {copied[node]: place for node, place in program.captured.items() if node in copied}
+    made.lifted = {copied[node]: path for node, path in program.lifted.items()}
     return made
 
 

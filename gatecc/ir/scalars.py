@@ -21,9 +21,9 @@ def scalar(value: Any, flow: Flow) -> float | None:
         return float(value)
     if not isinstance(value, fx.Node):
         return None
-    if value.op != "get_attr":
+    if flow.program.path(value) is None:
         return _computed(value, flow)
-    tensor = flow.program.constants.get(str(value.target))
+    tensor = flow.program.constant(value)
     return float(tensor) if tensor is not None and tensor.numel() == 1 else None
 
 

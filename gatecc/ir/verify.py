@@ -169,7 +169,7 @@ def _kept(program: Program, before: Before, rewrite: Suspect) -> None:
     live = _live_parameters(program)
     gone = before.parameters - set(live)
     if lost := sorted(name for name in gone if not rewrite.may_lose(name, _tensor(program, name))):
-        guilty = next((n for n in program.graph.nodes if n.op == "get_attr" and str(n.target) == lost[0]), output)
+        guilty = next((n for n in program.graph.nodes if program.path(n) == lost[0]), output)
         reader = next(iter(guilty.users), guilty)
         raise _fail(
             rewrite,
@@ -207,4 +207,4 @@ def _live_parameters(program: Program) -> frozenset[str]:
         if node in live or node.op == "output" or node.is_impure():
             live.update(node.all_input_nodes)
             live.add(node)
-    return frozenset(str(n.target) for n in live if n.op == "get_attr")
+    return frozenset(path for n in live if (path := program.path(n)) is not None)

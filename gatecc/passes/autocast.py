@@ -19,10 +19,12 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from gatecc.ir.loops import free_lengths
-from gatecc.ir.program import META, fake
+from gatecc.ir.program import META, Program, fake
 
 
-def spell_casts(nodes: Iterable[fx.Node], device: str, dtype: torch.dtype, casts: set[fx.Node]) -> None:
+def spell_casts(
+    program: Program, nodes: Iterable[fx.Node], device: str, dtype: torch.dtype, casts: set[fx.Node]
+) -> None:
     """Cast the arguments of nodes, given in their order, as autocast to ``dtype`` does; ``casts`` are all so far.
 
     The nodes' recorded values are those under autocast. Afterwards they compute the same with autocast off.
@@ -30,7 +32,7 @@ def spell_casts(nodes: Iterable[fx.Node], device: str, dtype: torch.dtype, casts
     for node in nodes:
         target = casts_to(node, device, dtype)
         if target is not None:
-            _cast(node, target, device, casts)
+            _cast(program, node, target, device, casts)
 
 
 def casts_to(node: fx.Node, device: str, dtype: torch.dtype) -> torch.dtype | None:
@@ -90,14 +92,14 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor)]
 
 
-def _cast(node: fx.Node, target: torch.dtype, device: str, casts: set[fx.Node]) -> None:
+def _cast(program: Program, node: fx.Node, target: torch.dtype, device: str, casts: set[fx.Node]) -> None:
     made: dict[fx.Node, fx.Node] = {}
     for source in node.all_input_nodes:
         held = fake(source)
         if held is None or not is_cast(held, device) or held.dtype == target:
             continue
         twice = [u for u in source.users if u in casts and u < node and u.args[1] == target]
-        if twice and source.op == "get_attr":  # autocast keeps the casts of weights, and only these
+        if twice and program.tensor(source) is not None:  # autocast keeps the casts of weights, and only these
             made[source] = twice[0]
             continue
         with node.graph.inserting_before(node):

@@ -61,12 +61,11 @@ def _weight(edit: Editor, user: fx.Node, node: fx.Node) -> str:
     weight = user.args[at] if at is not None and len(user.args) > at else None
     while isinstance(weight, fx.Node) and weight.target in (_A.t.default, _A.transpose.int):
         weight = weight.args[0]
-    ours = isinstance(weight, fx.Node) and weight.op == "get_attr" and weight is not node
-    live = edit.program.parameter(weight) if ours and isinstance(weight, fx.Node) else None
+    live = edit.program.weight(weight) if isinstance(weight, fx.Node) and weight is not node else None
     if isinstance(weight, fx.Node) and isinstance(live, torch.nn.Parameter) and not is_wrapped(live):
         tied = [n for n in weight.users if n is not user]
         if not tied:
-            return str(weight.target)
+            return str(edit.program.path(weight))
     kind = "a tensor" if fake(user) is not None else "a value"
     raise SiteRefusedError(
         "the factor of the gate cannot be folded into the next linear",

@@ -75,7 +75,7 @@ def _spell(program: Program, nodes: list[fx.Node], casts: _Casts, made: set[fx.N
         if dtype == around.get(device) or (dtype is None and all(opname(n) in _PLAIN for n in own)):
             continue
         if dtype is not None:
-            spell_casts(own, device, dtype, made)
+            spell_casts(program, own, device, dtype, made)
         if device in around:
             program.exempt.update(own, made)
 

@@ -67,8 +67,7 @@ def _weight(site: Site, role: str) -> Weight:
 
 
 def _reader(weight: Weight, hidden: Value, edit: Editor) -> fx.Node:
-    target = edit.program.relative_name(weight.fqn)
-    found = [u for n in edit.program.graph.find_nodes(op="get_attr", target=target) for u in n.users]
+    found = edit.program.readers(weight.fqn)
     linear = found[0] if len(found) == 1 else None
     if linear is None or linear.target is not torch.ops.aten.linear.default:
         raise _refused(edit.site, weight.fqn, f"{len(found)} uses, {', '.join(str(n.target) for n in found)}")

@@ -60,7 +60,7 @@ def test_nested_arguments_constants_and_live_parameters() -> None:
     names = {str(n.target) for n in program.graph.nodes if n.op == "get_attr"}
     assert {"inner.linear.weight", "inner.linear.bias", "shift"} <= names
     assert not program.constants
-    assert all(program.parameter(n) is not None for n in program.graph.nodes if n.op == "get_attr")
+    assert all(program.weight(n) is not None for n in program.graph.nodes if n.op == "get_attr")
     (y,) = run(program, X, X, 2 * X, X)
     assert torch.allclose(y, model(X, X, 2 * X, scale=3.0, extra=X)["y"])
 

@@ -99,7 +99,7 @@ def _values(program: Program) -> dict[str, Tensor]:
     values: dict[fx.Node, Tensor] = dict(zip(program.placeholders, program.example, strict=True))
     for node in program.graph.nodes:
         if node.op == "get_attr":
-            held = program.parameter(node)
+            held = program.weight(node)
             assert held is not None
             values[node] = held
         elif node.op == "call_function":

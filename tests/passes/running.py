@@ -30,4 +30,4 @@ def _held(program: Program, node: fx.Node) -> Any:
     if name in program.constants:
         return program.constants[name]
     body = getattr(program.graph_module, name, None)
-    return body if isinstance(body, fx.GraphModule) else program.parameter(node)
+    return body if isinstance(body, fx.GraphModule) else program.weight(node)

@@ -41,7 +41,7 @@ class DataWriter:
     def _data(self, node: fx.Node) -> Any:
         if node.target in marks.MARKS:
             return self.slots.mark(node)
-        if node.op == "get_attr":
+        if self.plan.program.path(node) is not None:
             return self.writer.weight(node)
         if node.target is operator.getitem and isinstance(self.env.get(node.all_input_nodes[0]), tuple):
             return self.env[node.all_input_nodes[0]][int(str(node.args[1]))]

@@ -73,7 +73,7 @@ class PositionWriter:
     def _whole(self, node: fx.Node) -> Any:
         if self.plan.kind(node) == "size":
             return self.numbers.size(node.meta["val"], ALL)
-        if node.op == "get_attr":
+        if self.plan.program.path(node) is not None:
             return self.writer.weight(node)
         if node.op == "placeholder":
             held = self.sources.element("history", self.sources.history.index(node))

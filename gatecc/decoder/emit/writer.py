@@ -28,7 +28,7 @@ class GraphWriter:
 
     def weight(self, node: fx.Node) -> fx.Node:
         """The parameter, buffer or constant that a node of the captured graph reads."""
-        name = str(node.target).replace(".", "_")
+        name = str(self.plan.program.path(node)).replace(".", "_")
         self.weights[name] = self.plan.tensor(node)
         return self.once(("weight", name), lambda: self.graph.create_node("get_attr", name))
 

@@ -16,7 +16,7 @@ from gatecc.decoder.rules.slots import Slot, kept
 from gatecc.ir.mask import Mask
 from gatecc.ir.match.product import product
 from gatecc.ir.ops import CASTS, VIEWS, opname
-from gatecc.ir.program import META
+from gatecc.ir.program import META, Program
 from gatecc.ir.site import Attention
 from gatecc.ir.sizes import described_shape, node_shape
 
@@ -38,7 +38,7 @@ class Recalled:
     plain: bool
 
 
-def attention(site: Attention, slots: list[Slot], lengths: Lengths) -> Recalled | None:
+def attention(program: Program, site: Attention, slots: list[Slot], lengths: Lengths) -> Recalled | None:
     """Let one attention read its keys and values from slots. Raises DecoderError if its mask does not prove causal.
 
     An attention whose keys do not grow with the tokens (those of an encoder, say) stays as it is.
@@ -49,7 +49,7 @@ def attention(site: Attention, slots: list[Slot], lengths: Lengths) -> Recalled 
     span = causal_span(site.core, site.mask)
     marks: list[fx.Node] = []
     repeats: list[fx.Node] = []
-    for start, reader in ((k.node, _product(site, k.node)), (v.node, site.core)):
+    for start, reader in ((k.node, _product(program, site, k.node)), (v.node, site.core)):
         way = _way(start, reader)
         if way is None:
             raise refusal(reader, f"{start.name} reaches it on a way that is not understood")
@@ -74,7 +74,7 @@ def _group(site: Attention, marks: list[fx.Node]) -> int:
     return q // k if axes and k == v and q % k == 0 else 0
 
 
-def _product(site: Attention, keys: fx.Node) -> fx.Node:
+def _product(program: Program, site: Attention, keys: fx.Node) -> fx.Node:
     """The node in which queries meet keys."""
     if site.spelling == "sdpa":
         return site.core
@@ -82,17 +82,13 @@ def _product(site: Attention, keys: fx.Node) -> fx.Node:
     while stack:
         node = stack.pop()
         for user in node.users:
-            if product(user) is not None and any(n is not node and n in _ancestry(user) for n in user.all_input_nodes):
+            computed = [n for n in user.all_input_nodes if program.path(n) is None]
+            if product(user) is not None and any(n is not node for n in computed):
                 return user
             if opname(user) in _ON_THE_WAY and user not in seen:
                 seen.add(user)
                 stack.append(user)
     raise refusal(site.core, "the product of queries and keys was not found")
-
-
-def _ancestry(user: fx.Node) -> list[fx.Node]:
-    """Operands of a product that are no parameters."""
-    return [n for n in user.all_input_nodes if n.op != "get_attr"]
 
 
 def causal_span(core: fx.Node, mask: Mask) -> Span:

@@ -36,10 +36,10 @@ def _stacks(facts: Facts) -> dict[str, list[fx.Node]]:
     """The stacked parameters that products read, by the module that holds at least two of them, in order of use."""
     by_owner: dict[str, list[fx.Node]] = {}
     for node in facts.program.graph.nodes:
-        if node.op != "get_attr" or not isinstance(parameter := facts.program.parameter(node), torch.nn.Parameter):
+        if not isinstance(parameter := facts.program.weight(node), torch.nn.Parameter):
             continue
         if parameter.dim() == 3 and not any(opname(user) in CONV_OPS for user in node.users):
-            by_owner.setdefault(facts.program.full_name(str(node.target)).rpartition(".")[0], []).append(node)
+            by_owner.setdefault(_name(facts, node).rpartition(".")[0], []).append(node)
     lonely = [owner for owner, nodes in by_owner.items() if len(nodes) == 1]
     for owner in lonely:  # one parameter a module: the module above holds them
         by_owner.setdefault(owner.rpartition(".")[0], []).extend(by_owner.pop(owner))
@@ -80,12 +80,16 @@ def _weights(facts: Facts, products: list[tuple[fx.Node, fx.Node]], width: int |
     """The stacks by role: the first products are gate and up (or both in one), the last is down."""
     stacks = list(dict.fromkeys(stack for _, stack in products))
     names = {2: ["up", "down"], 3: ["gate", "up", "down"]}.get(len(stacks), [f"up{i}" for i in range(len(stacks))])
-    tensors = [facts.program.parameter(stack) for stack in stacks]
+    tensors = [facts.program.weight(stack) for stack in stacks]
     if len(stacks) == 2 and tensors[0] is not None and tensors[1] is not None:
         names[0] = "gate_up" if tensors[0].numel() == 2 * tensors[1].numel() else "up"
     weights: dict[str, Weight] = {}
     for name, stack, tensor in zip(names, stacks, tensors, strict=True):
         assert tensor is not None
         features = tensor.shape[1] if name == "down" else tensor.shape[2]  # of "out_in"
-        weights[name] = Weight(facts.program.full_name(str(stack.target)), "out_in" if features == width else "in_out")
+        weights[name] = Weight(_name(facts, stack), "out_in" if features == width else "in_out")
     return weights
+
+
+def _name(facts: Facts, stack: fx.Node) -> str:
+    return str(facts.program.weight_name(stack))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
 from gatecc.ir.match.facts import Facts
@@ -114,9 +113,7 @@ def _works(facts: Facts, node: fx.Node) -> bool:
         return False
     if node in facts.projections or opname(node) in _MIXERS:
         return True
-    return any(
-        isinstance(facts.program.parameter(n), torch.nn.Parameter) for n in node.all_input_nodes if n.op == "get_attr"
-    )
+    return any(map(facts.program.is_parameter, node.all_input_nodes))
 
 
 def _shortcut(facts: Facts, skip: fx.Node) -> fx.Node | None:

@@ -41,7 +41,7 @@ def _merge(
     held = fake(node)
     if len(parts) < 2 or held is None or not held.dtype.is_floating_point:
         return None
-    plain = [part for part in parts if part not in facts.source and not _is_input(part)]
+    plain = [part for part in parts if part not in facts.source and not _is_input(facts, part)]
     if node in scores:
         sums = all(part in facts.source for part in parts) and _distinct(facts, parts)
         return refuse("GCC151", "merge", node) if sums else None  # else a bias or a mask is added
@@ -67,12 +67,12 @@ def _broadcasts(part: fx.Node) -> bool:
     return held is not None and sum(1 for size in held.shape if size != 1) <= 1
 
 
-def _is_input(part: fx.Node) -> bool:
+def _is_input(facts: Facts, part: fx.Node) -> bool:
     """Whether a part is an input of the program, through views only."""
     while opname(part) in VIEWS | CASTS and isinstance(part.args[0], fx.Node):
         part = part.args[0]
     held = fake(part)
-    return part.op == "placeholder" and held is not None and held.dtype.is_floating_point
+    return facts.program.is_input(part) and held is not None and held.dtype.is_floating_point
 
 
 def _distinct(facts: JoinedFacts, parts: list[fx.Node]) -> bool:

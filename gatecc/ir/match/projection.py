@@ -63,7 +63,7 @@ def projection(program: Program, node: fx.Node, data: set[fx.Node]) -> Projectio
 
 
 def behind(program: Program, node: Any) -> tuple[fx.Node, torch.Tensor, bool] | None:
-    """The get_attr behind a weight operand, its tensor, and whether its last two axes are swapped on the way."""
+    """The node that reads the weight behind an operand, the weight, and whether its last two axes are swapped."""
     swapped = False
     while isinstance(node, fx.Node) and node.op == "call_function":
         name = opname(node)
@@ -72,9 +72,7 @@ def behind(program: Program, node: Any) -> tuple[fx.Node, torch.Tensor, bool] | 
         elif name not in CASTS and name not in SAME_SHAPE:
             return None
         node = node.args[0]
-    if not isinstance(node, fx.Node) or node.op != "get_attr":
-        return None
-    tensor = program.parameter(node)
+    tensor = program.weight(node) if isinstance(node, fx.Node) else None
     return None if tensor is None else (node, tensor, swapped)
 
 
@@ -100,7 +98,7 @@ def _linear(program: Program, node: fx.Node, name: str, data: set[fx.Node]) -> P
         return _no_matrix(program, node, x, operand, data)
     attr, tensor, swapped = found
     if tensor.dim() != 2:
-        return refuse("GCC131", "linear", node, f"{program.full_name(str(attr.target))} has {tensor.dim()} axes")
+        return refuse("GCC131", "linear", node, f"{program.weight_name(attr)} has {tensor.dim()} axes")
     out_in = swapped != (name == "linear")
     out_width, in_width = tensor.shape if out_in else reversed(tensor.shape)
     weight = Weight(fqn(program, attr, node), "out_in" if out_in else "in_out", _bias(program, bias))
@@ -132,22 +130,20 @@ def _no_matrix(program: Program, node: fx.Node, x: fx.Node, operand: fx.Node, da
     if operand in data:
         on_left = left is not None and isinstance(left[1], torch.nn.Parameter)
         return refuse("GCC132", "linear", node, fqn(program, left[0])) if left and on_left else None
-    if x not in data or not any(isinstance(program.parameter(n), torch.nn.Parameter) for n in _constants(operand)):
+    if x not in data or not any(program.is_parameter(n) for n in _sources(operand)):
         return None
     return refuse("GCC130", "linear", node)
 
 
-def _constants(node: fx.Node, limit: int = 64) -> list[fx.Node]:
-    """The get_attr nodes that a value is computed from (of at most ``limit`` nodes)."""
+def _sources(node: fx.Node, limit: int = 64) -> set[fx.Node]:
+    """A value and what it is computed from (at most about ``limit`` nodes)."""
     seen, stack = {node}, [node]
-    found: list[fx.Node] = []
     while stack and len(seen) < limit:
         for source in stack.pop().all_input_nodes:
             if source not in seen:
                 seen.add(source)
                 stack.append(source)
-    found += [n for n in seen if n.op == "get_attr"]
-    return found
+    return seen
 
 
 def _stacked(program: Program, node: fx.Node) -> Refusal | None:
@@ -223,12 +219,12 @@ def _all_one(value: Any) -> bool:
 
 def fqn(program: Program, attr: fx.Node, user: fx.Node | None = None) -> str:
     """The name of a parameter; of a tied one, that which the module of ``user`` knows it by."""
-    name = program.full_name(str(attr.target))
+    name = str(program.weight_name(attr))
     if user is None or name.startswith(origin(user).owner + "."):
         return name
     own = ".".join(part for part in (origin(user).owner, name.rpartition(".")[2]) if part)
     try:
-        tied = program.inside(own) and attribute(program.module, program.relative_name(own)) is program.parameter(attr)
+        tied = program.inside(own) and attribute(program.module, program.relative_name(own)) is program.weight(attr)
     except AttributeError:
         return name
     return own if tied else name

@@ -10,7 +10,7 @@ from torch import fx
 
 from gatecc.ir.match.facts import Facts
 from gatecc.ir.ops import opname
-from gatecc.ir.program import attribute, shape
+from gatecc.ir.program import shape
 from gatecc.ir.site import Recurrent, Value
 
 _CELLS = {"gru": "gru", "lstm": "lstm", "rnn_tanh": "rnn", "rnn_relu": "rnn"}
@@ -33,8 +33,7 @@ def _site(node: fx.Node, facts: Facts) -> Recurrent:
         if user.target is operator.getitem and isinstance(user.args[1], int):
             results.setdefault(user.args[1], user)
     values = {"in": Value(x, axes)} | ({"out": Value(results[0], axes)} if 0 in results else {})
-    names = [str(n.target) for n in given[2] if isinstance(n, fx.Node) and n.op == "get_attr"]
-    own = [name for name in names if hasattr(attribute(facts.program.module, name), "requires_grad")]
+    read = [n for n in given[2] if isinstance(n, fx.Node) and facts.program.weight(n) is not None]
     return Recurrent(
         **facts.place("recurrent", node),
         values=values,
@@ -43,6 +42,6 @@ def _site(node: fx.Node, facts: Facts) -> Recurrent:
         layers=int(given[4]),
         bidirectional=bool(given[7]),
         states=tuple(state) if isinstance(state, list | tuple) else (state,),
-        parameters=tuple(own),
+        parameters=tuple(str(facts.program.path(n)) for n in read),
         last=tuple(results.get(i) for i in (1, 2)),
     )

@@ -19,7 +19,7 @@ from gatecc.ir.match.attention.scores import find_scores
 from gatecc.ir.match.mask.pattern import read
 from gatecc.ir.ops import CASTS, DROPOUTS, opname
 from gatecc.ir.printer import node_text
-from gatecc.ir.program import Program, attribute
+from gatecc.ir.program import Program
 from gatecc.ir.site import Attention
 from gatecc.ir.sizes import example_sizes
 from gatecc.passes.operands import place
@@ -48,8 +48,7 @@ def addends(site: Attention, program: Program) -> list[fx.Node] | None:
 
 def learned(addend: fx.Node, program: Program) -> set[str]:
     """The parameters, by name, that an addend is computed from."""
-    names = {str(n.target) for n in _made_of(addend, Flow(program)) if n.op == "get_attr"}
-    return {name for name in names if isinstance(_held(program, name), nn.Parameter)}
+    return {str(program.path(n)) for n in _made_of(addend, Flow(program)) if program.is_parameter(n)}
 
 
 def biases(site: Attention, program: Program) -> set[str]:
@@ -169,13 +168,6 @@ def _made_of(node: fx.Node, flow: Flow) -> set[fx.Node]:
         found.add(at)
         stack.extend((*flow.inputs[at], *flow.writers.get(flow.base[at], ())))
     return found
-
-
-def _held(program: Program, name: str) -> object:
-    try:
-        return cast("object", attribute(program.module, name))
-    except AttributeError:
-        return None
 
 
 def grid(module: nn.Module, tokens: int | None, site: Attention) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from gatecc.ir.match.attention.qkv import Projection, projection
 from gatecc.ir.match.axes import axis_after
 from gatecc.ir.match.maps import LinearMaps, Map, module_apart, shared_module
 from gatecc.ir.ops import CASTS, CONTRACTIONS, DROPOUTS, VIEWS, argument, opname
-from gatecc.ir.program import origin
+from gatecc.ir.program import Program, origin
 from gatecc.ir.sizes import node_shape, same, symbols
 
 _ELEMENTWISE = frozenset(
@@ -79,7 +79,7 @@ class Tracer:
             return None
         if len(found) == 1:
             between = self._between(found[0].node, seen)
-            return Origins(found[0], between, _rotary(found[0].node, between))
+            return Origins(found[0], between, _rotary(found[0].node, between, self.flow.program))
         return self._joined(node, seen, within, tokens) if tokens is not None else None
 
     def _gather(self, node: fx.Node, within: str) -> tuple[list[Projection], set[fx.Node]]:
@@ -133,7 +133,7 @@ class Tracer:
                 return None
             known = [part for part in parts if part is not None]
             first = known[0]
-            rotary = _rotary(cat, between) or first.turn
+            rotary = _rotary(cat, between, self.flow.program) or first.turn
             others = tuple(part.projection for part in known[1:])
             return Origins(first.projection, [*first.between, cat, *between], rotary, others, pieces[0])
         return None
@@ -159,7 +159,7 @@ class Tracer:
         return result
 
 
-def _rotary(start: fx.Node, between: list[fx.Node]) -> fx.Node | None:
+def _rotary(start: fx.Node, between: list[fx.Node], program: Program) -> fx.Node | None:
     """The first node that turns the value: as complex numbers, or by a table that varies with position and feature."""
     own = {start, *between}
     for current in between:
@@ -170,6 +170,6 @@ def _rotary(start: fx.Node, between: list[fx.Node]) -> fx.Node | None:
         others = [n for n in current.all_input_nodes if n not in own]
         shape = node_shape(others[0]) if others else None
         wide = shape is not None and sum(not same(s, 1) for s in shape) >= 2
-        if wide and (others[0].op != "get_attr"):
+        if wide and program.path(others[0]) is None:
             return current
     return None

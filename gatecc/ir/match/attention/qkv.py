@@ -60,7 +60,8 @@ def _make(
     if not isinstance(source, fx.Node) or not isinstance(weight, fx.Node):
         return None
     held, steps = _parameter_behind(weight)
-    if not isinstance(flow.program.parameter(held) if held.op == "get_attr" else None, nn.Parameter):
+    fqn = flow.program.weight_name(held) if flow.program.is_parameter(held) else None
+    if fqn is None:
         return _computed(node, source, weight, orientation, channels, flow)
     rows: tuple[int, int] | None = None
     if steps and orientation != "conv" and opname(node) != "einsum":
@@ -72,7 +73,6 @@ def _make(
     features = numel(shape[channels:] if channels < 0 else shape[1:2]) if shape else 0
     if opname(node) == "einsum":
         features = _einsum_features(node)
-    fqn = flow.program.full_name(str(held.target))
     width = int(features) if not symbols(features) else 0
     return Projection(node, source, fqn, _bias_name(bias, rows, flow), orientation, channels, width, rows)
 
@@ -94,7 +94,7 @@ def _reads_parameter(node: fx.Node, flow: Flow) -> bool:
     seen, stack = {node}, [node]
     while stack and len(seen) < _BUDGET:
         current = stack.pop()
-        if isinstance(flow.program.parameter(current), nn.Parameter):
+        if flow.program.is_parameter(current):
             return True
         new = [n for n in current.all_input_nodes if n not in seen]
         seen.update(new)
@@ -143,16 +143,14 @@ def _rows_read(held: fx.Node, steps: list[fx.Node], out_axis: int) -> tuple[Orie
 def _bias_name(bias: object, rows: tuple[int, int] | None, flow: Flow) -> str | None:
     """The bias parameter, if the same rows of it are read as of the weight."""
     held, steps = _parameter_behind(bias) if isinstance(bias, fx.Node) else (None, [])
-    if held is None or held.op != "get_attr":
-        return None
-    parameter = flow.program.parameter(held)
-    if not isinstance(parameter, nn.Parameter) or parameter.ndim != 1:
+    parameter = None if held is None else flow.program.weight(held)
+    if held is None or not isinstance(parameter, nn.Parameter) or parameter.ndim != 1:
         return None
     read = _through(steps, {held: torch.arange(len(parameter))})
     first, last = rows or (0, len(parameter))
     if read is None or not torch.equal(read, torch.arange(first, last)):
         return None
-    return flow.program.full_name(str(held.target))
+    return flow.program.weight_name(held)
 
 
 def _through(steps: list[fx.Node], env: dict[fx.Node, Any]) -> torch.Tensor | None:

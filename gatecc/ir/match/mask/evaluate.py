@@ -200,7 +200,7 @@ class _Proof:
         found: set[int] = set()
         for part in (self.part, self.post):
             for node in part.nodes if part is not None else ():
-                if node.op == "get_attr":
+                if self.flow.program.path(node) is not None:
                     held = node.meta.get("val")
                     found |= set(map(int, held.shape)) if isinstance(held, torch.Tensor) else set()
                 else:
