@@ -193,7 +193,9 @@ def grouped(reads: tuple[Read, ...]) -> tuple[Group, ...]:
 
 def value_of(read: Read, root: nn.Module) -> Any:
     """What an attribute holds now under a root, None if it is not there."""
-    value: Any = root.get_submodule(read.path)
+    value: Any = root
+    for name in filter(None, read.path.split(".")):
+        value = getattr(value, name, None)
     for name in read.name.split("."):
         value = getattr(value, name, None)
     return value

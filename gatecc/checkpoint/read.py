@@ -14,12 +14,13 @@ from torch import nn
 from gatecc.capture.shield import random_states_kept, shielded
 from gatecc.capture.tree import decode
 from gatecc.checkpoint import models
-from gatecc.checkpoint.state import digests, kinds_of, state_of, tie, ties_of
+from gatecc.checkpoint.state import digests, kinds_of, load_state, state_of, tie, ties_of
 from gatecc.checkpoint.write import FORMAT, RECIPE, sites_of
 from gatecc.engine.analyse import check_model
 from gatecc.errors import ArgumentError, CheckpointError, GateccError
 from gatecc.ir import store
 from gatecc.ir.rewrite import Recipe, rewrite_from_json
+from gatecc.ir.weights import Effect, effect_from_json
 from gatecc.scope.scope import base_class
 from gatecc.transform import history, revert, rewritten
 
@@ -89,7 +90,7 @@ def _load(
         if inplace:
             revert(target, inplace=True)
         raise
-    target.load_state_dict(weights)
+    load_state(target, weights)
     tie(target, saved.ties)
     return target
 
@@ -113,7 +114,7 @@ class _SavedStep:
     scope: Any
     inputs: tuple[tuple[Any, ...], dict[str, Any]]
     sites: list[str]
-    effects: list[list[Any]]
+    effects: list[Effect]
     missed: list[str]
 
 
@@ -123,6 +124,7 @@ class _Saved:
     steps: list[_SavedStep]
     base: dict[str, list[Any]]
     new: dict[str, list[Any]]
+    gone: list[str]  # of the base model: weights that became others
     ties: dict[str, str]
     digests: dict[str, str]
     holds: str  # "whole", "new", or "pretrained": the rest is in files of another library
@@ -130,7 +132,7 @@ class _Saved:
 
     @property
     def kinds(self) -> dict[str, list[Any]]:
-        return {**self.base, **self.new}
+        return {name: kind for name, kind in {**self.base, **self.new}.items() if name not in self.gone}
 
 
 def _read(folder: str | os.PathLike[str], data: dict[str, Any], device: torch.device) -> _Saved:
@@ -140,7 +142,8 @@ def _read(folder: str | os.PathLike[str], data: dict[str, Any], device: torch.de
         weights |= {name: weights[first] for name, first in data["aliases"].items()}
         example = {k: t.to(device) for k, t in store.read_tensors(folder, data, "example").items()}
         steps = [_read_step(step, example) for step in data["steps"]]
-        head = (str(data["model"]), steps, data["base"], data["new"], data["tied"], data["digests"])
+        base = (data["base"], data["new"], data.get("gone", []))
+        head = (str(data["model"]), steps, *base, data["tied"], data["digests"])
         saved = _Saved(*head, holds, weights)
         if kinds_of(weights) != (saved.kinds if holds == "whole" else saved.new):
             raise ValueError("the tensors are not those that the recipe lists")
@@ -164,7 +167,8 @@ def _read_step(step: dict[str, Any], example: dict[str, torch.Tensor]) -> _Saved
         ) from e
     recipe = Recipe(step["recipe"], step["citation"], rewrites, step["summary"], tuple(options.items()))
     inputs = decode(step["inputs"], example)
-    return _SavedStep(recipe, step["scope"], inputs, step["sites"], step["effects"], step["missed"])
+    effects = [effect_from_json(effect) for effect in step["effects"]]
+    return _SavedStep(recipe, step["scope"], inputs, step["sites"], effects, step["missed"])
 
 
 def _check_base(model: nn.Module, saved: _Saved) -> None:
@@ -234,7 +238,7 @@ def _replay(target: nn.Module, step: _SavedStep) -> None:
     made = history(target)[-1]
     for name, found, expected in (
         ("sites", sites_of(made), step.sites),
-        ("effects on weights", [effect.to_json() for effect in made.effects], step.effects),
+        ("effects on weights", *([e.describe() for e in effects] for effects in (made.effects, step.effects))),
     ):
         if found != expected:
             raise CheckpointError(

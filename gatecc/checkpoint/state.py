@@ -10,18 +10,18 @@ import torch
 from torch import nn
 
 from gatecc.errors import CheckpointError
-from gatecc.ir.weights import is_wrapped
+from gatecc.ir.weights import aside_state, is_wrapped, load_aside
 from gatecc.transform import history
 
 Kind = list[Any]  # dtype and shape, as JSON gives them back
 
 
 def state_of(model: nn.Module, given: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """The state dict, with the tensors that are ``given`` in place of the model's own.
+    """The state dict and what transforms took out of the model, with ``given`` tensors in place of the model's own.
 
     Raises CheckpointError if a module keeps something other than tensors in it, or if they are sharded.
     """
-    state: dict[str, Any] = dict(model.state_dict())
+    state: dict[str, Any] = {**model.state_dict(), **aside_state(model)}
     for name, value in state.items():
         if given is not None and name in given:
             state[name] = value = given[name]
@@ -41,8 +41,13 @@ def state_of(model: nn.Module, given: Mapping[str, torch.Tensor] | None = None) 
     return state
 
 
+def load_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """The inverse of `state_of`."""
+    model.load_state_dict(load_aside(model, state))
+
+
 def base_state(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A model's state dict without what transforms did: no new modules, no new rows, no factors."""
+    """A model's state dict without what transforms did: no new modules, no new rows, no factors, no parts."""
     ties = ties_of(model)
     for effect in reversed([effect for step in history(model) for effect in step.effects]):
         state = effect.before(state, ties)

@@ -19,6 +19,7 @@ from gatecc.checkpoint.state import base_state, digests, kinds_of, plain, state_
 from gatecc.engine.analyse import evaluation
 from gatecc.errors import ArgumentError, CheckpointError
 from gatecc.ir import store
+from gatecc.ir.weights import aside_state
 from gatecc.scope.scope import base_class
 from gatecc.transform import Step, history
 
@@ -82,7 +83,8 @@ def write(
             _try(model, [decode(step["inputs"], example) for step in steps])
     before = base_state(model, state)
     kinds, base = kinds_of(state), kinds_of(before)
-    new = {name: kind for name, kind in kinds.items() if base.get(name) != kind}  # new, or with new rows
+    apart = aside_state(model) if weights == "pretrained" else {}  # the other library does not write it
+    new = {name: k for name, k in kinds.items() if base.get(name) != k or name in apart}  # new, or with new rows
     chosen = state if weights == "whole" else {name: state[name] for name in new}
     stored, aliases = stored_state(chosen)
     data = {
@@ -96,6 +98,7 @@ def write(
         "steps": steps,
         "base": base,
         "new": new,
+        "gone": [name for name in base if name not in kinds],
         "digests": digests(before, [name for name in base if weights == "new"]),
         "aliases": aliases,
         "tied": ties_of(model),

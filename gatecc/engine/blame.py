@@ -17,11 +17,11 @@ from gatecc.ir.printer import window
 from gatecc.ir.program import Program
 from gatecc.ir.rewrite import Recipe, Rewrite
 from gatecc.ir.site import Site
+from gatecc.ir.weights import suspended
 from gatecc.pipeline import Application, apply, prepare
 from gatecc.scope.family import same_outputs
 from gatecc.scope.scope import Scope, base_forward, outside_scopes, scopes
 from gatecc.scope.variant import Variant
-from gatecc.scope.widened import narrowed
 
 _ROUNDING = 1e-5  # relative to max(1, max|output|)
 Guilty = tuple[Rewrite, Site, fx.Node]  # and the node that its edit ends in
@@ -69,7 +69,7 @@ def _untrue(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     for fqn, module, state in found:
         for call in calls[fqn]:
             _, leaves = flatten(call.args, call.kwargs)
-            with narrowed(module, state.widened):
+            with suspended(module, state.changes):
                 captured = prepare(_captured(module, state, call.args, call.kwargs)).program
                 graph = _run(Variant(captured, ()), module, leaves)
                 own = _run(lambda *_: base_forward(module)(*call.args, **call.kwargs), module, leaves)  # noqa: B023
@@ -92,7 +92,7 @@ def _in_scope(module: nn.Module, state: Scope, recipe: Recipe, args: Any, kwargs
         if application.rewrite not in recipe.rewrites or not application.rewrite.contract().checked:
             continue
         for place in application.sites:
-            with narrowed(module, state.widened):
+            with suspended(module, state.changes):
                 prepared = prepare(_captured(module, state, args, kwargs))
                 before = _run(Variant(prepared.program, ()), module, leaves)
             try:

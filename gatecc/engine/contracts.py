@@ -135,10 +135,10 @@ def _without_lost(expected: Any, got: Any, notes: list[str]) -> tuple[Any, Any]:
 def _in_float64(model: nn.Module, calls: Sequence[Call]) -> float:
     """The difference from the model without its rewrites where rounding does not matter; infinite if that cannot be.
 
-    Weights into which a rewrite was folded are not those of the original, so such models have no other form to run.
+    Weights that a rewrite changed in form are not those of the original, so such models have no other form to run.
     Nor have models that cannot be copied, or do not run in float64: then the difference stands as it was found.
     """
-    if any(state.widened for _, _, state in scopes(model)):
+    if any(state.changes for _, _, state in scopes(model)):
         return float("inf")
     try:
         wide = copy.deepcopy(model).double()

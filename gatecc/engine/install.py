@@ -18,10 +18,10 @@ from gatecc.engine.plan import Plan
 from gatecc.errors import CaptureError, GraphError, UnsupportedModelError
 from gatecc.ir.program import Program, origin
 from gatecc.ir.rewrite import Recipe
-from gatecc.ir.weights import Effect, NewModule
+from gatecc.ir.weights import Effect, NewModule, joined, suspended
 from gatecc.pipeline import Stage
-from gatecc.report import GraphDump, GraphPair, PassRow, Report, RewriteRow
-from gatecc.scope.build import Built, build, rebuild, same_for_layers
+from gatecc.report import EffectRow, GraphDump, GraphPair, PassRow, Report, RewriteRow
+from gatecc.scope.build import Built, Place, build, rebuild, same_for_layers
 from gatecc.scope.family import Family, proves, structure
 from gatecc.scope.fast_paths import Switch, fast_paths_on
 from gatecc.scope.key import call_key
@@ -33,7 +33,6 @@ from gatecc.scope.scope import (
     scope_of,
 )
 from gatecc.scope.state import forward_hides_class
-from gatecc.scope.widened import narrowed
 
 
 @dataclass
@@ -77,6 +76,19 @@ class Shared:
     dumps: list[GraphDump]
 
 
+@dataclass(frozen=True)
+class Done:
+    """An effect that was done on a layer, for a rewrite at a site: as plain data, and the new elements by parameter."""
+
+    place: Place
+    effect: Effect
+    made: dict[str, int]
+
+    def row(self) -> EffectRow:
+        """What a report says of it."""
+        return EffectRow(self.effect.path, self.effect.describe(), sum(self.made.values()))
+
+
 @dataclass
 class Installer:
     """Builds and installs scopes; layers of one structure are built once and proved for each of the others.
@@ -113,15 +125,15 @@ class Installer:
         kind = (structure(module), applied, tuple(sorted(masks.items(), key=str)))
         state = Scope(plan.fqn, applied, masks=masks)
         if old:
-            state.own, state.widened = set(old.own), dict(old.widened)
+            state.own, state.changes = set(old.own), list(old.changes)
         install(module, state)
-        made: dict[str, int] = {}
+        done: list[Done] = []
         for call in calls:
             built = self._one(module, state, (kind, _key(module, call)), call)
-            made |= self._weights(module, state, built.effects(first=len(old.applied) if old else 0))
+            done += self._weights(module, state, built.effects(first=len(old.applied) if old else 0))
             self._enter(module, state, built, call)
         ms = (time.process_time() - clock) * 1e3
-        self._rows(plan, made, ms)
+        self._rows(plan, done, ms)
 
     def _one(self, module: nn.Module, state: Scope, kind: Any, call: RecordedCall) -> Built:
         known = self.leaders.setdefault(kind, [])
@@ -164,7 +176,7 @@ class Installer:
         """What a leader's graph is for another layer, if it is proved to be that layer's function; else None."""
         clock = time.process_time()
         leaves = flatten(call.args, call.kwargs)[1]
-        with narrowed(module, state.widened):
+        with suspended(module, state.changes):
             held = proves(leader.entry, module, base_forward(module), call.args, call.kwargs, leaves)
         self.seconds["share"] = self.seconds.get("share", 0.0) + time.process_time() - clock
         if not held:
@@ -189,28 +201,28 @@ class Installer:
         state.python = built.python
         state.trust(built.entry)
 
-    def _weights(self, module: nn.Module, state: Scope, effects: list[Effect]) -> dict[str, int]:
-        """New parameters and changed weights of one layer, once even if it is called several times."""
-        placed = [effect.placed(state.fqn) for effect in effects]
-        done = {(type(effect), effect.path) for effect in self.effects}
-        if any((type(effect), effect.path) in done for effect in placed):
-            return {}
+    def _weights(self, module: nn.Module, state: Scope, effects: list[tuple[Place, Effect]]) -> list[Done]:
+        """Do the effects on one layer, once even if it is called several times."""
+        placed = [effect.placed(state.fqn) for _, effect in effects]
+        known = [effect.to_json() for effect in self.effects]
+        if any(effect.to_json() in known for effect in placed):
+            return []
         self._refuse_tied(placed, state.fqn)
-        made: dict[str, int] = {}
-        for effect, record in zip(effects, placed, strict=True):
-            there = effect.path in state.own  # made while the graph was built, and known to undo
-            if not there:
-                self.undo.effects.append((module, effect))
-            made |= effect.apply(module)
+        done: list[Done] = []
+        for (place, effect), record in zip(effects, placed, strict=True):
+            self.undo.effects.append((module, effect))
+            done.append(Done(place, record, effect.apply(module)))
             effect.note(state)
             self.effects.append(record)
-        return made
+        return done
 
     def _refuse_tied(self, effects: list[Effect], scope: str) -> None:
         """A weight that another module reads too, by another name or past its owner, must not be changed for one."""
-        for fqn in (effect.path for effect in effects if effect.edits_model):
+        changed = {fqn for effect in effects for fqn in effect.changed(self.model)}
+        for fqn in sorted(changed):
             weight = self.model.get_parameter(fqn)
-            others = [n for n, p in self.model.named_parameters(remove_duplicate=False) if p is weight and n != fqn]
+            names = [n for n, p in self.model.named_parameters(remove_duplicate=False) if p is weight]
+            others = [n for n in names if n not in changed]
             readers = [origin(node) for p in self.programs for node in p.readers(fqn)]
             outside = [o for o in readers if scope and not f"{o.owner}.".startswith(f"{scope}.")]
             found = f"the same parameter is {', '.join(others)}" if others else ""
@@ -224,20 +236,20 @@ class Installer:
                     do='use init="identity", which changes no weight of the model, or untie them first',
                 )
 
-    def _rows(self, plan: Plan, made: dict[str, int], ms: float) -> None:
-        sites = [(a, place) for a in plan.applied for place in a.sites]
-        for application, (owner, ordinal) in sites:
-            full = ".".join(p for p in (plan.fqn, owner) if p)
-            prefix = f"{owner}." if owner else ""
-            new = {f"{plan.fqn}.{n}".lstrip("."): c for n, c in made.items() if n.startswith(prefix)}
+    def _rows(self, plan: Plan, done: list[Done], ms: float) -> None:
+        sites = [(number, place) for number, a in enumerate(plan.applied) for place in a.sites]
+        for number, (owner, ordinal) in sites:
+            application = plan.applied[number]
+            mine = [one for one in done if one.place == (number, owner, ordinal)]
             self.report.rewrites.append(
                 RewriteRow(
                     rewrite=application.rewrite.name,
                     recipe=self.recipe.name,
-                    site=f"{full}#{ordinal}",
+                    site=f"{joined(plan.fqn, owner)}#{ordinal}",
                     scope=plan.fqn,
                     contract=str(application.rewrite.contract()),
-                    new_parameters=new,
+                    new_parameters={joined(plan.fqn, n): size for one in mine for n, size in one.made.items()},
+                    effects=tuple(one.row() for one in mine),
                     ms=ms / len(sites),
                 )
             )

@@ -75,7 +75,9 @@ def acts(
     inputs. Raises the GateccError of a call in eval mode with gradients.
     """
     generator = torch.Generator().manual_seed(0)
-    new = {effect.path: effect.noisy(model, generator) for effect in effects}
+    new: dict[str, Values] = {}
+    for effect in effects:
+        new[effect.path] = {**new.get(effect.path, {}), **effect.noisy(model, generator)}
     return _Look(model, {fqn: model.get_submodule(fqn) for fqn in scopes}, new, call).look()
 
 

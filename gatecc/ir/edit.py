@@ -20,13 +20,23 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten
 
 from gatecc.errors import GraphError, SiteRefusedError
-from gatecc.ir.boundary import Boundary, Slot, follow, held
+from gatecc.ir.boundary import Boundary, Slot, follow, held, within
 from gatecc.ir.functions import entries
 from gatecc.ir.hooks import silenced
 from gatecc.ir.printer import window
 from gatecc.ir.program import META, Origin, Program, attribute, fake, origin
 from gatecc.ir.site import Site
-from gatecc.ir.weights import Build, Effect, Fill, NewModule, ScaleWeight, WidenWeight, is_wrapped
+from gatecc.ir.weights import (
+    Build,
+    Drop,
+    Effect,
+    Fill,
+    NewModule,
+    ScaleWeight,
+    Split,
+    WidenWeight,
+    is_wrapped,
+)
 from gatecc.ir.widen import Rows
 
 CONTAINERS = (
@@ -85,6 +95,12 @@ class Editor:
         registered on the owner, or on the nearest module whose forward does not iterate over its children. A name that
         the model or an earlier edit has taken gets a number.
         """
+        path = self._free(name)
+        self._prepare(NewModule(path, build, fill), path)
+        return path
+
+    def _free(self, name: str) -> str:
+        """A path for something new that this edit calls ``name``: the same one each time that the edit is done."""
         holder_path = self._holder()
         holder = self.program.module.get_submodule(holder_path)
         number = itertools.count(1)
@@ -94,12 +110,14 @@ class Editor:
             candidate = f"{name}_{next(number)}"
             path = f"{holder_path}.{candidate}".lstrip(".")
         self.taken.add(path)
-        new = NewModule(path, build, fill)
-        self.weights.append(new)
-        if path not in self.own:
-            new.apply(self.program.module)
-            self.own.add(path)
         return path
+
+    def _prepare(self, effect: Effect, path: str) -> None:
+        """Note an effect that makes a module at a path, and make it, for the graph to read."""
+        self.weights.append(effect)
+        if path not in self.own:
+            effect.prepare(self.program.module)
+            self.own.add(path)
 
     def _holder(self) -> str:
         """The module that new submodules of this site are registered on, relative to the program's."""
@@ -121,6 +139,43 @@ class Editor:
     def scale_weight(self, fqn: str, factor: float) -> None:
         """Ask the engine to multiply a parameter by a power of two, once per layer, when the edit is installed."""
         self.weights.append(ScaleWeight(self.program.relative_name(fqn), factor))
+
+    def drop(self, fqn: str) -> None:
+        """Ask the engine to take a submodule, parameter or buffer that the edited graph no longer reads out of each
+        layer.
+
+        It leaves the parameters and the state dict, and `revert` puts it back. Hooks on a module that goes are not
+        called any more. A graph that still reads it at the end is an error.
+        """
+        path = self.program.relative_name(fqn)
+        self.weights.append(Drop(path))
+        self.program.boundaries[:] = [b for b in self.program.boundaries if not within(b.path, path)]
+
+    def split(self, fqn: str, sizes: Sequence[int], axis: int = 0, name: str = "parts") -> list[fx.Node]:
+        """The nodes of the parameters into which a weight is cut along an axis, in parts of ``sizes``.
+
+        They are parameters of a new ParameterList called ``name`` on the site's owner; the weight itself leaves the
+        layer, so nothing else may read it. Training goes on with the parts, and `revert` joins them.
+        """
+        into = self._free(name)
+        self._prepare(Split(self.program.relative_name(fqn), into, axis, tuple(sizes)), into)
+        return [self._parameter(f"{into}.{number}") for number in range(len(sizes))]
+
+    def _parameter(self, path: str) -> fx.Node:
+        """A node that reads a parameter of the program's module."""
+        mode = detect_fake_mode([n.meta["val"] for n in self.program.placeholders])
+        assert mode is not None
+        held = mode.from_tensor(cast("torch.Tensor", attribute(self.program.module, path)), static_shapes=True)
+        with self.program.graph.inserting_after(self._first_call()):
+            node = self.program.graph.get_attr(path)
+        node.meta["val"] = held
+        self._mark(node, node, "")
+        return node
+
+    @property
+    def gone(self) -> list[str]:
+        """The modules and tensors that the layer has no more once the edit is installed."""
+        return [path for effect in self.weights for path in effect.gone]
 
     def call(self, function: Callable[..., torch.Tensor] | str, *arguments: Any, name: str = "") -> fx.Node:
         """Insert ``function(*arguments)``, traced to ATen operators, as early as its arguments allow.
@@ -298,6 +353,22 @@ class Editor:
             todo.extend(node.all_input_nodes)
         for node in sorted(needed):
             early.prepend(node)
+
+
+def check_gone(program: Program, editors: Sequence[Editor]) -> None:
+    """Raise GraphError if a rewritten graph reads something that its own edits take out of the layer."""
+    for editor in editors:
+        for path in editor.gone:
+            reader = next((n for n in program.graph.find_nodes(op="get_attr") if within(str(n.target), path)), None)
+            if reader is None:
+                continue
+            user = next(iter(reader.users), reader)
+            raise GraphError(
+                f"the rewrite {editor.rewrite} takes out of the model what the graph still reads",
+                where=f"{editor.site.owner} {editor.site.line}".strip(),
+                found=f"{program.full_name(str(reader.target))}\n{window(user)}",
+                do="replace and discard every value that is computed from it; split a weight with one reader",
+            )
 
 
 def _mutates(node: fx.Node) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gatecc.capture.guards import LaterGuards
 from gatecc.errors import CaptureError, GateccError, GraphError
 from gatecc.ir.boundary import held
-from gatecc.ir.edit import Editor
+from gatecc.ir.edit import Editor, check_gone
 from gatecc.ir.functions import entries
 from gatecc.ir.printer import window
 from gatecc.ir.program import Program
@@ -55,6 +55,7 @@ def apply(
         seen = held(program.boundaries) | entries(program.functions)
         program.graph.eliminate_dead_code(lambda node: node in seen or node.is_impure())
         program.guards += [guard for guard in sizes.found() if guard not in program.guards]
+        check_gone(program, [edit for of_one in editors for edit in of_one])
     return editors
 
 
@@ -93,7 +94,7 @@ def _rewrite(
         editors.append(edit)
         prepared.note(edit)
     inserted = {node for edit in editors for node in edit.inserted}
-    lost = {name for edit in editors for name in edit.lost}
+    lost = {name for edit in editors for name in (*edit.lost, *edit.gone)}
     hidden = {number for edit in editors for number in edit.hidden}
     verify(program, before, Suspect(str(rewrite), sites, inserted, rewrite.loses_buffers, replaces | lost, own, hidden))
     return editors

@@ -2,6 +2,7 @@
 
 from gatecc.report.report import Report
 from gatecc.report.rows import (
+    EffectRow,
     GraphDump,
     GraphPair,
     NodeRow,
@@ -14,6 +15,7 @@ from gatecc.report.rows import (
 )
 
 __all__ = [
+    "EffectRow",
     "GraphDump",
     "GraphPair",
     "NodeRow",

@@ -7,6 +7,8 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from gatecc.report.rows import EffectRow, RewriteRow
+
 Row = TypeVar("Row")
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.#@])")  # a whole component of an FQN or key
 
@@ -25,6 +27,12 @@ def group(rows: Iterable[Row], place: Callable[[Row], str], like: Callable[[Row]
     for row in rows:
         found.setdefault((_NUMBER.sub("*", place(row)), like(row)), []).append(row)
     return [Group(_together([place(row) for row in members]), tuple(members)) for members in found.values()]
+
+
+def effects_of(rewrites: Iterable[RewriteRow]) -> list[Group[EffectRow]]:
+    """What rewrites did to weights; ``place`` is the whole text."""
+    rows = [effect for row in rewrites for effect in row.effects]
+    return group(rows, lambda effect: effect.text, lambda _: None)
 
 
 def _together(places: list[str]) -> str:

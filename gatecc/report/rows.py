@@ -55,6 +55,15 @@ class RungRow:
 
 
 @dataclass(frozen=True)
+class EffectRow:
+    """What a rewrite did to a weight or module at ``path``; ``new`` is the number of elements that it brought."""
+
+    path: str
+    text: str
+    new: int = 0
+
+
+@dataclass(frozen=True)
 class RewriteRow:
     """One rewrite at one site. ``error`` is the largest difference of the outputs that was measured, None if not."""
 
@@ -66,6 +75,7 @@ class RewriteRow:
     error: float | None = None
     new_parameters: Mapping[str, int] = field(default_factory=dict[str, int])  # FQN -> number of elements
     ms: float = 0.0
+    effects: tuple[EffectRow, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gatecc.report.findings import Findings
-from gatecc.report.grouping import group
+from gatecc.report.grouping import effects_of, group
 from gatecc.report.units import change, error_text, si, worst
 
 WIDE = 112  # columns; a narrower terminal does not show source lines of sites
@@ -26,7 +26,7 @@ def render(report: Findings, width: int) -> RenderableType:
 def _parts(report: Findings, width: int) -> Iterator[RenderableType]:
     yield _headline(report)
     sites = _sites(report, with_line=width >= WIDE)
-    for table in (sites, *(part(report) for part in (_refusals, _rewrites, _totals, _rungs, _passes))):
+    for table in (sites, *(part(report) for part in (_refusals, _rewrites, _weights, _totals, _rungs, _passes))):
         if table.row_count:
             yield Text()
             yield table
@@ -91,6 +91,13 @@ def _rewrites(report: Findings) -> Table:
             f"{sum(row.ms for row in rows):.1f}",
         )
         table.add_row(*map(Text, cells))
+    return table
+
+
+def _weights(report: Findings) -> Table:
+    table = _table("Weights", "effect", "n", "new", numbers=("n", "new"))
+    for like in effects_of(report.rewrites):
+        table.add_row(Text(like.place), str(len(like.rows)), si(sum(row.new for row in like.rows)))
     return table
 
 

@@ -16,7 +16,7 @@ from gatecc.capture.reads import Seen, reads_of, recorded_reads, ties_of
 from gatecc.ir.edit import Editor
 from gatecc.ir.program import Program, copy_for
 from gatecc.ir.site import Attention
-from gatecc.ir.weights import Effect
+from gatecc.ir.weights import Effect, suspended
 from gatecc.pipeline import Observer, Prepared, Times, apply, prepare
 from gatecc.pipeline.cost import Cost, cost
 from gatecc.scope.family import Entry
@@ -25,7 +25,8 @@ from gatecc.scope.masks import handed_down
 from gatecc.scope.python_path import PythonPath, python_path
 from gatecc.scope.state import Scope, base_forward
 from gatecc.scope.variant import Variant
-from gatecc.scope.widened import narrowed
+
+Place = tuple[int, str, int]  # the number of an application, the owner relative to the scope, the ordinal of the site
 
 
 @dataclass
@@ -43,9 +44,14 @@ class Built:
     canonical: Program | None = None
     seconds: dict[str, float] = field(default_factory=dict[str, float])
 
-    def effects(self, first: int = 0) -> list[Effect]:
-        """What the applications from the ``first`` on do to weights, in order."""
-        return [effect for editors in self.editors[first:] for editor in editors for effect in editor.weights]
+    def effects(self, first: int = 0) -> list[tuple[Place, Effect]]:
+        """What the applications from the ``first`` on do to weights, in order, and which of them does it where."""
+        return [
+            ((number, self.program.relative_name(editor.site.owner), editor.site.ordinal), effect)
+            for number, editors in enumerate(self.editors[first:])
+            for editor in editors
+            for effect in editor.weights
+        ]
 
 
 def build(
@@ -63,7 +69,7 @@ def build(
     ``observer`` is told of each step of the pipeline.
     ``seen`` is filled with the attributes that the capture read, also of one that failed.
     """
-    with narrowed(module, state.widened):
+    with suspended(module, state.changes):
         hooks = hooked(module) if hooks is None else hooks
         return _build(module, state, args, kwargs, observer, {} if seen is None else seen, hooks)
 
@@ -106,7 +112,7 @@ def rebuild(
     """
     assert leader.canonical is not None
     times = Times(then=observer)
-    with narrowed(module, state.widened):
+    with suspended(module, state.changes):
         prepared = prepare(copy_for(leader.canonical, module, state.fqn, leaves), times, canonical=True)
         built = _rewritten(prepared, state, leader.entry.plain, leader.cost_before, None, times)
     if built.entry.variant.same_as(leader.entry.variant):
@@ -125,8 +131,9 @@ def _rewritten(
     clock = time.process_time()
     flat = [editor for of_one in editors for editor in of_one]
     attention = [site for site in prepared.found if isinstance(site, Attention)]
+    gone = [path for edit in flat for path in edit.gone]
     path = python_path(program, flat, attention, _argument_paths(program))
-    entry = Entry(Variant(program, plain.reads, plain.ties, hooks=True), plain, seconds=times.seconds)
+    entry = Entry(Variant(program, *plain.without(gone), hooks=True), plain, seconds=times.seconds)
     times.add("print", time.process_time() - clock)
     entry.layers.add(program.module)
     return Built(entry, program, editors, path, before, canonical, times.seconds)

@@ -10,12 +10,12 @@ from torch import nn
 from gatecc.capture.reads import Seen, recorded_reads
 from gatecc.capture.signature import Key, OpaqueArgumentError
 from gatecc.errors import CallNotCapturedError, CaptureError
+from gatecc.ir.weights import suspended
 from gatecc.scope.build import build
 from gatecc.scope.family import Entry, proves
 from gatecc.scope.key import call_key, fresh, hooked_in
 from gatecc.scope.state import STATE, Scope, base_forward, scope_of, scopes
 from gatecc.scope.variant import Variant
-from gatecc.scope.widened import narrowed
 
 
 def lookup(
@@ -66,7 +66,7 @@ def _share(
 ) -> Entry | None:
     """An entry of another layer of the family, or of the same call with gradients, proved for this call now."""
     for entry in state.family.find(key, leaves):
-        with narrowed(module, state.widened):
+        with suspended(module, state.changes):
             proved = entry not in state.trusted and proves(entry, module, base_forward(module), args, kwargs, leaves)
         if proved:
             state.trust(entry)
@@ -96,7 +96,7 @@ def _without_gradients(
 
     for known in state.family.find((call, True, *modes), leaves):
         seen.clear()
-        with narrowed(module, state.widened):
+        with suspended(module, state.changes):
             proved = proves(known, module, forward, args, kwargs, leaves)
         if proved and seen.keys() <= {(read.path, read.name) for read in known.plain.reads}:
             entry = Entry(known.variant, known.plain)

@@ -88,6 +88,8 @@ def python_path(
     for editor in editors:
         if editor.whole_sequence:
             return PythonPath(refused=f"{editor.rewrite} keeps no KV cache")
+        if taken := next((effect for effect in editor.weights if not effect.keeps_forward), None):
+            return PythonPath(refused=f"the module's own code cannot run any more: {taken.describe()}")
         ops: list[Op] = []
         for step in editor.steps:
             if isinstance(step, Call):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gatecc.ir.weights import suspended
 from gatecc.scope.dispatch import first_call, known
 from gatecc.scope.dynamo import learn_while_tracing
 from gatecc.scope.learn import learn
@@ -28,7 +29,6 @@ from gatecc.scope.state import drop_bound_forward as drop_bound_forward
 from gatecc.scope.state import outside_scopes as outside_scopes
 from gatecc.scope.state import scope_of as scope_of
 from gatecc.scope.state import scopes as scopes
-from gatecc.scope.widened import narrowed
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def plain(model: nn.Module) -> Generator[None]:
     """The model with the modules' own forwards for a while, without what transforms inserted."""
     with ExitStack() as stack:
         for _, module, state in list(scopes(model)):
-            stack.enter_context(narrowed(module, state.widened))
+            stack.enter_context(suspended(module, state.changes))
             stack.callback(setattr, module, "__class__", type(module))
             drop_bound_forward(module)
             if "forward" in vars(module):  # a wrapper of the scope's forward, which runs the base's without a state

@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import nn
 
 from gatecc.ir.mask import Mask
-from gatecc.ir.widen import Rows
+from gatecc.ir.weights import Effect
 from gatecc.pipeline import Application as Application
 from gatecc.scope.family import Entry, Family
 from gatecc.scope.masks import Proved
@@ -31,7 +31,7 @@ class Scope:
     own: set[str] = field(default_factory=set[str])  # paths of the modules that gatecc made in this scope
     refused: Refusals = field(default_factory=Refusals)  # calls that could not be captured, and why
     trusted: list[Entry] = field(default_factory=list[Entry])  # entries captured on, or proved for, this layer
-    widened: dict[str, Rows] = field(default_factory=dict[str, Rows])  # weights of the model that hold new rows
+    changes: list[Effect] = field(default_factory=list[Effect])  # taken back while the module's own forward runs
     masks: Proved = field(default_factory=dict[tuple[str, int], Mask])  # of its attention sites, where it was proved
 
     def trust(self, entry: Entry) -> None:
@@ -51,7 +51,7 @@ class Scope:
             set(self.own),
             Refusals(),
             list(self.trusted),
-            dict(self.widened),
+            list(self.changes),
             dict(self.masks),
         )
 

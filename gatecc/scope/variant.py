@@ -8,7 +8,7 @@ and Dynamo as if it were the module's own forward.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, cast
 
 import torch
@@ -41,6 +41,12 @@ class Variant:
         self._without = program.autocast[0] if program.autocast and exempt else None  # autocast is spelled out for it
         spec = program.out_spec
         self._out_spec = None if _is_plain(spec) else spec
+
+    def without(self, gone: Collection[str]) -> tuple[tuple[Read, ...], Ties]:
+        """What it read of the module and which parameters were one, but for modules and tensors that are gone."""
+        reads = tuple(read for read in self.reads if not _is_gone(read.path, gone))
+        ties = tuple(tie for tie in self.ties if not any(_is_gone(".".join(steps), gone) for steps in tie))
+        return reads, ties
 
     def same_as(self, other: Variant) -> bool:
         """Whether another variant is the same function of a module and leaves."""
@@ -88,6 +94,10 @@ def _function(program: Program, hooks: bool) -> tuple[str, Callable[..., Any], t
     names: dict[str, Any] = dict(code.globals)
     exec(compile(code.src, f"<gatecc {program.fqn or type(program.module).__name__}>", "exec"), names)
     return code.src, names["forward"], tuple(values)
+
+
+def _is_gone(path: str, gone: Collection[str]) -> bool:
+    return any(f"{path}.".startswith(f"{one}.") for one in gone)
 
 
 def _same(a: Any, b: Any) -> bool:

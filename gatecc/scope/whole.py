@@ -12,6 +12,7 @@ from gatecc.capture import capture
 from gatecc.capture.outputs import output_tensors
 from gatecc.ir.edit import Editor
 from gatecc.ir.program import Program
+from gatecc.ir.weights import joined
 from gatecc.pipeline import Prepared, apply, prepare
 from gatecc.scope.masks import handed_down
 from gatecc.scope.scope import Application, Scope, plain, scopes
@@ -23,8 +24,8 @@ def whole_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     """Capture a model as it is called and canonicalize it; a transformed one with its rewrites done on this graph.
 
     Scopes that run inline would each see their own inputs only, and a mask that is one of them proves nothing there:
-    in the whole graph it is made of positions. Scopes whose weights hold rows of gates run inline nevertheless, for
-    the plain graph would not fit these weights. Raises CaptureError, SiteRefusedError, GraphError.
+    in the whole graph it is made of positions. Scopes whose weights were changed in form run inline nevertheless,
+    for the plain graph would not fit these weights. Raises CaptureError, SiteRefusedError, GraphError.
     """
     return whole_edits(model, args, kwargs)[0].program
 
@@ -43,7 +44,7 @@ def whole_edits(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Prepared, dict[str, Scope]]:
     """The prepared graph, and the scopes whose rewrites are still to be done on it."""
     states = {fqn: state for fqn, _, state in scopes(model)}
-    inline = any(state.widened for state in states.values())
+    inline = any(state.changes for state in states.values())
     with nullcontext() if inline else plain(model), recurrences(model):
         program = capture(model, args, kwargs)
     return prepare(program), {} if inline else states
@@ -73,14 +74,10 @@ def reads_masks(model: nn.Module) -> bool:
 def _merged(states: dict[str, Scope]) -> Scope:
     """One scope of the whole model that does what its scopes do, with the modules that they have made."""
     applied = [
-        Application(a.rewrite, tuple((_joined(fqn, owner), ordinal) for owner, ordinal in a.sites))
+        Application(a.rewrite, tuple((joined(fqn, owner), ordinal) for owner, ordinal in a.sites))
         for fqn, state in states.items()
         for a in state.applied
     ]
-    own = {_joined(fqn, path) for fqn, state in states.items() for path in state.own}
-    masks = {(_joined(fqn, at), i): mask for fqn, state in states.items() for (at, i), mask in state.masks.items()}
+    own = {joined(fqn, path) for fqn, state in states.items() for path in state.own}
+    masks = {(joined(fqn, at), i): mask for fqn, state in states.items() for (at, i), mask in state.masks.items()}
     return Scope("", tuple(applied), own=own, masks=masks)
-
-
-def _joined(fqn: str, path: str) -> str:
-    return ".".join(part for part in (fqn, path) if part)

@@ -14,7 +14,6 @@ from typing import Any, get_args, get_type_hints
 import torch
 
 from gatecc.ir.printer import graph_text
-from gatecc.ir.program import Program
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.select import Selector
 from gatecc.ir.weights import Effect
@@ -79,7 +78,7 @@ class Case:
         for step in steps:
             step.apply(program.module)
         got = Variant(program, ())(program.module, program.example)
-        weights = "\n".join(_step_text(step, program) for step in steps)
+        weights = "\n".join(step.describe(program.module) for step in steps)
         return Case(self.intro, self.pipeline, before, after, weights, _contract(contracts, expected, got))
 
 
@@ -98,14 +97,6 @@ def _option(hint: Any, value: Any) -> Any:
         return Selector.parse(value)
     hint = next((h for h in get_args(hint) if hasattr(h, "coerce")), hint)  # GateSpec of GateSpec | None
     return hint.coerce(value) if hasattr(hint, "coerce") else value
-
-
-def _step_text(step: Effect, program: Program) -> str:
-    if step.edits_model:
-        return step.describe()
-    made = program.module.get_submodule(step.path).named_parameters()
-    shapes = [f"{name} {' '.join(map(str, p.shape))}" for name, p in made]
-    return f"{step.describe()}: {', '.join(shapes) or 'no parameters'}"
 
 
 def _contract(contracts: list[str], expected: tuple[Any, ...], got: tuple[Any, ...]) -> str:

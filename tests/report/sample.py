@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from gatecc.ir.site import Refusal
 from gatecc.report import (
+    EffectRow,
     GraphDump,
     GraphPair,
     NodeRow,
@@ -55,8 +56,10 @@ def full_report(layers: int = 3) -> Report:
         report.sites.append(
             SiteRow("attention", owner, f"{owner}#0", "causal+padding", "model.py:12", 0, ("q", "k"), "sdpa, 4 heads")
         )
+        effects = (EffectRow(f"{owner}.gate", f"new {owner}.gate", 64), EffectRow(f"{owner}.q", f"drop {owner}.q"))
+        contract = "identity_at_init(1e-06)"
         report.rewrites.append(
-            RewriteRow("gate", "gated-attention", f"{owner}#0", owner, "identity_at_init(1e-06)", 2e-7, {"g": 64}, 1.5)
+            RewriteRow("gate", "gated-attention", f"{owner}#0", owner, contract, 2e-7, {"g": 64}, 1.5, effects)
         )
     report.refusals.append(
         Refusal("GCC104", "attention", "router", "model.py:40", "a softmax over experts", "select MLP sites instead")
@@ -110,6 +113,7 @@ def reports() -> st.SearchStrategy[Report]:
                 ERROR,
                 st.dictionaries(TEXT, st.integers(0, 10**9), max_size=2),
                 st.floats(0, 1e6),
+                st.lists(st.builds(EffectRow, TEXT, TEXT, st.integers(0, 10**9)), max_size=2).map(tuple),
             ),
             max_size=3,
         ),

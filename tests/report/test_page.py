@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gatecc.ir.site import Refusal
-from gatecc.report import GraphDump, GraphPair, Report, RewriteRow, SiteRow
+from gatecc.report import EffectRow, GraphDump, GraphPair, Report, RewriteRow, SiteRow
 from tests.report.sample import full_report, node, reports
 
 VOID = {"meta", "input", "br", "link", "img", "path", "rect"}
@@ -86,7 +86,7 @@ def test_links_lead_to_sections_that_exist() -> None:
     tags = Page(full_report().to_html()).tags
     ids = {attrs.get("id") for _, attrs in tags}
     targets = {(attrs.get("href") or "")[1:] for tag, attrs in tags if tag == "a"}
-    assert targets == {"rewrites", "graphs", "sites", "refused", "capture", "time"}
+    assert targets == {"rewrites", "weights", "graphs", "sites", "refused", "capture", "time"}
     assert targets <= ids
 
 
@@ -147,7 +147,7 @@ def _everywhere(name: str) -> Report:
     first = GraphDump((node(name, op="placeholder", target=name, owner=name),))
     second = GraphDump((*first.nodes, node(name + "2", name, target=name, owner=name, by=name)))
     report = Report(model=name, recipe=name, sites=[site], refusals=[refusal], environment={name: name})
-    report.rewrites.append(RewriteRow(name, name, name, name, name, 0.0, {name: 1}))
+    report.rewrites.append(RewriteRow(name, name, name, name, name, 0.0, {name: 1}, 0.0, (EffectRow(name, name, 1),)))
     report.graphs.append(GraphPair((name, name), first, second))
     report.notes.append(name)
     return report

@@ -53,7 +53,9 @@ def test_text_groups_layers_but_data_does_not() -> None:
     report = full_report(layers=64)
     text = str(report)
     assert "layers.[0-63].attn" in text
-    assert text.count("attn") < 5
+    assert text.count("attn") < 7
+    assert "new layers.[0-63].attn.gate" in text
+    assert "drop layers.[0-63].attn.q" in text
     assert len(report.sites) == 64
     for word in ("GCC104", "a softmax over experts", "select MLP sites instead", "data-dependent branch", "use_cache"):
         assert word in text

@@ -1,4 +1,4 @@
-"""Weights that hold new rows, and the model without them for a while."""
+"""Rows in a weight that the model did not have."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from gatecc.ir.widen import Rows, narrow, widen
-from gatecc.scope.widened import narrowed
 
 ROWS = Rows(groups=2, old=3, new=1)
 
@@ -33,24 +32,3 @@ def test_the_parameter_stays_the_same_object() -> None:
     narrow(model, "0.weight", ROWS)
     assert torch.equal(weight, before)
     assert linear.out_features == 6
-
-
-def test_the_own_forward_sees_its_own_rows() -> None:
-    model, weight, before = _wide()
-    x = torch.randn(3, 4)
-    with narrowed(model, {"0.weight": ROWS, "0.bias": ROWS}):
-        inside = model.get_submodule("0").get_parameter("weight")
-        assert torch.equal(inside, before)
-        assert inside is not weight
-        assert torch.equal(model(x), nn.functional.linear(x, before, model.get_submodule("0").get_parameter("bias")))
-    assert model.get_submodule("0").get_parameter("weight") is weight
-
-
-def test_an_error_inside_brings_the_rows_back() -> None:
-    model, weight, _ = _wide()
-    try:
-        with narrowed(model, {"0.weight": ROWS}):
-            raise KeyError
-    except KeyError:
-        pass
-    assert model.get_submodule("0").get_parameter("weight") is weight

@@ -1,0 +1,69 @@
+"""WidenWeight: new rows in a weight of the model, so that one matrix product yields a further value as well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from gatecc.ir.weights.effect import Effect, Ledger, Tensors, Values, changed_in, editable, holder_of, noise
+from gatecc.ir.widen import Rows, narrow, widen
+
+
+@dataclass(frozen=True, eq=False)
+class WidenWeight(Effect):
+    """Give a parameter new rows; ``fill`` makes their values: (groups*new, ...)."""
+
+    rows: Rows
+    fill: Callable[[], torch.Tensor] | None = None
+
+    def apply(self, layer: nn.Module) -> dict[str, int]:
+        if self.fill is None:
+            raise ValueError(f"{self.path}: a recorded effect cannot be done again")
+        more = self.fill()
+        widen(layer, self.path, self.rows, more)
+        return {self.path: more.numel()}
+
+    def undo(self, layer: nn.Module) -> None:
+        narrow(layer, self.path, self.rows)
+
+    def describe(self, layer: nn.Module | None = None) -> str:
+        groups, old, new = self.rows
+        return f"widen {self.path}: {groups} times [{old} rows | {new} rows of the gate]"
+
+    def note(self, ledger: Ledger) -> None:
+        ledger.changes.append(self.placed(""))
+
+    @contextmanager
+    def suspended(self, layer: nn.Module) -> Generator[None]:
+        wide = editable(layer, self.path)
+        holder, name = holder_of(layer, self.path)
+        own = self.rows.narrow(wide.detach())
+        holder._parameters[name] = nn.Parameter(own, requires_grad=wide.requires_grad)
+        try:
+            yield
+        finally:
+            holder._parameters[name] = wide
+
+    def noisy(self, layer: nn.Module, generator: torch.Generator) -> Values:
+        parameter = layer.get_parameter(self.path)
+        new = parameter.data.unflatten(0, (self.rows.groups, -1))[:, self.rows.old :].flatten(0, 1)
+        own = self.rows.narrow(parameter.data)
+        return {parameter: self.rows.widen(own, new + noise(new, generator))}
+
+    def before(self, state: Tensors, same: Mapping[str, str]) -> Tensors:
+        return changed_in(self.path, state, same, self.rows.narrow)
+
+    def to_json(self) -> list[Any]:
+        return [*super().to_json(), list(self.rows)]
+
+    @classmethod
+    def of(cls, path: str, *numbers: Any) -> WidenWeight:
+        return cls(path, Rows(*numbers[0]))
+
+    def placed(self, fqn: str) -> Effect:
+        return WidenWeight(super().placed(fqn).path, self.rows)
