@@ -15,17 +15,15 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 from torch._guards import detect_fake_mode
-from torch.fx._lazy_graph_module import _use_lazy_graph_module
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten
 
 from gatecc.errors import GraphError, SiteRefusedError
 from gatecc.ir.boundary import Boundary, Slot, follow, held, within
 from gatecc.ir.functions import entries
-from gatecc.ir.hooks import silenced
 from gatecc.ir.printer import window
-from gatecc.ir.program import META, Origin, Program, attribute, fake, origin
+from gatecc.ir.program import META, Origin, Program, attribute, origin
 from gatecc.ir.site import Site
+from gatecc.ir.trace import tensor_names, trace
 from gatecc.ir.weights import (
     Build,
     Drop,
@@ -186,7 +184,7 @@ class Editor:
         nodes = [a for a in arguments if isinstance(a, fx.Node)]
         path = function if isinstance(function, str) else None
         module = cast("nn.Module", attribute(self.program.module, path)) if path else None
-        traced = _trace(module or cast("Callable[..., torch.Tensor]", function), arguments)
+        traced = trace(module or cast("Callable[..., torch.Tensor]", function), arguments)
         anchor = max(nodes) if nodes else self._first_call()
         before = set(self.inserted)
         result = self._inline(traced, path or "", nodes, anchor, name)
@@ -294,7 +292,7 @@ class Editor:
         return last
 
     def _inline(self, traced: fx.Graph, path: str, nodes: list[fx.Node], anchor: fx.Node, name: str) -> fx.Node:
-        parameters = iter(_tensor_names(attribute(self.program.module, path)) if path else ())
+        parameters = iter(tensor_names(attribute(self.program.module, path)) if path else ())
         values = iter(nodes)
         copied: dict[fx.Node, fx.Node] = {}
         for node in traced.nodes:
@@ -376,39 +374,6 @@ def _mutates(node: fx.Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
-def _tensor_names(module: nn.Module) -> list[str]:
-    return [name for name, _ in _tensors(module)]
-
-
-def _tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [*module.named_parameters(), *module.named_buffers()]
-
-
 def _writes(node: fx.Node) -> bool:
     """Whether an operator changes one of its inputs."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
-def _trace(function: Callable[..., torch.Tensor], arguments: Sequence[Any]) -> fx.Graph:
-    """The ATen graph of a call on fake tensors. Placeholders: a module's parameters and buffers, then the node
-    arguments."""
-    values = [fake(a) for a in arguments if isinstance(a, fx.Node)]
-    tensors = _tensors(function) if isinstance(function, nn.Module) else []
-    mode = detect_fake_mode([v for v in values if v is not None])
-    if mode is None:
-        raise GraphError("an edit reads a node that holds no tensor", found=str([str(a) for a in arguments]))
-
-    def flat(*flat_values: torch.Tensor) -> torch.Tensor:
-        own = dict(zip((name for name, _ in tensors), flat_values, strict=False))
-        rest = iter(flat_values[len(tensors) :])
-        actual = [next(rest) if isinstance(a, fx.Node) else a for a in arguments]
-        if isinstance(function, nn.Module):
-            with silenced(function):
-                return cast("torch.Tensor", torch.func.functional_call(function, own, tuple(actual)))
-        return function(*actual)
-
-    with mode, _use_lazy_graph_module(True):  # only the graph is wanted, no Python of it
-        inputs = [mode.from_tensor(t, static_shapes=True) for _, t in tensors] + values
-        traced = make_fx(flat, pre_dispatch=True)(*inputs)
-    traced.graph.eliminate_dead_code()
-    return traced.graph

@@ -16,7 +16,6 @@ import torch
 from gatecc.ir.printer import graph_text
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.select import Selector
-from gatecc.ir.weights import Effect
 from gatecc.passes.branch.branch import Branch
 from gatecc.passes.bypass import Bypass
 from gatecc.passes.fuse import Fuse
