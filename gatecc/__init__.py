@@ -1,6 +1,6 @@
 """gatecc: a compiler that puts gates, experts and linear attention into PyTorch models."""
 
-from gatecc import diagnose, state_space, train
+from gatecc import checks, diagnose, state_space, train
 from gatecc.checkpoint import load, save
 from gatecc.decoder import Decoder, decoder
 from gatecc.engine.analyse import inspect
@@ -46,6 +46,7 @@ __all__ = [
     "Residual",
     "Rewrite",
     "Selector",
+    "checks",
     "decoder",
     "diagnose",
     "export",

@@ -229,6 +229,16 @@ class TrainingError(GateccError):
     code = "GCC016"
 
 
+class CheckFailedError(GateccError):
+    """A check that the registration of a recipe names does not hold (see docs/checks.md).
+
+    Fails: ``gatecc.checks.run("my-recipe")`` of a recipe that claims ``causality`` and pools over all tokens.
+    Mended: a gate that reads its own token, or cases without this check.
+    """
+
+    code = "GCC017"
+
+
 class MaskFormError(GateccError, RuntimeError):
     """A call's attention mask has another form than the one that a rewrite was made for.
 

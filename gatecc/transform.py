@@ -167,7 +167,7 @@ def history(model: nn.Module) -> tuple[Step, ...]:
 
 @shielded
 def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """Undo every transform of a model: its parameters, outputs and state dict are bitwise those of before (T8).
+    """Undo every transform of a model: its parameters, outputs and state dict are bitwise those of before.
 
     Changes that training made to the model's own parameters stay; the new parameters are dropped. Raises
     UnsupportedModelError for a model that is wrapped (DDP, FSDP), as wrappers would go on holding the dropped

@@ -3,12 +3,16 @@
 A block marked ``python`` runs in the namespace of its page, where ``model`` and ``example_inputs`` are a tiny
 transformer.
 After the word stands what is meant to happen: ``raises=GCC007``, ``refused=GCC132`` (by an inspection of ``model``) or
-``not-refused=GCC132``.
+``not-refused=GCC132``; ``file=NAME`` writes the block to a file, which later blocks may import. A page with files
+registers names for good, so it runs in a process of its own.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +57,10 @@ def namespace(causal: bool = False) -> dict[str, Any]:
 def run(block: Block, names: dict[str, Any]) -> None:
     """Run a block; raises if something else happens than is meant to."""
     word, _, code = block.meant.partition("=")
+    if word == "file":
+        Path(code).parent.mkdir(parents=True, exist_ok=True)
+        Path(code).write_text(block.code)
+        return
     if word == "raises":
         with pytest.raises(gatecc.GateccError) as raised:
             exec(block.code, names)
@@ -79,6 +87,17 @@ def test_a_stale_page_is_noticed(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.relative_to(docs.ROOT).as_posix())
 def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    if any(block.meant.startswith("file=") for block in blocks(page)):
+        own = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(docs.ROOT)))}
+        code = f"import tests.test_docs as t; t.run_page(t.Path({str(page)!r}))"
+        done = subprocess.run([sys.executable, "-c", code], env=own, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return
+    run_page(page)
+
+
+def run_page(page: Path) -> None:
+    """Run the Python of a page, in the working directory."""
     names = namespace(causal=page.name in CAUSAL)
     for block in blocks(page):
         run(block, names)

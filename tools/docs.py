@@ -53,6 +53,9 @@ GUIDES = (
     ("state-space.md", "softmax, linear attention, delta rules and state spaces as one recurrence, and checks of it"),
     ("capture.md", "from a model to a graph: what is changed meanwhile, and what happens when it fails"),
     ("reports.md", "what a report holds, and its forms"),
+    ("checks.md", "the words in which a recipe claims what holds of it, and how each is tried"),
+    ("extending.md", "a recipe, a rewrite, an operator, a site kind of your own, each in a file or package"),
+    ("catalogue.md", "every mechanism: what it is built of, its contract, its checks"),
 )
 # Recipes with an option that has no default need one in their example.
 OPTIONS: dict[str, dict[str, str]] = {"context-gates": {"context": "activation[0].out", "sites": "activation[1]"}}
@@ -68,14 +71,14 @@ model, example_inputs = timm.create_model("swin_tiny_patch4_window7_224", **shap
 }
 # What a call in a recipe's test file shows (tests/recipes/checks.py).
 CHECKS = {
-    "zoo": ("T1", "T5", "T8"),
-    "agree": ("T1",),
-    "causal": ("T2",),
-    "cost": ("T3",),
-    "gradients": ("T5",),
-    "exported": ("T6",),
-    "export": ("T6",),
-    "reverted": ("T8",),
+    "zoo": ("identity", "gradient", "reversible"),
+    "agree": ("identity",),
+    "causal": ("causality",),
+    "cost": ("cost",),
+    "gradients": ("gradient",),
+    "exported": ("export",),
+    "export": ("export",),
+    "reverted": ("reversible",),
 }
 GATES = """
 The same gate in three forms:
@@ -92,13 +95,14 @@ Choices that do not go together are refused, with what would:
 gatecc.GateSpec("param", "linear", "head", "sigmoid")  # a parameter has nothing to score
 ```
 """
-T_TESTS = {
-    "T1": "with a start that is the identity, the model computes what it did before",
-    "T2": "no output depends on later inputs",
-    "T3": "the counted operations are those that the gates cost",
-    "T5": "every new parameter gets a finite gradient, frozen ones none",
-    "T6": "an exported program computes the same",
-    "T8": "reverting restores state and outputs bitwise",
+WORDS = {
+    "identity": "as it starts, the model computes what it did before",
+    "causality": "no output depends on later tokens",
+    "cost": "the report counts the operations that run",
+    "gradient": "every new parameter that trains has a gradient that is finite and not zero, frozen ones have none",
+    "export": "ONNX, or an exported program, computes the same",
+    "state": "prefill and single steps are the full forward",
+    "reversible": "reverting restores state and outputs bitwise",
 }
 
 
@@ -114,6 +118,7 @@ def pages() -> dict[Path, str]:
     texts = {path: NOTE + text for path, text in made.items()}
     readme = ROOT / "README.md"
     texts |= {DOCS / "gates.md": NOTE + gates_page(), DOCS / "README.md": NOTE + index()}
+    texts[DOCS / "catalogue.md"] = NOTE + catalogue()
     return {**texts, readme: with_table(readme.read_text())}
 
 
@@ -208,13 +213,48 @@ def rewrite_line(rewrite: Rewrite) -> str:
 
 
 def tested(info: Any) -> Iterator[str]:
-    """What its test file shows, read from the calls in it."""
-    file = ROOT / "tests" / "recipes" / f"test_{info.builder.__module__.rpartition('.')[2]}.py"
-    if not file.exists():
-        return
-    shown = sorted({t for call in calls(ast.parse(file.read_text())) for t in CHECKS.get(call, ())})
-    rows = "".join(f"- {t}: {T_TESTS[t]}\n" for t in shown)
-    yield f"\n## Tested\n\n`tests/recipes/{file.name}` compares it with the gate written by hand, and shows:\n\n{rows}"
+    """What is checked of it: by its cases, and by its test file, read from the calls in it."""
+    rows = "".join(f"- {word}: {WORDS[word]}\n" for word in checked(info))
+    cases = ", ".join(dict.fromkeys(f"`{case.sample.__name__}`" for case in info.cases))
+    yield f"\n## Checked\n\nBy its cases ({cases}) and its tests, in the words of [checks](../checks.md):\n\n{rows}"
+    if (file := test_file(info)).exists():
+        yield f"\n`tests/recipes/{file.name}` compares it with its equation written by hand.\n"
+
+
+def checked(info: Any) -> list[str]:
+    """The words of the checks that a recipe passes, in the order of the page that defines them."""
+    shown = {check for case in info.cases for check in case.checks}
+    if (file := test_file(info)).exists():
+        shown |= {word for call in calls(ast.parse(file.read_text())) for word in CHECKS.get(call, ())}
+    return [word for word in WORDS if word in shown]
+
+
+def test_file(info: Any) -> Path:
+    """The tests of the file that a recipe is in."""
+    return ROOT / "tests" / "recipes" / f"test_{info.builder.__module__.rpartition('.')[2]}.py"
+
+
+def catalogue() -> str:
+    """Every mechanism: what it is built of, and its checks."""
+    rows: list[tuple[str, ...]] = []
+    for info in gatecc.recipes():
+        rewrites = built(info).rewrites
+        parts = dict.fromkeys(f"[{r.name}](rewrites/{r.name}.md) on `{r.site}`{made_with(r)}" for r in rewrites)
+        promised = dict.fromkeys(r.contract().kind for r in rewrites)
+        name = f"[{info.name}](recipes/{info.name}.md)"
+        rows.append((name, "; ".join(parts), ", ".join(promised), ", ".join(checked(info)), info.citation))
+    return (
+        "# Catalogue\n\nEvery mechanism that has a name: the rewrites that it is built of, with their defaults, what "
+        "they promise, and\nthe [checks](checks.md) that it passes. Any list of rewrites is a mechanism as well; a new "
+        "one is one file\n([extending](extending.md)).\n\n"
+        + table(("mechanism", "built of", "contract", "checked", "from"), rows)
+    )
+
+
+def made_with(rewrite: Rewrite) -> str:
+    """The gate, mixer or body of a rewrite, as it is written."""
+    found = [getattr(rewrite, name, None) for name in ("gate", "mixer", "body")]
+    return "".join(f", `{part}`" for part in found if part is not None)
 
 
 def calls(tree: ast.AST) -> Iterator[str]:

@@ -40,7 +40,7 @@ LAYERS = (
     Layer(("decoder", "diagnose", "backend")),
     Layer(("transform", "state_space")),
     Layer(("checkpoint", "export")),
-    Layer(("integrations",)),
+    Layer(("integrations", "checks")),
     Layer(("__init__",)),
     Layer(("cli", "__main__"), peers=True),
 )

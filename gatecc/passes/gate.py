@@ -59,7 +59,7 @@ class Gate(Rewrite):
     ``site`` selects the value (``Attention[...].heads``, ``MLP[...].out``, ``Residual[...].branch``); ``gate`` says
     what the gate reads, how it is scored, what it varies over, and how it starts. ``skip`` names the other value of a
     lerp. ``where`` names an input of the model, a mask over tokens: the others are not gated. ``label`` names the new
-    module on the owner. The T-tests that hold: identity at init (T1), gradients (T5), export (T6), removal (T8).
+    module on the owner. What is checked: identity, gradient, export, reversible (docs/checks.md).
     """
 
     name = "gate"

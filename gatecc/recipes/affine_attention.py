@@ -7,13 +7,14 @@ from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.select import Selector
 from gatecc.passes.branch.branch import Branch, PrefixSum
 from gatecc.passes.gate import Gate
-from gatecc.recipes.registry import recipe
+from gatecc.recipes import samples
+from gatecc.recipes.registry import Case, recipe
 
 
 @recipe(
     "affine-attention",
-    system=11,
     citation="Affine-Scaled Attention (a reading of its abstract)",
+    cases=[Case(samples.language, ("identity", "causality", "cost", "gradient", "state", "reversible"))],
 )
 def affine_attention(
     sites: str = "attention[...]", alpha: str = "sigmoid", beta: str = "tanh", init: str = "identity"

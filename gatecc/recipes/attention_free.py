@@ -5,14 +5,15 @@ from __future__ import annotations
 from gatecc.ir.rewrite import Rewrite
 from gatecc.passes.mix.mix import Mix
 from gatecc.passes.mix.mixers.attention_free import AttentionFree
+from gatecc.recipes import samples
 from gatecc.recipes.linearize import chosen
-from gatecc.recipes.registry import recipe
+from gatecc.recipes.registry import Case, recipe
 
 
 @recipe(
     "attention-free",
-    system=10,
     citation="RRNCO: Towards Real-World Routing with Neural Combinatorial Optimization (2025)",
+    cases=[Case(samples.sequences, ("cost", "gradient", "reversible"))],
 )
 def attention_free(
     sites: str = "attention[...]",

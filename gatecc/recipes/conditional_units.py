@@ -6,13 +6,14 @@ from gatecc.ir.gate import GateSpec
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.select import Selector
 from gatecc.passes.gate import Gate
-from gatecc.recipes.registry import recipe
+from gatecc.recipes import samples
+from gatecc.recipes.registry import Case, recipe
 
 
 @recipe(
     "conditional-units",
-    system=28,
     citation="Estimating or Propagating Gradients Through Stochastic Neurons for Conditional Computation (2013)",
+    cases=[Case(samples.language, ("identity", "causality", "cost", "state", "reversible"))],
 )
 def conditional_units(
     sites: str = "mlp[...]",

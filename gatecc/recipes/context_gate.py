@@ -7,13 +7,20 @@ from gatecc.ir.gates.source import At, Pool, Source
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.select import Selector
 from gatecc.passes.gate import Gate
-from gatecc.recipes.registry import recipe
+from gatecc.recipes import samples
+from gatecc.recipes.registry import Case, recipe
 
 
 @recipe(
     "context-gates",
-    system=123,
     citation="Two-point cells, multisensory cooperative computing (a reading of its abstract)",
+    cases=[
+        Case(
+            samples.language,
+            ("identity", "causality", "cost", "gradient", "state", "reversible"),
+            {"context": "activation[0].out", "sites": "activation[1]"},
+        )
+    ],
 )
 def context_gates(
     context: str, sites: str = "activation[...]", pool: bool = False, init: str = "identity"

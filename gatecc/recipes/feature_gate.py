@@ -8,13 +8,14 @@ from gatecc.ir.gate import GateSpec
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.select import Selector
 from gatecc.passes.gate import Gate
-from gatecc.recipes.registry import recipe
+from gatecc.recipes import samples
+from gatecc.recipes.registry import Case, recipe
 
 
 @recipe(
     "feature-gate",
-    system=0,
     citation="TSMixer: Lightweight MLP-Mixer Model for Multivariate Time Series Forecasting (2023)",
+    cases=[Case(samples.language, ("identity", "causality", "cost", "gradient", "state", "reversible"))],
 )
 def feature_gate(sites: str = "mlp[...]", init: Literal["identity", "paper"] = "identity") -> tuple[Rewrite, ...]:
     """Weigh the channels of each MLP's output by their importance: h <- h * d * softmax(W h + b) over the d channels.

@@ -5,14 +5,15 @@ from __future__ import annotations
 from gatecc.ir.rewrite import Rewrite
 from gatecc.passes.mix.mix import Mix
 from gatecc.passes.mix.mixers.gam import GAM
+from gatecc.recipes import samples
 from gatecc.recipes.linearize import chosen
-from gatecc.recipes.registry import recipe
+from gatecc.recipes.registry import Case, recipe
 
 
 @recipe(
     "gam",
-    system=17,
     citation="Gated Associative Memory: A Parallel O(N) Architecture for Efficient Sequence Modeling (2025)",
+    cases=[Case(samples.language, ("causality", "cost", "gradient", "state", "reversible"))],
 )
 def gam(sites: str = "attention[...]", keep: str = "", slots: int = 512, taps: int = 3) -> tuple[Rewrite, ...]:
     """A causal convolution of 3 taps and a memory of 512 rows in the place of attention and of its projections.

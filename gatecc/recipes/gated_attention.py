@@ -9,13 +9,14 @@ from gatecc.ir.gates.granularity import Granularity
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.select import Selector
 from gatecc.passes.gate import Gate
-from gatecc.recipes.registry import recipe
+from gatecc.recipes import samples
+from gatecc.recipes.registry import Case, recipe
 
 
 @recipe(
     "gated-attention",
-    system=2,
     citation="Gated Attention for Large Language Models: Non-linearity, Sparsity, and Attention-Sink-Free (2025)",
+    cases=[Case(samples.language, ("identity", "causality", "cost", "gradient", "export", "state", "reversible"))],
 )
 def gated_attention(
     sites: str = "attention[...]",

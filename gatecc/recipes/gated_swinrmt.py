@@ -9,16 +9,17 @@ from gatecc.ir.rewrite import Rewrite
 from gatecc.passes.gate import Gate
 from gatecc.passes.mix.mix import Mix
 from gatecc.passes.mix.mixers.manhattan import Manhattan
+from gatecc.recipes import samples
 from gatecc.recipes.linearize import chosen
-from gatecc.recipes.registry import recipe
+from gatecc.recipes.registry import Case, recipe
 from gatecc.recipes.windowed_retention import g1
 
 
 @recipe(
     "gated-swinrmt",
-    system=37,
     citation="Gated-SwinRMT (a reading of its abstract); Manhattan decay as in RMT: Retentive Networks Meet Vision "
     "Transformers (2024)",
+    cases=[Case(samples.windows, ("cost", "gradient", "reversible"))],
 )
 def gated_swinrmt(
     sites: str = "attention[...]",

@@ -6,14 +6,15 @@ from gatecc.ir.rewrite import Rewrite
 from gatecc.passes.mix.mix import Mix
 from gatecc.passes.mix.mixers.hopfield import Hopfield
 from gatecc.passes.mix.mixers.hybrid import Liger, LoLCATs
+from gatecc.recipes import samples
 from gatecc.recipes.linearize import chosen
-from gatecc.recipes.registry import recipe
+from gatecc.recipes.registry import Case, recipe
 
 
 @recipe(
     "liger",
-    system=45,
     citation="Liger: Linearizing Large Language Models to Gated Recurrent Structures (2025)",
+    cases=[Case(samples.language, ("causality", "cost", "gradient", "state", "reversible"))],
 )
 def liger(sites: str = "attention[...]", keep: str = "", window: int = 64, share: float = 0.5) -> tuple[Rewrite, ...]:
     """Half gated linear attention, half softmax over a window, both from the pretrained weights: no new parameters.
@@ -27,8 +28,8 @@ def liger(sites: str = "attention[...]", keep: str = "", window: int = 64, share
 
 @recipe(
     "lolcats",
-    system=45,
     citation="LoLCATs: On Low-Rank Linearizing of Large Language Models (2024)",
+    cases=[Case(samples.language, ("identity", "causality", "cost", "state", "reversible"))],
 )
 def lolcats(sites: str = "attention[...]", keep: str = "", window: int = 64) -> tuple[Rewrite, ...]:
     """Softmax over the last keys and linear attention with learned features to the older ones, one denominator.
@@ -41,8 +42,8 @@ def lolcats(sites: str = "attention[...]", keep: str = "", window: int = 64) -> 
 
 @recipe(
     "hopfield",
-    system=146,
     citation="Hopfield Networks is All You Need (2021)",
+    cases=[Case(samples.language, ("causality", "cost", "gradient", "reversible"))],
 )
 def hopfield(sites: str = "attention[...]", keep: str = "", steps: int = 3, beta: float = 0.0) -> tuple[Rewrite, ...]:
     """Attention whose queries move towards the keys before they read: xi <- softmax(beta xi K^T) K, several times.

@@ -11,7 +11,8 @@ from gatecc.passes.mix.mix import Mix
 from gatecc.passes.mix.mixers.decay import LowRank, Retention, Scalar
 from gatecc.passes.mix.mixers.features import FeatureMap, UnitMap
 from gatecc.passes.mix.mixers.linear import Linear
-from gatecc.recipes.registry import recipe
+from gatecc.recipes import samples
+from gatecc.recipes.registry import Case, recipe
 
 
 def chosen(sites: str, keep: str) -> Selector:
@@ -27,8 +28,8 @@ def output_gate(where: Selector) -> Gate:
 
 @recipe(
     "gla",
-    system=19,
     citation="Gated Linear Attention Transformers with Hardware-Efficient Training (2024)",
+    cases=[Case(samples.language, ("causality", "cost", "gradient", "state", "reversible"))],
 )
 def gla(
     sites: str = "attention[...]",
@@ -68,8 +69,8 @@ def gla(
 
 @recipe(
     "retention",
-    system=19,
     citation="Retentive Network: A Successor to Transformer for Large Language Models (2023)",
+    cases=[Case(samples.language, ("causality", "cost", "gradient", "state", "reversible"))],
 )
 def retention(sites: str = "attention[...]", keep: str = "", gate: bool = True) -> tuple[Rewrite, ...]:
     """Retention: linear attention that forgets at a constant rate a head, log(1 - 2^-(5+h)).
@@ -86,8 +87,8 @@ def retention(sites: str = "attention[...]", keep: str = "", gate: bool = True) 
 
 @recipe(
     "gated-delta-net",
-    system=19,
     citation="Gated Delta Networks: Improving Mamba2 with Delta Rule (2025)",
+    cases=[Case(samples.language, ("causality", "cost", "gradient", "state", "reversible"))],
 )
 def gated_delta_net(
     sites: str = "attention[...]", keep: str = "", conv: int = 4, gate: bool = True, start: str = "published"
@@ -104,9 +105,9 @@ def gated_delta_net(
 
 @recipe(
     "scalar-decay",
-    system=19,
     citation="Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space "
     "Duality (2024), its decay",
+    cases=[Case(samples.language, ("causality", "cost", "gradient", "state", "reversible"))],
 )
 def scalar_decay(
     sites: str = "attention[...]", keep: str = "", conv: int = 0, gate: bool = True, start: str = "published"

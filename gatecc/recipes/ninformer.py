@@ -5,14 +5,15 @@ from __future__ import annotations
 from gatecc.ir.rewrite import Rewrite
 from gatecc.passes.mix.mix import Mix
 from gatecc.passes.mix.mixers.ninformer import NiNformer
+from gatecc.recipes import samples
 from gatecc.recipes.linearize import chosen
-from gatecc.recipes.registry import recipe
+from gatecc.recipes.registry import Case, recipe
 
 
 @recipe(
     "ninformer",
-    system=7,
     citation="NiNformer: A Network in Network Transformer with Token Mixing Generated Gating Function (2024)",
+    cases=[Case(samples.sequences, ("cost", "gradient", "reversible"))],
 )
 def ninformer(sites: str = "attention[...]", keep: str = "", hidden: int = 0) -> tuple[Rewrite, ...]:
     """(W x + b) * mixer(x) in the place of attention and of its projections, with the mixer of MLP-Mixer.

@@ -5,14 +5,15 @@ from __future__ import annotations
 from gatecc.ir.rewrite import Rewrite
 from gatecc.passes.mix.mix import Mix
 from gatecc.passes.mix.mixers.pgn import PGN
+from gatecc.recipes import samples
 from gatecc.recipes.linearize import chosen
-from gatecc.recipes.registry import recipe
+from gatecc.recipes.registry import Case, recipe
 
 
 @recipe(
     "pgn",
-    system=132,
     citation="PGN: The RNN's New Successor is Effective for Long-Range Time Series Forecasting (2024)",
+    cases=[Case(samples.series, ("causality", "cost", "gradient", "state", "reversible"))],
 )
 def pgn(sites: str = "recurrent[...]", keep: str = "", window: int = 16) -> tuple[Rewrite, ...]:
     """A parallel gated network in the place of each RNN, GRU or LSTM: a window of the past, and one gate.

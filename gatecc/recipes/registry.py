@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+
+from torch import nn
 
 from gatecc.errors import ArgumentError, UnknownRecipeError
 from gatecc.ir.contract import Contract
@@ -15,12 +17,28 @@ from gatecc.ir.rewrite import Recipe, Rewrite
 Builder = Callable[..., tuple[Rewrite, ...]]
 
 
+Check = Literal["identity", "causality", "cost", "gradient", "export", "state", "reversible"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model that a recipe is for, and what holds of the recipe there; `gatecc.checks` tries it.
+
+    ``sample`` makes the model and its example inputs, ``options`` are those of the recipe. docs/checks.md says what
+    each check means.
+    """
+
+    sample: Callable[[], tuple[nn.Module, Any]]
+    checks: tuple[Check, ...] = ("identity", "gradient", "reversible")
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
 @dataclass(frozen=True)
 class RecipeInfo:
-    """What is known of a recipe before it is built. ``system`` is its number in the catalogue of mechanisms."""
+    """What is known of a recipe before it is built."""
 
     name: str
-    system: int
+    cases: tuple[Case, ...]
     citation: str
     summary: str
     doc: str
@@ -35,12 +53,19 @@ class RecipeInfo:
 _KNOWN: dict[str, RecipeInfo] = {}
 
 
-def recipe(name: str, *, system: int, citation: str) -> Callable[[Builder], Builder]:
-    """Register a builder under a name. Its parameters are the recipe's options, its docstring the recipe's page."""
+def recipe(name: str, *, citation: str, cases: Sequence[Case]) -> Callable[[Builder], Builder]:
+    """Register a builder under a name, with the cases that it is checked on.
+
+    Its parameters are the recipe's options, its docstring the recipe's page. Raises ArgumentError without a case.
+    """
+    if not cases:
+        raise ArgumentError(
+            f"the recipe {name} has no case", expected="cases=[Case(sample, checks)]: a model that it is for"
+        )
 
     def register(builder: Builder) -> Builder:
         doc = inspect.getdoc(builder) or ""
-        _KNOWN[name] = RecipeInfo(name, system, citation, doc.split("\n\n")[0].replace("\n", " "), doc, builder)
+        _KNOWN[name] = RecipeInfo(name, tuple(cases), citation, doc.split("\n\n")[0].replace("\n", " "), doc, builder)
         return builder
 
     return register

@@ -9,14 +9,15 @@ from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.select import Selector
 from gatecc.passes.fuse import Fuse
 from gatecc.passes.gate import Gate
-from gatecc.recipes.registry import recipe
+from gatecc.recipes import samples
+from gatecc.recipes.registry import Case, recipe
 
 
 @recipe(
     "residual-gates",
-    system=35,
     citation="Deconstructing Recurrence, Attention, and Gating: Investigating the transferability of Transformers and "
     "Gated Recurrent Neural Networks in forecasting of dynamical systems (2024; recalled, not re-read)",
+    cases=[Case(samples.language, ("identity", "causality", "cost", "gradient", "state", "reversible"))],
 )
 def residual_gates(
     sites: str = "residual[...]",

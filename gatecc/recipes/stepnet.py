@@ -6,13 +6,14 @@ from gatecc.ir.gate import GateSpec
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.select import Selector
 from gatecc.passes.gate import Gate
-from gatecc.recipes.registry import recipe
+from gatecc.recipes import samples
+from gatecc.recipes.registry import Case, recipe
 
 
 @recipe(
     "stepnet",
-    system=111,
     citation="StepNet (a reading of its abstract)",
+    cases=[Case(samples.sequences, ("identity", "cost", "gradient", "reversible"))],
 )
 def stepnet(sites: str = "residual[...]", scorer: str = "mlp(32)", init: str = "identity") -> tuple[Rewrite, ...]:
     """Gate each residual branch a channel by a function of the pooled skip and the pooled branch.

@@ -7,13 +7,14 @@ from gatecc.ir.gates.scorer import Schedule
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.select import Selector
 from gatecc.passes.bypass import Bypass
-from gatecc.recipes.registry import recipe
+from gatecc.recipes import samples
+from gatecc.recipes.registry import Case, recipe
 
 
 @recipe(
     "timestep-windows",
-    system=69,
     citation="Denoising Task Routing for Diffusion Models (ICLR 2024)",
+    cases=[Case(samples.diffusion, ("gradient", "reversible"))],
 )
 def timestep_windows(
     sites: str = "block[...]",

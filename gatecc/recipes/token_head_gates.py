@@ -6,13 +6,14 @@ from gatecc.ir.gate import GateSpec
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.select import Selector
 from gatecc.passes.gate import Gate
-from gatecc.recipes.registry import recipe
+from gatecc.recipes import samples
+from gatecc.recipes.registry import Case, recipe
 
 
 @recipe(
     "token-head-gates",
-    system=34,
     citation="LINA, its gates on keys and values (linear attention for image generation)",
+    cases=[Case(samples.sequences, ("identity", "gradient", "reversible"))],
 )
 def token_head_gates(sites: str = "attention[...]") -> tuple[Rewrite, ...]:
     """Learned constants kappa and nu of shape (tokens, heads): k <- k * kappa, v <- v * nu, both 1 at init.

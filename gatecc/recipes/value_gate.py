@@ -8,13 +8,14 @@ from gatecc.ir.gate import GateSpec
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.select import Selector
 from gatecc.passes.gate import Gate
-from gatecc.recipes.registry import recipe
+from gatecc.recipes import samples
+from gatecc.recipes.registry import Case, recipe
 
 
 @recipe(
     "value-gate",
-    system=26,
     citation="PILL: Plug Into LLM with Adapter Expert and Attention Gate (2023), the modality attention gate",
+    cases=[Case(samples.images, ("gradient", "reversible"))],
 )
 def value_gate(
     sites: str = "attention[...]",

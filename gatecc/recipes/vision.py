@@ -10,14 +10,15 @@ from gatecc.passes.branch.grid import GridConv
 from gatecc.passes.mix.mix import Mix
 from gatecc.passes.mix.mixers.lina import Lina
 from gatecc.passes.mix.mixers.vig import ViG
+from gatecc.recipes import samples
 from gatecc.recipes.linearize import chosen
-from gatecc.recipes.registry import recipe
+from gatecc.recipes.registry import Case, recipe
 
 
 @recipe(
     "vig",
-    system=21,
     citation="ViG: Linear-complexity Visual Sequence Learning with Gated Linear Attention (2024)",
+    cases=[Case(samples.patches, ("cost", "gradient", "reversible"))],
 )
 def vig(
     sites: str = "attention[...]",
@@ -53,8 +54,8 @@ def vig(
 
 @recipe(
     "lina",
-    system=34,
     citation="LINA, linear attention for image generation with gates on keys and values",
+    cases=[Case(samples.patches, ("cost", "gradient", "reversible"))],
 )
 def lina(
     sites: str = "attention[...]",

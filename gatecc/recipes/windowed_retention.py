@@ -6,13 +6,14 @@ from gatecc.ir.gate import GateSpec
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.select import Selector
 from gatecc.passes.gate import Gate
-from gatecc.recipes.registry import recipe
+from gatecc.recipes import samples
+from gatecc.recipes.registry import Case, recipe
 
 
 @recipe(
     "windowed-retention-gate",
-    system=37,
     citation="Gated-SwinRMT, its gate G1 (a reading of its abstract)",
+    cases=[Case(samples.sequences, ("identity", "gradient", "reversible"))],
 )
 def windowed_retention_gate(sites: str = "attention[...]", init: str = "identity") -> tuple[Rewrite, ...]:
     """The gate G1: an elementwise sigmoid of the window's input on the head outputs, before the output projection.

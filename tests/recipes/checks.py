@@ -1,4 +1,4 @@
-"""The T-tests that every recipe passes, on a transformed model."""
+"""The checks that every recipe passes (docs/checks.md), on a transformed model."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def randomise(parameters: Iterable[Tensor], std: float = 1.0) -> None:
 def zoo(
     name: str, recipe: str, *, grow: bool = True, export: bool = False, tolerance: float = 1e-6, **options: Any
 ) -> nn.Module:
-    """Transform a model of the zoo and run T1, T2, T5, T8 (and T6) on it; returns it with random gates."""
+    """Transform a model of the zoo; identity, gradient, reversible (and export) hold. Returns it with random gates."""
     known = case(name)
     model = gatecc.transform(known.model, gatecc.recipe(recipe, **options), known.inputs)
     sizes = [known.inputs, *known.dynamic] if grow else [known.inputs]
@@ -64,7 +64,7 @@ def zoo(
 
 
 def gradients(model: nn.Module, new: dict[str, nn.Parameter], output: Any) -> None:
-    """T5: every trained new parameter has a finite gradient that is not zero, frozen ones have none."""
+    """gradient: every trained new parameter has a finite gradient that is not zero, frozen ones have none."""
     model.zero_grad()
     floats = [
         x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point() and x.requires_grad
@@ -81,7 +81,7 @@ def gradients(model: nn.Module, new: dict[str, nn.Parameter], output: Any) -> No
 
 
 def exported(model: nn.Module, known: Case) -> None:
-    """T6: torch.export sees the gates, and the exported program computes the same."""
+    """export: torch.export sees the gates, and the exported program computes the same."""
     with torch.no_grad():
         program = torch.export.export(model, tuple(known.args), dict(known.kwargs), strict=False)
         got = program.module()(*known.args, **known.kwargs)
@@ -89,7 +89,7 @@ def exported(model: nn.Module, known: Case) -> None:
 
 
 def reverted(model: nn.Module, plain: nn.Module, args: Any, kwargs: Any = None) -> None:
-    """T8: removal restores the state dict and the outputs bitwise."""
+    """reversible: removal restores the state dict and the outputs bitwise."""
     back = gatecc.revert(model)
     state, original = back.state_dict(), plain.state_dict()
     assert state.keys() == original.keys()
@@ -99,14 +99,14 @@ def reverted(model: nn.Module, plain: nn.Module, args: Any, kwargs: Any = None) 
 
 @torch.no_grad()
 def causal(model: nn.Module, x: Tensor, at: int) -> bool:
-    """T2: whether outputs before position ``at`` stay when inputs from there on change."""
+    """causality: whether outputs before position ``at`` stay when inputs from there on change."""
     other = copy.copy(x)
     other = torch.cat([x[:, :at], torch.flip(x[:, at:], [-1])], 1)
     return bool(torch.allclose(model(x)[:, :at], model(other)[:, :at], atol=1e-6))
 
 
 def cost(model: nn.Module) -> int:
-    """T3: the FLOPs that a transform added, as its report counts them."""
+    """cost: the FLOPs that a transform added, as its report counts them."""
     totals = gatecc.last_report(model).totals
     assert totals.flops_before is not None
     assert totals.flops_after is not None

@@ -1,4 +1,4 @@
-"""[11] Affine-scaled attention."""
+"""Affine-scaled attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""[10] RRNCO's attention-free module, against its sums written token by token."""
+"""RRNCO's attention-free module, against its sums written token by token."""
 
 from __future__ import annotations
 

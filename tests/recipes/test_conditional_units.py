@@ -1,4 +1,4 @@
-"""[28] Estimators of gradients through hard decisions, on units that are on or off for each token."""
+"""Estimators of gradients through hard decisions, on units that are on or off for each token."""
 
 from __future__ import annotations
 

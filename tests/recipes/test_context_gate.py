@@ -1,4 +1,4 @@
-"""[123] Context gates."""
+"""Context gates."""
 
 from __future__ import annotations
 

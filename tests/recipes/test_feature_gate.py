@@ -1,4 +1,4 @@
-"""[0] The feature gate of TSMixer."""
+"""The feature gate of TSMixer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""[17] Gated associative memory, against its equation written token by token."""
+"""Gated associative memory, against its equation written token by token."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_llama_is_the_equation_at_every_size(llama: nn.Module, model: nn.Modul
 
 
 def test_a_layer_sees_two_tokens_back(model: nn.Module) -> None:
-    """T2, and nothing further back: the memory looks at no other token."""
+    """Causality, and nothing further back: the memory looks at no other token."""
     with torch.no_grad():
         before, base = IDS.clone(), model(IDS).logits
         for t in range(8):
@@ -75,7 +75,7 @@ def test_a_layer_sees_two_tokens_back(model: nn.Module) -> None:
 
 
 def test_the_decoder_keeps_taps(model: nn.Module) -> None:
-    """T7: steps are the full forward, and their state does not grow."""
+    """State: steps are the full forward, and their state does not grow."""
     made = gatecc.decoder(model, (IDS,))
     with torch.no_grad():
         full = model(IDS).logits

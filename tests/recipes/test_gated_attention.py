@@ -1,4 +1,4 @@
-"""[2] Gated attention: five positions, two granularities, three starts, and the gate inside the query projection."""
+"""Gated attention: five positions, two granularities, three starts, and the gate inside the query projection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""[37] Gated-SwinRMT against its equations over pairs of places, on windows written by hand and on timm's Swin."""
+"""Gated-SwinRMT against its equations over pairs of places, on windows written by hand and on timm's Swin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""[45] Liger, LoLCATs and [146] Hopfield layers, against their equations written in Python."""
+"""Liger, LoLCATs and Hopfield layers, against their equations written in Python."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""[19] GLA and its relatives, against the recurrence written in Python, token by token."""
+"""GLA and its relatives, against the recurrence written in Python, token by token."""
 
 from __future__ import annotations
 

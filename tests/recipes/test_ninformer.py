@@ -1,4 +1,4 @@
-"""[7] NiNformer, against MLP-Mixer's equations written with matrices and transposes."""
+"""NiNformer, against MLP-Mixer's equations written with matrices and transposes."""
 
 from __future__ import annotations
 

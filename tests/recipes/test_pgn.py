@@ -1,4 +1,4 @@
-"""[132] PGN against its equations, token by token; what it takes the place of, and what it refuses."""
+"""PGN against its equations, token by token; what it takes the place of, and what it refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""[35] Gated residual joins."""
+"""Gated residual joins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""[111] StepNet."""
+"""StepNet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""[69] Channel windows by timestep."""
+"""Channel windows by timestep."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""[34] LINA's constants for each token and head."""
+"""LINA's constants for each token and head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""[26] The value gate of PILL."""
+"""The value gate of PILL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""[21] ViG and [34] LINA, against scans and convolutions written token by token and cell by cell."""
+"""ViG and LINA, against scans and convolutions written token by token and cell by cell."""
 
 from __future__ import annotations
 

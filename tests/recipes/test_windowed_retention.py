@@ -1,4 +1,4 @@
-"""[37] Gated-SwinRMT's gate G1."""
+"""Gated-SwinRMT's gate G1."""
 
 from __future__ import annotations
 

@@ -1,0 +1,149 @@
+"""Samples: small models that recipes are checked on, each with its example inputs. Plain torch, random weights.
+
+``sequences`` takes and returns features (B, N, C), ``language`` token ids (B, N) to logits, ``patches`` the patches of
+an image in raster order, ``series`` is a GRU. Weights are the same each time, and none is at a start that hides a fault
+(no norm with a weight of 1, no bias of 0).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gatecc.errors import MissingPackageError
+
+Sample = tuple[nn.Module, tuple[Any, ...]]
+_WIDTH, _HEADS, _GROUPS = 16, 4, 2
+
+
+class _Attention(nn.Module):
+    """Grouped-query attention. x: (B, N, C)"""
+
+    def __init__(self, causal: bool) -> None:
+        super().__init__()
+        self.causal = causal
+        head = _WIDTH // _HEADS
+        self.q_proj, self.o_proj = nn.Linear(_WIDTH, _WIDTH), nn.Linear(_WIDTH, _WIDTH)
+        self.k_proj, self.v_proj = nn.Linear(_WIDTH, _GROUPS * head), nn.Linear(_WIDTH, _GROUPS * head)
+
+    def forward(self, x: Tensor) -> Tensor:
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (p(x).unflatten(-1, (-1, _WIDTH // _HEADS)).transpose(1, 2) for p in projections)
+        k, v = (t.repeat_interleave(_HEADS // _GROUPS, 1) for t in (k, v))
+        heads = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.o_proj(heads.transpose(1, 2).flatten(2))
+
+
+class _MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.act, self.down = nn.Linear(_WIDTH, 2 * _WIDTH), nn.GELU(), nn.Linear(2 * _WIDTH, _WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.up(x)))
+
+
+class _Block(nn.Module):
+    def __init__(self, causal: bool) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(_WIDTH), nn.LayerNorm(_WIDTH)
+        self.attn, self.mlp = _Attention(causal), _MLP()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class _Transformer(nn.Module):
+    """``vocabulary``: token ids (B, N) -> logits; 0: features (B, N, C) -> (B, N, C).
+
+    A timestep (B,) and a mark (B, N) of the tokens that belong to an image may be added.
+    """
+
+    def __init__(self, causal: bool, vocabulary: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, _WIDTH) if vocabulary else None
+        self.blocks = nn.ModuleList(_Block(causal) for _ in range(2))
+        self.head = nn.Linear(_WIDTH, vocabulary) if vocabulary else None
+
+    def forward(self, x: Tensor, timestep: Tensor | None = None, image: Tensor | None = None) -> Tensor:
+        x = x if self.embed is None else self.embed(x)
+        if image is not None:
+            x = x + image.to(x.dtype).unsqueeze(-1)
+        if timestep is not None:
+            x = x + torch.sin(timestep)[:, None, None]
+        for block in self.blocks:
+            x = block(x)
+        return x if self.head is None else self.head(x)
+
+
+class _Series(nn.Module):
+    """x: (B, N, 8) -> (B, N, 16)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(8, _WIDTH, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(x)[0]
+
+
+def sequences() -> Sample:
+    """An encoder of features, in both directions."""
+    return _weighted(_Transformer(causal=False, vocabulary=0)), (_noise(2, 6, _WIDTH),)
+
+
+def diffusion() -> Sample:
+    """The same with a timestep."""
+    return _weighted(_Transformer(causal=False, vocabulary=0)), (_noise(2, 6, _WIDTH), torch.tensor([10, 500]))
+
+
+def language() -> Sample:
+    """A causal language model of 32 tokens."""
+    ids = torch.randint(0, 32, (2, 8), generator=torch.Generator().manual_seed(3))
+    return _weighted(_Transformer(causal=True, vocabulary=32)), (ids,)
+
+
+def images() -> Sample:
+    """The same with a mark on the tokens of an image."""
+    marked = torch.tensor([[True, True, False, False, True, False], [False, True, True, False, False, False]])
+    return _weighted(_Transformer(causal=False, vocabulary=0)), (_noise(2, 6, _WIDTH), None, marked)
+
+
+def windows() -> Sample:
+    """A Swin of timm: attention inside windows of 4 x 4 patches, with learned biases. Raises MissingPackageError."""
+    try:
+        timm: Any = import_module("timm")
+    except ImportError as e:
+        raise MissingPackageError("this sample is a model of timm", found=str(e), do="pip install timm") from e
+    shape = {"img_size": 8, "patch_size": 2, "embed_dim": 8, "depths": (1,), "num_heads": (2,), "window_size": 4}
+    model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, **shape)
+    return _weighted(model), (_noise(2, 3, 8, 8),)
+
+
+def patches() -> Sample:
+    """An encoder of 3 x 3 patches."""
+    return _weighted(_Transformer(causal=False, vocabulary=0)), (_noise(2, 9, _WIDTH),)
+
+
+def series() -> Sample:
+    """A GRU over 9 steps."""
+    return _weighted(_Series()), (_noise(2, 9, 8),)
+
+
+def _noise(*sizes: int) -> Tensor:
+    return torch.randn(sizes, generator=torch.Generator().manual_seed(2))
+
+
+def _weighted(model: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            vector = p.dim() < 2
+            scale = 0.3 if vector else p[0].numel() ** -0.5
+            p.copy_(torch.randn(p.shape, generator=generator) * scale + (0.5 if vector else 0.0))
+    return model.eval()
