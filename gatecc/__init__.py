@@ -10,7 +10,7 @@ from gatecc.ir.contract import Contract
 from gatecc.ir.gate import GateSpec
 from gatecc.ir.rewrite import Recipe, Rewrite
 from gatecc.ir.select import Selector
-from gatecc.ir.site import MLP, Activation, Attention, Block, Conv, Embedding, Head, Linear, Merge, Recurrent, Residual
+from gatecc.ir.site import MLP, RNN, Activation, Attention, Block, Conv, Embedding, Head, Linear, Merge, Residual
 from gatecc.passes.branch.branch import Branch
 from gatecc.passes.bypass import Bypass
 from gatecc.passes.fuse import Fuse
@@ -23,6 +23,7 @@ from gatecc.transform import last_report, revert, transform
 
 __all__ = [
     "MLP",
+    "RNN",
     "Activation",
     "Attention",
     "Block",
@@ -41,7 +42,6 @@ __all__ = [
     "Merge",
     "Mix",
     "Recipe",
-    "Recurrent",
     "Report",
     "Residual",
     "Rewrite",

@@ -25,11 +25,11 @@ from gatecc.ir.ops import argument
 from gatecc.ir.program import Program, attribute
 from gatecc.ir.select import Selector, select
 from gatecc.ir.site import Attention
-from gatecc.ops.state_space import Recurrence, gap, linear, of_weights, selective, softmax
+from gatecc.ops.state_space import StateSpace, gap, linear, of_weights, selective, softmax
 from gatecc.passes.mix.mixers.base import MixerModule
 from gatecc.scope.whole import whole_edits
 
-__all__ = ["Recurrence", "View", "gap", "linear", "of_weights", "selective", "softmax", "views"]
+__all__ = ["StateSpace", "View", "gap", "linear", "of_weights", "selective", "softmax", "views"]
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class View:
 
     site: str
     mixer: str
-    form: Recurrence | None = None
+    form: StateSpace | None = None
     error: float = 0.0
     refused: str = ""
 
     def __str__(self) -> str:
         if self.form is None:
-            return f"{self.site}: {self.mixer}, no recurrence: {self.refused}"
+            return f"{self.site}: {self.mixer}, no state space: {self.refused}"
         return f"{self.site}: {self.mixer}, {self.form.transition} A, state {self.form.state}, error {self.error:.1e}"
 
 
@@ -83,8 +83,8 @@ class _Read:
 
     mixer: str
     nodes: list[fx.Node]
-    form: Callable[[Values], Recurrence]
-    pair: Callable[[Recurrence, Values], tuple[Tensor, Tensor]]
+    form: Callable[[Values], StateSpace]
+    pair: Callable[[StateSpace, Values], tuple[Tensor, Tensor]]
 
     def view(self, site: str, values: Values) -> View:
         with torch.no_grad():
@@ -116,10 +116,10 @@ def _mixed(edit: Editor, program: Program) -> _Read:
     assert isinstance(module, MixerModule)
     nodes = [a for a in call.arguments if isinstance(a, fx.Node)]
 
-    def form(values: Values) -> Recurrence:
-        return module.recurrence(*(values[n] for n in nodes))
+    def form(values: Values) -> StateSpace:
+        return module.state_space(*(values[n] for n in nodes))
 
-    def pair(made: Recurrence, values: Values) -> tuple[Tensor, Tensor]:
+    def pair(made: StateSpace, values: Values) -> tuple[Tensor, Tensor]:
         return module.finished(made.run()[0]), values[call.result]
 
     return _Read(module.tag, [*nodes, call.result], form, pair)
@@ -131,7 +131,7 @@ def _softmax(site: Attention) -> _Read:
     heads, v = site.values["heads"], site.values["v"]
     nodes = [heads.node, v.node, *core.all_input_nodes, *([weights.node] if weights is not None else [])]
 
-    def form(values: Values) -> Recurrence:
+    def form(values: Values) -> StateSpace:
         if site.spelling == "sdpa":
             return of_weights(_fused_weights(core, values), values[_operand(core, 2)])
         if weights is None or (weights.axes, v.axes.replace("m", "n")) != ("bhnm", "bhnd"):
@@ -143,7 +143,7 @@ def _softmax(site: Attention) -> _Read:
             )
         return of_weights(values[weights.node], values[v.node])
 
-    def pair(made: Recurrence, values: Values) -> tuple[Tensor, Tensor]:
+    def pair(made: StateSpace, values: Values) -> tuple[Tensor, Tensor]:
         order = [heads.axes.index(a) for a in "bhnd"]
         return made.run()[0], values[heads.node].permute(order)
 

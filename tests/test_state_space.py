@@ -38,12 +38,12 @@ def mixed() -> torch.nn.Module:
 
 
 def test_every_mixer_in_one_form(mixed: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = HopfieldMixer.recurrence
+    own = HopfieldMixer.state_space
 
-    def wrong(mixer: HopfieldMixer, *values: Tensor) -> gatecc.state_space.Recurrence:
+    def wrong(mixer: HopfieldMixer, *values: Tensor) -> gatecc.state_space.StateSpace:
         return own(mixer, *values).scaled(1.001)
 
-    monkeypatch.setattr(HopfieldMixer, "recurrence", wrong)
+    monkeypatch.setattr(HopfieldMixer, "state_space", wrong)
     before = {name: value.clone() for name, value in mixed.state_dict().items()}
     found = gatecc.state_space.views(mixed, (X,))
     assert [view.mixer for view in found] == ["linear", "linear", "liger", "hopfield", "lolcats", "softmax"]
@@ -56,7 +56,7 @@ def test_every_mixer_in_one_form(mixed: torch.nn.Module, monkeypatch: pytest.Mon
         ("identity", 7),
     ]
     assert [view.site for view in found if view.error > 1e-6] == ["blocks.3.attn#0"], "an error is an error"
-    assert "no recurrent form" in str(found[4])
+    assert "no state space form" in str(found[4])
     assert all(torch.equal(value, before[name]) for name, value in mixed.state_dict().items())
 
 

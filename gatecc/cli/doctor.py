@@ -82,7 +82,10 @@ def _runtime(owners: list[str]) -> Finding:
 def _usable() -> Iterator[Finding]:
     yield Finding("ATen operators", "ok", "every device", "the reference that all kernels are judged against")
     yield _compiler(
-        "C compiler", os.environ.get("CC"), ("cc", "gcc", "clang"), "recurrences on the CPU run as ATen without it"
+        "C compiler",
+        os.environ.get("CC"),
+        ("cc", "gcc", "clang"),
+        "linear attention runs in ATen without it",
     )
     yield _compiler(
         "C++ compiler", os.environ.get("CXX"), ("c++", "g++", "clang++"), "torch.compile on the CPU needs it"

@@ -15,7 +15,7 @@ import torch
 
 from gatecc.capture.signature import OpaqueArgumentError, flatten, rebuild
 from gatecc.ir.program import Program
-from gatecc.ir.site import Attention, Recurrent, Site
+from gatecc.ir.site import RNN, Attention, Site
 from gatecc.ir.sizes import Size, UnknownSizeError, example_sizes, node_shape, symbols, value
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -73,7 +73,7 @@ def _samples(sites: Collection[Site]) -> set[sympy.Symbol]:
     Attention and recurrent layers know which axis is which; other sites take the first for the batch. They decide where
     windows of a sequence are a batch, too.
     """
-    certain = [site for site in sites if isinstance(site, Attention | Recurrent)]
+    certain = [site for site in sites if isinstance(site, Attention | RNN)]
     found = _symbols(certain or sites, _BATCH) - _symbols(certain or sites, _POSITIONS)
     return (found - _symbols(sites, _POSITIONS) if len(found) > 1 else set()) or found
 

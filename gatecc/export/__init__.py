@@ -26,7 +26,7 @@ from gatecc.errors import ArgumentError, CaptureError, ExampleInputsError, Expor
 from gatecc.export.compare import Compared, Outcome, compare
 from gatecc.export.files import MANIFEST, Exported, describe, metadata, move, parent, write_manifest
 from gatecc.ops import registry
-from gatecc.scope.transformers_loops import recurrences
+from gatecc.scope.transformers_loops import transformers_loops
 from gatecc.scope.whole import Whole, reads_masks
 
 __all__ = ["MANIFEST", "Compared", "Exported", "export"]
@@ -99,7 +99,7 @@ def _export(
     with evaluation(model), adapted(model), torch.no_grad(), random_states_kept():
         call = _call(model, *inputs, notes)
         notes.extend(f"not a tensor, left out of the outputs: {what}" for what in call.left_out)
-        with recurrences(model), tempfile.TemporaryDirectory(dir=parent(folder), prefix=".gatecc-") as temporary:
+        with transformers_loops(model), tempfile.TemporaryDirectory(dir=parent(folder), prefix=".gatecc-") as temporary:
             made = Path(temporary) / "made"
             said = _said(call)
 

@@ -196,10 +196,10 @@ class Conv(Site):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Recurrent(Site):
+class RNN(Site):
     """An RNN, GRU or LSTM over a sequence. Values: in (b, n, c), out (b, n, c) if the model reads it, or (n, b, c)."""
 
-    kind = "recurrent"
+    kind = "rnn"
     stages = ("in", "out")
     core: fx.Node  # the operator; its results are out and the last states
     cell: str  # rnn, gru or lstm

@@ -1,4 +1,4 @@
-"""Recurrence: the common form of softmax attention, linear attention, delta rules and state-space layers.
+"""StateSpace: the common form of softmax attention, linear attention, delta rules and state-space layers.
 
     h_t = A_t h_(t-1) + B_t u_t,    y_t = C_t h_t + D_t u_t
 
@@ -18,7 +18,7 @@ from gatecc.errors import ArgumentError
 
 
 @dataclass(frozen=True)
-class Recurrence:
+class StateSpace:
     """A recurrence for each sample and head, with states h: (S, V).
 
     a: (B, H, N, S) for a diagonal A_t, or (B, H, N, S, S); b and c: (B, H, N, S); d: (B, H, N), None for 0;
@@ -67,15 +67,15 @@ class Recurrence:
         unit = torch.eye(tokens, dtype=self.u.dtype, device=self.u.device).expand(*self.u.shape[:2], -1, -1)
         return replace(self, u=unit, start=None).run()[0]
 
-    def scaled(self, factor: float) -> Recurrence:
+    def scaled(self, factor: float) -> StateSpace:
         """With ``factor`` y in the place of y."""
         return replace(self, c=self.c * factor, d=None if self.d is None else self.d * factor)
 
-    def __add__(self, other: Recurrence) -> Recurrence:
+    def __add__(self, other: StateSpace) -> StateSpace:
         """Both side by side on one input, their outputs added: the states are stacked."""
         if not torch.equal(self.u, other.u):
             raise ArgumentError(
-                "only recurrences of one input add up",
+                "only state spaces of one input add up",
                 found="two inputs",
                 expected="the same u",
                 do="make both of the same values",
@@ -83,7 +83,7 @@ class Recurrence:
         full = self.a.dim() == 5 or other.a.dim() == 5
         a = _blocks(_matrix(self.a), _matrix(other.a)) if full else torch.cat([self.a, other.a], -1)
         d = [r.d for r in (self, other) if r.d is not None]
-        return Recurrence(
+        return StateSpace(
             a,
             torch.cat([self.b, other.b], -1),
             torch.cat([self.c, other.c], -1),
@@ -93,7 +93,7 @@ class Recurrence:
         )
 
 
-def gap(one: Recurrence, other: Recurrence) -> float:
+def gap(one: StateSpace, other: StateSpace) -> float:
     """The largest difference of two kernels, relative to max(1, the largest entry): 0 if both are the same layer."""
     left, right = one.kernel(), other.kernel()
     if left.shape != right.shape:
@@ -117,7 +117,7 @@ def linear(
     scale: float | None = None,
     normalize: bool = False,
     mask: Tensor | None = None,
-) -> Recurrence:
+) -> StateSpace:
     """The form of ``gatecc::linear_attention``, with its arguments: linear, gated, delta and gated delta rules.
 
     A_t = diag(e^g_t), for the delta rules (I - beta_t k_t k_t^T) diag(e^g_t); B_t = k_t, or beta_t k_t; C_t = scale
@@ -136,17 +136,17 @@ def linear(
         a, b = erase * a.unsqueeze(-2), strength * b
     start = None if initial_state is None else initial_state.double()
     if not normalize:
-        return Recurrence(a, b, c, v, start=start)
+        return StateSpace(a, b, c, v, start=start)
     if start is not None or strength is not None:
         other = "beta" if strength is not None else "initial_state"
         raise ArgumentError(
             "a normaliser has no such form", found=f"normalize=True and {other}", do="leave out one of them"
         )
-    total = Recurrence(a, b, c, torch.ones_like(v[..., :1])).run()[0]
-    return Recurrence(a, b, torch.where(total == 0, 0.0, c / torch.where(total == 0, 1.0, total)), v)
+    total = StateSpace(a, b, c, torch.ones_like(v[..., :1])).run()[0]
+    return StateSpace(a, b, torch.where(total == 0, 0.0, c / torch.where(total == 0, 1.0, total)), v)
 
 
-def of_weights(weights: Tensor, v: Tensor) -> Recurrence:
+def of_weights(weights: Tensor, v: Tensor) -> StateSpace:
     """Any causal mixer y = W v: the state is the cache of values, A = 1, B_t the t-th unit vector, C_t row t of W.
 
     weights: (B, H, N, N), v: (B, Hv, N, V). Raises ArgumentError if a token reads a later one.
@@ -154,16 +154,16 @@ def of_weights(weights: Tensor, v: Tensor) -> Recurrence:
     weights, v = weights.double(), _wide(v, weights.size(1))
     if weights.size(-1) != weights.size(-2) or bool(weights.triu(1).any()):
         raise ArgumentError(
-            "a recurrence does not look ahead",
+            "a state space does not look ahead",
             found="weights on later tokens",
             expected="square weights, zero above the diagonal",
             do="choose causal sites",
         )
     unit = torch.eye(v.size(2), dtype=v.dtype, device=v.device).expand_as(weights)
-    return Recurrence(torch.ones_like(weights), unit, weights, v)
+    return StateSpace(torch.ones_like(weights), unit, weights, v)
 
 
-def softmax(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, window: int | None = None) -> Recurrence:
+def softmax(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, window: int | None = None) -> StateSpace:
     """Causal softmax attention. Its kernel e^(q·k) has a state without end; over N tokens the cache of values is one.
 
     C_t = softmax(scale q_t · k_s) over s <= t, the last ``window`` of them: the normalisation is a matter of C.
@@ -176,7 +176,7 @@ def softmax(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, wind
     return of_weights(scores.masked_fill(hidden, float("-inf")).softmax(-1), v)
 
 
-def selective(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None = None) -> Recurrence:
+def selective(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None = None) -> StateSpace:
     """S6, the selective state space of Mamba (Gu and Dao 2023): each channel is a head with values of width 1.
 
     x and delta: (B, N, C), a: (C, S) negative, b and c: (B, N, S), d: (C,).
@@ -188,7 +188,7 @@ def selective(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tens
     skip = None if d is None else d.double()[None, :, None].expand(x.size(0), -1, x.size(1))
     decay, channels = (step * a[:, None]).exp(), x.size(-1)
     write, read = step * b.unsqueeze(1), c.unsqueeze(1).expand(-1, channels, -1, -1)
-    return Recurrence(decay, write, read, x.mT.unsqueeze(-1), skip)
+    return StateSpace(decay, write, read, x.mT.unsqueeze(-1), skip)
 
 
 def _wide(x: Tensor, heads: int) -> Tensor:

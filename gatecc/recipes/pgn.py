@@ -15,7 +15,7 @@ from gatecc.recipes.registry import Case, recipe
     citation="PGN: The RNN's New Successor is Effective for Long-Range Time Series Forecasting (2024)",
     cases=[Case(samples.series, ("causality", "cost", "gradient", "state", "reversible"))],
 )
-def pgn(sites: str = "recurrent[...]", keep: str = "", window: int = 16) -> tuple[Rewrite, ...]:
+def pgn(sites: str = "rnn[...]", keep: str = "", window: int = 16) -> tuple[Rewrite, ...]:
     """A parallel gated network in the place of each RNN, GRU or LSTM: a window of the past, and one gate.
 
     h_t is linear in the ``window`` inputs before token t, zeros before the first; a gate of x_t and h_t then chooses

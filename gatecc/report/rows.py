@@ -13,7 +13,7 @@ from torch import fx
 
 from gatecc.ir.graphview import ATTRIBUTES, attributes, uses
 from gatecc.ir.program import Program
-from gatecc.ir.site import MLP, Activation, Attention, Merge, Recurrent, Site
+from gatecc.ir.site import MLP, RNN, Activation, Attention, Merge, Site
 from gatecc.ir.sizes import size_names
 
 
@@ -177,7 +177,7 @@ def _detail(site: Site) -> str:
         return f"{site.form} {site.activation}".strip()
     if isinstance(site, Activation):
         return site.function
-    if isinstance(site, Recurrent):
+    if isinstance(site, RNN):
         return f"{site.cell}, {site.layers} layer{'s' * (site.layers > 1)}" + ", both directions" * site.bidirectional
     return site.form if isinstance(site, Merge) else ""
 

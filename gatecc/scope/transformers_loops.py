@@ -1,4 +1,4 @@
-"""Recurrences: loops over tokens in transformers' own code, said by ``gatecc::linear_attention`` during a capture.
+"""Loops over tokens in transformers' own code, said by ``gatecc::linear_attention`` during a capture.
 
 transformers spells state space models and delta rules as Python loops over tokens or chunks, which fix the length of a
 graph. All of them are linear attention: Mamba has one head a channel with values of width 1 and a decay a state
@@ -25,7 +25,7 @@ _ALLOWED = 1e-4  # of the largest output: chunked forms in float32 differ by 1e-
 
 
 @contextmanager
-def recurrences(model: nn.Module) -> Generator[None]:
+def transformers_loops(model: nn.Module) -> Generator[None]:
     """Let the loops that the modules of ``model`` call be one operator each.
 
     A loop is known by its name in a module of transformers; it is replaced once both have given the same numbers on

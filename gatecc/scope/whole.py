@@ -16,7 +16,7 @@ from gatecc.ir.weights import joined
 from gatecc.pipeline import Prepared, apply, prepare
 from gatecc.scope.masks import handed_down
 from gatecc.scope.scope import Application, Scope, plain, scopes
-from gatecc.scope.transformers_loops import recurrences
+from gatecc.scope.transformers_loops import transformers_loops
 from gatecc.scope.variant import Variant
 
 
@@ -45,7 +45,7 @@ def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """The prepared graph, and the scopes whose rewrites are still to be done on it."""
     states = {fqn: state for fqn, _, state in scopes(model)}
     inline = any(state.changes for state in states.values())
-    with nullcontext() if inline else plain(model), recurrences(model):
+    with nullcontext() if inline else plain(model), transformers_loops(model):
         program = capture(model, args, kwargs)
     return prepare(program), {} if inline else states
 

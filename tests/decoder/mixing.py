@@ -83,7 +83,7 @@ class Reversed(nn.Module):
         return x.flip(1).cumsum(1).flip(1)
 
 
-class Recurrence(nn.Module):
+class LinearAttention(nn.Module):
     """Linear attention: gated, delta rule, normalised, or reversed."""
 
     def __init__(self, rule: str) -> None:

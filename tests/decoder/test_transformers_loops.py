@@ -11,7 +11,7 @@ from torch import nn
 
 import gatecc
 from gatecc.errors import DecoderError
-from gatecc.scope.transformers_loops import chunk_delta_rule, chunk_scan, recurrences, selective_scan
+from gatecc.scope.transformers_loops import chunk_delta_rule, chunk_scan, selective_scan, transformers_loops
 from tests.decoder.stepping import difference, full, stepped
 
 IDS: dict[str, Any] = {"vocab_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -56,7 +56,7 @@ def test_loops_are_as_they_were_afterwards() -> None:
     from transformers.models.mamba import modeling_mamba
 
     before = modeling_mamba.mamba_selective_scan
-    with recurrences(build("mamba")):
+    with transformers_loops(build("mamba")):
         assert modeling_mamba.mamba_selective_scan is not before
     assert modeling_mamba.mamba_selective_scan is before
 
@@ -81,7 +81,7 @@ def test_a_call_that_starts_from_a_state_goes_to_the_loop() -> None:
     start = torch.randn(1, 2, 4, 4)
     loop: Any = modeling_qwen3_next.torch_chunk_gated_delta_rule
     expected, _ = loop(q, k, v, g=g, beta=beta, initial_state=start)
-    with recurrences(build("qwen3_next")):
+    with transformers_loops(build("qwen3_next")):
         said: Any = modeling_qwen3_next.torch_chunk_gated_delta_rule
         assert torch.equal(said(q, k, v, g=g, beta=beta, initial_state=start)[0], expected)
 

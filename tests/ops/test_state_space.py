@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gatecc.errors import ArgumentError
 from gatecc.ops.linear_attention import linear_attention
-from gatecc.ops.state_space import Recurrence, gap, linear, of_weights, selective, softmax
+from gatecc.ops.state_space import StateSpace, gap, linear, of_weights, selective, softmax
 
 
 def draws(tokens: int = 6, heads: int = 2, groups: int = 2, seed: int = 0) -> dict[str, Tensor]:
@@ -154,4 +154,4 @@ def test_what_has_no_form_is_refused() -> None:
         linear(x["q"], x["k"], x["v"], beta=x["beta"], normalize=True)
     form = linear(x["q"], x["k"], x["v"])
     with pytest.raises(ArgumentError, match="other shapes"):
-        gap(form, Recurrence(form.a[:, :1], form.b[:, :1], form.c[:, :1], form.u[:, :1]))
+        gap(form, StateSpace(form.a[:, :1], form.b[:, :1], form.c[:, :1], form.u[:, :1]))

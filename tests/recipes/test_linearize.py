@@ -30,7 +30,7 @@ def _heads(x: Tensor, projection: Any) -> Tensor:
     return y.repeat_interleave(HEADS // y.size(1), 1)
 
 
-def _recurrence(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor | None = None) -> Tensor:
+def _token_by_token(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor | None = None) -> Tensor:
     """o_t = S_t^T q_t, one token after another; decay (B, H, N, D or 1) in (0, 1]."""
     state = torch.zeros(*q.shape[:2], q.size(-1), v.size(-1))
     outs: list[Tensor] = []
@@ -58,14 +58,14 @@ def _convolved(x: Tensor, conv: Any) -> Tensor:
 
 def _gla(m: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     score = m.decays[0].up(m.decays[0].down(x)).unflatten(-1, (HEADS, HEAD)).transpose(1, 2)
-    return _rms(_recurrence(q * HEAD**-0.5, k, v, torch.sigmoid(score) ** (1 / 16)), m.norm.weight)
+    return _rms(_token_by_token(q * HEAD**-0.5, k, v, torch.sigmoid(score) ** (1 / 16)), m.norm.weight)
 
 
 def _retention(m: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     decay = (
         torch.tensor([1 - 2.0 ** (-5 - h) for h in range(HEADS)]).view(1, -1, 1, 1).expand(x.size(0), -1, x.size(1), 1)
     )
-    return _rms(_recurrence(q * HEAD**-0.5, k, v, decay), m.norm.weight)
+    return _rms(_token_by_token(q * HEAD**-0.5, k, v, decay), m.norm.weight)
 
 
 def _scalar(m: Any, x: Tensor) -> Tensor:
@@ -74,13 +74,13 @@ def _scalar(m: Any, x: Tensor) -> Tensor:
 
 
 def _scalar_decay(m: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return _rms(_recurrence(q * HEAD**-0.5, k, v, _scalar(m, x)), m.norm.weight)
+    return _rms(_token_by_token(q * HEAD**-0.5, k, v, _scalar(m, x)), m.norm.weight)
 
 
 def _delta(m: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     beta = torch.sigmoid(m.beta(x)).transpose(1, 2).unsqueeze(-1)
     q, k = (y / y.norm(dim=-1, keepdim=True) for y in (q, k))
-    return _rms(_recurrence(q * HEAD**-0.5, k, v, _scalar(m, x), beta), m.norm.weight)
+    return _rms(_token_by_token(q * HEAD**-0.5, k, v, _scalar(m, x), beta), m.norm.weight)
 
 
 CASES: dict[str, tuple[dict[str, Any], Callable[..., Tensor]]] = {
@@ -92,7 +92,7 @@ CASES: dict[str, tuple[dict[str, Any], Callable[..., Tensor]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_it_is_the_recurrence(name: str) -> None:
+def test_it_is_the_token_by_token(name: str) -> None:
     options, hand = CASES[name]
     plain = tiny(causal=True)
     model: Any = gatecc.transform(plain, gatecc.recipe(name, **options), (X,))

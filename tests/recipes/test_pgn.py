@@ -119,11 +119,11 @@ def refused(model: nn.Module, x: Tensor, rewrite: gatecc.Rewrite) -> str:
     ],
 )
 def test_what_a_window_cannot_replace_is_refused(options: dict[str, Any], found: str) -> None:
-    assert found in refused(series(**options), X, gatecc.Mix(gatecc.Recurrent[...], PGN()))
+    assert found in refused(series(**options), X, gatecc.Mix(gatecc.RNN[...], PGN()))
 
 
 def test_each_mixer_has_its_kind_of_site() -> None:
-    assert "linear takes the place of attention" in refused(series(), X, gatecc.Mix(gatecc.Recurrent[...], Linear()))
+    assert "linear takes the place of attention" in refused(series(), X, gatecc.Mix(gatecc.RNN[...], Linear()))
     encoder = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
     said = refused(encoder, torch.randn(2, 4, 6), gatecc.Mix(gatecc.Attention[...], PGN()))
-    assert "pgn takes the place of recurrent" in said
+    assert "pgn takes the place of rnn" in said

@@ -232,7 +232,7 @@ class LeastSquares(Scorer, tag="lstsq"):
 
 
 @dataclass(frozen=True)
-class Recurrent(Scorer, tag="recurrent"):
+class RNN(Scorer, tag="rnn"):
     """A GRU or LSTM over the tokens, in their order: the score at a token knows those before it."""
 
     hidden: int
@@ -246,7 +246,7 @@ class Recurrent(Scorer, tag="recurrent"):
 
     def shapes(self, channels: int, features: int, at: str) -> Shapes:
         if at != "bn":
-            raise ArgumentError("recurrent runs over a sequence", found=f"positions {at}", expected="positions bn")
+            raise ArgumentError("rnn runs over a sequence", found=f"positions {at}", expected="positions bn")
         rows = (3 if self.cell == "gru" else 4) * self.hidden
         cell: Shapes = {"input_weight": (rows, channels), "state_weight": (rows, self.hidden)}
         cell |= {"input_bias": (rows,), "state_bias": (rows,)}
@@ -254,7 +254,7 @@ class Recurrent(Scorer, tag="recurrent"):
 
     def __call__(self, x: Features, params: Params, features: int) -> Features:
         cell = [params[name] for name in ("input_weight", "state_weight", "input_bias", "state_bias")]
-        h = torch.ops.gatecc.recurrent(x.x, *cell, self.cell)
+        h = torch.ops.gatecc.rnn(x.x, *cell, self.cell)
         return Features(F.linear(h, params["weight"], params["bias"]), x.at)
 
 

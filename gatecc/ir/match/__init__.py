@@ -21,7 +21,7 @@ from gatecc.ir.match.linear import match_linear
 from gatecc.ir.match.merge import match_merge
 from gatecc.ir.match.mlp import match_mlp
 from gatecc.ir.match.residual import match_residual
-from gatecc.ir.match.rnn import match_recurrent
+from gatecc.ir.match.rnn import match_rnn
 from gatecc.ir.program import Program
 from gatecc.ir.site import Refusal, Site
 
@@ -30,7 +30,7 @@ _MATCHERS = (
     match_experts,
     match_linear,
     match_conv,
-    match_recurrent,
+    match_rnn,
     match_activation,
     match_residual,
     match_merge,

@@ -1,4 +1,4 @@
-"""Recurrent sites: RNN, GRU and LSTM layers, which torch keeps as one operator over the whole sequence."""
+"""RNN sites: RNN, GRU and LSTM layers, which torch keeps as one operator over the whole sequence."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import fx
 from gatecc.ir.match.facts import Facts
 from gatecc.ir.ops import opname
 from gatecc.ir.program import shape
-from gatecc.ir.site import Recurrent, Value
+from gatecc.ir.site import RNN, Value
 
 _CELLS = {"gru": "gru", "lstm": "lstm", "rnn_tanh": "rnn", "rnn_relu": "rnn"}
 
 
-def match_recurrent(facts: Facts) -> Iterator[Recurrent]:
+def match_rnn(facts: Facts) -> Iterator[RNN]:
     """One site an operator on padded sequences, in execution order."""
     for node in facts.program.calls():
         if opname(node) in _CELLS and str(node.target).endswith(".input"):
             yield _site(node, facts)
 
 
-def _site(node: fx.Node, facts: Facts) -> Recurrent:
+def _site(node: fx.Node, facts: Facts) -> RNN:
     """x, state, weights, has_biases, num_layers, dropout, train, bidirectional, batch_first"""
     given: tuple[Any, ...] = node.args
     x, state = given[0], given[1]
@@ -34,8 +34,8 @@ def _site(node: fx.Node, facts: Facts) -> Recurrent:
             results.setdefault(user.args[1], user)
     values = {"in": Value(x, axes)} | ({"out": Value(results[0], axes)} if 0 in results else {})
     read = [n for n in given[2] if isinstance(n, fx.Node) and facts.program.weight(n) is not None]
-    return Recurrent(
-        **facts.place("recurrent", node),
+    return RNN(
+        **facts.place("rnn", node),
         values=values,
         core=node,
         cell=_CELLS[opname(node)],

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gatecc.ops.linear_attention.chunk import chunked
 from gatecc.ops.linear_attention.problem import Body, Gradients, Problem
-from gatecc.ops.linear_attention.reference import recurrence
+from gatecc.ops.linear_attention.reference import token_by_token
 
 
 class Kernels(Protocol):
@@ -76,4 +76,4 @@ def backward(problem: Problem, grad_o: Tensor, grad_state: Tensor) -> Gradients:
 
 def form(problem: Problem) -> Body:
     """The recurrence in ATen. float64 is for checking: it runs the plain recurrence."""
-    return recurrence if problem.state_dtype == torch.float64 else chunked
+    return token_by_token if problem.state_dtype == torch.float64 else chunked

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def recurrence(
+def token_by_token(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """o: (B, H, N, Dv) and the final state, (B, H, Dk, Dv), in the dtype of ``state``. Differentiable.

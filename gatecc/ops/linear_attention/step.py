@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gatecc.errors import ArgumentError
 from gatecc.ops.linear_attention import kernels
-from gatecc.ops.linear_attention.reference import recurrence
+from gatecc.ops.linear_attention.reference import token_by_token
 from gatecc.ops.transforms import LIBRARY, UNDER_FUNC, has_tangents, is_plain
 
 LIBRARY.define(
@@ -78,7 +78,7 @@ def _step_of_any(
     if o is None:
         decay = None if log_decay is None else log_decay.unsqueeze(2)
         strength = None if beta is None else beta[:, :, None, None]
-        o, after = recurrence(q.unsqueeze(2) * scale, k.unsqueeze(2), v.unsqueeze(2), decay, strength, state)
+        o, after = token_by_token(q.unsqueeze(2) * scale, k.unsqueeze(2), v.unsqueeze(2), decay, strength, state)
         state.copy_(after)
         o = o.squeeze(2)
     return o.to(given)

@@ -1,4 +1,4 @@
-"""``gatecc::recurrent``: a GRU or LSTM over a sequence as one operator, so that captured graphs keep any length.
+"""``gatecc::rnn``: a GRU or LSTM over a sequence as one operator, so that captured graphs keep any length.
 
 ``aten.gru`` and ``aten.lstm`` are unrolled while a graph is traced, which fixes the length.
 """
@@ -14,8 +14,8 @@ from gatecc.errors import ArgumentError
 from gatecc.ops.transforms import instead
 
 
-@torch.library.custom_op("gatecc::recurrent", mutates_args=())
-def recurrent(x: Tensor, w_in: Tensor, w_state: Tensor, b_in: Tensor, b_state: Tensor, cell: str) -> Tensor:
+@torch.library.custom_op("gatecc::rnn", mutates_args=())
+def rnn(x: Tensor, w_in: Tensor, w_state: Tensor, b_in: Tensor, b_state: Tensor, cell: str) -> Tensor:
     """x: (B, N, C) -> hidden states (B, N, H), from state zero.
 
     w_in: (3H or 4H, C), w_state: (3H or 4H, H) and biases as in torch.nn.GRU ("gru") and torch.nn.LSTM ("lstm").
@@ -23,13 +23,13 @@ def recurrent(x: Tensor, w_in: Tensor, w_state: Tensor, b_in: Tensor, b_state: T
     return _run(x, (w_in, w_state, b_in, b_state), cell).contiguous()
 
 
-@recurrent.register_fake
+@rnn.register_fake
 def _(x: Tensor, w_in: Tensor, w_state: Tensor, b_in: Tensor, b_state: Tensor, cell: str) -> Tensor:
     return x.new_empty(x.size(0), x.size(1), w_state.size(1))
 
 
-@torch.library.custom_op("gatecc::recurrent_backward", mutates_args=())
-def recurrent_backward(
+@torch.library.custom_op("gatecc::rnn_backward", mutates_args=())
+def rnn_backward(
     grad: Tensor, x: Tensor, w_in: Tensor, w_state: Tensor, b_in: Tensor, b_state: Tensor, cell: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x and the four weights; the forward pass is run again rather than kept."""
@@ -39,7 +39,7 @@ def recurrent_backward(
     return gx, gw, gs, gb, gt.clone()
 
 
-@recurrent_backward.register_fake
+@rnn_backward.register_fake
 def _(
     grad: Tensor, x: Tensor, w_in: Tensor, w_state: Tensor, b_in: Tensor, b_state: Tensor, cell: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -68,11 +68,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*recurrent_backward(grad.contiguous(), *ctx.saved_tensors, ctx.cell), None)
+    return (*rnn_backward(grad.contiguous(), *ctx.saved_tensors, ctx.cell), None)
 
 
 def _spelled(x: Tensor, w_in: Tensor, w_state: Tensor, b_in: Tensor, b_state: Tensor, cell: str) -> Tensor:
-    """``recurrent`` token by token in plain ATen: differentiable to any order, in both modes, and under torch.func.
+    """``rnn`` token by token in plain ATen: differentiable to any order, in both modes, and under torch.func.
 
     torch.gru and torch.lstm have kernels that are differentiable once.
     """
@@ -109,7 +109,7 @@ def _second(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
     return (*pull(cotangents), None)
 
 
-recurrent.register_autograd(_backward, setup_context=_setup)
-recurrent_backward.register_autograd(_second, setup_context=_setup_backward)
-instead(recurrent, _spelled)
-instead(recurrent_backward, _spelled_backward)
+rnn.register_autograd(_backward, setup_context=_setup)
+rnn_backward.register_autograd(_second, setup_context=_setup_backward)
+instead(rnn, _spelled)
+instead(rnn_backward, _spelled_backward)

@@ -14,12 +14,12 @@ from gatecc.ir.contract import Contract, changes_function
 from gatecc.ir.edit import Editor
 from gatecc.ir.program import attribute, shape
 from gatecc.ir.rewrite import Rewrite
-from gatecc.ir.site import Attention, Recurrent, Site, Value
+from gatecc.ir.site import RNN, Attention, Site, Value
 from gatecc.ir.sizes import described_shape, size_names, size_text
 from gatecc.passes.mix.attention_maps import forget, readers
 from gatecc.passes.mix.mixers import Mixer, Place
 from gatecc.passes.mix.padding import token_mask
-from gatecc.passes.mix.rnn import replace_recurrent
+from gatecc.passes.mix.rnn import replace_rnn
 from gatecc.passes.mix.windows import biases, grid, prove_regions, seen
 from gatecc.passes.operands import condition, own_weight, stage, static_sizes
 from gatecc.passes.operands import place as where
@@ -76,8 +76,8 @@ class Mix(Rewrite):
                 found=f"a site of the kind {site.kind}",
                 do=f"select {self.mixer.site}[...], or choose another mixer",
             )
-        if isinstance(site, Recurrent):
-            replace_recurrent(site, self.label, lambda place: self._module(place, edit), edit)
+        if isinstance(site, RNN):
+            replace_rnn(site, self.label, lambda place: self._module(place, edit), edit)
             return
         found = _attention(site)
         visible = _visible(found, self.mixer)

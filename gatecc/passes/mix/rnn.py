@@ -1,4 +1,4 @@
-"""Recurrent: put a module in the place of an RNN, GRU or LSTM layer, its last hidden state included."""
+"""RNN: put a module in the place of an RNN, GRU or LSTM layer, its last hidden state included."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from gatecc.ir.dataflow import Flow
 from gatecc.ir.edit import Editor
 from gatecc.ir.evaluate import Evaluator, UnprovableError
 from gatecc.ir.program import Program
-from gatecc.ir.site import Recurrent
+from gatecc.ir.site import RNN
 from gatecc.ir.sizes import example_sizes
 from gatecc.passes.mix.mixers.base import Place
 from gatecc.passes.operands import place as where
 from gatecc.passes.operands import stage, static_sizes
 
 
-def replace_recurrent(site: Recurrent, label: str, module: Callable[[Place], nn.Module], edit: Editor) -> None:
+def replace_rnn(site: RNN, label: str, module: Callable[[Place], nn.Module], edit: Editor) -> None:
     """A causal module (B, N, C) -> (B, N, H) in the place of the layer, whose weights go. Raises SiteRefusedError."""
     _check(site, edit.program)
     given, out = stage(site, "in"), stage(site, "out")
@@ -47,7 +47,7 @@ def last_token(x: Tensor) -> Tensor:
     return x[:, -1].unsqueeze(0)
 
 
-def _check(site: Recurrent, program: Program) -> None:
+def _check(site: RNN, program: Program) -> None:
     cell = site.last[1]
     if site.bidirectional:
         raise _refused(site, "it runs in both directions", "one direction")
@@ -70,7 +70,7 @@ def _zero(state: fx.Node, program: Program) -> bool:
         return False
 
 
-def _refused(site: Recurrent, found: str, expected: str) -> SiteRefusedError:
+def _refused(site: RNN, found: str, expected: str) -> SiteRefusedError:
     return SiteRefusedError(
         "what was cannot be read from a window here",
         where=where(site),

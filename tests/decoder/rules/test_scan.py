@@ -11,8 +11,8 @@ from gatecc.errors import DecoderError
 from tests.decoder.mixing import (
     Centred,
     Convolution,
+    LinearAttention,
     Mixed,
-    Recurrence,
     Reversed,
     RunningMaximum,
     RunningMean,
@@ -27,11 +27,11 @@ CAUSAL = {
     "convolution, dilated": lambda: Convolution(cut=False, dilation=2),
     "mean": RunningMean,
     "maximum": RunningMaximum,
-    "linear": lambda: Recurrence("linear"),
-    "gated": lambda: Recurrence("gated"),
-    "delta": lambda: Recurrence("delta"),
-    "gated delta": lambda: Recurrence("gated delta"),
-    "normalised": lambda: Recurrence("normalised"),
+    "linear": lambda: LinearAttention("linear"),
+    "gated": lambda: LinearAttention("gated"),
+    "delta": lambda: LinearAttention("delta"),
+    "gated delta": lambda: LinearAttention("gated delta"),
+    "normalised": lambda: LinearAttention("normalised"),
 }
 
 
@@ -44,7 +44,7 @@ def test_steps_are_the_full_forward(name: str) -> None:
 
 
 def test_the_state_of_linear_attention_does_not_grow() -> None:
-    made = gatecc.decoder(Mixed(Recurrence("gated")).eval(), (torch.randint(V, (2, 16)),))
+    made = gatecc.decoder(Mixed(LinearAttention("gated")).eval(), (torch.randint(V, (2, 16)),))
     _, short = made.prefill(torch.randint(V, (3, 2)))
     _, long = made.prefill(torch.randint(V, (3, 200)))
     assert [s.shape for s in short["slots"]] == [s.shape for s in long["slots"]] == [(3, 2, 8, 8)]
@@ -52,8 +52,13 @@ def test_the_state_of_linear_attention_does_not_grow() -> None:
 
 @pytest.mark.parametrize(
     ("mixer", "culprit"),
-    [(Centred(), "conv1d"), (WholeMean(), "mean"), (Reversed(), "flip"), (Recurrence("reversed"), "linear_attention")],
-    ids=["convolution", "mean", "flip", "recurrence"],
+    [
+        (Centred(), "conv1d"),
+        (WholeMean(), "mean"),
+        (Reversed(), "flip"),
+        (LinearAttention("reversed"), "linear_attention"),
+    ],
+    ids=["convolution", "mean", "flip", "linear attention"],
 )
 def test_what_looks_ahead_is_refused_by_node(mixer: nn.Module, culprit: str) -> None:
     with pytest.raises(DecoderError, match=culprit) as raised:

@@ -44,7 +44,7 @@ SCORERS = (
     "lowrank(2)",
     "mlp(3, activation=silu)",
     "attn",
-    "recurrent(3)",
+    "rnn(3)",
     "conv(3)",
     "none",
 )

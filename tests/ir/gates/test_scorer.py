@@ -44,7 +44,7 @@ def test_attention_pooling_ignores_the_order_of_tokens() -> None:
 
 
 def test_a_recurrent_score_is_causal() -> None:
-    g, x = gate("recurrent(3)"), torch.randn(B, N, C)
+    g, x = gate("rnn(3)"), torch.randn(B, N, C)
     later = x.clone()
     later[:, 4:] = 0
     value = torch.randn(B, N, H)

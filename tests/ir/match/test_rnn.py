@@ -1,4 +1,4 @@
-"""Recurrent sites: what they read and yield, and what a rewrite must know of them."""
+"""RNN sites: what they read and yield, and what a rewrite must know of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_values_and_facts(cell: Any, name: str, layers: int) -> None:
     model = Lambda(lambda m, x: m.rnn(m.inp(x))[0] * 2, inp=nn.Linear(3, 3), rnn=rnn)
     x = torch.randn(2, 5, 3)
     found = find(model, x)
-    (site,) = found.sites("recurrent")
+    (site,) = found.sites("rnn")
     assert (site.owner, site.cell, site.layers) == ("rnn", name, layers)
     assert site.bidirectional == (name == "rnn")
     assert set(found.axes(site).values()) == {"bnc" if first else "nbc"}
@@ -33,6 +33,6 @@ def test_values_and_facts(cell: Any, name: str, layers: int) -> None:
 
 def test_a_layer_whose_last_state_alone_is_read_has_no_out() -> None:
     found = find(Lambda(lambda m, x: m.rnn(x)[1], rnn=nn.GRU(3, 4)), torch.randn(2, 5, 3))
-    (site,) = found.sites("recurrent")
+    (site,) = found.sites("rnn")
     assert set(site.values) == {"in"}
     assert site.last[0] is not None

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gatecc.ops.linear_attention import cost, linear_attention, linear_attention_step
-from gatecc.ops.linear_attention.reference import recurrence
+from gatecc.ops.linear_attention.reference import token_by_token
 from tests.ops.linear_attention.cases import RULES, leaves, operands
 
 
@@ -38,7 +38,7 @@ def test_reads_of_the_state_are_those_of_the_recurrence(rule: str) -> None:
     x = operands(rule, N=5, Dk=4, Dv=6)
     beta = x["beta"].unsqueeze(-1) if "beta" in x else None
     with FlopCounterMode(display=False) as reads:
-        recurrence(x["q"], x["k"], x["v"], x["log_decay"], beta, torch.zeros(1, 2, 4, 6))
+        token_by_token(x["q"], x["k"], x["v"], x["log_decay"], beta, torch.zeros(1, 2, 4, 6))
     writes = 2 * 2 * 5 * 4 * 6
     assert reads.get_total_flops() + writes == counted(rule, 5)[0]
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gatecc.errors import ArgumentError
 from gatecc.ops.linear_attention import linear_attention, linear_attention_step
-from gatecc.ops.linear_attention.reference import recurrence
+from gatecc.ops.linear_attention.reference import token_by_token
 from tests.ops.linear_attention.cases import RULES, operands
 
 Function = Callable[..., Tensor]
@@ -40,7 +40,7 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, **rest: Tensor) -> tuple[Tensor
     state = rest.get("initial_state", q.new_zeros(2, 2, 3, 2))
     beta = rest.get("beta")
     strength = None if beta is None else beta.unsqueeze(-1)
-    return recurrence(q * 3**-0.5, k.repeat_interleave(2, 1), v, rest.get("log_decay"), strength, state)
+    return token_by_token(q * 3**-0.5, k.repeat_interleave(2, 1), v, rest.get("log_decay"), strength, state)
 
 
 @pytest.mark.parametrize("rule", RULES)

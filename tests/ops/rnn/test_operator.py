@@ -1,4 +1,4 @@
-"""gatecc::recurrent against torch.nn.GRU and torch.nn.LSTM."""
+"""gatecc::rnn against torch.nn.GRU and torch.nn.LSTM."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gatecc.errors import ArgumentError
-from gatecc.ops.rnn import recurrent
+from gatecc.ops.rnn import rnn
 
 NAMES = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
 
@@ -21,15 +21,15 @@ def cell(kind: str) -> tuple[nn.RNNBase, list[Tensor]]:
 def test_equals_the_module(kind: str) -> None:
     module, weights = cell(kind)
     x = torch.randn(2, 7, 4, dtype=torch.float64)
-    torch.testing.assert_close(recurrent(x, *weights, kind), module(x)[0])
+    torch.testing.assert_close(rnn(x, *weights, kind), module(x)[0])
 
 
 @pytest.mark.parametrize("kind", ["gru", "lstm"])
 def test_gradients_and_registration(kind: str) -> None:
     _, weights = cell(kind)
     x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *leaves: recurrent(*leaves, kind), (x, *weights))
-    torch.library.opcheck(torch.ops.gatecc.recurrent.default, (x, *weights, kind))
+    assert torch.autograd.gradcheck(lambda *leaves: rnn(*leaves, kind), (x, *weights))
+    torch.library.opcheck(torch.ops.gatecc.rnn.default, (x, *weights, kind))
 
 
 @pytest.mark.parametrize("kind", ["gru", "lstm"])
@@ -38,11 +38,11 @@ def test_every_other_derivative(kind: str) -> None:
     x = torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)
     given = (x, *weights)
     assert torch.autograd.gradcheck(
-        lambda *leaves: recurrent(*leaves, kind), given, check_forward_ad=True, check_batched_grad=True, fast_mode=True
+        lambda *leaves: rnn(*leaves, kind), given, check_forward_ad=True, check_batched_grad=True, fast_mode=True
     )
-    assert torch.autograd.gradgradcheck(lambda *leaves: recurrent(*leaves, kind), given, fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda *leaves: rnn(*leaves, kind), given, fast_mode=True)
     several = torch.randn(3, 2, 5, 4, dtype=torch.float64)
-    found = torch.func.vmap(lambda x: recurrent(x, *weights, kind))(several)
+    found = torch.func.vmap(lambda x: rnn(x, *weights, kind))(several)
     torch.testing.assert_close(found, torch.stack([module(one)[0] for one in several]))
 
 
@@ -51,7 +51,7 @@ def test_a_later_token_changes_nothing_before_it() -> None:
     x = torch.randn(1, 6, 4, dtype=torch.float64)
     y = x.clone()
     y[:, 4:] += 1
-    a, b = recurrent(x, *weights, "gru"), recurrent(y, *weights, "gru")
+    a, b = rnn(x, *weights, "gru"), rnn(y, *weights, "gru")
     assert torch.equal(a[:, :4], b[:, :4])
     assert not torch.equal(a[:, 4:], b[:, 4:])
 
@@ -59,4 +59,4 @@ def test_a_later_token_changes_nothing_before_it() -> None:
 def test_an_unknown_cell() -> None:
     _, weights = cell("gru")
     with pytest.raises(ArgumentError, match="gru, lstm"):
-        recurrent(torch.randn(1, 2, 4, dtype=torch.float64), *weights, "rnn")
+        rnn(torch.randn(1, 2, 4, dtype=torch.float64), *weights, "rnn")

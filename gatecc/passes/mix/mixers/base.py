@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gatecc.errors import ArgumentError
 from gatecc.ir.gates.option import Option
-from gatecc.ops.state_space import Recurrence
+from gatecc.ops.state_space import StateSpace
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class MixerModule(nn.Module):
 
     tag = ""  # the mixer's
 
-    def recurrence(self, *values: Tensor) -> Recurrence:
+    def state_space(self, *values: Tensor) -> StateSpace:
         """The mixer on these arguments of its forward as h_t = A_t h_(t-1) + B_t u_t, y_t = C_t h_t + D_t u_t.
 
         Raises ArgumentError if it has no such form.
         """
-        raise ArgumentError(f"{self.tag} has no recurrent form", found=self.tag, do="leave this site out")
+        raise ArgumentError(f"{self.tag} has no state space form", found=self.tag, do="leave this site out")
 
     def finished(self, y: Tensor) -> Tensor:
         """What the forward makes of the recurrence's output."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gatecc.ops.state_space import Recurrence, of_weights
+from gatecc.ops.state_space import StateSpace, of_weights
 from gatecc.passes.mix.mixers.base import Mixer, MixerModule, Place
 from gatecc.passes.mix.mixers.hybrid import grouped
 from gatecc.passes.mix.mixers.packed import together
@@ -48,7 +48,7 @@ class HopfieldMixer(MixerModule):
         """q: (B, H, N, D), k and v: (B, Hk, N, D) -> heads (B, H, N, Dv)."""
         return self._final(q, k, mask) @ grouped(v, q.size(1))
 
-    def recurrence(self, *values: Tensor) -> Recurrence:
+    def state_space(self, *values: Tensor) -> StateSpace:
         """The cache of values, read with the last weights."""
         q, k, v, *mask = values
         return of_weights(self._final(q, k, *mask), v)

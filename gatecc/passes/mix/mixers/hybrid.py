@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gatecc.errors import ArgumentError
 from gatecc.ops.linear_attention import linear_attention
-from gatecc.ops.state_space import Recurrence, linear, softmax
+from gatecc.ops.state_space import StateSpace, linear, softmax
 from gatecc.passes.mix.mixers.base import Mixer, MixerModule, Place
 from gatecc.passes.mix.mixers.decay import Decay, FromKeys
 from gatecc.passes.mix.mixers.features import FeatureMap, Hedgehog, SoftmaxMap
@@ -70,7 +70,7 @@ class LigerMixer(MixerModule):
         near = window_attention(q, k, v, self._window(), self.place, mask)
         return torch.lerp(far.to(near.dtype), near, self.spec.share)
 
-    def recurrence(self, *values: Tensor) -> Recurrence:
+    def state_space(self, *values: Tensor) -> StateSpace:
         """The linear state and the cache of the window, side by side."""
         at, mask = self.spec.named(values)
         if mask is not None:

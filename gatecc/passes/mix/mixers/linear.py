@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gatecc.errors import ArgumentError
 from gatecc.ops.linear_attention import linear_attention
-from gatecc.ops.state_space import Recurrence, linear
+from gatecc.ops.state_space import StateSpace, linear
 from gatecc.passes.mix.mixers.base import Mixer, MixerModule, Place
 from gatecc.passes.mix.mixers.decay import Decay, FromKeys, NoDecay
 from gatecc.passes.mix.mixers.features import FeatureMap, Plain
@@ -90,11 +90,11 @@ class LinearMixer(MixerModule):
         at, mask = self.spec.named(values)
         return self.finished(self._mixed(*self._operands(at, mask), at, mask).to(values[0].dtype))
 
-    def recurrence(self, *values: Tensor) -> Recurrence:
+    def state_space(self, *values: Tensor) -> StateSpace:
         """`gatecc.ops.state_space.linear` of what the operator reads."""
         if not self.place.causal:
             raise ArgumentError(
-                "a recurrence does not look ahead", found="a bidirectional site", do="choose causal sites"
+                "a state space does not look ahead", found="a bidirectional site", do="choose causal sites"
             )
         at, mask = self.spec.named(values)
         q, k, v = self._operands(at, mask)

@@ -22,7 +22,7 @@ class PGN(Mixer, tag="pgn"):
     each other. The sizes of input and output are those of the layer that it replaces.
     """
 
-    site: ClassVar[str] = "recurrent"
+    site: ClassVar[str] = "rnn"
     stage: ClassVar[Literal["heads", "out"]] = "out"
     masks: ClassVar[tuple[str, ...]] = ("causal",)
 
