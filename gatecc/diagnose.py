@@ -318,7 +318,7 @@ def _weights(site: Attention, values: Values) -> Tensor:
         raise ArgumentError(
             "the weights of this attention have other axes",
             where=site.key,
-            found="" if spelled is None else spelled.axes,
+            found="" if spelled is None else str(spelled.axes),
         )
     core = site.core
 

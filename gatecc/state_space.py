@@ -134,7 +134,7 @@ def _softmax(site: Attention) -> _Read:
     def form(values: Values) -> StateSpace:
         if site.spelling == "sdpa":
             return of_weights(_fused_weights(core, values), values[_operand(core, 2)])
-        if weights is None or (weights.axes, v.axes.replace("m", "n")) != ("bhnm", "bhnd"):
+        if weights is None or (weights.axes, v.axes.renamed("m", "n")) != ("bhnm", "bhnd"):
             raise ArgumentError(
                 "the weights or values of this attention have other axes",
                 found=f"{weights.axes if weights else 'no weights'} and {v.axes}",

@@ -14,13 +14,13 @@ import sympy
 import torch
 
 from gatecc.capture.signature import OpaqueArgumentError, flatten, rebuild
+from gatecc.ir.axes import TOKENS
 from gatecc.ir.program import Program
 from gatecc.ir.site import RNN, Attention, Site
 from gatecc.ir.sizes import Size, UnknownSizeError, example_sizes, node_shape, symbols, value
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 _BATCH = "bg"  # g: samples and heads merged
-_POSITIONS = "nmtyx"  # axes of tokens, time, depth, height and width: they count no samples
 _TOLD_APART = ("q", "k", "v", "heads")
 
 
@@ -56,7 +56,7 @@ def _of_graph(program: Program, sites: Collection[Site], leaves: Sequence[torch.
     if not samples:
         return _of_one_sample(sites, leaves)
     more = {s: n + (s in samples) for s, n in sizes.items()}
-    counts, positions = {sizes[s] for s in samples if s in sizes}, _symbols(sites, _POSITIONS)
+    counts, positions = {sizes[s] for s in samples if s in sizes}, _symbols(sites, TOKENS)
     found: list[Growth] = []
     for node, x in zip(program.placeholders, leaves, strict=True):
         shape = node.meta["val"].shape
@@ -74,8 +74,8 @@ def _samples(sites: Collection[Site]) -> set[sympy.Symbol]:
     windows of a sequence are a batch, too.
     """
     certain = [site for site in sites if isinstance(site, Attention | RNN)]
-    found = _symbols(certain or sites, _BATCH) - _symbols(certain or sites, _POSITIONS)
-    return (found - _symbols(sites, _POSITIONS) if len(found) > 1 else set()) or found
+    found = _symbols(certain or sites, _BATCH) - _symbols(certain or sites, TOKENS)
+    return (found - _symbols(sites, TOKENS) if len(found) > 1 else set()) or found
 
 
 def _symbols(sites: Collection[Site], axes: str) -> set[sympy.Symbol]:

@@ -22,7 +22,7 @@ from gatecc.ir.gates.activation import Activation, Start
 from gatecc.ir.gates.estimator import Estimator
 from gatecc.ir.gates.granularity import Granularity
 from gatecc.ir.gates.init import Identity, Init, fill_inner
-from gatecc.ir.gates.layout import Features, GateShape, SourceShape, channels_last, emit, features, width
+from gatecc.ir.gates.layout import Features, GateShape, SourceShape, channels_last, emit, width
 from gatecc.ir.gates.option import expression
 from gatecc.ir.gates.scorer import LeastSquares, Schedule, Scorer
 from gatecc.ir.gates.source import Param, Ref, Source
@@ -289,7 +289,7 @@ class GateModule(nn.Module):
         x, places = channels_last(value.abs(), shape.axes, shape.sizes)
         if over := [i for i, a in enumerate(places) if a not in at]:
             x = x.sum(over)
-        if self.spec.granularity.features(shape) == features(shape.axes):
+        if self.spec.granularity.features(shape) == shape.axes.features.text:
             return x
         return x.unflatten(-1, (self.width, -1)).sum(-1)
 

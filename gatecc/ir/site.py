@@ -1,12 +1,7 @@
 """Sites: the typed places of a graph that a rewrite can name, and refusals: places that look like one but are not.
 
-A matcher answers with a site or with a refusal, never with silence. A site holds its values (graph nodes with named
-axes),
-its weights (with orientation) and its place in the model. Axes are one letter each, in order:
-
-    b batch   n query token   m key token   h head   d head dimension   c channel   t y x time or depth, height, width
-    w window   r query heads that share one key head, where they have an axis of their own
-    g batch*head merged   (b is the leading axis in general: flattened tokens and windows are b too)
+A matcher answers with a site or with a refusal, never with silence. A site holds its values (graph nodes with axes
+that are named by what they count, gatecc.ir.axes), its weights (with orientation) and its place in the model.
 """
 
 from __future__ import annotations
@@ -19,6 +14,7 @@ from typing import Any, ClassVar, Literal
 from torch import fx
 
 from gatecc.errors import SiteRefusedError
+from gatecc.ir.axes import Axes
 from gatecc.ir.mask import Mask
 from gatecc.ir.select import STAGES, Selector, Stages, Where
 
@@ -28,7 +24,11 @@ class Value:
     """A tensor of a site: the node that holds it and what its axes mean, e.g. ``Value(node, "bhnd")``."""
 
     node: fx.Node
-    axes: str
+    axes: Axes
+
+    def __init__(self, node: fx.Node, axes: Axes | str) -> None:
+        object.__setattr__(self, "node", node)
+        object.__setattr__(self, "axes", Axes.of(axes))
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,6 @@ from gatecc.errors import SiteRefusedError
 from gatecc.ir.contract import Contract
 from gatecc.ir.edit import Editor
 from gatecc.ir.gate import GateModule, GateShape, GateSpec
-from gatecc.ir.gates.layout import positions
 from gatecc.ir.program import attribute
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.site import Site, Value
@@ -95,7 +94,7 @@ class Gate(Rewrite):
         if not self.where:
             return edit.call(multiply, value.node, gate, name=name)
         mask = condition(self.where, edit.program, value)
-        return edit.call(multiply_where, value.node, gate, mask.node, positions(mask.axes), at, name=name)
+        return edit.call(multiply_where, value.node, gate, mask.node, mask.axes.positions.text, at, name=name)
 
 
 def read_by(spec: GateSpec) -> list[str]:

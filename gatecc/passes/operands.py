@@ -9,9 +9,10 @@ import torch
 from torch import fx
 
 from gatecc.errors import SiteRefusedError
+from gatecc.ir.axes import FEATURES
 from gatecc.ir.edit import Editor
 from gatecc.ir.gate import GateShape, GateSpec, Ref, SourceShape
-from gatecc.ir.gates.layout import FEATURES, Features, emit, positions
+from gatecc.ir.gates.layout import Features, emit
 from gatecc.ir.gates.source import Param
 from gatecc.ir.program import Program, origin, shape
 from gatecc.ir.select import Selector, select
@@ -68,7 +69,8 @@ def _condition_axes(node: fx.Node, like: Value) -> str:
     if len(sizes) == 2 and tokens:
         held = node.meta["val"]
         return f"b{tokens}" if not held.is_floating_point() else "bc"
-    return ("b" + positions(like.axes).replace("b", "") + "c")[: len(sizes)] if len(sizes) > 2 else "bc"[: len(sizes)]
+    places = like.axes.positions.text.replace("b", "") if len(sizes) > 2 else ""
+    return f"b{places}c"[: len(sizes)]
 
 
 def _distant(wanted: Selector, selector: Selector, edit: Editor) -> Value:
@@ -136,7 +138,7 @@ def source_shape(value: Value) -> SourceShape:
 
 def static_sizes(value: Value) -> dict[str, int]:
     """The sizes of a value's axes that are the same in every call."""
-    known = {a: expression(s) for a, s in zip(value.axes, shape(value.node), strict=True)}
+    known = {a: expression(s) for a, s in value.axes.sizes(shape(value.node)).items()}
     return {a: int(s) for a, s in known.items() if s.is_Integer}
 
 
@@ -145,7 +147,7 @@ def check_tokens(value: Value, site: Site) -> None:
 
     Raises SiteRefusedError.
     """
-    if isinstance(site, Attention) and site.over == "channels" and not set(positions(value.axes)) - {"b"}:
+    if isinstance(site, Attention) and site.over == "channels" and not value.axes.per_token:
         raise SiteRefusedError(
             "the gated value has channels where the gate has tokens",
             where=place(site),
@@ -172,7 +174,7 @@ def check_positions(value: Value, sources: Sequence[Value], site: Site) -> None:
                 expected="a token of the source for each of the value",
                 do="use a gate that reads what it gates (source 'self'), gate stage 'heads', or leave this site out",
             )
-        for axis in set(positions(value.axes)) & set(other.axes) - {"b"}:
+        for axis in set(value.axes.positions) & set(other.axes) - {"b"}:
             sizes = mine.get(axis), theirs.get(axis)
             if sizes[0] != sizes[1] and 1 not in sizes:
                 raise SiteRefusedError(
@@ -187,7 +189,7 @@ def check_positions(value: Value, sources: Sequence[Value], site: Site) -> None:
 def _tokens(value: Value) -> tuple[str, int] | None:
     """The letter of the one axis that counts tokens, and its size on the example; None for windows, flattened tokens
     and the like."""
-    letters = positions(value.axes)
+    letters = value.axes.positions
     if letters not in ("bn", "bm"):
         return None
     size = shape(value.node)[value.axes.index(letters[1])]

@@ -146,7 +146,7 @@ def test_the_error_names_near_owners_and_refusals() -> None:
     ],
 )
 def test_names_that_wrappers_put_between_need_not_be_written(owner: str, globs: tuple[str, ...]) -> None:
-    site = Linear(owner=owner, values={"out": Value(NODE, "bnc")})
+    site: Site = Linear(owner=owner, values={"out": Value(NODE, "bnc")})
     for glob in globs:
         assert select(of(glob), [site]) == [site]
     with pytest.raises(EmptySelectionError):

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gatecc.errors import ArgumentError
-from gatecc.ir.gates.layout import GateShape, features
+from gatecc.ir.gates.layout import GateShape
 
 ONE = ("scalar", "block", "step", "sample", "token", "pixel", "edge")
 CHANNELS = ("channel", "row", "element")
@@ -86,7 +86,7 @@ class Granularity:
         return "".join(a for a in shape.positions if a in wanted)
 
     def _channels(self, shape: GateShape) -> str:
-        if found := features(shape.axes):
+        if found := shape.axes.features.text:
             return found
         raise ArgumentError(f"the value has no channels, so no gate a {self}", found=f"axes {shape.axes}")
 

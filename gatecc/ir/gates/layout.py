@@ -1,32 +1,32 @@
 """Layout: from tensors with named axes to features with the channels last, and from scores back to the value's axes.
 
-Axes are the letters of gatecc.ir.site. Two kinds matter here: *positions* ``b w n m y x``, whose sizes change from
-call to call, and *features* ``h r d c e``, whose sizes are static. ``g`` is b and h merged. A gate is computed as
-(*positions, F), F being its features flattened, and laid out to broadcast against the value only at the end: one view,
-no copy.
+Axes are those of gatecc.ir.axes, positions and features. A gate is computed as (*positions, F), F being its features
+flattened, and laid out to broadcast against the value only at the end: one view, no copy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
 from torch import Tensor
 
 from gatecc.errors import ArgumentError
-
-POSITIONS = "bwnmyx"
-FEATURES = "hrdce"
+from gatecc.ir.axes import Axes
 
 
 @dataclass(frozen=True)
 class SourceShape:
     """Axes of a source tensor ("bnc", "bcyx", "b" for one number a sample) and its channels: its features flattened."""
 
-    axes: str
-    channels: int = 1
+    axes: Axes
+    channels: int
+
+    def __init__(self, axes: Axes | str, channels: int = 1) -> None:
+        object.__setattr__(self, "axes", Axes.of(axes))
+        object.__setattr__(self, "channels", channels)
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,19 @@ class GateShape:
     each of ``spec.sources``, in that order.
     """
 
-    axes: str
+    axes: Axes
     sizes: Mapping[str, int]
-    sources: tuple[SourceShape, ...] = field(default=())
+    sources: tuple[SourceShape, ...]
+
+    def __init__(self, axes: Axes | str, sizes: Mapping[str, int], sources: tuple[SourceShape, ...] = ()) -> None:
+        object.__setattr__(self, "axes", Axes.of(axes))
+        object.__setattr__(self, "sizes", sizes)
+        object.__setattr__(self, "sources", sources)
 
     @property
     def positions(self) -> str:
         """The positions of the value."""
-        return positions(self.axes)
+        return self.axes.positions.text
 
     def size(self, letters: str, why: str) -> tuple[int, ...]:
         """Static sizes of axes; raises ArgumentError if the place does not give one."""
@@ -66,37 +71,22 @@ class Features(NamedTuple):
     at: str
 
 
-def unmerged(axes: str) -> str:
-    """The axes with g spelled out as b and h."""
-    return axes.replace("g", "bh")
-
-
-def positions(axes: str) -> str:
-    """The position letters of axes, in order: "bhnd" -> "bn"."""
-    return "".join(a for a in unmerged(axes) if a in POSITIONS)
-
-
-def features(axes: str) -> str:
-    """The feature letters of axes, in order: "bhnd" -> "hd"."""
-    return "".join(a for a in unmerged(axes) if a in FEATURES)
-
-
-def channels_last(x: Tensor, axes: str, sizes: Mapping[str, int]) -> Features:
+def channels_last(x: Tensor, axes: Axes, sizes: Mapping[str, int]) -> Features:
     """Move the features of x to the end and flatten them: (b, h, n, d) -> (b, n, h*d), (b,) -> (b, 1)."""
     if "g" in axes:
         x = x.unflatten(axes.index("g"), (-1, sizes["h"]))
-        axes = unmerged(axes)
-    at, channels = positions(axes), features(axes)
-    if at + channels != axes:
-        x = x.permute([axes.index(a) for a in at + channels])
+        axes = axes.apart
+    at, channels = axes.positions.text, axes.features.text
+    if at + channels != axes.text:
+        x = x.permute(axes.order(at + channels))
     if not channels:
         return Features(x.unsqueeze(-1), at)
     return Features(x.flatten(len(at)) if len(channels) > 1 else x, at)
 
 
-def aligned_positions(source: str, target: str) -> str:
+def aligned_positions(source: Axes, target: Axes) -> str:
     """The positions that a source has once it is aligned with a value: its own, or all of the value's."""
-    own, all_ = positions(source), positions(target)
+    own, all_ = source.positions.text, target.positions.text
     return own if set(own) <= set(all_) else all_
 
 
@@ -106,7 +96,7 @@ def align(x: Features, shape: GateShape, value: Tensor) -> Features:
     Positions that the value names too stay; a source that counts its places otherwise (rows and columns against tokens,
     tokens flattened into the batch) is viewed with the value's own sizes.
     """
-    at = positions(shape.axes)
+    at = shape.positions
     if set(x.at) <= set(at):
         return x
     sizes = [value.size(shape.axes.index(a)) for a in at[1:]]
@@ -133,14 +123,14 @@ def emit(gate: Features, letters: str, shape: GateShape, value: Tensor) -> Tenso
     x = gate.x.unflatten(-1, split) if len(letters) > 1 else gate.x if letters else gate.x.squeeze(-1)
     have = gate.at + letters
     if letters == "e":
-        return _broadcast(x, have, positions(shape.axes) + "e")
+        return _broadcast(x, have, shape.positions + "e")
     if "h" in have and shape.sizes["h"] == 1 and not set("hcg") & set(shape.axes):
         x, have = x.squeeze(have.index("h")), have.replace("h", "")  # a head by itself has no axis for its number
     if "g" in shape.axes:
         return _merge_batch(x, have, shape, value)
     if "h" in have and "h" not in shape.axes:
         return _merge_channels(x, have, shape)
-    return _broadcast(x, have, shape.axes)
+    return _broadcast(x, have, shape.axes.text)
 
 
 def _broadcast(x: Tensor, have: str, want: str) -> Tensor:
@@ -156,7 +146,7 @@ def _broadcast(x: Tensor, have: str, want: str) -> Tensor:
 def _merge_channels(x: Tensor, have: str, shape: GateShape) -> Tensor:
     """One gate a head, the value's channels being heads times their width: (..., h) -> (..., h*d)."""
     heads, (channels,) = shape.sizes["h"], shape.size("c", "the width of the value")
-    y = _broadcast(x, have, shape.axes.replace("c", "h")).unsqueeze(at := shape.axes.index("c") + 1)
+    y = _broadcast(x, have, shape.axes.renamed("c", "h").text).unsqueeze(at := shape.axes.index("c") + 1)
     width = [-1] * y.dim()
     width[at] = channels // heads
     return y.expand(width).flatten(at - 1, at)
@@ -164,7 +154,7 @@ def _merge_channels(x: Tensor, have: str, shape: GateShape) -> Tensor:
 
 def _merge_batch(x: Tensor, have: str, shape: GateShape, value: Tensor) -> Tensor:
     """The value's first axis is b*h: expand what the gate lacks of the two, then merge them."""
-    y = _broadcast(x, have, unmerged(shape.axes))
+    y = _broadcast(x, have, shape.axes.apart.text)
     if "b" not in have and "h" not in have:
         return y.squeeze(0)
     heads = shape.sizes["h"]

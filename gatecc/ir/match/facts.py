@@ -8,10 +8,11 @@ from typing import Any, TypedDict
 
 from torch import fx
 
+from gatecc.ir.axes import Axes
 from gatecc.ir.dataflow import Flow
 from gatecc.ir.match.maps import LinearMaps, Map
 from gatecc.ir.match.nonlinearity import Nonlinearity, nonlinearities
-from gatecc.ir.match.projection import LINEAR_OPS, Projection, axes, computed, projection
+from gatecc.ir.match.projection import LINEAR_OPS, Projection, computed, projection
 from gatecc.ir.ops import CONTRACTIONS, SOFTMAXES, argument, opname
 from gatecc.ir.program import Program, fake, origin, shape
 from gatecc.ir.site import Refusal, Value
@@ -77,7 +78,7 @@ class Facts:
     def value(self, node: fx.Node, like: fx.Node | None = None) -> Value:
         """The node with its axes named, as those of ``like``, a node of its shape, where nothing else says."""
         channel = self.channel.get(node, self.channel.get(like) if like is not None else None)
-        return Value(node, axes(len(shape(node)), channel))
+        return Value(node, Axes.of_features(len(shape(node)), channel))
 
     def _visit(self, node: fx.Node) -> None:
         found = projection(self.program, node, self.data)

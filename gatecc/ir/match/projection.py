@@ -244,18 +244,3 @@ def _restored(node: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node]:
     full, back = shape(before), shape(users[0])
     leads = len(full) == len(back) > len(shape(x)) and all(map(same, full[:-1], back[:-1]))
     return (before, users[0]) if leads and same(full[-1], shape(x)[-1]) else (x, node)
-
-
-def axes(rank: int, channel: int | None) -> str:
-    """The letters of a tensor of features: one b, then n or the spatial axes, c at ``channel``.
-
-    >>> axes(3, 2), axes(4, 1), axes(4, 3), axes(2, None)
-    ('bnc', 'bcyx', 'byxc', 'bc')
-    """
-    channel = (rank - 1 if rank < 4 else 1) if channel is None else channel % max(rank, 1)
-    places = {0: "", 1: "n", 2: "yx", 3: "tyx"}.get(rank - 2, "tyx".rjust(rank - 2, "b"))
-    if rank == 1:
-        return "c"
-    letters = list("b" + places) if channel > 0 else list(places + "b")
-    letters.insert(channel, "c")
-    return "".join(letters)

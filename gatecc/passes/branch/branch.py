@@ -70,14 +70,14 @@ class PrefixSum(Body, tag="prefix_sum"):
             raise SiteRefusedError("only attention sums values over keys", where=place(site), found=site.kind)
         causal, window = visible(site.mask, site)
         axis = v.axes.index("m" if "m" in v.axes else "n")
-        have = v.axes.replace("m", "n")
+        have = v.axes.renamed("m", "n").text
         mask = _token_mask(site, have, edit)
         options = (axis, causal, window)
         if mask is None:
             total = edit.call(key_sum, v.node, *options, name="total")
         else:
             total = edit.call(kept_key_sum, v.node, mask, have.index("b"), *options, name="total")
-        arguments = (have, value.axes, site.heads, site.kv_heads)
+        arguments = (have, value.axes.text, site.heads, site.kv_heads)
         return total if have == value.axes and site.heads == site.kv_heads else edit.call(arranged, total, *arguments)
 
 

@@ -77,7 +77,7 @@ class GridConv(Body, tag="grid_conv"):
             module = GridConvolution(self, channels)
             return module if like is None else module.to(like.device, like.dtype)
 
-        tokens = source.node if source.axes == "bnc" else edit.call(laid_out, source.node, source.axes, "bnc", 1)
+        tokens = source.node if source.axes == "bnc" else edit.call(laid_out, source.node, source.axes.text, "bnc", 1)
         found = edit.call(edit.module("local", make), tokens, rows, columns, name="local")
         return self._laid(found, value, site, edit)
 
@@ -98,12 +98,12 @@ class GridConv(Body, tag="grid_conv"):
 
     def _laid(self, found: fx.Node, value: Value, site: Site, edit: Editor) -> fx.Node:
         """(B, N, C) in the axes of the value: split into heads where it has them."""
-        axes = value.axes.replace("m", "n")
+        axes = value.axes.renamed("m", "n")
         if sorted(axes) == sorted("bnc"):
-            return found if axes == "bnc" else edit.call(put_back, found, "bnc", axes, 1)
+            return found if axes == "bnc" else edit.call(put_back, found, "bnc", axes.text, 1)
         heads = _heads(value, site)
         width = static_sizes(value).get("d", 0)
-        if heads * width != found.meta["val"].size(-1) or set(axes.replace("g", "bh")) - set("bnhdr"):
+        if heads * width != found.meta["val"].size(-1) or set(axes.apart) - set("bnhdr"):
             raise SiteRefusedError(
                 "the convolution has other channels than the value that it is added to",
                 where=place(site),
@@ -112,7 +112,7 @@ class GridConv(Body, tag="grid_conv"):
                 do="read another stage, or leave this site out",
             )
         groups = heads // site.kv_heads if isinstance(site, Attention) and "r" in axes else 1
-        return edit.call(as_heads, found, heads, axes, groups)
+        return edit.call(as_heads, found, heads, axes.text, groups)
 
 
 def _heads(value: Value, site: Site) -> int:

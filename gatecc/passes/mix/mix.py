@@ -256,19 +256,19 @@ def _in_its_dtype(value: fx.Node, module: nn.Module, edit: Editor) -> fx.Node:
 
 def _laid(value: Value, site: Attention, name: str, edit: Editor) -> fx.Node:
     """A stage as (B, H, N, D), or (B, N, C) for those without heads."""
-    axes = value.axes.replace("m", "n")
+    axes = value.axes.renamed("m", "n")
     wanted = "bnc" if "c" in axes else "bhnd"
     if axes == wanted:
         return value.node
     heads = site.kv_heads if name.startswith(("k", "v")) else site.heads
-    if sorted(axes.replace("g", "bh").replace("r", "")) != sorted(wanted):
+    if sorted(axes.apart.renamed("r", "")) != sorted(wanted):
         raise SiteRefusedError(
             f"{name} is laid out in a way that a mixer does not know",
             where=where(site),
             found=f"axes {axes}",
             expected=f"{wanted} in some order",
         )
-    return edit.call(laid_out, value.node, axes, wanted, heads, name=name)
+    return edit.call(laid_out, value.node, axes.text, wanted, heads, name=name)
 
 
 def laid_out(x: Tensor, axes: str, wanted: str, heads: int) -> Tensor:
@@ -294,7 +294,7 @@ def _back(mixed: fx.Node, target: Value, site: Attention, mixer: Mixer, edit: Ed
     if target.axes == have:
         return mixed
     groups = site.heads // site.kv_heads if "r" in target.axes else 1
-    return edit.call(put_back, mixed, have, target.axes, groups, name="mixed")
+    return edit.call(put_back, mixed, have, target.axes.text, groups, name="mixed")
 
 
 def put_back(x: Tensor, have: str, wanted: str, groups: int) -> Tensor:

@@ -43,7 +43,7 @@ def _held(program: Program, name: str) -> Any:
 
 def ordered(value: Value, tensors: dict[fx.Node, Any], axes: str) -> Tensor:
     """A value with its axes in the order ``axes``, missing ones of size 1, windows and grouped heads merged."""
-    tensor, have = tensors[value.node], value.axes
+    tensor, have = tensors[value.node], value.axes.text
     assert tensor.ndim == len(have), (value.axes, tensor.shape)
     for first, second in ("bw", "hr"):
         if second in have:

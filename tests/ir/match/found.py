@@ -67,7 +67,7 @@ class Found:
         return self.tensors[site.values[stage].node]
 
     def axes(self, site: Site) -> dict[str, str]:
-        return {stage: value.axes for stage, value in site.values.items()}
+        return {stage: str(value.axes) for stage, value in site.values.items()}
 
     def parameter(self, fqn: str) -> Tensor:
         return cast(Tensor, attribute(self.program.module, self.program.relative_name(fqn)))
