@@ -146,11 +146,11 @@ def test_the_error_names_near_owners_and_refusals() -> None:
     ],
 )
 def test_names_that_wrappers_put_between_need_not_be_written(owner: str, globs: tuple[str, ...]) -> None:
-    site: Site = Linear(owner=owner, values={"out": Value(NODE, "bnc")})
+    sites: list[Site] = [Linear(owner=owner, values={"out": Value(NODE, "bnc")})]
     for glob in globs:
-        assert select(of(glob), [site]) == [site]
+        assert select(of(glob), sites) == sites
     with pytest.raises(EmptySelectionError):
-        select(of("layers.2.attn"), [site])
+        select(of("layers.2.attn"), sites)
 
 
 def test_what_to_do_is_something_that_the_model_has() -> None:
