@@ -103,7 +103,7 @@ class CallNotCapturedError(GateccError):
     """A transformed module was called in a way that can neither be captured nor served by the Python path.
 
     The Python path applies gates at the attention call and at the outputs of submodules. A rewrite of any other value
-    cannot be said there, and gatecc never runs the unrewritten model in its place.
+    cannot be done there, and gatecc never runs the unrewritten model in its place.
 
     Fails: calling a model whose residual stream is gated with a KV cache object.
     Mended: pass ``use_cache=False``; ``generate`` of a transformers model keeps a state by itself, and
@@ -167,9 +167,8 @@ class SiteRefusedError(GateccError):
     """A rewrite cannot be done at a site that was selected for it, though the site exists.
 
     The site lacks the value that is gated, its mask is not one that the rewrite understands, a weight has other uses,
-    or
-    the gate has parameters for another number of tokens than the call has. Nothing was changed. Sites that lack a value
-    and were selected by ``...`` only are left out instead: the report lists them as refusals with this code.
+    or the gate has parameters for another number of tokens than the call has. Nothing was changed. Sites that lack a
+    value and were selected by ``...`` only are left out instead: the report lists them as refusals with this code.
 
     Fails: ``transform(bert, "liger", inputs)``: its attention looks ahead, a window of recent keys does not.
     Mended: ``transform(bert, "gla", inputs)``, which runs in both directions, or ``sites=`` that leaves them out.

@@ -28,7 +28,7 @@ _MASKS = ("attention_mask", "decoder_attention_mask")
 def why_no_cache(model: nn.Module, effects: Collection[Effect], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """Why calls with a KV cache cannot be served, "" if they can or the model has none.
 
-    Where the rewrites can be said in Python, calls are tried: with a cache, and one token that goes on from it, against
+    Where the rewrites can be done in Python, calls are tried: with a cache, and one token that goes on from it, against
     the call without one. Noise on the new parameters lets each of them show. What fails is refused from then on.
     ``effects``: what was done to the model's weights.
     """

@@ -9,7 +9,6 @@ from typing import Literal
 @dataclass(frozen=True)
 class Mask:
     """``kind`` is the pattern without padding; ``window`` is the number of keys that a query sees in a sliding window.
-
     ``padding``: the mask also depends on a padding mask that is an input; with ``both``, queries that are padding see
     nothing. ``bias``: finite values are added to allowed
     scores as well (ALiBi, relative positions). ``unknown`` means that nothing was proved, ``reason`` says why.

@@ -1,4 +1,4 @@
-"""Printer: a graph as compact text, one node a line, for golden cases and documentation.
+"""Printer: a graph as compact text, one node per line, for golden cases and documentation.
 
     %x = input                                  # b n 8
     @gate.weight                                # 1 8

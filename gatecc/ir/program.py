@@ -24,7 +24,7 @@ META = "gatecc"  # the only key of node.meta that gatecc writes: plain attribute
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a node comes from: the module that ran it, the how-manyth call of that module, and the source line."""
+    """Where a node comes from: the module that ran it, the index of that call of the module, and the source line."""
 
     owner: str  # FQN of the innermost module in the whole model
     call: int = 0

@@ -39,7 +39,7 @@ class StateSpace:
 
     @property
     def transition(self) -> Literal["identity", "scalar", "diagonal", "full"]:
-        """What A_t is: 1 (nothing is forgotten), a number a token, a number a row of the state, or a matrix."""
+        """What A_t is: 1 (nothing is forgotten), a number per token, a number per row of the state, or a matrix."""
         if self.a.dim() == 5:
             return "full"
         if bool((self.a == 1).all()):

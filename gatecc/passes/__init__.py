@@ -1,4 +1,4 @@
-"""Rewrites, one a file, and what they share. A pass edits a Program and knows neither ONNX nor Triton.
+"""Rewrites, one per file, and what they share. A pass edits a Program and knows neither ONNX nor Triton.
 
 Importing this package registers every rewrite, mixer and body of a branch by its name.
 """

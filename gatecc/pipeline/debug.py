@@ -1,7 +1,7 @@
 """``GATECC_DEBUG``: every step of the pipeline, seen from outside.
 
-``GATECC_DEBUG=1`` prints one line a step to standard error: the module, the step, the size of its graph, the time. Any
-other value is a folder, which gets the graph after each step as a text file besides, numbered in order.
+``GATECC_DEBUG=1`` prints one line per step to standard error: the module, the step, the size of its graph, the time.
+Any other value is a folder, which gets the graph after each step as a text file besides, numbered in order.
 """
 
 from __future__ import annotations

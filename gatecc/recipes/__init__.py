@@ -1,4 +1,4 @@
-"""Recipes: papers as short lists of rewrites. One family a file; importing this package registers them all."""
+"""Recipes: papers as short lists of rewrites. One family per file; importing this package registers them all."""
 
 from gatecc.ir.discover import discover
 from gatecc.recipes.registry import build as build

@@ -31,7 +31,7 @@ def gated_attention(
 
     ``position`` is one of the paper's five: after the attention core (``heads``, its best), on the value, key or query
     heads (after any rotary embedding), or after the output projection, where the heads are mixed and the gate is
-    elementwise. ``granularity``: one gate a head, or one an element.
+    elementwise. ``granularity``: one gate per head, or one per element.
 
     The identity start is 2*sigmoid(0), exactly 1. ``init="identity(how=fold)"`` keeps a plain sigmoid and doubles the
     next linear instead (positions heads, exactly 1 as well); ``init="identity(how=bias)"`` starts at sigmoid(6) and

@@ -35,7 +35,7 @@ def lolcats(sites: str = "attention[...]", keep: str = "", window: int = 64) -> 
     """Softmax over the last keys and linear attention with learned features to the older ones, one denominator.
 
     The feature maps start as softmax(2 x) and softmax(-2 x) and are what attention transfer trains; the window's weight
-    is a learned number a head, 0.1 at first.
+    is a learned number per head, 0.1 at first.
     """
     return (Mix(chosen(sites, keep), LoLCATs(window)),)
 

@@ -46,7 +46,7 @@ def gla(
     gate: bool = True,
     conv: int = 0,
 ) -> tuple[Rewrite, ...]:
-    """Gated linear attention: S <- diag(a) S + k v^T with a decay a key channel that is read from the input.
+    """Gated linear attention: S <- diag(a) S + k v^T with a decay per key channel that is read from the input.
 
     a = exp(logsigmoid(W2 W1 x + b) / ``normalizer``) with W1 of rank ``rank``; each head of the output is normalised
     (``norm``) and multiplied by swish(W x) (``gate``): the published layer, for training from scratch. A converted
@@ -73,7 +73,7 @@ def gla(
     cases=[Case(samples.language, ("causality", "cost", "gradient", "state", "reversible"))],
 )
 def retention(sites: str = "attention[...]", keep: str = "", gate: bool = True) -> tuple[Rewrite, ...]:
-    """Retention: linear attention that forgets at a constant rate a head, log(1 - 2^-(5+h)).
+    """Retention: linear attention that forgets at a constant rate per head, log(1 - 2^-(5+h)).
 
     Rotary embeddings stay, each head of the output is normalised and multiplied by swish(W x) (``gate``). The
     rates are constants: nothing that decides what is forgotten is computed from the input or trained.
@@ -95,8 +95,8 @@ def gated_delta_net(
 ) -> tuple[Rewrite, ...]:
     """The gated delta rule: S <- a S + k (beta (v - a S^T k))^T, with unit queries and keys.
 
-    a = exp(-exp(A) softplus(W x + b)) and beta = sigmoid(W x), one number a head. ``conv`` taps of a causal convolution
-    run over q, k and v first, the identity at first; ``start="slow"`` begins with hardly any decay.
+    a = exp(-exp(A) softplus(W x + b)) and beta = sigmoid(W x), one number per head. ``conv`` taps of a causal
+    convolution run over q, k and v first, the identity at first; ``start="slow"`` begins with hardly any decay.
     """
     where = chosen(sites, keep)
     mixer = Linear(UnitMap(), Scalar("slow" if start == "slow" else "published"), rule="delta", norm="rms", conv=conv)
@@ -112,7 +112,7 @@ def gated_delta_net(
 def scalar_decay(
     sites: str = "attention[...]", keep: str = "", conv: int = 0, gate: bool = True, start: str = "published"
 ) -> tuple[Rewrite, ...]:
-    """Linear attention with the decay of Mamba-2: one number a head and token, exp(-exp(A) softplus(W x + b)).
+    """Linear attention with the decay of Mamba-2: one number per head and token, exp(-exp(A) softplus(W x + b)).
 
     ``conv`` taps of a causal convolution run over q, k and v first; ``start="slow"`` begins with hardly any decay.
     """

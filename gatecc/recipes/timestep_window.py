@@ -27,7 +27,7 @@ def timestep_windows(
 
     r = x * m, y = block(r) + x * (1 - m), where m is 1 on beta*C channels from round((t / steps)^alpha * (C - beta*C))
     on: near timesteps share most of their channels, far ones few. No parameters. ``timestep`` names the model's input,
-    a number a sample. With ``beta=1`` all channels are in the window and the model is the original, bitwise.
+    a number per sample. With ``beta=1`` all channels are in the window and the model is the original, bitwise.
     """
     window = GateSpec(f"cond({timestep})", Schedule(beta, alpha, steps), "channel", "linear")
     return (Bypass(Selector.parse(sites), window),)

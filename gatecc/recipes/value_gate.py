@@ -23,7 +23,7 @@ def value_gate(
     activation: Literal["tanh", "1+tanh"] = "tanh",
     init: str = "zero",
 ) -> tuple[Rewrite, ...]:
-    """A tanh gate a head on the values of image tokens: v <- v * tanh(W x).
+    """A tanh gate per head on the values of image tokens: v <- v * tanh(W x).
 
     ``where`` names the input of the model that marks image tokens (a mask over tokens); the values of the others are
     not gated, and without it those of all tokens are.

@@ -98,7 +98,7 @@ def _python(
 ) -> Any:
     if state.python.refused and reason:
         raise CallNotCapturedError(
-            "this call cannot become a graph, and the rewrite cannot be said in Python",
+            "this call cannot become a graph, and the rewrite cannot be done in Python",
             where=state.fqn or type(module).__name__,
             found=f"{reason}; {state.python.refused}",
             do=do or REMEDY,

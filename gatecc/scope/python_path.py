@@ -1,7 +1,7 @@
 """The Python path: the same edits on a running Python call, for calls that no graph can hold (a KV cache, hooks).
 
 Only values that are visible from outside can be edited there: the operands and the result of an attention core, the
-output of a submodule; sources may also be arguments of the scope. What cannot be said raises; it is never left out.
+output of a submodule; sources may also be arguments of the scope. What cannot be done raises; it is never left out.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Anchor:
 
     what: str
     path: tuple[Any, ...] = ()  # argument: name and position in its structure; output: module path
-    core: int = 0  # core and operand: the how-manyth attention core of the call
+    core: int = 0  # core and operand: the index of the attention core in the call
     operand: int = 0  # 0, 1, 2 for q, k, v
 
 
@@ -273,7 +273,7 @@ def _dig(arguments: Mapping[str, Any], path: tuple[Any, ...]) -> Any:
 
 def _refusal(where: str, reason: str) -> CallNotCapturedError:
     return CallNotCapturedError(
-        "this call cannot become a graph, and the rewrite cannot be said in Python",
+        "this call cannot become a graph, and the rewrite cannot be done in Python",
         where=where,
         found=reason,
         do=REMEDY,

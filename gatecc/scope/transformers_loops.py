@@ -2,7 +2,7 @@
 
 transformers spells state space models and delta rules as Python loops over tokens or chunks, which fix the length of a
 graph. All of them are linear attention: Mamba has one head a channel with values of width 1 and a decay a state
-(Gu & Dao 2023), Mamba-2 one decay a head (Dao & Gu 2024), gated delta nets the gated delta rule (Yang et al. 2025).
+(Gu & Dao 2023), Mamba-2 one decay per head (Dao & Gu 2024), gated delta nets the gated delta rule (Yang et al. 2025).
 """
 
 from __future__ import annotations

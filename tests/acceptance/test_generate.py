@@ -137,7 +137,7 @@ def test_generated_tokens(build: Any, attention: str) -> None:
 
 
 def test_a_model_that_can_serve_no_cache_is_called_without_one() -> None:
-    """Gates on residuals cannot be said in Python: the configuration's cache is off, and on again after revert."""
+    """Gates on residuals cannot be done in Python: the configuration's cache is off, and on again after revert."""
     torch.manual_seed(0)
     plain = llama("sdpa").eval()
     ids = torch.randint(1, 97, (2, 6))

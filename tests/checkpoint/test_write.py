@@ -52,7 +52,7 @@ def _trained(base: nn.Module, recipe: Any) -> nn.Module:
         for name, p in model.named_parameters():
             if name not in own:
                 p.add_(torch.randn_like(p))
-            elif p.shape != own[name].shape:  # new rows: one a head, after the head's own eight
+            elif p.shape != own[name].shape:  # new rows: one per head, after the head's own eight
                 p.unflatten(0, (2, -1))[:, own[name].shape[0] // 2 :].add_(1.0)
     return model
 

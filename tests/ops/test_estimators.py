@@ -40,7 +40,7 @@ def buffers(capacity: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def estimate(z: Tensor, samples: int, baseline: str, told: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """REINFORCE's estimates, one a sample: (samples, UNITS)."""
+    """REINFORCE's estimates, one per sample: (samples, UNITS)."""
     logit = z.expand(samples, UNITS).clone().requires_grad_()
     bits = reinforce_sample(logit, torch.rand(samples, UNITS), *told, baseline)
     write_reward(*told, loss_of(bits.detach()), scale=1.0)

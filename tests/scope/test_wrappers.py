@@ -180,7 +180,7 @@ def test_shards_inside_of_a_whole_model_scope(whole: nn.Module, x: Tensor) -> No
 
 
 def refusing(model: nn.Module) -> nn.Module:
-    """The model as if its rewrite could not be said in Python."""
+    """The model as if its rewrite could not be done in Python."""
     for _, _, state in scopes(model):
         state.python = replace(state.python, refused="an edit of an inner value")
     return model

@@ -1,1 +1,1 @@
-"""The six choices that make a gate (source, scorer, granularity, activation, estimator, init), one a file."""
+"""The six choices that make a gate (source, scorer, granularity, activation, estimator, init), one per file."""

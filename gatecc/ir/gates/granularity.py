@@ -3,9 +3,9 @@
 Granularity names *features*: how many numbers the gate yields at a position.
 
     scalar, block, step, sample, token, pixel, edge    one
-    head                                               one a head
-    channel, row, element                              one a channel (for values with heads: heads times their width)
-    expert                                             one an expert (the gate then has axis e in place of the features)
+    head                                               one per head
+    channel, row, element                              one per channel (for values with heads: heads times their width)
+    expert                                             one per expert (axis e then takes the place of the features)
 
 *Positions* follow from the source. A gate that reads ``hidden`` (b, n, c) has another value at each token whatever its
 granularity; one that reads ``pool(hidden)`` varies over samples only; ``param`` varies over neither. Some names ask for
@@ -38,7 +38,7 @@ class Granularity:
             raise ArgumentError("no such granularity", found=str(self), expected=", ".join(NAMES) + ", joined by *")
         if "sample" in self.names and self.needs_positions:
             raise ArgumentError(
-                "one gate a sample cannot vary over positions", found=str(self), expected="one of the two"
+                "one gate per sample cannot vary over positions", found=str(self), expected="one of the two"
             )
 
     def __str__(self) -> str:

@@ -19,7 +19,7 @@ from gatecc.ir.axes import Axes
 
 @dataclass(frozen=True)
 class SourceShape:
-    """Axes of a source tensor ("bnc", "bcyx", "b" for one number a sample) and its channels: its features flattened."""
+    """Axes of a source tensor ("bnc", "bcyx", "b" for a number per sample) and its channels: its features flattened."""
 
     axes: Axes
     channels: int
@@ -144,7 +144,7 @@ def _broadcast(x: Tensor, have: str, want: str) -> Tensor:
 
 
 def _merge_channels(x: Tensor, have: str, shape: GateShape) -> Tensor:
-    """One gate a head, the value's channels being heads times their width: (..., h) -> (..., h*d)."""
+    """One gate per head, the value's channels being heads times their width: (..., h) -> (..., h*d)."""
     heads, (channels,) = shape.sizes["h"], shape.size("c", "the width of the value")
     y = _broadcast(x, have, shape.axes.renamed("c", "h").text).unsqueeze(at := shape.axes.index("c") + 1)
     width = [-1] * y.dim()

@@ -65,7 +65,7 @@ def _check_granularity(spec: Choices) -> None:
     if "sample" not in spec.granularity.names:
         return
     if constant or (spec.source.tokens and not _pools(spec) and not isinstance(spec.source, Cond)):
-        raise _clash(spec, "one gate a sample needs a source that varies over samples only", "pool(...), cond(NAME)")
+        raise _clash(spec, "one gate per sample needs a source that varies over samples only", "pool(...), cond(NAME)")
 
 
 def _pools(spec: Choices) -> bool:
@@ -135,7 +135,7 @@ def check_place(spec: Choices, shape: GateShape, width: int) -> None:
             expected="a source that is not pooled",
         )
     if "sample" in spec.granularity.names and at not in ("b", ""):
-        raise ArgumentError("one gate a sample", found=f"a source that varies over {at}", expected="pool(...)")
+        raise ArgumentError("one gate per sample", found=f"a source that varies over {at}", expected="pool(...)")
     if isinstance(spec.estimator, Reinforce) and at[:1] != "b":
         raise ArgumentError("reinforce needs gates that differ between samples", found=f"positions {at or 'none'}")
     channels = spec.source.channels(shape.sources)

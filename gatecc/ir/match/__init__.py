@@ -1,6 +1,6 @@
 """find_sites: every site of a canonical program, and every place that looks like one and is refused.
 
-One matcher a kind, one file each. They share the facts that gatecc.ir.match.facts collects in one sweep, so that all of
+One matcher per kind, one file each. They share the facts that gatecc.ir.match.facts collects in one sweep, so all of
 them together are linear in the graph.
 """
 

@@ -50,7 +50,7 @@ def _experts(facts: Facts, region: Region, stacks: list[fx.Node]) -> MLP | Refus
     bent = [facts.nonlinearities[node] for node in region.nodes if node in facts.nonlinearities]
     products = [(node, stack) for node in region.nodes if (stack := _multiplies(node, stacks)) is not None]
     if not bent or len({stack for _, stack in products}) < 2:
-        return None  # stacked weights of another kind, such as one matrix a head
+        return None  # stacked weights of another kind, such as one matrix per head
     outs = region.leaves(facts)
     pairs = [(given, out) for out in outs for given in region.enters(facts) if same_shape(given, out)]
     if len(pairs) != 1:

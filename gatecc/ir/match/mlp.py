@@ -98,7 +98,7 @@ class _Feeds:
 
 
 def _widest(sources: list[fx.Node]) -> list[fx.Node]:
-    """The sources without those that are broadcast: one number a channel or token scales a stream, it is not one."""
+    """The sources without those that are broadcast: one number per channel or token scales a stream, it is not one."""
     if len(sources) < 2:
         return sources
     ones = [

@@ -17,7 +17,7 @@ _CALL = re.compile(r"@\d+")
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """One call of the module ``owner``; ``call`` is the how-manyth."""
+    """One call of the module ``owner``; ``call`` is its index among the calls of that module."""
 
     owner: str
     call: int

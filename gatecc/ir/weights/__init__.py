@@ -1,4 +1,4 @@
-"""Weights: what rewrites do to the modules and parameters of a layer, one effect a file."""
+"""Weights: what rewrites do to the modules and parameters of a layer, one effect per file."""
 
 from gatecc.ir.weights.aside import aside_state as aside_state
 from gatecc.ir.weights.aside import load_aside as load_aside

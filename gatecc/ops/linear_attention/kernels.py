@@ -1,4 +1,4 @@
-"""The table of kernels of linear attention: one entry a device type, filled in by gatecc.codegen.
+"""The table of kernels of linear attention: one entry per device type, filled in by gatecc.codegen.
 
 A kernel is given a ``Problem`` and may decline it (None): it was not built for these dtypes, or there is no compiler.
 Then the ATen form runs. Operators stand below code generation, so this file knows no kernel by name.

@@ -1,6 +1,6 @@
 """Linear attention in ONNX: ``com.microsoft::LinearAttention``, the recurrence as one node of ONNX Runtime.
 
-It has the four rules, decay a key channel or a head, and no limit on how strong a decay is, which forms of plain
+It has the four rules, decay per key channel or a head, and no limit on how strong a decay is, which forms of plain
 operators by chunks have; opset 27 has the same operator, but no runtime loads that opset yet. What the node does not
 know (heads that are shared, padding, the normaliser, the other direction) is put around it in ATen.
 """

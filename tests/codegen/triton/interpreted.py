@@ -41,7 +41,7 @@ def every_decay(edges: list[int]) -> Errors:
 
 
 def grouped_heads() -> Errors:
-    """Fewer heads of everything, one decay a head, odd sizes, operands with their tokens first, backwards, a state."""
+    """Few heads of everything, one decay per head, odd sizes, operands with their tokens first, backwards, a state."""
     given = operands("gated", H=4, N=20, Dk=20, Dv=24, k=2, v=1, log_decay=2)
     given["log_decay"] = given["log_decay"][..., :1]
     given = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in given.items()}

@@ -49,7 +49,7 @@ def test_stacked_experts_of_both_orientations() -> None:
 
 
 def test_stacked_weights_without_an_activation_are_no_experts() -> None:
-    """One matrix a head."""
+    """One matrix per head."""
     heads = Lambda(
         lambda m, x: torch.bmm(torch.bmm(x, m.a), m.b),
         a=nn.Parameter(torch.randn(2, D, H)),

@@ -29,10 +29,8 @@ _STAND_INS = (4, 5)  # larger constants are replaced by these
 @dataclass(frozen=True, eq=False)
 class MaskGraph:
     """What masks one attention. ``target`` holds additive scores (or booleans, True = visible) whose axes
-    ``query_axis``
-    and ``key_axis`` (from the right, negative) are queries and keys; None if there is no mask. ``post`` are weights
-    that
-    are zeroed after the softmax, given that ``post_given`` holds ones.
+    ``query_axis`` and ``key_axis`` (from the right, negative) are queries and keys; None if there is no mask. ``post``
+    are weights that are zeroed after the softmax, given that ``post_given`` holds ones.
     """
 
     queries: Size

@@ -74,7 +74,7 @@ def operand(x: Tensor | None, heads: int) -> Operand | None:
     if x is None:
         return None
     row, head, token, channel = x.stride()
-    # A single channel (one decay a head) is read for every channel.
+    # A single channel (one decay per head) is read for every channel.
     return Operand(x, row, head, token, 0 if x.size(3) == 1 else channel, heads // x.size(1))
 
 

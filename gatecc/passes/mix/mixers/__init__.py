@@ -1,4 +1,4 @@
-"""Mixers, one family a file; importing this package makes all of them known by name."""
+"""Mixers, one family per file; importing this package makes all of them known by name."""
 
 from gatecc.passes.mix.mixers.attention_free import AttentionFree as AttentionFree
 from gatecc.passes.mix.mixers.base import Mixer as Mixer

@@ -95,7 +95,7 @@ class Retention(Decay, tag="retention"):
 
 @dataclass(frozen=True)
 class Scalar(Decay, tag="scalar"):
-    """-exp(A) softplus(W hidden + b), one number a head (Mamba-2, gated delta net).
+    """-exp(A) softplus(W hidden + b), one number per head (Mamba-2, gated delta net).
 
     A starts at log U(0, 16) and softplus(b) log-uniform between 1e-3 and 0.1, as published. With ``start="slow"`` all
     heads begin at the slowest of these, which disturbs a converted model least.

@@ -98,7 +98,7 @@ class LoLCATs(Mixer, tag="lolcats"):
     """Softmax over the last ``window`` keys and linear attention to the older ones under one denominator.
 
     y = (w sum_near e^(q·k - m) v + sum_far phi(q)·phi(k) v) / (w sum_near e^(q·k - m) + sum_far phi(q)·phi(k)), with
-    m the largest score of the window and w = sigmoid(a learned number a head), 0.1 at first (Zhang et al. 2024).
+    m the largest score of the window and w = sigmoid(a learned number per head), 0.1 at first (Zhang et al. 2024).
     """
 
     masks: ClassVar[tuple[str, ...]] = ("causal",)
