@@ -67,7 +67,7 @@ def _broadcasts(part: fx.Node) -> bool:
     return held is not None and sum(1 for size in held.shape if size != 1) <= 1
 
 
-def _is_input(facts: Facts, part: fx.Node) -> bool:
+def _is_input(facts: JoinedFacts, part: fx.Node) -> bool:
     """Whether a part is an input of the program, through views only."""
     while opname(part) in VIEWS | CASTS and isinstance(part.args[0], fx.Node):
         part = part.args[0]
