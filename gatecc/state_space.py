@@ -120,9 +120,9 @@ def _mixed(edit: Editor, program: Program) -> _Read:
         return module.state_space(*(values[n] for n in nodes))
 
     def pair(made: StateSpace, values: Values) -> tuple[Tensor, Tensor]:
-        return module.finished(made.run()[0]), values[call.result]
+        return module.finished(made.run()[0]), values[call.results[0]]
 
-    return _Read(module.tag, [*nodes, call.result], form, pair)
+    return _Read(module.tag, [*nodes, call.results[0]], form, pair)
 
 
 def _softmax(site: Attention) -> _Read:

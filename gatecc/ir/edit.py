@@ -10,12 +10,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import torch
 from torch import fx, nn
 from torch._guards import detect_fake_mode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import TreeSpec, tree_flatten
 
 from gatecc.errors import GraphError, SiteRefusedError
 from gatecc.ir.boundary import Boundary, Slot, follow, held, within
@@ -46,12 +46,13 @@ CONTAINERS = (
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """``result = function(*arguments)``; ``path`` names the module (relative to the program's) if function is one."""
+    """``results`` are the tensors of ``function(*arguments)``, in order; ``path`` names the module (relative to the
+    program's) if function is one."""
 
-    function: Callable[..., torch.Tensor] | None
+    function: Callable[..., Any] | None
     path: str | None
     arguments: tuple[Any, ...]
-    result: fx.Node
+    results: tuple[fx.Node, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,25 +176,32 @@ class Editor:
         """The modules and tensors that the layer has no more once the edit is installed."""
         return [path for effect in self.weights for path in effect.gone]
 
-    def call(self, function: Callable[..., torch.Tensor] | str, *arguments: Any, name: str = "") -> fx.Node:
+    @overload
+    def call(self, function: Callable[..., torch.Tensor], *arguments: Any, name: str = "") -> fx.Node: ...
+    @overload
+    def call(
+        self, function: Callable[..., tuple[torch.Tensor, ...]], *arguments: Any, name: str = ""
+    ) -> tuple[fx.Node, ...]: ...
+    @overload
+    def call(self, function: str, *arguments: Any, name: str = "") -> Any: ...
+    def call(self, function: Callable[..., Any] | str, *arguments: Any, name: str = "") -> Any:
         """Insert ``function(*arguments)``, traced to ATen operators, as early as its arguments allow.
 
         ``function`` is a Python function of tensors, or the path of a module (from `module`). Arguments that are nodes
-        are tensors of the graph; others are constants. Returns the node of the (single tensor) result.
+        are tensors of the graph; others are constants. Returns the node of the result, or a tuple of nodes for a tuple
+        of tensors: a router yields weights, indices and a loss.
         """
         nodes = [a for a in arguments if isinstance(a, fx.Node)]
         path = function if isinstance(function, str) else None
         module = cast("nn.Module", attribute(self.program.module, path)) if path else None
-        traced = trace(module or cast("Callable[..., torch.Tensor]", function), arguments)
+        traced, spec = trace(module or cast("Callable[..., Any]", function), arguments)
         anchor = max(nodes) if nodes else self._first_call()
         before = set(self.inserted)
-        result = self._inline(traced, path or "", nodes, anchor, name)
+        results = self._inline(traced, path or "", nodes, anchor, name)
         if path and path in self.program.hooked:
-            self._call_hooks(path, nodes, result, self.inserted - before)
-        self.steps.append(
-            Call(None if path else cast("Callable[..., torch.Tensor]", function), path, arguments, result)
-        )
-        return result
+            self._call_hooks(path, nodes, results, spec, self.inserted - before)
+        self.steps.append(Call(None if path else cast("Callable[..., Any]", function), path, arguments, results))
+        return results[0] if spec.is_leaf() else results
 
     def replace(
         self, old: fx.Node, new: fx.Node, readers: Collection[fx.Node] | None = None, *, same: bool = False
@@ -291,13 +299,15 @@ class Editor:
             last = node
         return last
 
-    def _inline(self, traced: fx.Graph, path: str, nodes: list[fx.Node], anchor: fx.Node, name: str) -> fx.Node:
+    def _inline(
+        self, traced: fx.Graph, path: str, nodes: list[fx.Node], anchor: fx.Node, name: str
+    ) -> tuple[fx.Node, ...]:
         parameters = iter(tensor_names(attribute(self.program.module, path)) if path else ())
         values = iter(nodes)
         copied: dict[fx.Node, fx.Node] = {}
         for node in traced.nodes:
             if node.op == "output":
-                return copied[cast("fx.Node", node.args[0])]
+                return tuple(copied[result] for result in cast("tuple[fx.Node, ...]", node.args[0]))
             with self.program.graph.inserting_after(anchor):
                 if node.op == "placeholder":
                     parameter = next(parameters, None)
@@ -311,14 +321,17 @@ class Editor:
             copied[node] = anchor = copy
         raise AssertionError("a traced graph ends in an output")
 
-    def _call_hooks(self, path: str, nodes: list[fx.Node], result: fx.Node, body: set[fx.Node]) -> None:
+    def _call_hooks(
+        self, path: str, nodes: list[fx.Node], results: tuple[fx.Node, ...], out: TreeSpec, body: set[fx.Node]
+    ) -> None:
         """Note the two sides of a call of a new module that has hooks; its own code, ``body``, read its arguments."""
         slots = {node: Slot(i) for i, node in enumerate(dict.fromkeys(nodes))}
         _, spec = tree_flatten((tuple(nodes), {}))
         entry = Boundary(path, False, spec, tuple(slots[n] for n in nodes))
         entry.values, entry.readers = list(slots), [set[fx.Node | Boundary](body) for _ in slots]
-        _, spec = tree_flatten(result)
-        leaving = Boundary(path, True, spec, (Slot(0),), entry, [result], [set[fx.Node | Boundary]()])
+        leaves = tuple(Slot(i) for i, _ in enumerate(results))
+        readers = [set[fx.Node | Boundary]() for _ in results]
+        leaving = Boundary(path, True, out, leaves, entry, list(results), readers)
         self.called |= {entry, leaving}
         self.program.boundaries += [entry, leaving]
 

@@ -3,42 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._guards import detect_fake_mode
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import TreeSpec, tree_flatten
 
 from gatecc.errors import GraphError
 from gatecc.ir.hooks import silenced
 from gatecc.ir.program import fake
 
 
-def trace(function: Callable[..., torch.Tensor], arguments: Sequence[Any]) -> fx.Graph:
-    """The ATen graph of a call on fake tensors. Placeholders: a module's parameters and buffers, then the node
-    arguments."""
+def trace(function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[fx.Graph, TreeSpec]:
+    """The ATen graph of a call on fake tensors, and the structure of its result, whose leaves the graph returns.
+
+    Placeholders: a module's parameters and buffers, then the node arguments. Raises GraphError for results that are no
+    tensors.
+    """
+    specs: list[TreeSpec] = []
     values = [fake(a) for a in arguments if isinstance(a, fx.Node)]
     tensors = _tensors(function) if isinstance(function, nn.Module) else []
     mode = detect_fake_mode([v for v in values if v is not None])
     if mode is None:
         raise GraphError("an edit reads a node that holds no tensor", found=str([str(a) for a in arguments]))
 
-    def flat(*flat_values: torch.Tensor) -> torch.Tensor:
+    def flat(*flat_values: torch.Tensor) -> tuple[Any, ...]:
         own = dict(zip((name for name, _ in tensors), flat_values, strict=False))
         rest = iter(flat_values[len(tensors) :])
         actual = [next(rest) if isinstance(a, fx.Node) else a for a in arguments]
         if isinstance(function, nn.Module):
             with silenced(function):
-                return cast("torch.Tensor", torch.func.functional_call(function, own, tuple(actual)))
-        return function(*actual)
+                result = torch.func.functional_call(function, own, tuple(actual))
+        else:
+            result = function(*actual)
+        leaves, spec = tree_flatten(result)
+        specs.append(spec)
+        return tuple(leaves) if spec.is_leaf() else _apart(leaves, flat_values)
 
     with mode, _use_lazy_graph_module(True):  # only the graph is wanted, no Python of it
         inputs = [mode.from_tensor(t, static_shapes=True) for _, t in tensors] + values
         traced = make_fx(flat, pre_dispatch=True)(*inputs)
     traced.graph.eliminate_dead_code()
-    return traced.graph
+    results: Any = traced.graph.output_node().args[0]
+    if other := [value for value in results if not isinstance(value, fx.Node)]:
+        raise GraphError(
+            "an edit calls what returns something else than tensors",
+            where=getattr(function, "__name__", type(function).__name__),
+            found=", ".join(type(value).__name__ for value in other),
+            expected="a tensor, or a tuple of tensors",
+        )
+    return traced.graph, specs[-1]
+
+
+def _apart(leaves: Sequence[Any], given: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    """Several results as values of their own: hooks may change one that is also an argument, or is there twice."""
+    seen = {id(value) for value in given}
+    apart: list[Any] = []
+    for leaf in leaves:
+        again = isinstance(leaf, torch.Tensor) and id(leaf) in seen
+        apart.append(torch.ops.aten.alias.default(leaf) if again else leaf)
+        seen.add(id(leaf))
+    return tuple(apart)
 
 
 def tensor_names(module: nn.Module) -> list[str]:

@@ -7,6 +7,7 @@ output of a submodule; sources may also be arguments of the scope. What cannot b
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from gatecc.capture.checkpointing import no_checkpointing
 from gatecc.errors import CallNotCapturedError
@@ -41,12 +43,13 @@ class Anchor:
 
 @dataclass(frozen=True)
 class Op:
-    """``slot = function(*arguments)``, or a call of the submodule ``path``. Arguments: Anchor, Slot or constant."""
+    """``slots`` are the tensors of ``function(*arguments)``, or of a call of the submodule ``path``. Arguments: Anchor,
+    Slot or constant."""
 
-    function: Callable[..., torch.Tensor] | None
+    function: Callable[..., Any] | None
     path: str | None
     arguments: tuple[Any, ...]
-    slot: int
+    slots: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ def python_path(
     slots: dict[fx.Node, Slot] = {}
     moved: dict[fx.Node, Anchor] = {}  # where the values of earlier edits appear
     edits: list[PythonEdit] = []
+    numbers = itertools.count()
     anchors = _Anchors(program, cores, names, {n for e in editors for n in e.inserted})
     for editor in editors:
         if editor.whole_sequence:
@@ -94,14 +98,16 @@ def python_path(
         for step in editor.steps:
             if isinstance(step, Call):
                 arguments = tuple(_reference(a, slots, anchors) for a in step.arguments)
-                slots[step.result] = Slot(len(slots))
-                ops.append(Op(step.function, step.path, arguments, slots[step.result].number))
+                made = [Slot(next(numbers)) for _ in step.results]
+                slots |= dict(zip(step.results, made, strict=True))
+                ops.append(Op(step.function, step.path, arguments, tuple(slot.number for slot in made)))
                 continue
             anchor = None if step.some else moved.get(step.old) or anchors.of(step.old)
-            if anchor is None or None in [a for op in ops for a in op.arguments]:
+            result = _reference(step.new, slots, anchors)
+            if anchor is None or result is None or None in [a for op in ops for a in op.arguments]:
                 return PythonPath(refused=f"{editor.rewrite} edits {step.old.name}, which no Python call returns")
             moved[step.new] = anchor
-            edits.append(PythonEdit(anchor, tuple(ops), slots[step.new]))
+            edits.append(PythonEdit(anchor, tuple(ops), result))
             ops = []
     wants = frozenset(
         a.path for e in edits for op in e.ops for a in op.arguments if isinstance(a, Anchor) and a.what == "output"
@@ -211,8 +217,8 @@ class _Run(TorchFunctionMode):
     def _apply(self, edit: PythonEdit, value: torch.Tensor) -> torch.Tensor:
         for op in edit.ops:
             arguments = [self._value(a, edit.anchor, value) for a in op.arguments]
-            call = attribute(self.module, op.path) if op.path else cast("Callable[..., torch.Tensor]", op.function)
-            self.slots[op.slot] = call(*arguments)
+            call = attribute(self.module, op.path) if op.path else cast("Callable[..., Any]", op.function)
+            self.slots |= dict(zip(op.slots, tree_leaves(call(*arguments)), strict=True))
         return self._value(edit.result, edit.anchor, value)
 
     def _value(self, reference: Any, anchor: Anchor, value: torch.Tensor) -> Any:
