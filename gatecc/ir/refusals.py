@@ -1,7 +1,8 @@
 """The causes of refusals: why a place that looks like a site is not taken. One entry a cause, with a stable code.
 
-GCC100-129 attention, GCC130-199 the other kinds. The entry is the manual page (docs/refusals.md is generated from it),
-the refusal adds what was found at the place. A code is never given to another cause.
+GCC100-129 attention, GCC130-199 the other kinds, GCC900-999 kinds of a package of your own. The entry is the manual
+page (docs/errors/GCCnnn.md is generated from it), the refusal adds what was found at the place. A code is never given
+to another cause.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
+from gatecc.errors import ArgumentError
 from gatecc.ir.program import origin
 from gatecc.ir.site import KINDS, Refusal
 
@@ -185,7 +187,22 @@ _OTHERS: tuple[Cause, ...] = (
     ),
 )
 
-CAUSES: dict[str, Cause] = {cause.code: cause for cause in _ATTENTION + _OTHERS}
+CAUSES: dict[str, Cause] = {}
+
+
+def declare(*causes: Cause) -> None:
+    """Make causes known by their codes. Raises ArgumentError for a code that is another's."""
+    for cause in causes:
+        if cause.code in CAUSES:
+            raise ArgumentError(
+                "a code of a refusal is given twice",
+                found=f"{cause.code} {cause.title}",
+                expected=CAUSES[cause.code].title,
+            )
+        CAUSES[cause.code] = cause
+
+
+declare(*_ATTENTION, *_OTHERS)
 
 
 def fitted(refusal: Refusal, kinds: Collection[str]) -> Refusal:

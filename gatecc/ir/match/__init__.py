@@ -8,36 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from gatecc.ir.match.activation import match_activation
-from gatecc.ir.match.attention.hidden import match_hidden
-from gatecc.ir.match.attention.walk import match_attention
-from gatecc.ir.match.block import match_block
-from gatecc.ir.match.conv import match_conv
-from gatecc.ir.match.embedding import match_embedding
-from gatecc.ir.match.experts import match_experts
-from gatecc.ir.match.head import match_head
+from gatecc.ir.discover import discover
 from gatecc.ir.match.joins import JoinedFacts
-from gatecc.ir.match.linear import match_linear
-from gatecc.ir.match.merge import match_merge
-from gatecc.ir.match.mlp import match_mlp
-from gatecc.ir.match.residual import match_residual
-from gatecc.ir.match.rnn import match_rnn
+from gatecc.ir.match.registry import MATCHERS
 from gatecc.ir.program import Program
-from gatecc.ir.site import Refusal, Site
-
-_MATCHERS = (
-    match_mlp,
-    match_experts,
-    match_linear,
-    match_conv,
-    match_rnn,
-    match_activation,
-    match_residual,
-    match_merge,
-    match_embedding,
-    match_head,
-    match_block,
-)
+from gatecc.ir.site import KINDS, Refusal, Site
 
 
 @dataclass(frozen=True)
@@ -55,9 +30,13 @@ class Sites:
 def find_sites(program: Program) -> Sites:
     """All sites of a program that gatecc.passes.canonicalize has brought into form."""
     facts = JoinedFacts(program)
-    cores, refused = match_attention(program, facts.flow, facts.maps)
-    refused += match_hidden(program)
-    found = [*cores, *refused, *(item for matcher in _MATCHERS for item in matcher(facts))]
+    found = [item for matcher in MATCHERS for item in matcher(facts)]
+    order = {kind: i for i, kind in enumerate(KINDS)}
     sites: list[Site] = [item for item in found if isinstance(item, Site)]
+    sites.sort(key=lambda site: order[site.kind])
     sites.sort(key=lambda site: max(value.node for value in site.values.values()))
-    return Sites(sites, [item for item in found if isinstance(item, Refusal)])
+    refusals = [item for item in found if isinstance(item, Refusal)]
+    return Sites(sites, sorted(refusals, key=lambda refusal: order.get(refusal.kind, len(order))))
+
+
+discover(__name__, __path__, deep=False)

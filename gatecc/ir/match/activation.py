@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gatecc.ir.match.facts import Facts
+from gatecc.ir.match.registry import matcher
 from gatecc.ir.site import Activation
 
 
+@matcher
 def match_activation(facts: Facts) -> Iterator[Activation]:
     """One site a nonlinearity of the stream, in execution order; those of constants are none."""
     for found in facts.nonlinearities.values():

@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from gatecc.ir.match.facts import Facts, Place
 from gatecc.ir.match.region import Region, regions
+from gatecc.ir.match.registry import matcher
 from gatecc.ir.match.shapes import same_shape
 from gatecc.ir.program import origin
 from gatecc.ir.refusals import refuse
@@ -17,6 +18,7 @@ from gatecc.ir.site import Block, Refusal
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
+@matcher
 def match_block(facts: Facts) -> Iterator[Block | Refusal]:
     """One site a call of a repeated unit that maps a value to one of its shape, in execution order (or GCC170-171).
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gatecc.ir.match.facts import Facts
+from gatecc.ir.match.registry import matcher
 from gatecc.ir.site import Conv, Refusal
 
 
+@matcher
 def match_conv(facts: Facts) -> Iterator[Conv | Refusal]:
     """One site a convolution, in execution order; a kernel that is computed is refused (GCC130)."""
     for node, projection in facts.projections.items():

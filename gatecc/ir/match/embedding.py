@@ -9,6 +9,7 @@ from torch import fx
 
 from gatecc.ir.match.facts import Facts
 from gatecc.ir.match.projection import Projection, behind, fqn
+from gatecc.ir.match.registry import matcher
 from gatecc.ir.ops import CASTS, RESHAPES, TRANSPOSES, argument, opname
 from gatecc.ir.program import fake, shape
 from gatecc.ir.refusals import refuse
@@ -18,6 +19,7 @@ _ONWARD = RESHAPES | TRANSPOSES | CASTS | frozenset("layer_norm contiguous clone
 _NEAR = 6  # nodes between a patch convolution and the flattening of its map
 
 
+@matcher
 def match_embedding(facts: Facts) -> Iterator[Embedding | Refusal]:
     """One site a look-up or patch convolution, in execution order; position tables are refused (GCC160)."""
     for node in facts.program.calls():

@@ -14,6 +14,7 @@ from torch import fx
 from gatecc.ir.match.facts import Facts
 from gatecc.ir.match.projection import CONV_OPS
 from gatecc.ir.match.region import Region, regions
+from gatecc.ir.match.registry import matcher
 from gatecc.ir.match.shapes import same_shape
 from gatecc.ir.ops import CASTS, SAME_SHAPE, TRANSPOSES, VIEWS, opname
 from gatecc.ir.program import shape
@@ -23,6 +24,7 @@ from gatecc.ir.site import MLP, Refusal, Weight
 _PRODUCTS = frozenset("bmm baddbmm matmul mm addmm linear einsum _grouped_mm grouped_mm_fallback".split())
 
 
+@matcher
 def match_experts(facts: Facts) -> Iterator[MLP | Refusal]:
     """One site a call of a module that holds stacked weights and activates between them (else GCC144)."""
     stacks = _stacks(facts)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from gatecc.ir.match.joins import JoinedFacts
+from gatecc.ir.match.registry import matcher
 from gatecc.ir.ops import CASTS, SOFTMAXES, VIEWS, opname
 from gatecc.ir.refusals import refuse
 from gatecc.ir.site import Head, Refusal
@@ -19,6 +20,7 @@ _AFTER = (
 )
 
 
+@matcher
 def match_head(facts: JoinedFacts) -> Iterator[Head | Refusal]:
     """One site a projection that yields an output, in the order of the outputs; none in a submodule's program.
 

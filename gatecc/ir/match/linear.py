@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gatecc.ir.match.facts import Facts
+from gatecc.ir.match.registry import matcher
 from gatecc.ir.site import Linear, Refusal
 
 
+@matcher
 def match_linear(facts: Facts) -> Iterator[Linear | Refusal]:
     """One site a product, in execution order; refused: computed, stacked and left-hand weights (GCC130-132)."""
     for node, projection in facts.projections.items():

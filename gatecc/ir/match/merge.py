@@ -12,6 +12,7 @@ from typing import Literal
 from torch import fx
 
 from gatecc.ir.match.joins import JoinedFacts
+from gatecc.ir.match.registry import matcher
 from gatecc.ir.ops import CASTS, DROPOUTS, SOFTMAXES, VIEWS, opname
 from gatecc.ir.program import fake
 from gatecc.ir.refusals import refuse
@@ -21,6 +22,7 @@ _WEIGHERS = SOFTMAXES | {"exp"}
 _TO_SOFTMAX = VIEWS | CASTS | DROPOUTS | frozenset("add sub mul div where masked_fill clamp tanh maximum".split())
 
 
+@matcher
 def match_merge(facts: JoinedFacts) -> Iterator[Merge | Refusal]:
     """One site a join, in execution order; refused: constants (GCC150), scores (GCC151), weightless values (GCC152)."""
     scores = _scores(facts)

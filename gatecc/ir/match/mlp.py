@@ -16,6 +16,7 @@ from torch import fx, nn
 from gatecc.ir.match.facts import Facts
 from gatecc.ir.match.maps import module_apart
 from gatecc.ir.match.projection import Projection
+from gatecc.ir.match.registry import matcher
 from gatecc.ir.match.shapes import same_shape
 from gatecc.ir.ops import CASTS, CONTRACTIONS, DROPOUTS, SOFTMAXES, VIEWS, opname
 from gatecc.ir.program import fake
@@ -34,6 +35,7 @@ _MIXERS = CONTRACTIONS | SOFTMAXES | _POOLS | frozenset(["embedding"])
 _LIGHT = VIEWS | CASTS | DROPOUTS | frozenset("layer_norm batch_norm group_norm rms_norm".split())
 
 
+@matcher
 def match_mlp(facts: Facts) -> Iterator[MLP | Refusal]:
     """One site an MLP, in execution order; refused: deep chains, widths, pooled inputs, constants (GCC140-143)."""
     feeds = _Feeds(facts)

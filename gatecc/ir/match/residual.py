@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gatecc.ir.match.joins import JoinedFacts
+from gatecc.ir.match.registry import matcher
 from gatecc.ir.site import Residual
 
 
+@matcher
 def match_residual(facts: JoinedFacts) -> Iterator[Residual]:
     """One site a join, in execution order. Other adds are the business of match_merge."""
     for add, (skip, branch) in facts.residuals.items():

@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from gatecc.ir.match.facts import Facts
+from gatecc.ir.match.registry import matcher
 from gatecc.ir.ops import opname
 from gatecc.ir.program import shape
 from gatecc.ir.site import RNN, Value
@@ -16,6 +17,7 @@ from gatecc.ir.site import RNN, Value
 _CELLS = {"gru": "gru", "lstm": "lstm", "rnn_tanh": "rnn", "rnn_relu": "rnn"}
 
 
+@matcher
 def match_rnn(facts: Facts) -> Iterator[RNN]:
     """One site an operator on padded sequences, in execution order."""
     for node in facts.program.calls():
