@@ -37,6 +37,7 @@ from gatecc.codegen.onnx.scalars import scalars_as_tensors
 from gatecc.codegen.onnx.sigmoids import exact_sigmoids
 from gatecc.codegen.onnx.stable import FORMS
 from gatecc.errors import CaptureError, ExportError
+from gatecc.ir.loops import free_lengths
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -175,7 +176,7 @@ def _program(call: Call, module: nn.Module, axes: Sequence[set[int]], limit: flo
     shapes = tuple(dict.fromkeys(sorted(of_one), Dim.AUTO) for of_one in axes)
     where = type(call.flat.m).__name__
     try:
-        with budget(limit, lambda seconds: _too_long(where, seconds)), quiet(), _quiet():
+        with budget(limit, lambda seconds: _too_long(where, seconds)), quiet(), _quiet(), free_lengths():
             return torch.export.export(module, call.leaves, dynamic_shapes=(shapes,), strict=False)
     except CaptureError:
         raise

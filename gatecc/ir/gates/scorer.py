@@ -254,7 +254,7 @@ class RNN(Scorer, tag="rnn"):
 
     def __call__(self, x: Features, params: Params, features: int) -> Features:
         cell = [params[name] for name in ("input_weight", "state_weight", "input_bias", "state_bias")]
-        h = torch.ops.gatecc.rnn(x.x, *cell, self.cell)
+        h, _ = torch.ops.gatecc.rnn(x.x, *cell, self.cell)
         return Features(F.linear(h, params["weight"], params["bias"]), x.at)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import gatecc
 from gatecc.errors import ArgumentError, DecoderError
+from gatecc.ops.rnn import rnn
 from tests.decoder.mixing import D, Mixed, V
 from tests.decoder.stepping import difference, full, stepped
 
@@ -41,6 +42,18 @@ class Layers(nn.Module):
         return y[..., :D] + after[-1].unsqueeze(1) if self.last else y[..., :D]
 
 
+class Scored(nn.Module):
+    """A layer as a recurrent gate has it: one operator, from no state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTM(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, N, D)"""
+        return rnn(x, *self.cell.parameters(), "lstm")[0]
+
+
 @pytest.mark.parametrize(
     "layers",
     [
@@ -48,8 +61,9 @@ class Layers(nn.Module):
         Layers(nn.LSTM, start=True),
         Layers(nn.RNN, first=False),
         Layers(nn.RNN, nonlinearity="relu", start=True),
+        Scored(),
     ],
-    ids=["gru", "lstm", "rnn, time first", "relu"],
+    ids=["gru", "lstm", "rnn, time first", "relu", "gate"],
 )
 def test_steps_are_the_full_forward(layers: nn.Module) -> None:
     model = Mixed(layers).eval()

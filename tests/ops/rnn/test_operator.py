@@ -21,15 +21,28 @@ def cell(kind: str) -> tuple[nn.RNNBase, list[Tensor]]:
 def test_equals_the_module(kind: str) -> None:
     module, weights = cell(kind)
     x = torch.randn(2, 7, 4, dtype=torch.float64)
-    torch.testing.assert_close(rnn(x, *weights, kind), module(x)[0])
+    y, last = rnn(x, *weights, kind)
+    expected, states = module(x)
+    torch.testing.assert_close((y, last), (expected, torch.cat(states) if kind == "lstm" else states))
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_it_goes_on_from_its_state(kind: str) -> None:
+    _, weights = cell(kind)
+    x = torch.randn(2, 7, 4, dtype=torch.float64)
+    first, state = rnn(x[:, :3], *weights, kind)
+    then, last = rnn(x[:, 3:], *weights, kind, state)
+    torch.testing.assert_close((torch.cat([first, then], 1), last), rnn(x, *weights, kind))
 
 
 @pytest.mark.parametrize("kind", ["gru", "lstm"])
 def test_gradients_and_registration(kind: str) -> None:
     _, weights = cell(kind)
     x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *leaves: rnn(*leaves, kind), (x, *weights))
+    state = torch.randn(1 + (kind == "lstm"), 2, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *leaves: rnn(*leaves[:5], kind, leaves[5]), (x, *weights, state))
     torch.library.opcheck(torch.ops.gatecc.rnn.default, (x, *weights, kind))
+    torch.library.opcheck(torch.ops.gatecc.rnn.default, (x, *weights, kind, state))
 
 
 @pytest.mark.parametrize("kind", ["gru", "lstm"])
@@ -42,7 +55,7 @@ def test_every_other_derivative(kind: str) -> None:
     )
     assert torch.autograd.gradgradcheck(lambda *leaves: rnn(*leaves, kind), given, fast_mode=True)
     several = torch.randn(3, 2, 5, 4, dtype=torch.float64)
-    found = torch.func.vmap(lambda x: rnn(x, *weights, kind))(several)
+    found = torch.func.vmap(lambda x: rnn(x, *weights, kind)[0])(several)
     torch.testing.assert_close(found, torch.stack([module(one)[0] for one in several]))
 
 
@@ -51,7 +64,7 @@ def test_a_later_token_changes_nothing_before_it() -> None:
     x = torch.randn(1, 6, 4, dtype=torch.float64)
     y = x.clone()
     y[:, 4:] += 1
-    a, b = rnn(x, *weights, "gru"), rnn(y, *weights, "gru")
+    (a, _), (b, _) = rnn(x, *weights, "gru"), rnn(y, *weights, "gru")
     assert torch.equal(a[:, :4], b[:, :4])
     assert not torch.equal(a[:, 4:], b[:, 4:])
 
