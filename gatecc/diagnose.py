@@ -27,7 +27,7 @@ from gatecc.ir.select import Selector, select
 from gatecc.ir.site import Attention, Residual, Site
 from gatecc.pipeline import prepare
 from gatecc.scope.hooks import UNSEEN
-from gatecc.scope.scope import scopes
+from gatecc.scope.state import scopes
 from gatecc.scope.whole import whole_program
 
 

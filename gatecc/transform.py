@@ -40,11 +40,8 @@ from gatecc.ir.weights import Effect
 from gatecc.recipes import resolve
 from gatecc.report import PassRow, Report
 from gatecc.scope.fast_paths import Switch, fast_paths_off, fast_paths_on
-from gatecc.scope.scope import (
-    base_class,
-    remove,
-    scopes,
-)
+from gatecc.scope.scope import remove
+from gatecc.scope.state import base_class, scopes
 
 HISTORY = "_gatecc_history"
 AFTER: list[Callable[[nn.Module], None]] = []  # called with each model that was transformed or reverted

@@ -21,7 +21,7 @@ from gatecc.errors import (
     UnknownRecipeError,
     UnsupportedModelError,
 )
-from gatecc.scope.scope import scopes
+from gatecc.scope.state import scopes
 
 
 class Attend(nn.Module):

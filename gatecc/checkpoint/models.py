@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from gatecc.errors import CheckpointError
-from gatecc.scope.scope import base_class
+from gatecc.scope.state import base_class
 
 LIBRARIES = ("transformers", "diffusers")  # a folder may have these imported; a class of others must be there already
 INDEX = "model.safetensors.index.json"

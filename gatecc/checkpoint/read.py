@@ -21,7 +21,7 @@ from gatecc.errors import ArgumentError, CheckpointError, GateccError
 from gatecc.ir import store
 from gatecc.ir.rewrite import Recipe, rewrite_from_json
 from gatecc.ir.weights import Effect, effect_from_json
-from gatecc.scope.scope import base_class
+from gatecc.scope.state import base_class
 from gatecc.transform import history, revert, rewritten
 
 SHOWN = 5  # parameters that an error names

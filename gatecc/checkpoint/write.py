@@ -20,7 +20,7 @@ from gatecc.engine.analyse import evaluation
 from gatecc.errors import ArgumentError, CheckpointError
 from gatecc.ir import store
 from gatecc.ir.weights import aside_state
-from gatecc.scope.scope import base_class
+from gatecc.scope.state import base_class
 from gatecc.transform import Step, history
 
 FORMAT = 2

@@ -20,7 +20,7 @@ from gatecc.ir.site import Site
 from gatecc.ir.weights import suspended
 from gatecc.pipeline import Application, apply, prepare
 from gatecc.scope.family import same_outputs
-from gatecc.scope.scope import Scope, base_forward, outside_scopes, scopes
+from gatecc.scope.state import Scope, base_forward, outside_scopes, scopes
 from gatecc.scope.variant import Variant
 
 _ROUNDING = 1e-5  # relative to max(1, max|output|)

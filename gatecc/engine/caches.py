@@ -17,7 +17,7 @@ from gatecc.engine.modes import holding
 from gatecc.errors import GateccError
 from gatecc.ir.weights import Effect
 from gatecc.scope.python_path import PythonPath
-from gatecc.scope.scope import scopes
+from gatecc.scope.state import scopes
 
 _CACHES = ("cache", "past_key_values")  # what models call a cache, the newer name first
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # relative to the largest output; others: 5 percent

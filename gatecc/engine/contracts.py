@@ -19,7 +19,8 @@ from gatecc.engine.blame import blame
 from gatecc.errors import ExampleInputsError, SiteRefusedError
 from gatecc.ir.rewrite import Recipe, Rewrite
 from gatecc.scope.family import difference
-from gatecc.scope.scope import plain, scopes
+from gatecc.scope.scope import plain
+from gatecc.scope.state import scopes
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 _ROUNDING = 1e-3  # a difference up to here may be that of float32, and is looked at again in float64

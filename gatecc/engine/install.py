@@ -25,14 +25,8 @@ from gatecc.scope.build import Built, Place, build, rebuild, same_for_layers
 from gatecc.scope.family import Family, proves, structure
 from gatecc.scope.fast_paths import Switch, fast_paths_on
 from gatecc.scope.key import call_key
-from gatecc.scope.scope import (
-    Scope,
-    base_forward,
-    install,
-    remove,
-    scope_of,
-)
-from gatecc.scope.state import forward_hides_class
+from gatecc.scope.scope import install, remove
+from gatecc.scope.state import Scope, base_forward, forward_hides_class, scope_of
 
 
 @dataclass

@@ -30,7 +30,8 @@ from gatecc.engine.contracts import compare
 from gatecc.errors import ContractError, GateccError
 from gatecc.ir.weights import Effect, Values, noise
 from gatecc.scope.learn import lookup
-from gatecc.scope.scope import plain, scope_of
+from gatecc.scope.scope import plain
+from gatecc.scope.state import scope_of
 
 _SLOT = (
     "_compiled_call_impl"  # where nn.Module.compile puts what a call runs: no hook, and no path of torch asks for it

@@ -16,9 +16,9 @@ from gatecc.ir.program import Program, origin
 from gatecc.ir.rewrite import Recipe, Rewrite
 from gatecc.ir.select import select
 from gatecc.ir.site import Attention, Refusal, Site
+from gatecc.pipeline import Application
 from gatecc.scope.masks import Proved, proved_masks, relative
-from gatecc.scope.scope import Application, outside_scopes
-from gatecc.scope.state import forward_hides_class
+from gatecc.scope.state import forward_hides_class, outside_scopes
 
 
 @dataclass

@@ -1,8 +1,28 @@
 """Scope: a submodule whose forward runs captured, rewritten variants of itself.
 
 The module keeps its identity: its class becomes a dynamic subclass (as torch.nn.utils.parametrize does), its children,
-parameter names and methods stay. Each call picks a variant by everything that a graph bakes in; a new kind of call
-captures a new variant; a call that cannot be captured takes the Python path; and the unrewritten forward never runs.
+parameter names and methods stay. The unrewritten forward never runs. A call goes like this:
+
+    call --> key.py: everything that a graph bakes in
+               |  (an argument that no graph can hold: Python path)
+               v
+             dispatch.py: a trusted entry with this key, its reads unchanged? ---- yes --> run its variant
+               | no
+               v
+             refused before, for the same reason? ---------------------------- yes --> Python path
+               | no
+               v
+             learn.py: an entry of another layer, or of this call with gradients,
+                       that is proved to be this layer's function? ------------ yes --> trust it, run its variant
+               | no
+               v
+             build.py: capture, prepare, rewrite, verify ------------------- done --> new entry, trusted; run it
+               | CaptureError, remembered in refusals.py
+               v
+             python_path.py: the same edits on the running call ------ impossible --> CallNotCapturedError (GCC006)
+
+Under torch.export and torch.compile the first question is traced along, and learning happens outside of the trace
+(traced.py, dynamo.py).
 """
 
 from __future__ import annotations
@@ -20,15 +40,7 @@ from gatecc.ir.weights import suspended
 from gatecc.scope.dispatch import first_call, known
 from gatecc.scope.dynamo import learn_while_tracing
 from gatecc.scope.learn import learn
-from gatecc.scope.state import STATE as STATE
-from gatecc.scope.state import Application as Application
-from gatecc.scope.state import Scope as Scope
-from gatecc.scope.state import base_class as base_class
-from gatecc.scope.state import base_forward as base_forward
-from gatecc.scope.state import drop_bound_forward as drop_bound_forward
-from gatecc.scope.state import outside_scopes as outside_scopes
-from gatecc.scope.state import scope_of as scope_of
-from gatecc.scope.state import scopes as scopes
+from gatecc.scope.state import STATE, Scope, base_class, drop_bound_forward, scopes
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import nn
 
 from gatecc.ir.mask import Mask
 from gatecc.ir.weights import Effect
-from gatecc.pipeline import Application as Application
+from gatecc.pipeline import Application
 from gatecc.scope.family import Entry, Family
 from gatecc.scope.masks import Proved
 from gatecc.scope.python_path import PythonPath

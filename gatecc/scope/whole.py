@@ -13,9 +13,10 @@ from gatecc.capture.outputs import output_tensors
 from gatecc.ir.edit import Editor
 from gatecc.ir.program import Program
 from gatecc.ir.weights import joined
-from gatecc.pipeline import Prepared, apply, prepare
+from gatecc.pipeline import Application, Prepared, apply, prepare
 from gatecc.scope.masks import handed_down
-from gatecc.scope.scope import Application, Scope, plain, scopes
+from gatecc.scope.scope import plain
+from gatecc.scope.state import Scope, scopes
 from gatecc.scope.transformers_loops import transformers_loops
 from gatecc.scope.variant import Variant
 

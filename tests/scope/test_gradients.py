@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import gatecc
-from gatecc.scope.scope import scopes
+from gatecc.scope.state import scopes
 
 
 class Mlp(nn.Module):

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import gatecc
 from gatecc import MLP, Gate, GateSpec, Residual
 from gatecc.errors import CallNotCapturedError
-from gatecc.scope.scope import scopes
+from gatecc.scope.state import scopes
 
 
 class Mlp(nn.Module):

@@ -17,7 +17,7 @@ import gatecc
 from gatecc.capture.reads import Read
 from gatecc.scope.family import OF_ONE_KIND, Entry, Family
 from gatecc.scope.refusals import LIMIT, SIZES, Refusals
-from gatecc.scope.scope import scopes
+from gatecc.scope.state import scopes
 
 X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 

@@ -27,7 +27,7 @@ from gatecc.errors import MaskFormError
 from gatecc.ir.mask import Mask
 from gatecc.ir.site import Attention, Site
 from gatecc.scope.masks import proved_masks
-from gatecc.scope.scope import scopes
+from gatecc.scope.state import scopes
 
 SHAPE: dict[str, Any] = {"vocab_size": 41, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 IDS = torch.randint(3, 41, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gatecc
-from gatecc.scope.scope import scopes
+from gatecc.scope.state import scopes
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 CONFIG = LlamaConfig(vocab_size=61, **SIZES)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import gatecc
 from gatecc import MLP, Activation, Gate, GateSpec, Residual
 from gatecc.errors import CallNotCapturedError, UnsupportedModelError
-from gatecc.scope.scope import scopes
+from gatecc.scope.state import scopes
 
 
 class Mlp(nn.Module):

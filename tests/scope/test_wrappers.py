@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 import gatecc
 from gatecc import MLP, Activation, Gate, GateSpec
 from gatecc.errors import CallNotCapturedError, UnsupportedModelError
-from gatecc.scope.scope import scopes
+from gatecc.scope.state import scopes
 
 
 class Mlp(nn.Module):
