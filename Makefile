@@ -15,7 +15,7 @@ help:
 	@echo "make demo   the main job on a real pretrained encoder: inspect, gate, train, save, export, compare"
 	@echo "make test   the test suite, on two processes (ARGS='-k gate' adds arguments for pytest)"
 	@echo "make bench  every benchmark; fails where a bar is missed"
-	@echo "make lint   ruff, pyright and the order of the layers"
+	@echo "make lint   ruff, pyright, the order of the layers and the shape of the house"
 	@echo "make docs   the generated pages under docs/ and the table of recipes in the README"
 	@echo "make format what ruff can mend by itself"
 	@echo "make clean  remove .venv and what the tools left"
@@ -42,6 +42,7 @@ lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/python tools/layers.py
+	@$(BIN)/python -m tools.house
 	@$(BIN)/pyright
 
 docs: $(READY)

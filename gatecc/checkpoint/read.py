@@ -76,16 +76,16 @@ def _load(
     weights = dict(saved.weights)
     if saved.holds == "pretrained":
         base = state_of(model) if made else models.weights_in(model, data, folder)
-        weights = {**{name: t.clone() for name, t in base.items() if name in saved.kinds}, **weights}
+        weights = {**{name: t.clone() for name, t in base.items() if name in saved.forms}, **weights}
     target = model if inplace else copy.deepcopy(model)
     try:
         for step in saved.steps:
             _replay(target, step)
         state = state_of(target)
-        _check_tensors("the transformed model does not fit the checkpoint", state, saved.kinds)
+        _check_tensors("the transformed model does not fit the checkpoint", state, saved.forms)
         if saved.holds == "new":
             weights = {**state, **weights}
-        _check_tensors("the folder does not hold the weights of the model", weights, saved.kinds)
+        _check_tensors("the folder does not hold the weights of the model", weights, saved.forms)
     except BaseException:
         if inplace:
             revert(target, inplace=True)
@@ -131,7 +131,7 @@ class _Saved:
     weights: dict[str, torch.Tensor]
 
     @property
-    def kinds(self) -> dict[str, list[Any]]:
+    def forms(self) -> dict[str, list[Any]]:
         return {name: kind for name, kind in {**self.base, **self.new}.items() if name not in self.gone}
 
 
@@ -145,7 +145,7 @@ def _read(folder: str | os.PathLike[str], data: dict[str, Any], device: torch.de
         base = (data["base"], data["new"], data.get("gone", []))
         head = (str(data["model"]), steps, *base, data["tied"], data["digests"])
         saved = _Saved(*head, holds, weights)
-        if kinds_of(weights) != (saved.kinds if holds == "whole" else saved.new):
+        if kinds_of(weights) != (saved.forms if holds == "whole" else saved.new):
             raise ValueError("the tensors are not those that the recipe lists")
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         if isinstance(e, GateccError):

@@ -1,7 +1,7 @@
-"""Loops over tokens in transformers' own code, said by ``gatecc::linear_attention`` during a capture.
+"""Loops over tokens in transformers' own code, replaced by ``gatecc::linear_attention`` during a capture.
 
 transformers spells state space models and delta rules as Python loops over tokens or chunks, which fix the length of a
-graph. All of them are linear attention: Mamba has one head a channel with values of width 1 and a decay a state
+graph. All of them are linear attention: Mamba has one head per channel, with values of width 1 and a decay per state
 (Gu & Dao 2023), Mamba-2 one decay per head (Dao & Gu 2024), gated delta nets the gated delta rule (Yang et al. 2025).
 """
 
@@ -35,12 +35,12 @@ def transformers_loops(model: nn.Module) -> Generator[None]:
     with ExitStack() as stack:
         for name in sorted(names):
             if name.startswith("transformers.") and name in sys.modules:
-                stack.enter_context(_said(sys.modules[name]))
+                stack.enter_context(_replaced(sys.modules[name]))
         yield
 
 
 @contextmanager
-def _said(holder: Any) -> Generator[None]:
+def _replaced(holder: Any) -> Generator[None]:
     """The known loops of one Python module replaced."""
     found = {name: getattr(holder, name) for name in _LOOPS if callable(getattr(holder, name, None))}
     try:

@@ -71,14 +71,14 @@ def flat_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if not outputs or not leaves:
         raise ExampleInputsError(
             "an ONNX graph needs tensors on both sides",
-            found=f"{len(leaves)} inputs, {len(outputs)} outputs" + (f": {_kinds(ends)}" if ends and not held else ""),
+            found=f"{len(leaves)} inputs, {len(outputs)} outputs" + (f": {_named(ends)}" if ends and not held else ""),
             do="return tensors, or a tuple, list, dict or dataclass of them",
         )
-    beside = tuple(_kinds([leaf]) for leaf in ends if not isinstance(leaf.value, torch.Tensor))
+    beside = tuple(_named([leaf]) for leaf in ends if not isinstance(leaf.value, torch.Tensor))
     return Call(Flat(model, args, kwargs), tuple(leaves), inputs, outputs, tuple(x.value for x in held), beside)
 
 
-def _kinds(ends: Sequence[Leaf]) -> str:
+def _named(ends: Sequence[Leaf]) -> str:
     return ", ".join(f"{'.'.join(leaf.path) or 'output'} ({type(leaf.value).__name__})" for leaf in ends)
 
 
