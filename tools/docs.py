@@ -132,7 +132,8 @@ def rewrites() -> dict[str, type[Rewrite]]:
 
 def passes() -> list[str]:
     """Rewrites, and the passes behind them that have golden cases."""
-    return sorted({*rewrites(), *(folder.name for folder in GOLDEN.iterdir() if any(folder.glob("*.txt")))})
+    folders = {folder.name for folder in GOLDEN.iterdir() if any(folder.glob("*.txt"))}
+    return sorted({*rewrites(), *folders - {"graphs"}})
 
 
 def rewrite_page(name: str) -> str:
@@ -169,13 +170,24 @@ def made_of(name: str) -> Iterator[str]:
 def cases(name: str) -> Iterator[str]:
     """The golden cases of a pass, which are tests as well."""
     files = sorted((GOLDEN / name).glob("*.txt"))
-    if files:
-        yield f"\n## Cases\n\nEach is a test (`tests/golden/{name}/`): the pipeline is run on the graph.\n"
+    if not files:
+        return
+    yield (
+        f"\n## Cases\n\nEach is a test (`tests/golden/{name}/`): the pipeline is run on the graph before, and the "
+        "change shows the lines around what is different after.\n"
+    )
+    named: dict[str, str] = {}
     for file in files:
         intro, _, body = file.read_text().partition("\npipeline\n")
         title, _, rest = intro.strip().partition("\n")
         prose = f"{markdown(rest.strip())}\n\n" if rest.strip() else ""
         yield f"\n### {title}\n\n{prose}```text\npipeline\n{body.rstrip()}\n```\n"
+        graph = re.search(r"\nbefore\n    (\w+)\n", body)
+        if graph:
+            named[graph[1]] = (GOLDEN / "graphs" / f"{graph[1]}.txt").read_text().rstrip()
+    if named:
+        yield "\n## Graphs\n\nThose that cases name as what was before.\n"
+    yield from (f"\n### {name}\n\n```text\n{text}\n```\n" for name, text in sorted(named.items()))
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
-"""A golden case: a title, a graph, a pipeline, the graph that comes out, the weights that change, and the contract.
+"""A golden case: a title, a graph, a pipeline, what changes in the graph, the weights that change, and the contract.
 
-The text before is read, the pipeline runs, and everything behind it is computed and compared: a case is a test and an
-example at once. ``python -m tests.golden`` writes the computed parts of all cases anew; read the difference.
+The text before, or the graph of ``graphs/`` that it names, is read, the pipeline runs, and everything behind it is
+computed and compared: a case is a test and an example at once. The graph that comes out is printed as a difference from
+the canonical graph that went in (from the text itself, where the pipeline is canonicalize alone). ``python -m
+tests.golden`` writes the computed parts of all cases anew; read the difference.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import torch
+from torch import fx
 
 from gatecc.ir.printer import graph_text
+from gatecc.ir.program import origin
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.select import Selector
 from gatecc.passes.branch.branch import Branch
@@ -24,11 +28,14 @@ from gatecc.passes.mix.mix import Mix
 from gatecc.pipeline import apply, prepare
 from gatecc.scope.family import difference
 from gatecc.scope.variant import Variant
+from tests.golden.change import change
 from tests.golden.reader import Reader
 
 FOLDER = Path(__file__).parent
+GRAPHS = FOLDER / "graphs"
+LIMIT = 40  # every case has fewer lines: nobody reads longer ones
 PASSES: dict[str, type[Rewrite]] = {cls.name: cls for cls in (Gate, Branch, Fuse, Bypass, Mix)}
-HEADINGS = ("pipeline", "before", "after", "weights", "contract")
+HEADINGS = ("pipeline", "before", "change", "weights", "contract")
 
 
 @dataclass
@@ -38,7 +45,7 @@ class Case:
     intro: str
     pipeline: list[str]
     before: str
-    after: str = ""
+    change: str = ""
     weights: str = ""
     contract: str = ""
 
@@ -57,28 +64,49 @@ class Case:
 
     def __str__(self) -> str:
         rows = [self.intro]
-        bodies = ("\n".join(self.pipeline), self.before, self.after, self.weights, self.contract)
+        bodies = ("\n".join(self.pipeline), self.before, self.change, self.weights, self.contract)
         for name, body in zip(HEADINGS, bodies, strict=True):
             rows += ["", name, textwrap.indent(body, "    ")] if body else []
         return "\n".join(rows) + "\n"
 
+    @property
+    def graph(self) -> str:
+        """The text of the graph that goes in."""
+        return self.before if "\n" in self.before else (GRAPHS / f"{self.before}.txt").read_text()
+
     def run(self) -> Case:
         """The case with its computed parts as they come out now."""
-        reader = Reader(self.before)
+        reader = Reader(self.graph)
         program = reader.program
-        before = graph_text(program, sizes=reader.sizes)
+        written = graph_text(program, sizes=reader.sizes) if "\n" in self.before else self.before
+        before = _copy(program.graph)
         expected = Variant(program, ())(program.module, program.example)
         rewrites = [rewrite_from_text(line) for line in self.pipeline if line != "canonicalize"]
         prepared = prepare(program, canonical="canonicalize" not in self.pipeline)
+        if rewrites:
+            before = _copy(program.graph)
         editors = apply(prepared, rewrites)
         steps = [step for of_one in editors for edit in of_one for step in edit.weights]
         contracts = ["exact", *(str(rewrite.contract()) for rewrite in rewrites)]
-        after = graph_text(program, sizes=reader.sizes)
+        old, new = (graph_text(graph, sizes=reader.sizes) for graph in (before, program.graph))
         for step in steps:
             step.apply(program.module)
         got = Variant(program, ())(program.module, program.example)
         weights = "\n".join(step.describe(program.module) for step in steps)
-        return Case(self.intro, self.pipeline, before, after, weights, _contract(contracts, expected, got))
+        case = Case(self.intro, self.pipeline, written, "", weights, _contract(contracts, expected, got))
+        inserted = {node.name for node in program.calls() if origin(node).inserted_by}
+        for width in (0, 70, 110):
+            case.change = change(old, new, inserted, width)
+            if str(case).count("\n") < LIMIT:
+                break
+        return case
+
+
+def _copy(graph: fx.Graph) -> fx.Graph:
+    """A graph to print later, when a rewrite may have made some of its sizes constants."""
+    made = fx.Graph()
+    made.output(made.graph_copy(graph, {}))
+    return made
 
 
 def rewrite_from_text(line: str) -> Rewrite:
@@ -111,7 +139,7 @@ def _contract(contracts: list[str], expected: tuple[Any, ...], got: tuple[Any, .
 
 def cases() -> list[Path]:
     """The files of all cases."""
-    return sorted(FOLDER.glob("*/*.txt"))
+    return sorted(path for path in FOLDER.glob("*/*.txt") if path.parent != GRAPHS)
 
 
 def rerun(path: Path) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Folding a factor into the next linear; the golden cases in tests/golden/fold show it."""
+"""Folding a factor into the next linear; the golden cases in tests/golden/fold_factor show it."""
 
 from __future__ import annotations
 
