@@ -30,7 +30,7 @@ demo: $(READY)
 	@$(BIN)/python examples/demo.py $(ARGS)
 
 test: $(READY)
-	@$(BIN)/python -m pytest -n 2 --dist worksteal --durations=25 $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10 $(ARGS)
 
 # All of them, even after a miss: the table of each is worth reading.
 bench: $(READY)
