@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,16 +32,28 @@ def test_batches_repeat_and_stay_within_the_budget() -> None:
     assert 7 < data.bits(model()) < 9.5
 
 
-@pytest.mark.parametrize("with_matplotlib", [False, True])
-def test_the_plot_shows_every_curve(with_matplotlib: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    curves = {"one": [(0, 5.0), (1000, 2.0), (2000, 1.5)], "two": [(0, 3.0), (2000, 1.3)]}
-    if with_matplotlib:
-        pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-        assert lm.plot(curves, 1.2, tmp_path).read_bytes().startswith(b"\x89PNG")
-        return
+CURVES = {"one": [(0, 5.0), (1000, 2.0), (2000, 1.5)], "two": [(0, 3.0), (2000, 1.3)]}
+
+
+def test_the_plot_shows_every_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plt = pytest.importorskip("matplotlib.pyplot", reason="matplotlib is not installed")
+    shown: dict[str, list[tuple[float, float]]] = {}
+    close = plt.close
+
+    def look(figure: Any) -> None:
+        for line in figure.axes[0].get_lines():
+            shown[line.get_label()] = [(float(x), float(y)) for x, y in line.get_xydata()]
+        close(figure)
+
+    monkeypatch.setattr(plt, "close", look)
+    assert lm.plot(CURVES, 1.2, tmp_path).read_bytes().startswith(b"\x89PNG")
+    assert {name: shown[name] for name in CURVES} == {n: [(t / 1e3, v) for t, v in c] for n, c in CURVES.items()}
+
+
+def test_the_plot_without_matplotlib_shows_every_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    root = ET.parse(lm.plot(curves, 1.2, tmp_path)).getroot()
+    root = ET.parse(lm.plot(CURVES, 1.2, tmp_path)).getroot()
     lines = [e for e in root if e.tag.endswith("polyline")]
     assert len(lines) == 2
     points = [tuple(float(x) for x in p.split(",")) for p in lines[0].attrib["points"].split()]

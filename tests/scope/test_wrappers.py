@@ -333,11 +333,7 @@ def test_hooks_of_accelerate(by_layer: nn.Module, whole: nn.Module, x: Tensor) -
 def test_quantize_dynamic(gated: nn.Module, x: Tensor) -> None:
     quantize: Any = torch.ao.quantization.quantize_dynamic  # pyright: ignore[reportDeprecated]
     quantised = quantize(copy.deepcopy(gated), {nn.Linear})
-    try:
-        got = quantised(x)
-    except CallNotCapturedError:
-        return
-    assert 0 < float((got - gated(x)).abs().max()) < 0.2
+    assert 0 < float((quantised(x) - gated(x)).abs().max()) < 0.2
 
 
 @pytest.mark.parametrize("first", ["peft", "gatecc"])

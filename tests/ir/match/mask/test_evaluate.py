@@ -88,12 +88,12 @@ def written(x: Tensor) -> Tensor:
         (window(300), "sliding_window(300)"),
         (window(1 << 17), "sliding_window(131072)"),
         (alibi, "causal+bias"),
-        (lambda x: torch.randn(3, 3)[:1, :1] * 0 - (positions(x)[0] - positions(x)[1]).abs(), "bidirectional+bias"),
+        # A random bias proves nothing; what an `or` covers is not looked at.
+        (lambda x: torch.randn(3, 3)[:1, :1] * 0 - (positions(x)[0] - positions(x)[1]).abs(), "unknown"),
+        (lambda x: (causal(x) & torch.tensor([True, False])[:, None, None]) | causal(x), "causal"),
     ],
 )
 def test_kinds(build: Build, kind: str) -> None:
-    if "randn" in build.__code__.co_names:  # a random bias proves nothing
-        kind = "unknown"
     assert str(proved(Masked(build))) == kind
 
 
@@ -103,13 +103,10 @@ def test_kinds(build: Build, kind: str) -> None:
         (lambda x: (positions(x)[0] - positions(x)[1]).abs() < 3, "to either side"),
         (lambda x: causal(x) & (positions(x)[0] // 3 == positions(x)[1] // 3), "without a name"),
         (lambda x: causal(x).mT, "without a name"),
-        (lambda x: causal(x) & torch.tensor([True, False])[:, None, None] | causal(x), "without a name"),
     ],
 )
 def test_patterns_that_have_no_name(build: Build, reason: str) -> None:
     mask = proved(Masked(build))
-    if reason == "without a name" and mask.kind == "causal":
-        return  # the last one is causal whatever its first term says
     assert mask.kind == "unknown"
     assert reason in mask.reason
 

@@ -45,11 +45,9 @@ def both(inputs: dict[str, Any], **options: Any) -> Iterator[tuple[str, Tensor, 
     yield from ((name, found[name], truth[name]) for name in found)
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("kind", HARD)
+# Without a gate nothing decays: one kind says it all.
+@pytest.mark.parametrize(("rule", "kind"), [(r, k) for k in HARD for r in RULES if "gated" in r or k == "mild"])
 def test_hard_decays(rule: str, kind: str) -> None:
-    if "gated" not in rule and kind != "mild":
-        return  # nothing decays: one kind says it all
     for N in (1, 63, 64, 65, 130):
         for name, found, truth in both(operands(rule, N=N, kind=kind)):
             assert relative(found, truth) < (1e-5 if name in ("o", "state") else 1e-4), (name, N)
