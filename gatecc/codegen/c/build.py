@@ -29,13 +29,13 @@ def load(source: str) -> ctypes.CDLL | None:
     """The library of a source, or None if no compiler makes one; the log says why, once."""
     compiler = find_compiler()
     if compiler is None:
-        say_once("no C compiler was found: linear attention runs in ATen, several times slower (set CC to mend it)")
+        say_once("no C compiler was found: operators run in ATen, several times slower (set CC to mend it)")
         return None
     for flags in FLAGS:
         library = _load(source, compiler, flags)
         if library is not None:
             return library
-    say_once(f"{compiler} does not compile gatecc's kernels: linear attention runs in ATen, several times slower")
+    say_once(f"{compiler} does not compile gatecc's kernels: operators run in ATen, several times slower")
     return None
 
 

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from gatecc.codegen.c.build import load
+from gatecc.codegen.c.source import amalgamated
 from gatecc.ops.linear_attention import kernels
 from gatecc.ops.linear_attention.c.split import outermost, parts_of, split, split_gradient
 from gatecc.ops.linear_attention.problem import Gradients, Problem
 
-TEMPLATE = Path(__file__).parent / "template"
+HEADERS = Path(__file__).parent / "headers"
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LARGEST = 512  # channels of a head; beyond it the scratch leaves the caches and the ATen form is as good
 
@@ -32,11 +33,10 @@ _NOTHING = _OPERAND.pack(0, 0, 0, 0, 0, 0, 1, 0)
 
 Part = Literal["forward", "backward", "tiles"]  # tiles: forward, on a CPU's matrix units
 CHUNK = 32  # tokens that matrix units take at once
-COMMON = ("1_vectors", "2_pages", "2_threads", "3_tokens")
-FILES = {
-    "forward": (*COMMON, "4_chunk", "5_sweep", "6_forward", "8_step"),
-    "backward": (*COMMON, "4_chunk", "7_backward"),
-    "tiles": (*COMMON, "4_chunk", "5_sweep", "tiles_1_units", "tiles_2_chunk", "tiles_3_forward"),
+ROOTS: dict[Part, tuple[str, ...]] = {  # the headers of each part that include the others
+    "forward": ("forward", "step"),
+    "backward": ("backward",),
+    "tiles": ("tiles_forward",),
 }
 EXPORTS = {"forward": ("forward", "step"), "backward": ("backward",), "tiles": ("forward",)}
 
@@ -52,16 +52,16 @@ class Spec:
     Dv: int
 
     def source(self) -> str:
-        """The C of this kernel: its constants, and the template."""
+        """The C of this kernel: its constants, and the headers."""
         sizes = {"GATED": int(self.gated), "DELTA": int(self.delta), "DK": self.Dk, "DV": self.Dv}
         if self.part == "tiles":
             sizes["WHOLE"] = CHUNK
-        return "".join(f"#define {name} {value}\n" for name, value in sizes.items()) + _template(self.part)
+        return "".join(f"#define {name} {value}\n" for name, value in sizes.items()) + _headers(self.part)
 
 
 @lru_cache
-def _template(part: Part) -> str:
-    return "\n".join((TEMPLATE / f"{name}.h").read_text(encoding="utf-8") for name in FILES[part])
+def _headers(part: Part) -> str:
+    return amalgamated(HEADERS / f"{root}.h" for root in ROOTS[part])
 
 
 @lru_cache
@@ -221,7 +221,7 @@ def _library(problem: Problem, part: Part) -> ctypes.CDLL | None:
 
 
 def _call(function: Callable[[bytes], None], p: Problem, **given: Tensor | None) -> None:
-    """Call a kernel with ``struct problem`` of the template; ``given`` are its fields beyond the problem's own."""
+    """Call a kernel with ``struct problem`` of tokens.h; ``given`` are its fields beyond the problem's own."""
     heads = p.q.size(1)
     decay, beta = (x if x is None or x.dtype in TYPES else x.float() for x in (p.log_decay, p.beta))
     segments = array("q", (number for segment in p.segments for number in segment))

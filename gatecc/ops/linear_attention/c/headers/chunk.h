@@ -1,5 +1,8 @@
 // A micro-chunk of M tokens. With P_i the product of the gates up to token i of the chunk and R_j that of those after
 // token j, every factor is a product of gates: nothing is divided by a gate, so gates of 0 are exact.
+#pragma once
+#include "tokens.h"
+
 struct chunk {
     float qp[M][DKP];   // q_i P_i
     float kr[M][DKP];   // k_j R_j

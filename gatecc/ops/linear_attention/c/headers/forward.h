@@ -1,3 +1,9 @@
+// The forward pass: a job is a head of a sequence.
+#pragma once
+#include "pages.h"
+#include "threads.h"
+#include "sweep.h"
+
 struct forward_scratch {
     float S[DKP * PITCH], q[T][DKP], k[T][DKP], a[T][DKP], v[T][DVP], o[T][DVP], beta[T], decay[DKP];
     struct chunk chunk;

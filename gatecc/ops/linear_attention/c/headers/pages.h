@@ -1,6 +1,9 @@
 // Advice about memory that is about to be written for the first time. The system hands out a large piece of memory
 // empty and stops the writer at each 4-KB page of it: 4 MB took 3.0 ms that way, half of what a kernel takes to compute
 // them; 1.7 ms when asked for in one call, and 0.55 ms as huge pages. It is advice: systems that do not know it refuse.
+#pragma once
+#include "vectors.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #ifndef MADV_POPULATE_WRITE

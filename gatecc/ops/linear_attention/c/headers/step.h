@@ -1,4 +1,8 @@
 // One token for every head, in place: rows of S are DV wide, as the caller keeps them. A job is a head of a sample.
+#pragma once
+#include "threads.h"
+#include "tokens.h"
+
 struct step {
     const float *q, *k, *v, *g, *beta;   // (jobs, DK); (jobs / group of each, DK), (, DV), (, DK or 1), ()
     float *state, *o;                    // (jobs, DK, DV), (jobs, DV)

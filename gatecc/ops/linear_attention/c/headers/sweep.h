@@ -1,5 +1,8 @@
 // The recurrence over ``cols`` vectors of value channels: S is DK rows of PITCH, v and o rows of DVP.
 // What is written, u, replaces v; with the delta rules that is the corrected value.
+#pragma once
+#include "chunk.h"
+
 INLINE void sweep(float *S, const struct chunk *c, float *v, float *o, const float *beta, const int cols) {
     vf u[M][2], y[M][2], x[M][2];
     UNROLL for (int i = 0; i < M; i++) UNROLL for (int n = 0; n < cols; n++) {

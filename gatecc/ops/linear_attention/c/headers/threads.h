@@ -1,4 +1,7 @@
 // Independent jobs over threads: OpenMP where the compiler has it, else threads made for the call.
+#pragma once
+#include "vectors.h"
+
 typedef void (*job_t)(const void *context, int64_t index);
 
 #if !defined(_OPENMP)

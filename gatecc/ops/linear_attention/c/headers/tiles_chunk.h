@@ -1,4 +1,7 @@
 // Chunks with mild gates, or none: tokens meet as (q_i P_i) · (k_j / P_j), all of them in one product.
+#pragma once
+#include "tiles_units.h"
+
 #if defined(TILES)
 #define MILD 1e-15f  // of the product of a chunk's gates: what is divided by it stays far from overflow
 

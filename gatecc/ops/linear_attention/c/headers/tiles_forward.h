@@ -1,4 +1,10 @@
 // The chunks of a sequence: on the matrix units where gates are mild, else as everywhere, where no gate is too strong.
+#pragma once
+#include "pages.h"
+#include "threads.h"
+#include "sweep.h"
+#include "tiles_chunk.h"
+
 #if defined(TILES)
 #define PATIENCE 8  // chunks after one with strong gates before mild ones are hoped for again
 

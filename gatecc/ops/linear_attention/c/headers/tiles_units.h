@@ -2,6 +2,9 @@
 // products of tiles, of bfloat16 and summed in float32. The state stays in float32; what products read of it, and of
 // keys and queries through gates, is rounded, as in all kernels for such units. Here: operands, and how they are made.
 // (float32 as a sum of three bfloat16 has six products in the place of one: slower than the vector units.)
+#pragma once
+#include "chunk.h"
+
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 #define TILES
 #include <immintrin.h>

@@ -1,4 +1,8 @@
 // What the caller hands over, and rows of it as floats.
+#pragma once
+#include "constants.h"
+#include "vectors.h"
+
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 #ifndef WHOLE
 #define WHOLE LANES  // channels of a row are padded to a multiple of it

@@ -1,4 +1,5 @@
 // Vectors of floats as wide as the target has them, in the extensions that GCC and clang share.
+#pragma once
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
