@@ -113,8 +113,8 @@ def _fitting(rewrite: Rewrite, by_tokens: bool, chosen: list[Site]) -> tuple[lis
             fitting.append(site)
             continue
         values = " and ".join(repr(name) for name in missing)
-        reason = f"{rewrite} needs {values}; this {site.kind} is spelled so that it has {', '.join(site.values)}"
-        remedy = "gate or read another stage of it"
+        found, remedy = site.absence(missing[0]) if missing else ("", "")
+        reason = f"{rewrite} needs {values}; {found}"
         if between:
             reason = f"{rewrite} is made for tokens that attend to tokens; here channels attend to channels"
             remedy = "gate its heads, which have a number for each token"

@@ -22,7 +22,7 @@ from gatecc.ir.boundary import Boundary, Slot, follow, held, within
 from gatecc.ir.functions import entries
 from gatecc.ir.printer import window
 from gatecc.ir.program import META, Origin, Program, attribute, origin
-from gatecc.ir.site import Site
+from gatecc.ir.site import Masking, Site
 from gatecc.ir.trace import tensor_names, trace
 from gatecc.ir.weights import (
     Build,
@@ -225,10 +225,11 @@ class Editor:
         """Erase a value that nobody reads any more with all that only it needed, random operators included.
 
         Dead code elimination keeps random operators, for they move the generator on; a rewrite that replaces attention
-        means to be rid of them. The other values of the site stay, for later rewrites; with ``inside`` they go too
-        where nobody reads them, and a later rewrite of one is refused.
+        means to be rid of them. The other values of the site stay, for later rewrites, masks aside; with ``inside``
+        they go too where nobody reads them, and a later rewrite of one is refused.
         """
-        kept = set[fx.Node]() if inside else {v.node for v in self.site.values.values()} - {node}
+        values = () if inside else [v for v in self.site.values.values() if not isinstance(v, Masking)]
+        kept = {v.node for v in values} - {node}
         kept |= held(self.program.boundaries) | entries(self.program.functions)
         stack = [node]
         while stack:

@@ -39,7 +39,7 @@ class Stages:
 
     names: tuple[str, ...]
     main: str
-    numbered: bool = False  # in0, in1, ... too: how many there are is the site's
+    numbered: tuple[str, ...] = ()  # "in": in0, in1, ... too; how many there are is the site's
 
 
 STAGES: dict[str, Stages] = {}  # by kind; the classes of gatecc.ir.site write themselves down here
@@ -73,7 +73,7 @@ class Selector:
             object.__setattr__(self, "besides", _normal(self.besides))
         stages = STAGES[self.kind]
         object.__setattr__(self, "stage", self.stage or stages.main)
-        if self.stage in stages.names or (stages.numbered and re.fullmatch(r"in\d+", self.stage)):
+        if self.stage in stages.names or self.stage.rstrip("0123456789") in stages.numbered:
             return
         raise UnknownStageError(
             f"{self.kind} has no stage {self.stage!r}", expected="one of " + ", ".join(stages.names)

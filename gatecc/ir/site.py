@@ -32,14 +32,26 @@ class Value:
 
 
 @dataclass(frozen=True, eq=False)
-class Masking:
-    """A tensor that masks the scores of attention: True where a key is "seen" or "hidden", or "added" or "subtracted"
+class Masking(Value):
+    """A value that meets the scores of attention: True where a key is "seen" or "hidden", or "added" or "subtracted"
     (an added boolean is True where a key is seen). ``rank``: how many axes the scores have there, with heads as an axis
-    of their own or merged with the batch."""
+    of their own or merged with the batch. ``inside``: it is a summand of another such value."""
 
-    node: fx.Node
     how: Literal["seen", "hidden", "added", "subtracted"]
-    rank: int = 4
+    rank: int
+    inside: bool
+
+    def __init__(
+        self,
+        node: fx.Node,
+        axes: Axes | str,
+        how: Literal["seen", "hidden", "added", "subtracted"],
+        rank: int = 4,
+        inside: bool = False,
+    ) -> None:
+        super().__init__(node, axes)
+        for name, value in (("how", how), ("rank", rank), ("inside", inside)):
+            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True)
@@ -99,7 +111,7 @@ class Site(metaclass=_Kind):
     kind: ClassVar[str] = "site"
     stages: ClassVar[tuple[str, ...]] = ()  # the value names that this kind can expose
     main_stage: ClassVar[str] = "out"  # what a rewrite means when it names no stage
-    numbered: ClassVar[bool] = False  # in0, in1, ... are stages too
+    numbered: ClassVar[tuple[str, ...]] = ()  # names of which there may be several: in0, in1, ...
 
     owner: str
     ordinal: int = 0
@@ -126,6 +138,13 @@ class Site(metaclass=_Kind):
         """For example ``model.layers.0.self_attn#0`` (``@1`` appended for the second call of a shared module)."""
         return f"{self.owner}#{self.ordinal}" + (f"@{self.call}" if self.call else "")
 
+    def absence(self, name: str) -> tuple[str, str]:
+        """Why the site has no value of this name, and what to do."""
+        return (
+            f"this {self.kind} is spelled so that it has {', '.join(self.values)}",
+            "gate or read another stage of it",
+        )
+
     def find(self, name: str) -> Value | None:
         """A value by its name, None if the site has none. ``hidden_kv`` is ``hidden`` in self-attention."""
         return self.values.get(name) or (self.values.get("hidden") if name == "hidden_kv" else None)
@@ -137,8 +156,10 @@ class Attention(Site):
 
     Values (those that exist): hidden (b, n, c) what the query projection reads; hidden_kv likewise for keys; q, k, v
     after the head split and any rotary embedding (b, h, n, d); q_raw and k_raw before the rotary embedding (q and k
-    themselves where there is none); scores before softmax and weights after it (b, h, n, m),
-    only when spelled out; heads = weights @ v (b, h, n, d); out = after the output projection (b, n, c).
+    themselves where there is none); mask and bias: what hides keys and what is learned and added to the scores, over
+    (b or 1, h or 1, n, m) or their last axes (of several the last; mask0, mask1, ... those before it); scores before
+    softmax and weights after it (b, h, n, m), only when spelled out; heads = weights @ v (b, h, n, d); out = after the
+    output projection (b, n, c).
     Weights: q, k, v, o; qkv instead where the rows of the three are interleaved in one matrix.
 
     Where channels attend to channels (XCiT, DaViT: ``over``), the axes are still named by what they count: q and heads
@@ -146,8 +167,9 @@ class Attention(Site):
     """
 
     kind = "attention"
-    stages = ("hidden", "hidden_kv", "q_raw", "k_raw", "q", "k", "v", "scores", "weights", "heads", "out")
+    stages = tuple("hidden hidden_kv q_raw k_raw q k v mask bias scores weights heads out".split())
     main_stage = "heads"
+    numbered = ("mask", "bias")
 
     spelling: Literal["sdpa", "softmax", "manual"]
     core: fx.Node  # the fused node, or the matmul that yields heads
@@ -157,13 +179,26 @@ class Attention(Site):
     soft_cap: float | None = None  # scores go through soft_cap * tanh(scores / soft_cap)
     sinks: bool = False  # the softmax sees a further logit that belongs to no key
     mask: Mask
-    mask_node: fx.Node | None = None
-    maskings: tuple[Masking, ...] = ()  # all tensors that mask or bias the scores, in order; mask_node is the last
-    mask_whole: bool = True  # nothing but these hides keys
+    mask_whole: bool = True  # nothing but the maskings hides keys
     dropout: float = 0.0
     rotary: bool = False
     cross: bool = False  # keys come from another sequence than queries
     over: Literal["tokens", "channels"] = "tokens"  # what attends to what
+
+    @property
+    def maskings(self) -> tuple[Masking, ...]:
+        """All values that meet the scores, in order."""
+        return tuple(v for v in self.values.values() if isinstance(v, Masking) and not v.inside)
+
+    def absence(self, name: str) -> tuple[str, str]:
+        if self.spelling == "sdpa" and name in ("scores", "weights"):
+            return (
+                f"one fused operator computes the attention, so that its {name} are no value of the graph",
+                'spell it out: attn_implementation="eager" in transformers, fused_attn=False in timm',
+            )
+        if name in ("mask", "bias"):
+            return f"no tensor of this kind meets the scores; the mask is {self.mask}", "read another stage of it"
+        return super().absence(name)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -235,7 +270,7 @@ class Merge(Site):
 
     kind = "merge"
     stages = ("out",)
-    numbered = True
+    numbered = ("in",)
     form: Literal["add", "cat"]
 
 

@@ -17,7 +17,7 @@ from gatecc.ir.gates.source import Param
 from gatecc.ir.program import Program, origin, shape
 from gatecc.ir.select import Selector, select
 from gatecc.ir.site import Attention, Residual, Site, Value
-from gatecc.ir.sizes import expression, size_names, size_text
+from gatecc.ir.sizes import described_shape, expression, size_names, size_text
 
 INPUTS = ("in", "hidden", "hidden_kv")  # stages that others may read as well
 
@@ -26,11 +26,14 @@ def stage(site: Site, name: str) -> Value:
     """A value of the site. Raises SiteRefusedError."""
     value = site.find(name)
     if value is None:
+        found, remedy = site.absence(name)
+        raise SiteRefusedError(f"the site has no value {name!r}", where=place(site), found=found, do=remedy)
+    if not value.axes and shape(value.node):
         raise SiteRefusedError(
-            f"the site has no value {name!r}",
+            f"the axes of {name!r} are not known here",
             where=place(site),
-            found=f"this {site.kind} is spelled so that it has {', '.join(site.values)}",
-            do="select another stage, or sites that have it",
+            found=f"({described_shape(value.node)})",
+            do="select another stage, or leave this site out",
         )
     return value
 

@@ -11,7 +11,7 @@ from gatecc.ir.edit import Editor, Replace
 from gatecc.ir.match import find_sites
 from gatecc.ir.program import Program
 from gatecc.ir.settle import settle
-from gatecc.ir.site import Refusal, Site, Value
+from gatecc.ir.site import Refusal, Site
 from gatecc.passes.canonicalize import canonicalize
 from gatecc.pipeline.stage import Observer, step
 
@@ -38,7 +38,7 @@ class Prepared:
         """One site as it is now, without the values that an edit did away with."""
         if not any(value.node in self._moved or value.node in self._gone for value in site.values.values()):
             return site
-        values = {name: Value(self._last(value.node), value.axes) for name, value in site.values.items()}
+        values = {name: replace(value, node=self._last(value.node)) for name, value in site.values.items()}
         return replace(site, values={name: value for name, value in values.items() if value.node not in self._gone})
 
     def note(self, edit: Editor) -> None:

@@ -46,7 +46,7 @@ def handed_down(site: Site, program: Program, proved: Proved) -> Site:
     mask = site.mask
     if known == UNTOLD:
         return replace(site, mask=known) if mask.kind == "bidirectional" and one_token(site) else site
-    if mask.kind == "unknown" and site.mask_node is not None and site.mask_whole:
+    if mask.kind == "unknown" and site.maskings and site.mask_whole:
         return replace(site, mask=replace(known, padding=True, asserted=True))
     one = mask.kind == "bidirectional" and known.kind != "bidirectional" and one_token(site)
     if one or (mask.kind == "causal" and known.window is not None):

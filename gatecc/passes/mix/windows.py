@@ -15,6 +15,7 @@ from gatecc.errors import SiteRefusedError
 from gatecc.ir.dataflow import Flow
 from gatecc.ir.edit import Editor
 from gatecc.ir.evaluate import Evaluator, UnprovableError
+from gatecc.ir.match.attention.masking import summands
 from gatecc.ir.match.attention.scores import find_scores
 from gatecc.ir.match.mask.pattern import read
 from gatecc.ir.ops import CASTS, DROPOUTS, opname
@@ -31,7 +32,7 @@ _PASSING = CASTS | DROPOUTS | frozenset("mul div view reshape _unsafe_view flatt
 def addends(site: Attention, program: Program) -> list[fx.Node] | None:
     """What is added to the scores between their product and the softmax; None if something else is done to them."""
     if site.spelling == "sdpa":
-        return [] if site.mask_node is None else _parts(site.mask_node)
+        return [part for mask in site.maskings for part in summands(mask.node)]
     scores = site.find("scores")
     found = None if scores is None else find_scores(scores.node, -1, Flow(program))
     if found is None or found.others or found.source.addend is not None or site.soft_cap is not None or site.sinks:
@@ -40,7 +41,7 @@ def addends(site: Attention, program: Program) -> list[fx.Node] | None:
     added: list[fx.Node] = []
     for node in found.path:
         if opname(node) == "add" and not node.kwargs:
-            added += [part for n in node.all_input_nodes if n not in inside for part in _parts(n)]
+            added += [part for n in node.all_input_nodes if n not in inside for part in summands(n)]
         elif opname(node) not in _PASSING:
             return None
     return added
@@ -148,13 +149,6 @@ def _unproved(site: Attention, found: str) -> SiteRefusedError:
         expected="a mask under which two visible steps make a visible one, as in shifted windows",
         do="use split=False, or leave this site out",
     )
-
-
-def _parts(node: fx.Node) -> list[fx.Node]:
-    """The summands of a tensor that is a plain sum."""
-    if opname(node) == "add" and not node.kwargs and all(isinstance(a, fx.Node) for a in node.args[:2]):
-        return [part for a in node.args[:2] for part in _parts(cast("fx.Node", a))]
-    return [node]
 
 
 def _made_of(node: fx.Node, flow: Flow) -> set[fx.Node]:

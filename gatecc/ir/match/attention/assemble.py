@@ -7,15 +7,17 @@ from typing import Literal
 
 from torch import fx
 
+from gatecc.ir.axes import Axes
 from gatecc.ir.dataflow import Flow
 from gatecc.ir.match.attention.expand import is_identity, unexpanded
 from gatecc.ir.match.attention.heads import batch_letters, feature_axes, heads_by_size
+from gatecc.ir.match.attention.masking import MaskNames, Met, met
 from gatecc.ir.match.attention.normalisation import Normalisation
 from gatecc.ir.match.attention.origins import Tracer
 from gatecc.ir.match.attention.output import find_output
 from gatecc.ir.match.attention.qkv import Projection
 from gatecc.ir.match.attention.rows import row_numbers, rows_of, weight_of
-from gatecc.ir.match.attention.scores import Scores, maskings, scalar_factor, scale_of, soft_cap, unshifted
+from gatecc.ir.match.attention.scores import Scores, scalar_factor, scale_of, soft_cap, unshifted
 from gatecc.ir.match.attention.stream import same_stream
 from gatecc.ir.match.attention.streams import Operand, before_rotary, streams
 from gatecc.ir.match.attention.values import Weighing, dropout_of
@@ -26,7 +28,7 @@ from gatecc.ir.match.product import Product
 from gatecc.ir.ops import CASTS, RESHAPES, TRANSPOSES, argument, opname
 from gatecc.ir.program import origin
 from gatecc.ir.scalars import scalar
-from gatecc.ir.site import Attention, Masking, Value, Weight
+from gatecc.ir.site import Attention, Value, Weight
 from gatecc.ir.sizes import example_sizes, node_shape, numel, same
 
 Roles = dict[str, str]  # from the letter of an axis in a product to its letter in a site
@@ -56,6 +58,7 @@ class Assembler:
         self.maps = maps
         self.trace = Tracer(flow, maps)
         self.masks = MaskClassifier(flow)
+        self.names = MaskNames(self.masks.evaluator)
         self.sizes = example_sizes(flow.program)
 
     def site(self, parts: Parts, ordinal: int) -> Attention:
@@ -74,7 +77,8 @@ class Assembler:
         count, kv_count = self._count(q), self._count(k)
         output = find_output(parts.core, _width(heads, count), flow, self.maps, parts.owner)
         values = {"q": Value(q.node, q.axes), "k": Value(k.node, k.axes), "v": Value(v.node, v.axes), "heads": heads}
-        masks, whole = _maskings(parts, flow)
+        found, whole = _met(parts, flow)
+        values |= self.names.values(found, Axes(_named(product.axes, roles, over)))
         values |= self._raw(q, k) | self._inner(parts, roles, over)
         values |= streams((q, k, v), output, heads, (count, kv_count), parts.core, flow)
         return Attention(
@@ -82,7 +86,7 @@ class Assembler:
             ordinal=ordinal,
             call=origin(parts.core).call,
             line=origin(parts.softmax.output if parts.softmax else parts.core).line,
-            values={name: values[name] for name in Attention.stages if name in values},
+            values=dict(sorted(values.items(), key=_stage)),
             weights=self._weights(q, k, v, output, count, kv_count),
             spelling=parts.spelling,
             core=parts.core,
@@ -92,8 +96,6 @@ class Assembler:
             soft_cap=soft_cap(parts.scores, flow) if parts.scores else None,
             sinks=bool(parts.scores and parts.scores.sinks),
             mask=self.masks.classify(self._mask_graph(parts, roles)),
-            mask_node=masks[-1].node if masks else None,
-            maskings=tuple(masks),
             mask_whole=whole,
             dropout=self._dropout(parts),
             rotary=bool(q.origins and q.origins.rotary),
@@ -309,14 +311,20 @@ def _node(value: object) -> fx.Node | None:
     return value if isinstance(value, fx.Node) else None
 
 
-def _maskings(parts: Parts, flow: Flow) -> tuple[list[Masking], bool]:
+def _met(parts: Parts, flow: Flow) -> tuple[list[Met], bool]:
     """What masks the scores, and whether nothing else hides keys."""
     if parts.scores is not None:
-        found, whole = maskings(parts.scores, flow)
+        found, whole = met(parts.scores, flow)
         return found, whole and not _is_edited(parts)
     given = _node(argument(parts.core, 3, "attn_mask"))
-    masks = [] if given is None else [Masking(given, "added", len(node_shape(parts.core) or ()))]
+    masks = [] if given is None else [Met(given, "added", len(node_shape(parts.core) or ()))]
     return masks, not argument(parts.core, 5, "is_causal")
+
+
+def _stage(item: tuple[str, Value]) -> int:
+    """Where a value stands among the stages; masks and biases stand together, in their order."""
+    name = item[0].rstrip("0123456789")
+    return Attention.stages.index("mask" if name == "bias" else name)
 
 
 def _named(letters: str, roles: Roles, over: Over) -> str:

@@ -14,7 +14,6 @@ from gatecc.ir.match.product import Product, product
 from gatecc.ir.ops import CASTS, CONTRACTIONS, DROPOUTS, TRANSPOSES, VIEWS, argument, opname
 from gatecc.ir.pattern import Pattern, Patterns, anything, call, through
 from gatecc.ir.scalars import scalar
-from gatecc.ir.site import Masking
 from gatecc.ir.sizes import node_shape, same
 
 _JOINS = frozenset("add sub rsub mul div maximum minimum max where cat pad constant_pad_nd copy slice_scatter".split())
@@ -170,56 +169,6 @@ def soft_cap(scores: Scores, flow: Flow) -> float | None:
         if opname(before) == "tanh":
             return scalar_factor(node, before, flow)
     return None
-
-
-def maskings(scores: Scores, flow: Flow) -> tuple[list[Masking], bool]:
-    """The tensors that mask or are added to the scores, in order, and whether these are all that may hide keys."""
-    inside = {scores.source.node, *scores.path}
-    addend = scores.source.addend
-    found = [] if addend is None else [Masking(addend, "added", _rank_of(scores.source.node))]
-    whole = True
-    for node in scores.path:
-        name = opname(node)
-        others = [n for n in node.all_input_nodes if n not in inside and node_shape(n)]
-        if name in ("add", "sub", "where", "masked_fill"):
-            one = _masking(node, others, inside)
-            found += [one] if one is not None else []
-            whole = whole and (one is not None or not others or _is_shift(others[0]))
-        elif name in _HIDING and not _is_floored(node, inside, flow):
-            whole = False
-    return found, whole
-
-
-_FLOOR = -1e4
-_HIDING = frozenset("rsub maximum minimum max cat pad constant_pad_nd copy slice_scatter tril triu index_put".split())
-
-
-def _is_floored(node: fx.Node, inside: set[fx.Node], flow: Flow) -> bool:
-    """Whether scores are raised to a number that no key which is seen lies below: models do so with masked scores."""
-    floors = [scalar(n, flow) for n in node.all_input_nodes if n not in inside]
-    raised = opname(node) in ("maximum", "max") and bool(floors)
-    return raised and all(floor is not None and floor <= _FLOOR for floor in floors)
-
-
-def _is_shift(node: fx.Node) -> bool:
-    """The maximum of a row, which a softmax that is written out takes off."""
-    return opname(node) in ("amax", "max", "getitem")
-
-
-def _masking(node: fx.Node, others: list[fx.Node], inside: set[fx.Node]) -> Masking | None:
-    name = opname(node)
-    if name in ("where", "masked_fill"):
-        condition = argument(node, 0 if name == "where" else 1, "mask")
-        keeps = name == "where" and argument(node, 1, "self") in inside
-        how = "seen" if keeps else "hidden"
-        return Masking(condition, how, _rank_of(node)) if isinstance(condition, fx.Node) else None
-    if len(others) != 1 or _is_shift(others[0]) or node.kwargs or (name == "sub" and node.args[0] is others[0]):
-        return None
-    return Masking(others[0], "added" if name == "add" else "subtracted", _rank_of(node))
-
-
-def _rank_of(node: fx.Node) -> int:
-    return len(node_shape(node) or ())
 
 
 _MAXIMUM = through(VIEWS | CASTS, call("amax max", anything("scores"), ...))
