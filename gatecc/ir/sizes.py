@@ -10,6 +10,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import optimization_hint
 
 from gatecc.ir.program import Program
 
@@ -63,6 +64,10 @@ def value(size: Any, sizes: Sizes) -> Any:
 def example_sizes(program: Program) -> dict[sympy.Symbol, int]:
     """The value of every symbol on the example inputs."""
     known: dict[sympy.Symbol, int] = {}
+    for node in program.graph.find_nodes(op="placeholder"):
+        held = node.meta.get("val")
+        if isinstance(held, torch.SymInt) and isinstance(expression(held), sympy.Symbol):
+            known[expression(held)] = optimization_hint(held)  # a number that a graph takes beside its tensors
     for node, tensor in zip(program.placeholders, program.example, strict=True):
         for size, actual in zip(node.meta["val"].shape, tensor.shape, strict=True):
             if isinstance(size, torch.SymInt) and isinstance(expression(size), sympy.Symbol):

@@ -47,7 +47,7 @@ class Context:
         if self._run is None:
             return []
         with torch.no_grad():
-            return list(self._run([given[name] for name in self.names], batch))
+            return list(self._run(batch, *(given[name] for name in self.names)))
 
     def _check(self, batch: int, given: Mapping[str, Any]) -> None:
         """Hold the inputs against what the graph is right for; the tokens stand in with the example's length."""
@@ -84,11 +84,11 @@ class Context:
 
 
 def _program(plan: Plan) -> fx.GraphModule:
-    """(context inputs, batch) -> what the steps read."""
+    """(batch, context inputs) -> what the steps read."""
     writer = GraphWriter(plan)
-    sources = Sources(writer, plan.inputs.context)
-    sources.add("context")
+    sources = Sources(writer)
     numbers = Numbers(writer, sources, sources.add("batch"))
+    sources.context = {node: sources.add(node.name, node) for node in plan.inputs.context}
     every = frozenset(node for node, kind in plan.kinds.of.items() if kind == "position")
     positions = PositionWriter(sources, numbers, live=every)
     writer.graph.output(tuple(positions.whole(node) for node in plan.context))

@@ -1,127 +1,123 @@
-"""Lowering: the same operators through torch's own Python functions, which are called faster than OpOverloads.
+"""lower: the last pass over a step, from a program of ATen operators to straight Python that runs fast.
 
-A step of a small model spends most of its time between operators. What has no entry here stays an OpOverload.
+Operators become torch's own Python functions and methods; chains of reshapes become one; a single token takes the
+shortcuts of `emit.shortcuts`, and of its operators the forms that they have registered for one token. What nobody reads
+any more is dropped. The lowered graph takes and returns what the program does.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
-from gatecc.ir.ops import opname
+from gatecc.decoder.emit import functions
+from gatecc.decoder.emit.shortcuts import Grouped, choice, grouped, reshapes
+from gatecc.decoder.emit.step import Step
+from gatecc.ir.dataflow import Flow
+from gatecc.ops import registry
 
-_Build = Callable[[fx.Graph, tuple[Any, ...], dict[str, Any]], fx.Node | None]
-_VIEW_METHODS = frozenset("view reshape transpose permute unsqueeze expand select narrow size".split())
-
-
-def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
-    """Add a call of ``target`` to a graph, in its fastest form."""
-    build = _BUILDERS.get(target)
-    made = build(graph, args, kwargs) if build is not None else None
-    return made if made is not None else graph.call_function(target, args, kwargs)
+_RESHAPES = (torch.ops.aten.reshape.default, torch.ops.aten.view.default)
 
 
-def drop_unread_views(graph: fx.Graph) -> None:
-    """Erase the views that nobody reads any more."""
+def lower(step: Step) -> fx.GraphModule:
+    """The step as a graph module of fast calls, whose weights are attributes without dots."""
+    return _Lowering(step).module()
+
+
+class _Lowering:
+    def __init__(self, step: Step) -> None:
+        self.step, self.flow = step, Flow(step.program)
+        self.grouped, self.flat = grouped(step), reshapes(step)
+        self.graph = fx.Graph()
+        self.weights: dict[str, torch.Tensor] = {}
+        self._of: dict[fx.Node, Any] = {}
+        self._reshaped: dict[fx.Node, fx.Node] = {}  # a reshape that was written, and what it reshapes
+        for node in step.program.graph.nodes:
+            self._of[node] = self._lowered(node)
+        _drop_unread(self.graph)
+
+    def module(self) -> fx.GraphModule:
+        """The lowered graph with its weights."""
+        return fx.GraphModule(self.weights, self.graph)
+
+    def _lowered(self, node: fx.Node) -> fx.Node:
+        if node.op == "placeholder":
+            return self.graph.placeholder(str(node.target))
+        if node.op == "get_attr":
+            return self._weight(node)
+        if node.op == "output":
+            return self.graph.output(self._read(node.args[0]))
+        if node in self.grouped:
+            return self._attention(node, self.grouped[node])
+        sizes = self._sizes(node)
+        if sizes is not None and self._is_stable(node):
+            return self._reshape(node, sizes)
+        chosen = choice(node)
+        if chosen is not None:
+            return self.graph.call_function(choose, tuple(self._of[n] for n in chosen))
+        return functions.call(self.graph, self._target(node), self._read(node.args), self._read(node.kwargs))
+
+    def _read(self, x: Any) -> Any:
+        return fx.map_arg(x, self._of.__getitem__)
+
+    def _weight(self, node: fx.Node) -> fx.Node:
+        made = self.graph.create_node("get_attr", node.name)
+        made.target = made.name
+        self.weights[made.name] = self.step.plan.tensor(node)
+        return made
+
+    def _target(self, node: fx.Node) -> Any:
+        """What a node calls, or what its operator has for one token in its place."""
+        found = registry.find(node.target) if self.step.single else None
+        return (found.step.one_token(node) if found is not None and found.step is not None else None) or node.target
+
+    # --- reshapes ---
+
+    def _sizes(self, node: fx.Node) -> Any:
+        """The shape of a node that only reshapes."""
+        return self._read(node.args[1]) if node.target in _RESHAPES else self.flat.get(node)
+
+    def _is_stable(self, node: fx.Node) -> bool:
+        """Whether nothing is written to the node's memory behind its operand, so that a copy serves as well."""
+        since = self.flow.order[node.all_input_nodes[0]]
+        return all(self.flow.order[w] < since for w in self.flow.writers.get(self.flow.base[node], ()))
+
+    def _reshape(self, node: fx.Node, sizes: Any) -> fx.Node:
+        read: fx.Node = self._of[node.all_input_nodes[0]]
+        return self._noted(self._reshaped.get(read, read), sizes)
+
+    def _noted(self, x: fx.Node, sizes: Any) -> fx.Node:
+        made = self.graph.call_method("reshape", (x, sizes))
+        self._reshaped[made] = x
+        return made
+
+    # --- attention ---
+
+    def _attention(self, node: fx.Node, found: Grouped) -> fx.Node:
+        q, k, v = (self._of[n] for n in (node.all_input_nodes[0], found.keys, found.values))
+        if found.before is not None:
+            q = self.graph.call_method("reshape", (q, found.before))
+        rest = self._read((node.args[3:], node.kwargs))
+        made = functions.call(self.graph, node.target, (q, k, v, *rest[0]), rest[1])
+        return made if found.after is None else self._noted(made, found.after)
+
+
+def choose(number: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """``x`` if the number is above 0, else ``y``."""
+    return x if number > 0 else y
+
+
+def _drop_unread(graph: fx.Graph) -> None:
     for node in reversed(graph.nodes):
-        view = node.op == "call_method" and node.target in _VIEW_METHODS
-        if not node.users and (view or node.op == "get_attr" or node.target is operator.getitem):
+        if not node.users and node.op not in ("placeholder", "output") and not _writes(node):
             graph.erase_node(node)
 
 
-def is_alias(node: fx.Node) -> bool:
-    """Whether a captured node hands on its first argument: casts to the same type, detach, dropout in eval mode."""
-    source = node.args[0] if node.args else None
-    held, given = node.meta.get("val"), source.meta.get("val") if isinstance(source, fx.Node) else None
-    if not isinstance(held, torch.Tensor) or not isinstance(given, torch.Tensor):
-        return False
-    name = opname(node)
-    if name in ("detach", "alias", "lift_fresh"):
-        return True
-    if name == "dropout":
-        return not (len(node.args) > 2 and node.args[2])
-    if name == "to":
-        return held.dtype == given.dtype and held.device == given.device and True not in node.args[1:]
-    return name == "slice" and all(_same(a, b) for a, b in zip(held.shape, given.shape, strict=True))
-
-
-def _same(a: Any, b: Any) -> bool:
-    one, other = (x.node.expr if isinstance(x, torch.SymInt) else x for x in (a, b))
-    return bool(one == other)
-
-
-def _function(function: Callable[..., Any], count: int | None = None) -> _Build:
-    """The first ``count`` arguments, if keyword arguments do not matter."""
-
-    def build(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node | None:
-        return None if kwargs and count is not None else graph.call_function(function, args[:count], kwargs)
-
-    return build
-
-
-def _method(name: str, count: int | None = None) -> _Build:
-    def build(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node | None:
-        return None if kwargs else graph.call_method(name, args[:count])
-
-    return build
-
-
-def _cast(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node | None:
-    return None if kwargs or True in args[2:] or args[4:] not in ((), (None,)) else graph.call_method("to", args[:2])
-
-
-def _softmax(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node | None:
-    return None if kwargs else graph.call_function(torch.softmax, args)
-
-
-def _power(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
-    square = args[1] == 2 and not kwargs
-    return graph.call_function(operator.mul if square else torch.pow, (args[0], args[0]) if square else args, kwargs)
-
-
-def _attend(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
-    return graph.call_function(torch.nn.functional.scaled_dot_product_attention, args, kwargs)
-
-
-_aten = torch.ops.aten
-_nn: Any = getattr(torch._C, "_nn")  # noqa: B009  (type checkers do not know it)
-_BUILDERS: dict[Any, _Build] = {
-    _aten.linear.default: _function(torch.nn.functional.linear),
-    _aten.add.Tensor: _function(operator.add, 2),
-    _aten.sub.Tensor: _function(operator.sub, 2),
-    _aten.mul.Tensor: _function(operator.mul, 2),
-    _aten.div.Tensor: _function(operator.truediv, 2),
-    _aten.neg.default: _function(operator.neg),
-    _aten.pow.Tensor_Scalar: _power,
-    _aten.rsqrt.default: _function(torch.rsqrt),
-    _aten.tanh.default: _function(torch.tanh),
-    _aten.sigmoid.default: _function(torch.sigmoid),
-    _aten.relu.default: _function(torch.relu),
-    _aten.silu.default: _function(_nn.silu),
-    _aten.gelu.default: _function(_nn.gelu),
-    _aten.mean.dim: _function(torch.mean, 3),
-    _aten.cat.default: _function(torch.cat),
-    _aten.matmul.default: _function(torch.matmul),
-    _aten.bmm.default: _function(torch.bmm),
-    _aten.baddbmm.default: _function(torch.baddbmm),
-    _aten.layer_norm.default: _function(torch.layer_norm),
-    _aten.addmm.default: _function(torch.addmm),
-    _aten.softmax.int: _softmax,
-    _aten.where.self: _function(torch.where),
-    _aten.embedding.default: lambda graph, args, kwargs: graph.call_function(torch.embedding, args[:2]),
-    _aten.view.default: _method("view"),
-    _aten.reshape.default: _method("reshape"),
-    _aten.expand.default: _method("expand", 2),
-    _aten.transpose.int: _method("transpose"),
-    _aten.permute.default: _method("permute"),
-    _aten.unsqueeze.default: _method("unsqueeze"),
-    _aten.contiguous.default: _method("contiguous", 1),
-    _aten.split.Tensor: _function(torch.split),
-    _aten.chunk.default: _function(torch.chunk),
-    _aten.to.dtype: _cast,
-    _aten.scaled_dot_product_attention.default: _attend,
-}
+def _writes(node: fx.Node) -> bool:
+    """Whether a lowered node changes one of its arguments."""
+    if node.op == "call_method":
+        return str(node.target).endswith("_")
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable

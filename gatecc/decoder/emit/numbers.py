@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import sympy
+import torch
 from torch import fx
 from torch.utils._sympy.functions import FloorDiv
 
@@ -35,15 +36,14 @@ class Numbers:
             return one
         if function is operator.mul and 1 in (one, other):
             return other if one == 1 else one
-        graph = self.writer.graph
-        return self.writer.once((function, one, other), lambda: graph.call_function(function, (one, other)))
+        return self.writer.once((function, one, other), lambda: self.writer.call(function, (one, other)))
 
     def bound(self, span: Span) -> tuple[Number, Number]:
         """The first position of a span and how many it has."""
         if span not in self.bounds:
             assert span.window is not None
             past, _ = self.bounds[NOW]
-            start = self.combine(max, self.combine(operator.add, past, 1 - span.window), 0)
+            start = self.combine(torch.sym_max, self.combine(operator.add, past, 1 - span.window), 0)
             self.bounds[span] = start, self.combine(operator.sub, self.bounds[ALL][1], start)
         return self.bounds[span]
 
@@ -67,7 +67,7 @@ class Numbers:
         operands = [self._number(a, span) for a in found.args]
         if isinstance(found, FloorDiv):
             return self.combine(operator.floordiv, *operands)
-        function = _ARITHMETIC.get(found.func) or {"Max": max, "Min": min}.get(type(found).__name__)
+        function = _ARITHMETIC.get(found.func) or {"Max": torch.sym_max, "Min": torch.sym_min}.get(type(found).__name__)
         if function is None or not operands:
             raise ArithmeticError(f"the size {found} cannot be written out")
         result = operands[0]
@@ -77,11 +77,8 @@ class Numbers:
 
     def _measured(self, symbol: sympy.Symbol) -> fx.Node:
         """The length of a context, taken from a tensor of that length."""
-        for at, node in enumerate(self.sources.context):
+        for node, given in self.sources.context.items():
             sizes = [expression(size) for size in node_shape(node) or ()]
             if symbol in sizes:
-                return self._extent(self.sources.element("context", at), sizes.index(symbol))
+                return self.writer.size(given, sizes.index(symbol))
         raise ArithmeticError(f"the size {symbol} is that of no input")
-
-    def _extent(self, x: fx.Node, axis: int) -> fx.Node:
-        return self.writer.once(("extent", x, axis), lambda: self.writer.graph.call_method("size", (x, axis)))

@@ -19,7 +19,6 @@ class Operands:
         self.positions, self.numbers, self.writer = positions, positions.numbers, positions.writer
         self.plan = positions.plan
         self.env: dict[fx.Node, Any] = {self.plan.inputs.tokens: tokens}
-        self._reshaped: dict[fx.Node, fx.Node] = {}  # a reshape that was written, and what it reshapes
 
     def read(self, node: fx.Node, x: Any, span: Span | None = None) -> Any:
         """An argument of a data node as the step has it. ``span``: what an argument that is the length counts."""
@@ -38,13 +37,3 @@ class Operands:
         """The shape of a data node in the step."""
         spans = self.plan.labels.of[node]
         return [self.numbers.size(size, span) for size, span in zip(node_shape(node) or (), spans, strict=True)]
-
-    def reshape(self, x: fx.Node, shape: list[Any]) -> fx.Node:
-        """One reshape in the place of a chain of them."""
-        return self.note_reshape(self._reshaped.get(x, x), shape)
-
-    def note_reshape(self, x: fx.Node, shape: list[Any]) -> fx.Node:
-        """A reshape of ``x`` itself, which later ones pass over."""
-        made = self.writer.graph.call_method("reshape", (x, shape))
-        self._reshaped[made] = x
-        return made

@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 from torch.fx.node import map_aggregate
 
 from gatecc.decoder.analysis.axes import ALL, Span, Spans
-from gatecc.decoder.emit import lower
+from gatecc.decoder.emit.alias import is_alias
 from gatecc.decoder.emit.numbers import Numbers
 from gatecc.decoder.emit.sources import Sources
 from gatecc.decoder.refuse import refusal
@@ -24,6 +24,13 @@ from gatecc.ir.ops import CASTS, RESHAPES, SAME_SHAPE, SHAPE_ONLY, TRANSPOSES, o
 from gatecc.ir.sizes import node_shape
 
 SIZED = RESHAPES | frozenset("expand broadcast_to".split())  # operators whose result a list of sizes describes in full
+_aten = torch.ops.aten
+_FILLS = {
+    "zeros": _aten.zeros.default,
+    "ones": _aten.ones.default,
+    "full": _aten.full.default,
+    "empty": _aten.empty.memory_format,
+}
 _MOVES = TRANSPOSES | SAME_SHAPE | CASTS | frozenset("unsqueeze squeeze expand detach".split())
 
 
@@ -41,7 +48,8 @@ class PositionWriter:
         """A node at the positions that its reader wants: a span for each axis."""
         key = (node, spans)
         if key not in self._values:
-            self._values[key] = self._value(node, spans)
+            with self.writer.writing_for(node):
+                self._values[key] = self._value(node, spans)
         return self._values[key]
 
     def _value(self, node: fx.Node, spans: Spans) -> Any:
@@ -62,13 +70,17 @@ class PositionWriter:
     def whole(self, node: fx.Node) -> Any:
         """A node at all positions up to now."""
         if node in self.sources.context:
-            return self.sources.element("context", self.sources.context.index(node))
+            return self.sources.context[node]
         if node not in self._wholes:
             if self.flow.writers.get(self.flow.base.get(node, node)):
                 self._in_order(node)
             if node not in self._wholes:
-                self._wholes[node] = self._whole(node)
+                self._wholes[node] = self._written(node)
         return self._wholes[node]
+
+    def _written(self, node: fx.Node) -> Any:
+        with self.writer.writing_for(node):
+            return self._whole(node)
 
     def _whole(self, node: fx.Node) -> Any:
         if self.plan.kind(node) == "size":
@@ -76,14 +88,13 @@ class PositionWriter:
         if self.plan.program.path(node) is not None:
             return self.writer.weight(node)
         if node.op == "placeholder":
-            held = self.sources.element("history", self.sources.history.index(node))
-            return self.writer.narrow(held, 1, 0, self.numbers.bounds[ALL][1])
+            return self.writer.narrow(self.sources.history[node], 1, 0, self.numbers.bounds[ALL][1])
         if self._is_static(node):
             source = self._table(node)
             for axis in self.lengths.axes(node):
                 source = self.writer.narrow(source, axis, *self.numbers.bounds[ALL])
             return source
-        if lower.is_alias(node) and isinstance(node.args[0], fx.Node):
+        if is_alias(node) and isinstance(node.args[0], fx.Node):
             return self.whole(node.args[0])
         return self._called(node, self.whole, [ALL] * len(node_shape(node) or ()))
 
@@ -91,7 +102,7 @@ class PositionWriter:
         """Write a tensor that is filled in place: everything that it needs, in the order of the graph."""
         for part in self.plan.evaluator.slice(node).nodes:
             if part not in self._wholes and self.plan.kind(part) != "size":
-                self._wholes[part] = self._whole(part)
+                self._wholes[part] = self._written(part)
 
     def _is_static(self, node: fx.Node) -> bool:
         """Whether the value is read from a table."""
@@ -111,18 +122,17 @@ class PositionWriter:
         if name in SHAPE_ONLY:
             return self.filled(node, sizes)
         if name in SIZED and isinstance(node.args[0], fx.Node):
-            return self.writer.graph.call_function(sized(node), (read(node.args[0]), sizes))
+            return self.writer.call(sized(node), (read(node.args[0]), sizes))
         args = map_aggregate(node.args, lambda x: read(x) if isinstance(x, fx.Node) else x)
         kwargs = map_aggregate(node.kwargs, lambda x: read(x) if isinstance(x, fx.Node) else x)
-        return self.writer.graph.call_function(_function(node), args, kwargs)
+        return self.writer.call(_function(node), args, kwargs)
 
     def filled(self, node: fx.Node, sizes: list[Any]) -> fx.Node:
         """A tensor made from sizes alone; those like another tensor take their shape from what was recorded."""
         held, name = node.meta["val"], opname(node).removeprefix("new_").removesuffix("_like")
-        function = {"zeros": torch.zeros, "ones": torch.ones, "full": torch.full, "empty": torch.empty}[name]
         fill = [node.args[2 if opname(node) == "new_full" else 1]] if name == "full" else []
         options = {"dtype": held.dtype, "device": held.device}
-        return self.writer.graph.call_function(function, (sizes, *fill), options)
+        return self.writer.call(_FILLS[name], (sizes, *fill), options)
 
     # --- rows ---
 
@@ -132,7 +142,7 @@ class PositionWriter:
             return None
         if opname(node) == "index":
             return self._indexed(node, spans)
-        moves = opname(node) in _MOVES or lower.is_alias(node)
+        moves = opname(node) in _MOVES or is_alias(node)
         if not moves and not (isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags):
             return None
         wanted: dict[fx.Node, Spans] = {}
@@ -171,14 +181,14 @@ class PositionWriter:
             shift = len(spans) - len(shape)
             rows = tuple(spans[i + shift] if self.lengths.has(size) else None for i, size in enumerate(shape))
             read.append(self.value(index, rows))
-        return self.writer.graph.call_function(_function(node), (self.whole(source), read))
+        return self.writer.call(_function(node), (self.whole(source), read))
 
 
 def sized(node: fx.Node) -> Callable[..., Any]:
     """The operator that a reshape of any kind is when all of its sizes are given."""
     if opname(node) in ("expand", "broadcast_to"):
-        return torch.ops.aten.expand.default
-    return torch.ops.aten.view.default if opname(node) == "view" else torch.ops.aten.reshape.default
+        return _aten.expand.default
+    return _aten.view.default if opname(node) == "view" else _aten.reshape.default
 
 
 def _function(node: fx.Node) -> Callable[..., Any]:

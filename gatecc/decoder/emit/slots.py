@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +13,8 @@ from gatecc.decoder.emit.operands import Operands
 from gatecc.decoder.rules import slots as marks
 from gatecc.ir.ops import opname
 
-_COMBINE: dict[str, Callable[..., Any]] = {"cumsum": torch.add, "cumprod": torch.mul, "logcumsumexp": torch.logaddexp}
+_aten = torch.ops.aten
+_COMBINE = {"cumsum": _aten.add.Tensor, "cumprod": _aten.mul.Tensor, "logcumsumexp": _aten.logaddexp.default}
 
 
 class SlotWriter:
@@ -31,39 +31,48 @@ class SlotWriter:
 
     def mark(self, node: fx.Node) -> Any:
         """What stands for a mark in the step."""
-        index, graph = int(str(node.args[-1])), self.writer.graph
-        slot = self.plan.slots[index]
-        held = graph.call_function(operator.getitem, (self.sources.given["slots"], index))
+        index = int(str(node.args[-1]))
+        slot, held = self.plan.slots[index], self.sources.slots[index]
         if node.target is marks.recalled:
             return held
         if node.target is marks.resumed:
-            start = self.operands.read(node, node.args[0])
-            return graph.call_function(first, (self.numbers.bounds[NOW][0], start, held))
+            return self._resumed(node, held)
         x = self.operands.env[node.all_input_nodes[0]]
         if node.target is marks.kept:
             return self._keep(held, x, slot.axis, slot.span)
         new = self.numbers.bounds[NOW][1]
         if node.target in (marks.extended, marks.delayed):
-            longer = graph.call_function(torch.cat, ([held, x], slot.axis))
+            longer = self.writer.call(_aten.cat.default, ([held, x], slot.axis))
             self.next[index] = self._copied(self.writer.narrow(longer, slot.axis, new, slot.count))
             return longer if node.target is marks.extended else self.writer.narrow(longer, slot.axis, 0, new)
-        total = graph.call_function(_COMBINE[opname(slot.node)], (x, held))
+        total = self.writer.call(_COMBINE[opname(slot.node)], (x, held))
         last = self.numbers.combine(operator.sub, new, 1)
         self.next[index] = self._copied(self.writer.narrow(total, slot.axis, last, 1))
         return total
 
+    def _resumed(self, node: fx.Node, held: fx.Node) -> fx.Node:
+        """The state that an operator starts from: what is given before the first token, then what was held."""
+        like, past = node.meta["val"], self.numbers.bounds[NOW][0]
+        start = self.operands.read(node, node.args[0])
+        if node.all_input_nodes[0].meta["val"].dtype != like.dtype:
+            start = self.writer.call(_aten.to.dtype, (start, like.dtype))
+        options = {"dtype": torch.int64, "device": like.device}
+        count = self.writer.once("past", lambda: self.writer.call(_aten.scalar_tensor.default, (past,), options))
+        began = self.writer.once("began", lambda: self.writer.call(_aten.gt.Scalar, (count, 0)))
+        return self.writer.call(_aten.where.self, (began, held, start))
+
     def _copied(self, part: fx.Node) -> fx.Node:
         """A copy of a part of many positions: a view would keep all of them alive."""
-        return part if self.single else self.writer.graph.call_method("clone", (part,))
+        return part if self.single else self.writer.call(_aten.clone.default, (part,))
 
     def _keep(self, held: Any, x: Any, axis: int, span: Span) -> Any:
         """Write the new keys behind the old ones, and yield those of the span."""
         (first, new), (start, count) = self.numbers.bounds[NOW], self.numbers.bound(span)
         if span.window is not None:
-            offset = self.sources.element("starts", self.plan.windows.index(span.window))
+            offset = self.sources.starts[self.plan.windows.index(span.window)]
             first = self.numbers.combine(operator.sub, first, offset)
             start = self.numbers.combine(operator.sub, start, offset)
-        self.writer.graph.call_method("copy_", (self.writer.narrow(held, axis, first, new), x))
+        self.writer.call(_aten.copy_.default, (self.writer.narrow(held, axis, first, new), x))
         return self.writer.narrow(held, axis, start, count)
 
     def returned(self, node: fx.Node, result: Any) -> None:
@@ -72,9 +81,4 @@ class SlotWriter:
             if source.target in marks.STATES:
                 index = int(str(source.args[-1]))
                 output = self.plan.slots[index].output
-                self.next[index] = self.writer.graph.call_function(operator.getitem, (result, output))
-
-
-def first(past: int, start: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
-    """The state that an operator starts from: ``start`` before the first token, then what was held."""
-    return held if past else start.to(held.dtype)
+                self.next[index] = self.writer.call(operator.getitem, (result, output))

@@ -1,38 +1,38 @@
-"""Sources: what a program that is being written is given, and does not compute."""
+"""Sources: what a program that is being written is given, and does not compute. Each value is a placeholder."""
 
 from __future__ import annotations
-
-import operator
-from collections.abc import Sequence
 
 from torch import fx
 
 from gatecc.decoder.emit.writer import GraphWriter
+from gatecc.ir.program import META, origin
 
 
 class Sources:
-    """The elements of the tuples that a program takes. ``tables``: the nodes whose values its tuple of tables holds.
-
-    ``context``: the nodes of the captured graph whose values the tuple of that name holds; ``history`` likewise.
+    """``slots``, ``starts``: placeholders by index; ``history``, ``context``, ``tables``: by the captured nodes whose
+    values they are. The tables come last, since which are needed is known only when all is written.
     """
 
-    def __init__(self, writer: GraphWriter, context: Sequence[fx.Node] = (), history: Sequence[fx.Node] = ()) -> None:
-        self.writer, self.context, self.history = writer, list(context), list(history)
-        self.tables: list[fx.Node] = []
-        self.given: dict[str, fx.Node] = {}
+    def __init__(self, writer: GraphWriter) -> None:
+        self.writer = writer
+        self.slots: list[fx.Node] = []
+        self.starts: list[fx.Node] = []
+        self.history: dict[fx.Node, fx.Node] = {}
+        self.context: dict[fx.Node, fx.Node] = {}
+        self.tables: dict[fx.Node, fx.Node] = {}
+        self._last: fx.Node | None = None
 
-    def add(self, name: str) -> fx.Node:
-        """A placeholder of the program."""
-        self.given[name] = self.writer.graph.placeholder(name)
-        return self.given[name]
+    def add(self, name: str, of: fx.Node | None = None) -> fx.Node:
+        """A placeholder behind those that are there. ``of``: the captured node whose value it is."""
+        graph = self.writer.graph
+        with graph.inserting_after(self._last) if self._last is not None else graph.inserting_before():
+            self._last = graph.placeholder(name)
+        if of is not None:
+            self._last.meta[META] = origin(of)
+        return self._last
 
     def table(self, node: fx.Node) -> fx.Node:
         """The table of a position node, which is asked for if it was not yet."""
         if node not in self.tables:
-            self.tables.append(node)
-        return self.element("tables", self.tables.index(node))
-
-    def element(self, name: str, at: int) -> fx.Node:
-        """An element of one of the tuples."""
-        graph = self.writer.graph
-        return self.writer.once((name, at), lambda: graph.call_function(operator.getitem, (self.given[name], at)))
+            self.tables[node] = self.add(f"table_{len(self.tables)}", node)
+        return self.tables[node]

@@ -1,8 +1,16 @@
-"""write_step: the step program of a plan, a graph of torch calls with explicit state.
+"""write_step: the step of a plan as a Program, a graph of ATen operators with explicit state.
 
-Inputs: tokens (B, T), past, and the tuples ``tables`` (position values at the full capacity), ``slots`` (the state),
-``starts`` (the first position that the keys of each window hold), ``history`` (values per token, capacity long) and
-``context``. Outputs: the logits, and the next value of every slot (None where the slot was written in place).
+Its placeholders are flat: each is a tensor or a whole number.
+
+    tokens         (B, T) token ids, as the model takes them; T is 1 in a step for a single token
+    past           the number of tokens before them
+    slot_i         the state: what `rules.slots.Slot` i describes. Keys and values are written in place (aten.copy_)
+    start_i        the first position that the keys of window i hold
+    history        (B, capacity) the values per token, named as the model's inputs are
+    context        what does not change while a text is decoded
+    table_i        a position value at the full capacity, of which the step reads rows
+
+Its outputs are the logits, and the next value of every slot: None where the slot was written in place.
 """
 
 from __future__ import annotations
@@ -11,11 +19,10 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
+from torch.utils._pytree import tree_structure
 
 from gatecc.decoder.analysis.axes import ALL, NOW
-from gatecc.decoder.emit import lower
 from gatecc.decoder.emit.attention import AttentionWriter
 from gatecc.decoder.emit.data import DataWriter
 from gatecc.decoder.emit.numbers import Numbers
@@ -25,39 +32,58 @@ from gatecc.decoder.emit.slots import SlotWriter
 from gatecc.decoder.emit.sources import Sources
 from gatecc.decoder.emit.writer import GraphWriter
 from gatecc.decoder.plan import Plan
+from gatecc.ir.program import Program
 
-_INPUTS = ("tokens", "past", "tables", "slots", "starts", "history", "context")
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
-    """A step program, the tensors that it reads by name, and the position nodes that its tables hold."""
+    """One step as a program, which may be rewritten before it is lowered.
 
-    module: fx.GraphModule
-    weights: dict[str, torch.Tensor]
-    tables: list[fx.Node]
+    ``single``: it is for exactly one new token. ``sources``: its placeholders. ``stands_for``: the data node of the
+    captured graph that a node was written for. Values (``meta["val"]``) are recorded on demand: see `emit.record`.
+    """
+
+    plan: Plan
+    single: bool
+    program: Program
+    sources: Sources
+    stands_for: dict[fx.Node, fx.Node]
+
+    @property
+    def tables(self) -> list[fx.Node]:
+        """The position nodes of the captured graph that it reads from tables."""
+        return list(self.sources.tables)
 
 
 def write_step(plan: Plan, *, single: bool, live: frozenset[fx.Node] = frozenset()) -> Step:
-    """Write one step program. ``single``: for exactly one new token. ``live``: position nodes to evaluate in the step
-    rather than to read from tables.
-    """
+    """Write one step. ``live``: the position nodes to evaluate in the step rather than to read from tables."""
     writer = GraphWriter(plan)
-    sources = Sources(writer, plan.context, plan.inputs.history)
-    tokens, past, *_ = [sources.add(name) for name in _INPUTS]
-    numbers = Numbers(writer, sources, writer.graph.call_method("size", (tokens, 0)))
-    new: Any = 1 if single else writer.graph.call_method("size", (tokens, 1))
+    sources = Sources(writer)
+    tokens, past = sources.add("tokens", plan.inputs.tokens), sources.add("past")
+    sources.slots = [sources.add(f"slot_{i}", slot.node) for i, slot in enumerate(plan.slots)]
+    sources.starts = [sources.add(f"start_{i}") for i in range(len(plan.windows))]
+    sources.history = {node: sources.add(node.name, node) for node in plan.inputs.history}
+    sources.context = {node: sources.add(node.name, node) for node in plan.context}
+    numbers = Numbers(writer, sources, writer.size(tokens, 0))
+    new: Any = 1 if single else writer.size(tokens, 1)
     numbers.bounds[NOW] = past, new
     numbers.bounds[ALL] = 0, numbers.combine(operator.add, past, new)
     operands = Operands(PositionWriter(sources, numbers, live), tokens)
     slots = SlotWriter(operands, single=single)
-    attention = AttentionWriter(operands, single=single)
-    data = DataWriter(operands, slots, attention, single=single)
-    skipped = attention.folded()
+    data = DataWriter(operands, slots, AttentionWriter(operands, single=single))
+    stands_for: dict[fx.Node, fx.Node] = {}
     for node in plan.nodes:
-        if node in plan.labels.of and node not in operands.env and node not in skipped:
-            operands.env[node] = data.write(node)
+        if node in plan.labels.of and node not in operands.env:
+            made = operands.env[node] = data.write(node)
+            stands_for.setdefault(made, node)
     outputs = tuple(slots.next.get(i) for i in range(len(plan.slots)))
-    writer.graph.output((operands.env[plan.logits], outputs))
-    lower.drop_unread_views(writer.graph)
-    return Step(writer.module(), writer.weights, sources.tables)
+    writer.graph.output((operands.env[plan.logits], *outputs))
+    writer.graph.eliminate_dead_code()
+    return Step(plan, single, _program(plan, writer), sources, stands_for)
+
+
+def _program(plan: Plan, writer: GraphWriter) -> Program:
+    """The written graph as a program of the captured module."""
+    captured = plan.program
+    spec = tree_structure((0, *[0] * len(plan.slots)))
+    return Program(captured.module, writer.module(), captured.fqn, [], spec, constants=captured.constants)

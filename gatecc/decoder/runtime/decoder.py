@@ -4,40 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from gatecc.decoder.analysis.context import Context
+from gatecc.decoder.emit.lower import lower
+from gatecc.decoder.emit.record import record
 from gatecc.decoder.emit.step import Step, write_step
 from gatecc.decoder.emit.tables import Tables
 from gatecc.decoder.plan import Plan
 from gatecc.decoder.runtime.generate import Generation
 from gatecc.decoder.runtime.state import Memory, State
 from gatecc.errors import ArgumentError
+from gatecc.ir.program import Program
 
 _FIRST = 64  # positions that a growing state starts with
+_NEW = 5  # tokens that the example of a step for several runs
 _LARGEST = 1 << 26  # bytes that a table over queries and keys may take; beyond, its rows are computed in each step
 
 
-class Program:
-    """One step program: its graph module, and its forward bound to plain attributes (nn.Module's lookup is slow)."""
+class Lowered:
+    """One step as it runs: its forward is bound to plain attributes (nn.Module's lookup is slow)."""
 
-    def __init__(self, plan: Plan, step: Step) -> None:
-        self.module = step.module
-        self.tables = Tables(plan, step.tables)
+    def __init__(self, step: Step) -> None:
+        self.step, self.module = step, lower(step)
+        self.tables = Tables(step.plan, step.tables)
         self._forward: Any = type(self.module).forward
-        self._weights = SimpleNamespace(**step.weights)
+        names = {str(node.target) for node in self.module.graph.find_nodes(op="get_attr")}
+        self._weights = SimpleNamespace(**{name: getattr(self.module, name) for name in names})
 
-    def __call__(self, *inputs: Any) -> tuple[torch.Tensor, tuple[Any, ...]]:
+    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         return self._forward(self._weights, *inputs)
+
+
+class _Call(NamedTuple):
+    """One call of a step."""
+
+    step: Lowered
+    state: State
+    inputs: list[Any]
 
 
 class Decoder(Generation):
     """A model's decode step, derived from its full-sequence graph: see gatecc.decoder.
 
-    ``program`` is the graph module of the single step, ``plan`` what it was written from.
+    ``plan`` is what its steps are written from: `program` yields them.
     """
 
     def __init__(self, plan: Plan, capacity: int | None) -> None:
@@ -45,7 +58,7 @@ class Decoder(Generation):
         self.memory = Memory(plan)
         self.context = Context(plan)
         self._live = self._find_live()
-        self._programs: dict[tuple[bool, bool], Program] = {}
+        self._steps: dict[tuple[bool, bool], Lowered] = {}
         self.bound = plan.lengths.bound
 
     def _find_live(self) -> frozenset[fx.Node]:
@@ -56,22 +69,43 @@ class Decoder(Generation):
                 return live
             live |= more
 
-    @property
-    def program(self) -> fx.GraphModule:
-        """The graph module of the step for one new token."""
-        return self._program(True, 1).module
+    def program(self, *, single: bool = True) -> Program:
+        """The step for one token (or for several) as a Program of ATen operators, before it is lowered.
+
+        Its placeholders are listed in `gatecc.decoder.emit.step`. Its example is the end of the model's example inputs,
+        after a prefill of what comes before.
+        """
+        step = self._step(single, 1).step
+        if not step.program.example:
+            record(step, self._example(single))
+        return step.program
+
+    def _example(self, single: bool) -> list[Any]:
+        """What the step is called with at the end of the example inputs."""
+        example = dict(zip(self.plan.program.placeholders, self.plan.program.example, strict=True))
+        inputs = self.plan.inputs
+        ids, values = example[inputs.tokens], {n.name: example[n] for n in inputs.history}
+        past = ids.shape[1] - (1 if single else _NEW)
+        state = self.init_state(ids.shape[0], context={n.name: example[n] for n in inputs.context})
+        if past:
+            _, state = self.prefill(ids[:, :past], state, **{name: x[:, :past] for name, x in values.items()})
+        call = self._prepared(ids[:, past:], state, {name: x[:, past:] for name, x in values.items()})
+        return call.inputs
+
+    def lowered(self, *, single: bool = True) -> fx.GraphModule:
+        """What runs in the place of `program`: the same step as a straight line of Python calls."""
+        return self._step(single, 1).module
 
     def tables(self, *, single: bool, capacity: int = _FIRST) -> list[fx.Node]:
-        """The position nodes that a step program reads from tables."""
-        return self._program(single, capacity).tables.nodes
+        """The position nodes that a step reads from tables."""
+        return self._step(single, capacity).tables.nodes
 
-    def _program(self, single: bool, capacity: int) -> Program:
+    def _step(self, single: bool, capacity: int) -> Lowered:
         rows = self._too_large(capacity)
-        if (single, rows) not in self._programs:
+        if (single, rows) not in self._steps:
             live = self._live | (self._square() if rows else frozenset())
-            step = write_step(self.plan, single=single, live=live)
-            self._programs[single, rows] = Program(self.plan, step)
-        return self._programs[single, rows]
+            self._steps[single, rows] = Lowered(write_step(self.plan, single=single, live=live))
+        return self._steps[single, rows]
 
     def _square(self) -> frozenset[fx.Node]:
         """The position nodes over queries and keys."""
@@ -125,25 +159,25 @@ class Decoder(Generation):
     ) -> tuple[torch.Tensor, State]:
         past, new = int(state["length"]), ids.shape[1]
         with torch.no_grad():
-            fresh = self.memory.with_room(state, past, new)
-            capacity = self.memory.capacity(fresh) or _rounded(past + new)
-            program = self._program(new == 1, capacity)
-            reach = program.tables.reach(capacity)
-            self._check(ids, state, past + new, reach)
-            self._write_history(fresh, values, ids, past)
-            logits, changed = program(
-                ids,
-                past,
-                program.tables.at(ids.shape[0], reach),
-                fresh["slots"],
-                [int(start) for start in fresh["starts"]],
-                fresh["history"],
-                fresh["context"],
-            )
+            step, fresh, inputs = self._prepared(ids, state, values)
+            logits, *changed = step(*inputs)
             fresh["written"].fill_(past + new)
         fresh["length"] = torch.tensor(past + new)
         fresh["slots"] = [old if c is None else c for c, old in zip(changed, fresh["slots"], strict=True)]
         return logits, self.memory.trimmed(fresh, past + new) if new > 1 else fresh
+
+    def _prepared(self, ids: torch.Tensor, state: State, values: Mapping[str, torch.Tensor]) -> _Call:
+        """The step that runs these tokens, the state that it writes to, and its inputs."""
+        past, new = int(state["length"]), ids.shape[1]
+        fresh = self.memory.with_room(state, past, new)
+        capacity = self.memory.capacity(fresh) or _rounded(past + new)
+        step = self._step(new == 1, capacity)
+        reach = step.tables.reach(capacity)
+        self._check(ids, state, past + new, reach)
+        self._write_history(fresh, values, ids, past)
+        starts = [int(start) for start in fresh["starts"]]
+        tables = step.tables.at(ids.shape[0], reach)
+        return _Call(step, fresh, [ids, past, *fresh["slots"], *starts, *fresh["history"], *fresh["context"], *tables])
 
     def _check(self, ids: torch.Tensor, state: State, length: int, reach: int) -> None:
         most = reach if self.fixed is None else min(self.fixed, reach)
