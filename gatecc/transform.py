@@ -140,7 +140,7 @@ def rewritten(
     step.report.notes += [
         *notes.again(wanted, step.report, earlier),
         *notes.kept(wanted, step.report),
-        *notes.grids(wanted, analysis.sites),
+        *notes.edits(wanted, analysis.sites),
         *notes.optimizer(model, target, old),
     ]
     vars(target)[HISTORY] = (*history(model), step)

@@ -5,16 +5,12 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from math import isqrt
 
 from torch import nn
 
 from gatecc.ir.rewrite import Recipe
 from gatecc.ir.select import left_alone, select
-from gatecc.ir.site import Site, Value
-from gatecc.ir.sizes import node_shape
-from gatecc.passes.branch.branch import Branch
-from gatecc.passes.branch.grid import GridConv
+from gatecc.ir.site import Site
 from gatecc.report import Report
 
 
@@ -36,21 +32,11 @@ def again(recipe: Recipe, report: Report, earlier: Sequence[tuple[Recipe, Report
     yield from (f"{rewrite} is in the list twice: the second comes on top of the first" for rewrite in doubled)
 
 
-def grids(recipe: Recipe, sites: Sequence[Site]) -> Iterator[str]:
-    """Tokens that were taken for a square of patches because their number is one."""
+def edits(recipe: Recipe, sites: Sequence[Site]) -> Iterator[str]:
+    """What the rewrites say of their sites themselves."""
     for rewrite in recipe.rewrites:
-        body = rewrite.body if isinstance(rewrite, Branch) else None
-        if not isinstance(body, GridConv) or body.rows:
-            continue
         for site in select(rewrite.site, sites):
-            value = site.find(rewrite.site.stage if body.of == "self" else body.of)
-            tokens = None if value is None or "n" not in value.axes else on_example(value, "n")
-            if tokens is not None and (side := isqrt(max(tokens - body.prefix, 0))) ** 2 == tokens - body.prefix > 0:
-                behind = f" behind {body.prefix}" if body.prefix else ""
-                yield (
-                    f"the {side * side} tokens{behind} are taken for an image of {side} rows of {side} patches: "
-                    "rows= and columns= say what they are, prefix= how many come before"
-                )
+            yield from rewrite.notes(site)
 
 
 def kept(recipe: Recipe, report: Report) -> Iterator[str]:
@@ -62,13 +48,6 @@ def kept(recipe: Recipe, report: Report) -> Iterator[str]:
         sites = [row for row in report.sites if row.kind == kind]
         if not left_alone(rewrite.site, sites):
             yield f"{rewrite}: what is kept matches none of the {len(sites)} {kind} sites: all are rewritten"
-
-
-def on_example(value: Value, axis: str) -> int | None:
-    """The size of an axis of a value on the example inputs, where it is known."""
-    size = (node_shape(value.node) or ())[value.axes.index(axis)]
-    found = size if isinstance(size, int) else size.node.hint
-    return None if found is None else int(found)
 
 
 def optimizer(model: nn.Module, target: nn.Module, old: Collection[int]) -> Iterator[str]:

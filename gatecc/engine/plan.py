@@ -52,13 +52,13 @@ def plans_of(
     left_out: list[Refusal] = []
     for rewrite in recipe.rewrites:
         chosen: dict[str, list[Site]] = {}
-        by_tokens = any(r.reads_mask and _same_sites(r, rewrite) for r in recipe.rewrites)
+        by_tokens = any(r.effects().reads_mask and _same_sites(r, rewrite) for r in recipe.rewrites)
         fitting, refused = _fitting(rewrite, by_tokens, select(rewrite.site, analysis.sites, analysis.refusals))
         left_out += refused
         for site in fitting:
             program = analysis.program_of(site)
             largest = _within_shells(program.fqn, site, model, called - too_small)
-            whole = scope == "model" or rewrite.whole_model(site)
+            whole = scope == "model" or rewrite.effects().whole_model
             fqn = largest if whole else _scope_of(rewrite, site, model, called, program)
             chosen.setdefault(largest if fqn in too_small else fqn, []).append(site)
         wanted.append((rewrite, chosen))

@@ -19,6 +19,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 
 from gatecc.errors import GraphError, SiteRefusedError
 from gatecc.ir.boundary import Boundary, Slot, follow, held, within
+from gatecc.ir.effects import Effects
 from gatecc.ir.functions import entries
 from gatecc.ir.printer import window
 from gatecc.ir.program import META, Origin, Program, attribute, origin
@@ -84,7 +85,7 @@ class Editor:
     sites: Sequence[Site] = ()
     lost: set[str] = field(default_factory=set[str])  # parameters that the edit takes out of the graph on purpose
     hidden: set[int] = field(default_factory=set[int])  # numbers of the outputs that are None from now on
-    whole_sequence: bool = False  # the edit makes later tokens depend on earlier ones in a way that no KV cache holds
+    effects: Effects = field(default_factory=Effects)  # those of the rewrite
 
     def module(self, name: str, build: Build, fill: Fill | None = None) -> str:
         """The path of a new submodule called ``name`` on the site's owner; made by ``build`` unless it exists already.

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, cast, get_args, get_type_hints
 
 from gatecc.errors import ArgumentError
 from gatecc.ir.contract import Contract
 from gatecc.ir.edit import Editor
+from gatecc.ir.effects import Effects
 from gatecc.ir.select import Selector
 from gatecc.ir.site import Site
 
@@ -53,37 +54,23 @@ class Rewrite(metaclass=_Taking):
     override ``reads`` if the edit needs more values of a site than the stage that is selected.
 
     Layers that compute the same share one captured graph. The edit is done on it for each layer, with that layer's
-    module, weights and names, so that it may read them. With ``same_for_layers = True`` it is done once: the class
-    promises that it reads nothing but the graph, and fills new modules by ``edit.module(..., fill=)`` alone.
+    module, weights and names, so that it may read them; `effects` may promise that it reads nothing of them.
     """
 
     name: ClassVar[str]
-    loses_buffers: ClassVar[bool] = False  # tables of the old computation, such as rotary ones, may go with it
-    same_for_layers: ClassVar[bool] = False  # see below; a subclass says so for itself
 
     site: Selector
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "same_for_layers" not in vars(cls):
-            cls.same_for_layers = False  # the promise of a base class does not hold for what a subclass adds
+        if "effects" not in vars(cls):  # what a subclass adds may read its layer
+            cls.effects = _without_promise(cls)
         if "name" in vars(cls):
             REWRITES[cls.name] = cls
 
-    @property
-    def loses_parameters(self) -> bool:
-        """Whether what the owner of a site holds, its own parameters or a child's, may be read no more.
-
-        The tensors stay in the module, so that `revert` finds them; they get no gradient. Modules that gatecc made are
-        never lost: a rewrite that cuts off an earlier one is an error.
-        """
-        return False
-
-    @property
-    def reads_mask(self) -> bool:
-        """Whether the edit depends on which keys a query may see. That is proved best in the graph of the whole model,
-        so exports write a model with such rewrites from that graph."""
-        return False
+    def effects(self) -> Effects:
+        """What the rewrite gives up of the model, and what it needs."""
+        return Effects()
 
     @abstractmethod
     def contract(self) -> Contract:
@@ -104,10 +91,9 @@ class Rewrite(metaclass=_Taking):
         """Modules that read a value of a site which the edit takes out of the graph: the scope has to run them, too."""
         return ()
 
-    def whole_model(self, site: Site) -> bool:
-        """Whether the edit must see the whole model as one graph: it reads an input of the model, or a distant
-        value."""
-        return False
+    def notes(self, site: Site) -> Iterable[str]:
+        """What a report should say of the edit at a site: what was guessed, and how to say it."""
+        return ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain data with the rewrite's name under "rewrite"; the inverse of `rewrite_from_json`."""
@@ -115,6 +101,14 @@ class Rewrite(metaclass=_Taking):
 
     def __str__(self) -> str:
         return f"{self.name} {self.site}"
+
+
+def _without_promise(cls: type[Rewrite]) -> Callable[[Rewrite], Effects]:
+    def effects(self: Rewrite) -> Effects:
+        inherited = cast("Rewrite", super(cls, self))
+        return replace(inherited.effects(), same_for_layers=False)
+
+    return effects
 
 
 def rewrite_from_json(data: dict[str, Any]) -> Rewrite:

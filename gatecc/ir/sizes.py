@@ -41,6 +41,12 @@ def same(one: Size, other: Size) -> bool:
     )
 
 
+def on_example(size: Size) -> int | None:
+    """A size on the example inputs, where it is known."""
+    known = size if isinstance(size, int) else size.node.hint
+    return None if known is None else int(known)
+
+
 def symbols(size: Any) -> set[sympy.Symbol]:
     """The free symbols of a size."""
     return set() if isinstance(size, int) else {s for s in expression(size).free_symbols if isinstance(s, sympy.Symbol)}

@@ -9,6 +9,7 @@ import torch
 
 from gatecc.ir.contract import Contract
 from gatecc.ir.edit import Editor
+from gatecc.ir.effects import Effects
 from gatecc.ir.gate import GateSpec
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.site import Site
@@ -30,7 +31,6 @@ class Bypass(Rewrite):
     """
 
     name = "bypass"
-    same_for_layers = True
 
     gate: GateSpec
     label: str = "gate"
@@ -38,8 +38,8 @@ class Bypass(Rewrite):
     def contract(self) -> Contract:
         return self.gate.contract()
 
-    def whole_model(self, site: Site) -> bool:
-        return reads_afar(self.gate)
+    def effects(self) -> Effects:
+        return Effects(same_for_layers=True, whole_model=reads_afar(self.gate))
 
     def reads(self) -> Iterable[str]:
         return ("in", "out", *read_by(self.gate))

@@ -11,6 +11,7 @@ from torch import fx
 from gatecc.errors import ArgumentError, SiteRefusedError
 from gatecc.ir.contract import Contract, changes_function, identity_at_init
 from gatecc.ir.edit import Editor
+from gatecc.ir.effects import Effects
 from gatecc.ir.gate import GateSpec
 from gatecc.ir.gates.activation import Sigmoid
 from gatecc.ir.gates.init import Zero
@@ -39,7 +40,6 @@ class Fuse(Rewrite):
     """
 
     name = "fuse"
-    same_for_layers = True
 
     gate: GateSpec
     values: tuple[str, ...] = ("skip", "branch")
@@ -55,8 +55,8 @@ class Fuse(Rewrite):
         half = plain and isinstance(self.gate.init, Zero) and not self.gate.estimator.binary
         return identity_at_init() if half and self.scale == 2 else changes_function()
 
-    def whole_model(self, site: Site) -> bool:
-        return reads_afar(self.gate)
+    def effects(self) -> Effects:
+        return Effects(same_for_layers=True, whole_model=reads_afar(self.gate))
 
     def reads(self) -> Iterable[str]:
         return (self.site.stage, *self.values, *read_by(self.gate))

@@ -13,6 +13,7 @@ from gatecc import ops as ops  # registers the operators that gates call by name
 from gatecc.errors import SiteRefusedError
 from gatecc.ir.contract import Contract
 from gatecc.ir.edit import Editor
+from gatecc.ir.effects import Effects
 from gatecc.ir.gate import GateModule, GateShape, GateSpec
 from gatecc.ir.program import attribute
 from gatecc.ir.rewrite import Rewrite
@@ -62,7 +63,6 @@ class Gate(Rewrite):
     """
 
     name = "gate"
-    same_for_layers = True
 
     gate: GateSpec
     op: Literal["mul", "lerp"] = "mul"
@@ -73,8 +73,8 @@ class Gate(Rewrite):
     def contract(self) -> Contract:
         return self.gate.contract()
 
-    def whole_model(self, site: Site) -> bool:
-        return bool(self.where) or reads_afar(self.gate)
+    def effects(self) -> Effects:
+        return Effects(same_for_layers=True, whole_model=bool(self.where) or reads_afar(self.gate))
 
     def reads(self) -> Iterable[str]:
         return (self.site.stage, *read_by(self.gate), *((self.skip,) if self.op == "lerp" else ()))

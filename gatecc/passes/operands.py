@@ -17,7 +17,7 @@ from gatecc.ir.gates.source import Param
 from gatecc.ir.program import Program, origin, shape
 from gatecc.ir.select import Selector, select
 from gatecc.ir.site import Attention, Residual, Site, Value
-from gatecc.ir.sizes import described_shape, expression, size_names, size_text
+from gatecc.ir.sizes import described_shape, expression, on_example, size_names, size_text
 
 INPUTS = ("in", "hidden", "hidden_kv")  # stages that others may read as well
 
@@ -195,9 +195,8 @@ def _tokens(value: Value) -> tuple[str, int] | None:
     letters = value.axes.positions
     if letters not in ("bn", "bm"):
         return None
-    size = shape(value.node)[value.axes.index(letters[1])]
-    found = size if isinstance(size, int) else size.node.hint
-    return None if found is None or int(found) == 1 else (letters[1], int(found))
+    found = on_example(shape(value.node)[value.axes.index(letters[1])])
+    return None if found is None or found == 1 else (letters[1], found)
 
 
 def _size(value: Value, axis: str) -> str:

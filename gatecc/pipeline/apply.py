@@ -79,10 +79,11 @@ def _rewrite(
     """One rewrite at its sites, verified structurally."""
     program = prepared.program
     before = Before.of(program)
-    replaces = replaced_by(rewrite, program, sites)
+    effects = rewrite.effects()
+    replaces = replaced_by(program, sites) if effects.loses_parameters else set[str]()
     editors: list[Editor] = []
     for site in map(prepared.now, sites):
-        edit = Editor(program, site, rewrite.name, own, taken, sites=prepared.sites)
+        edit = Editor(program, site, rewrite.name, own, taken, sites=prepared.sites, effects=effects)
         try:
             rewrite.rewrite(site, edit)
         except GateccError:
@@ -95,15 +96,13 @@ def _rewrite(
         prepared.note(edit)
     inserted = {node for edit in editors for node in edit.inserted}
     lost = {name for edit in editors for name in (*edit.lost, *edit.gone)}
-    hidden = {number for edit in editors for number in edit.hidden}
-    verify(program, before, Suspect(str(rewrite), sites, inserted, rewrite.loses_buffers, replaces | lost, own, hidden))
+    hidden = {number for edit in editors for number in edit.hidden} if effects.loses_outputs else set[int]()
+    verify(program, before, Suspect(str(rewrite), sites, inserted, effects.loses_buffers, replaces | lost, own, hidden))
     return editors
 
 
-def replaced_by(rewrite: Rewrite, program: Program, sites: Sequence[Site]) -> set[str]:
+def replaced_by(program: Program, sites: Sequence[Site]) -> set[str]:
     """What a rewrite may leave unread: the owners of its sites, and weights of theirs that lie elsewhere."""
-    if not rewrite.loses_parameters:
-        return set()
     weights = [w for site in sites for w in site.weights.values()]
     names = {site.owner for site in sites} | {n for w in weights for n in (w.fqn, w.bias) if n}
     return {program.relative_name(name) for name in names}

@@ -100,7 +100,7 @@ def _build(
 
 def same_for_layers(state: Scope) -> bool:
     """Whether the rewrites of a scope read nothing of their layer, so that they need not be done again for others."""
-    return all(application.rewrite.same_for_layers for application in state.applied)
+    return all(application.rewrite.effects().same_for_layers for application in state.applied)
 
 
 def rebuild(

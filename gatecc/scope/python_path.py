@@ -90,7 +90,7 @@ def python_path(
     numbers = itertools.count()
     anchors = _Anchors(program, cores, names, {n for e in editors for n in e.inserted})
     for editor in editors:
-        if editor.whole_sequence:
+        if editor.effects.loses_cache:
             return PythonPath(refused=f"{editor.rewrite} keeps no KV cache")
         if taken := next((effect for effect in editor.weights if not effect.keeps_forward), None):
             return PythonPath(refused=f"the module's own code cannot run any more: {taken.describe()}")

@@ -69,7 +69,7 @@ class Whole(nn.Module):
 
 def reads_masks(model: nn.Module) -> bool:
     """Whether some rewrite of the model depends on a mask: what it is, is proved in the whole graph alone."""
-    return any(a.rewrite.reads_mask for _, _, state in scopes(model) for a in state.applied)
+    return any(a.rewrite.effects().reads_mask for _, _, state in scopes(model) for a in state.applied)
 
 
 def _merged(states: dict[str, Scope]) -> Scope:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ import gatecc
 from gatecc.errors import ArgumentError
 from gatecc.ir.contract import Contract, changes_function
 from gatecc.ir.edit import Editor
+from gatecc.ir.effects import Effects
 from gatecc.ir.site import Site
 from gatecc.scope.state import scopes
 
@@ -165,7 +166,9 @@ class Filled(gatecc.Rewrite):
     """Says what it fills its module from, and is done once for all layers."""
 
     name = "filled"
-    same_for_layers = True
+
+    def effects(self) -> Effects:
+        return Effects(same_for_layers=True)
 
     def contract(self) -> Contract:
         return changes_function()
@@ -201,8 +204,14 @@ def test_the_promise_of_a_class_is_not_that_of_a_subclass() -> None:
     class Mine(gatecc.Gate):
         pass
 
-    assert gatecc.Gate.same_for_layers
-    assert not Mine.same_for_layers
+    @dataclass(frozen=True)
+    class Sure(Mine):
+        def effects(self) -> Effects:
+            return replace(super().effects(), same_for_layers=True)
+
+    gate = gatecc.GateSpec("self", "linear", "token", "sigmoid")
+    promised = [cls(gatecc.MLP[...].out, gate).effects() for cls in (gatecc.Gate, Mine, Sure)]
+    assert [effects.same_for_layers for effects in promised] == [True, False, True]
 
 
 def test_a_new_module_on_the_memory_of_a_weight_is_refused(net: Net) -> None:

@@ -17,6 +17,7 @@ import gatecc
 from gatecc.errors import GraphError
 from gatecc.ir.contract import Contract, changes_function, exact
 from gatecc.ir.edit import Editor
+from gatecc.ir.effects import Effects
 from gatecc.ir.site import Site
 from gatecc.scope.state import scopes
 
@@ -52,7 +53,9 @@ class Doubled(gatecc.Rewrite):
     """Adds a second product with the weight of its own layer."""
 
     name = "doubled"
-    same_for_layers = True
+
+    def effects(self) -> Effects:
+        return Effects(same_for_layers=True)
 
     def contract(self) -> Contract:
         return changes_function()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import gatecc
 from gatecc.ir.contract import Contract, changes_function
 from gatecc.ir.edit import Editor
+from gatecc.ir.effects import Effects
 from gatecc.ir.site import Site
 from gatecc.scope.state import scopes
 
@@ -61,7 +62,9 @@ def weighted(out: Tensor, weights: Tensor, indices: Tensor, loss: Tensor, read: 
 @dataclass(frozen=True)
 class Routed(gatecc.Rewrite):
     name = "routed"
-    same_for_layers = True
+
+    def effects(self) -> Effects:
+        return Effects(same_for_layers=True)
 
     def contract(self) -> Contract:
         return changes_function()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
 from gatecc.ir.program import fake
-from gatecc.ir.sizes import Size, same
+from gatecc.ir.sizes import Size, on_example, same
 
 
 def same_shape(one: fx.Node, other: fx.Node) -> bool:
@@ -22,8 +21,4 @@ def same_shape(one: fx.Node, other: fx.Node) -> bool:
 
 
 def _agree(one: Size, other: Size) -> bool:
-    return same(one, other) or _on_example(one) == _on_example(other)
-
-
-def _on_example(size: Size) -> object:
-    return size.node.hint if isinstance(size, torch.SymInt) else size
+    return same(one, other) or on_example(one) == on_example(other)

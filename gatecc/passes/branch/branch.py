@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch import fx
 from gatecc.errors import SiteRefusedError
 from gatecc.ir.contract import Contract, changes_function, identity_at_init
 from gatecc.ir.edit import Editor
+from gatecc.ir.effects import Effects
 from gatecc.ir.gate import GateSpec
 from gatecc.ir.gates.init import Zero
 from gatecc.ir.gates.option import Option
@@ -34,9 +35,9 @@ class Body(Option, slot="body"):
         return ()
 
     @property
-    def reads_mask(self) -> bool:
-        """See Rewrite.reads_mask."""
-        return False
+    def effects(self) -> Effects:
+        """What a branch with this body gives up, needs and promises."""
+        return Effects()
 
     @property
     def starts_at_zero(self) -> bool:
@@ -47,9 +48,9 @@ class Body(Option, slot="body"):
         """Insert the sub-graph; its result broadcasts against ``value``."""
         raise NotImplementedError
 
-    def whole_model(self, site: Site) -> bool:
-        """See Rewrite.whole_model."""
-        return False
+    def notes(self, site: Site, value: Value) -> Iterable[str]:
+        """What a report should say of it, see `Rewrite.notes`."""
+        return ()
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class PrefixSum(Body, tag="prefix_sum"):
         return ("v",)
 
     @property
-    def reads_mask(self) -> bool:
-        return True
+    def effects(self) -> Effects:
+        return Effects(reads_mask=True, same_for_layers=True)
 
     def build(self, site: Site, value: Value, edit: Editor) -> fx.Node:
         v = stage(site, "v")
@@ -181,23 +182,23 @@ class Branch(Rewrite):
     """
 
     name = "branch"
-    same_for_layers = True
 
     body: Body
     gate: GateSpec | None = None
     label: str = "branch"
     op: Literal["add", "lerp"] = "add"
 
-    @property
-    def reads_mask(self) -> bool:
-        return self.body.reads_mask
+    def effects(self) -> Effects:
+        afar = bool(self.gate and reads_afar(self.gate))
+        return replace(self.body.effects, whole_model=afar or self.body.effects.whole_model)
 
     def contract(self) -> Contract:
         zero = starts_at_zero(self.gate) if self.gate else self.op == "add" and self.body.starts_at_zero
         return identity_at_init() if zero else changes_function()
 
-    def whole_model(self, site: Site) -> bool:
-        return bool(self.gate and reads_afar(self.gate)) or self.body.whole_model(site)
+    def notes(self, site: Site) -> Iterable[str]:
+        value = site.find(self.site.stage)
+        return () if value is None else self.body.notes(site, value)
 
     def reads(self) -> Iterable[str]:
         return (self.site.stage, *self.body.reads, *(read_by(self.gate) if self.gate else ()))

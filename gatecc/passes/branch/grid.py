@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import isqrt
 from typing import Literal
@@ -12,7 +13,10 @@ from torch import Tensor, fx, nn
 
 from gatecc.errors import SiteRefusedError
 from gatecc.ir.edit import Editor
+from gatecc.ir.effects import Effects
+from gatecc.ir.program import shape
 from gatecc.ir.site import Attention, Site, Value
+from gatecc.ir.sizes import on_example
 from gatecc.passes.branch.branch import Body
 from gatecc.passes.mix.mix import laid_out, put_back
 from gatecc.passes.operands import own_weight, place, stage, static_sizes
@@ -48,6 +52,10 @@ class GridConv(Body, tag="grid_conv"):
         return () if self.of == "self" else (self.of,)
 
     @property
+    def effects(self) -> Effects:
+        return Effects(same_for_layers=True)
+
+    @property
     def starts_at_zero(self) -> bool:
         return self.start == "zero" and self.rest == "zero"
 
@@ -80,6 +88,19 @@ class GridConv(Body, tag="grid_conv"):
         tokens = source.node if source.axes == "bnc" else edit.call(laid_out, source.node, source.axes.text, "bnc", 1)
         found = edit.call(edit.module("local", make), tokens, rows, columns, name="local")
         return self._laid(found, value, site, edit)
+
+    def notes(self, site: Site, value: Value) -> Iterable[str]:
+        """Tokens that are taken for a square of patches because their number is one."""
+        read = value if self.of == "self" else site.find(self.of)
+        if self.rows or read is None or "n" not in read.axes:
+            return
+        tokens = on_example(shape(read.node)[read.axes.index("n")])
+        if tokens is not None and (side := isqrt(max(tokens - self.prefix, 0))) ** 2 == tokens - self.prefix > 0:
+            behind = f" behind {self.prefix}" if self.prefix else ""
+            yield (
+                f"the {side * side} tokens{behind} are taken for an image of {side} rows of {side} patches: "
+                "rows= and columns= say what they are, prefix= how many come before"
+            )
 
     def cells(self, tokens: int, site: Site) -> tuple[int, int]:
         """Rows and columns of the grid; SiteRefusedError if the tokens fill none."""

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from gatecc.errors import SiteRefusedError
 from gatecc.ir.contract import Contract, changes_function
 from gatecc.ir.edit import Editor
+from gatecc.ir.effects import Effects
 from gatecc.ir.program import attribute, shape
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.site import RNN, Attention, Site, Value
@@ -42,22 +43,20 @@ class Mix(Rewrite):
     """
 
     name = "mix"
-    same_for_layers = True
-    loses_buffers = True
 
     mixer: Mixer
     label: str = "mixer"
 
-    @property
-    def loses_parameters(self) -> bool:
-        return self.mixer.stage == "out"
-
-    @property
-    def reads_mask(self) -> bool:
-        return True
-
-    def whole_model(self, site: Site) -> bool:
-        return bool(self.mixer.inputs)
+    def effects(self) -> Effects:
+        return Effects(
+            loses_buffers=True,
+            loses_parameters=self.mixer.stage == "out",
+            loses_outputs=True,
+            loses_cache=True,
+            reads_mask=True,
+            whole_model=bool(self.mixer.inputs),
+            same_for_layers=True,
+        )
 
     def contract(self) -> Contract:
         return changes_function()
@@ -97,8 +96,7 @@ class Mix(Rewrite):
         mixed = _cast(mixed, target, edit)
         edit.replace(target.node, _back(mixed, target, found, self.mixer, edit))
         forget(found, edit)
-        edit.discard(target.node, inside=self.loses_parameters)
-        edit.whole_sequence = True
+        edit.discard(target.node, inside=edit.effects.loses_parameters)
 
     def _hidden(self, site: Attention, q: fx.Node, edit: Editor) -> fx.Node | None:
         """The mask that the module takes after the stages, if there is one."""

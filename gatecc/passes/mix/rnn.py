@@ -34,7 +34,6 @@ def replace_rnn(site: RNN, label: str, module: Callable[[Place], nn.Module], edi
         edit.discard(site.last[0])
     edit.discard(out.node)
     edit.lost |= set(site.parameters)
-    edit.whole_sequence = True
 
 
 def swapped(x: Tensor) -> Tensor:

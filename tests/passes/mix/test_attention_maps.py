@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import gatecc
+from gatecc.ir.effects import Effects
+from gatecc.recipes import resolve
 from gatecc.scope.state import scopes
 
 
@@ -74,3 +77,19 @@ def test_what_is_computed_of_them_stays() -> None:
     alone.load_state_dict(student.state_dict())
     seen = model.attention(X)[1].mean(1).sum(-2).unsqueeze(-1)
     assert torch.allclose(student(X)[0], X + (alone(X)[0] - X) * seen, atol=1e-5)
+
+
+@dataclass(frozen=True)
+class Undeclared(gatecc.Mix):
+    """Does what mix does, and does not say that it takes outputs away."""
+
+    name = "undeclared"
+
+    def effects(self) -> Effects:
+        return replace(super().effects(), loses_outputs=False)
+
+
+def test_outputs_that_go_are_declared() -> None:
+    mix = next(rewrite for rewrite in resolve("gla").rewrites if isinstance(rewrite, gatecc.Mix))
+    with pytest.raises(gatecc.GateccError, match="the outputs changed"):
+        gatecc.transform(Net(reads=False).eval(), Undeclared(mix.site, mix.mixer), (X,))

@@ -15,7 +15,7 @@ from gatecc.ir.match.attention.qkv import Projection
 from gatecc.ir.ops import opname
 from gatecc.ir.program import META, Origin, origin
 from gatecc.ir.site import Value
-from gatecc.ir.sizes import Size, node_shape, same
+from gatecc.ir.sizes import node_shape, on_example, same
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,18 +100,11 @@ def _places(value: Value, heads: int) -> int | None:
     shape = node_shape(value.node)
     if shape is None or len(shape) != len(value.axes) or ("g" in value.axes and not heads):
         return None
-    sizes = {letter: _on_example(size) for letter, size in zip(value.axes, shape, strict=True)}
+    sizes = {letter: on_example(size) for letter, size in zip(value.axes, shape, strict=True)}
     if None in sizes.values():
         return None
     total = prod(int(size or 0) for letter, size in sizes.items() if letter not in "hrdc")
     return total // heads if "g" in sizes else total
-
-
-def _on_example(size: Size) -> int | None:
-    if isinstance(size, int):
-        return size
-    hint = size.node.hint
-    return int(hint) if hint is not None else None
 
 
 def before_rotary(operand: Operand) -> Value | None:
