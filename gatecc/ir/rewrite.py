@@ -64,7 +64,7 @@ class Rewrite(metaclass=_Taking):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "effects" not in vars(cls):  # what a subclass adds may read its layer
-            cls.effects = _without_promise(cls)
+            setattr(cls, "effects", _without_promise(cls))  # noqa: B010  # assigned, pyright takes it for a field
         if "name" in vars(cls):
             REWRITES[cls.name] = cls
 
