@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from gatecc.decoder.analysis.context import Context
 from gatecc.decoder.emit.lower import lower
 from gatecc.decoder.emit.record import record
 from gatecc.decoder.emit.step import Step, write_step
 from gatecc.decoder.emit.tables import Tables
 from gatecc.decoder.plan import Plan
+from gatecc.decoder.runtime.context import Context
 from gatecc.decoder.runtime.generate import Generation
 from gatecc.decoder.runtime.state import Memory, State
 from gatecc.errors import ArgumentError
