@@ -8,15 +8,14 @@ import torch
 from torch import fx
 
 from gatecc.decoder.analysis.axes import NOW, Lengths
-from gatecc.decoder.analysis.dependence import Kinds
+from gatecc.decoder.analysis.dependence import Dependence, DependsOn
 from gatecc.decoder.analysis.inputs import Inputs, read_inputs
 from gatecc.decoder.analysis.labels import Labels
 from gatecc.decoder.analysis.transfer import label
 from gatecc.decoder.refuse import refusal
-from gatecc.decoder.rules import slots as marks
 from gatecc.decoder.rules.attention import Recalled, attention
-from gatecc.decoder.rules.deferred_softmax import weighings
-from gatecc.decoder.rules.scan import mixers
+from gatecc.decoder.rules.deferred_softmax import deferred_softmaxes
+from gatecc.decoder.rules.scan import scans
 from gatecc.decoder.rules.slots import Slot
 from gatecc.errors import DecoderError
 from gatecc.ir.dataflow import Flow
@@ -35,10 +34,10 @@ class Plan:
     inputs: Inputs
     slots: list[Slot]
     flow: Flow
-    kinds: Kinds
+    dependence: Dependence
     labels: Labels
     logits: fx.Node
-    output: int  # which leaf of the model's output the logits are
+    output: int  # the index of the logits among the leaves of the model's output
     fused: dict[fx.Node, Recalled]
 
     def __post_init__(self) -> None:
@@ -53,11 +52,11 @@ class Plan:
         return self.inputs.lengths
 
     def _context(self) -> list[fx.Node]:
-        """What the steps read of the context: its nodes that others read, and an input for each length of its own."""
+        """The context nodes that steps read, and an input for each length of a context that they need."""
         found = [
             node
             for node in self.nodes
-            if self.kind(node) == "context" and any(self._steps(user) for user in node.users)
+            if self.depends_on(node) == "context" and any(self._steps(user) for user in node.users)
         ]
         read = {s for n in self.nodes if self._steps(n) for size in node_shape(n) or () for s in symbols(size)}
         for symbol in sorted(read & self.lengths.other, key=str):
@@ -66,11 +65,11 @@ class Plan:
         return found
 
     def _steps(self, user: fx.Node) -> bool:
-        return user.op == "output" or self.kind(user) in ("data", "live")
+        return user.op == "output" or self.depends_on(user) in ("data", "live")
 
-    def kind(self, node: fx.Node) -> str:
-        """What the node depends on."""
-        return "data" if node.target in marks.MARKS else self.kinds.of.get(node, "position")
+    def depends_on(self, node: fx.Node) -> DependsOn:
+        """What a node depends on."""
+        return self.dependence.of(node)
 
     def tensor(self, node: fx.Node) -> torch.Tensor:
         """The live tensor that a node reads. Raises DecoderError if it is a graph (of a higher-order operator)."""
@@ -91,14 +90,14 @@ def plan(program: Program) -> Plan:
         recalled = attention(program, site, slots, inputs.lengths)
         if recalled is not None:
             fused[site.core] = recalled
-    weighings(Flow(program), {site.core for site in sites}, slots, inputs.lengths)
-    mixers(program, Flow(program).data, slots, inputs.lengths)
+    deferred_softmaxes(Flow(program), {site.core for site in sites}, slots, inputs.lengths)
+    scans(program, Flow(program).data, slots, inputs.lengths)
     program.graph.eliminate_dead_code()
     flow = Flow(program)
-    kinds = Kinds(flow, inputs)
-    labels = label(kinds, slots, program.graph.nodes)
+    dependence = Dependence(flow, inputs)
+    labels = label(dependence, slots, program.graph.nodes)
     _check_output(logits, labels)
-    return Plan(program, inputs, slots, flow, kinds, labels, logits, output_at, fused)
+    return Plan(program, inputs, slots, flow, dependence, labels, logits, output_at, fused)
 
 
 def _only_logits(program: Program, inputs: Inputs) -> tuple[fx.Node, int]:

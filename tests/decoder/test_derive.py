@@ -55,7 +55,7 @@ def test_a_wrong_decoder_is_not_returned(monkeypatch: pytest.MonkeyPatch) -> Non
     def without_carry(*_: Any, **__: Any) -> None:
         return None
 
-    monkeypatch.setattr(scan, "_total", without_carry)
+    monkeypatch.setattr(scan, "_cumulative", without_carry)
     monkeypatch.setattr(Labels, "forbid", without_carry)
     with pytest.raises(DecoderError, match="does not compute what the model does"):
         derive.decoder(Mixed(RunningMean()).eval(), (torch.randint(V, (2, 16)),))

@@ -1,1 +1,1 @@
-"""What the decoder knows of a captured model: sizes that are the length, dependence on tokens, positions of axes."""
+"""What the decoder finds out about a captured model: sizes that are the length, dependence, positions of axes."""

@@ -34,7 +34,7 @@ Spans = tuple[Span | None, ...]  # one for each axis of a tensor; None where the
 
 @dataclass(frozen=True)
 class Lengths:
-    """The symbols of the length, of the batch, and of other sizes: the lengths of what an encoder reads.
+    """The symbols of the length, of the batch, and of other sizes (the lengths of what an encoder reads).
 
     ``bound`` is the largest length that the capture allows.
     """
@@ -56,9 +56,9 @@ class Lengths:
         return bool(symbols(size) & self.other)
 
     def pure(self, size: Any) -> bool:
-        """Whether a size is the length itself: its value equals the length wherever that can be tried.
+        """Whether a size is the length itself: its value equals the length at every length that is tried.
 
-        So ``128 - Max(0, 128 - s)`` is the length of a model of 128 positions.
+        ``128 - Max(0, 128 - s)``, for example, is the length in a model of 128 positions.
         """
         if not self.has(size):
             return False
@@ -68,7 +68,7 @@ class Lengths:
         return [n for n in _TRIED if n <= self.bound]
 
     def _values(self, size: Any) -> list[Any]:
-        """What a size is at some lengths."""
+        """The values of a size at the lengths that are tried."""
         found = expression(size)
         if found not in self.known:
             at = [found.xreplace(dict.fromkeys(self.length, sympy.Integer(n))) for n in self._tried()]
@@ -80,5 +80,5 @@ class Lengths:
         return [i for i, size in enumerate(node_shape(node) or ()) if self.has(size)]
 
     def is_flat(self, node: fx.Node) -> bool:
-        """Whether a tensor has an axis that holds a multiple of the positions: tokens of all samples in a row, say."""
+        """Whether a tensor has an axis of a multiple of the length, such as the flattened tokens of all samples."""
         return any(self.has(size) and not self.pure(size) for size in node_shape(node) or ())

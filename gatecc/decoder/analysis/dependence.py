@@ -1,9 +1,9 @@
-"""Kinds: what a node of the graph depends on decides when the decoder computes it.
+"""Dependence: what a node of the graph depends on decides when the decoder computes it.
 
-size      a number made of the sizes of the inputs
-position  not on any input's values: masks, rotary tables, learned positions. Evaluated once for a whole capacity
-context   on inputs that stay while a text is decoded, or on their sizes: an encoder. Evaluated once for a text
-live      on these or on values per token (an attention mask), and on the length: evaluated in each step
+size      on the sizes of the inputs alone: a number
+position  on no input's values: masks, rotary tables, learned positions. Evaluated once for a whole capacity
+context   on inputs that stay the same while a text is decoded, or on their sizes: an encoder. Evaluated once per text
+live      on the length, and on a context or on values per token (an attention mask): evaluated in each step
 data      on the tokens: evaluated for the new tokens
 """
 
@@ -17,14 +17,15 @@ from torch import fx
 
 from gatecc.decoder.analysis.axes import Lengths
 from gatecc.decoder.analysis.inputs import Inputs
+from gatecc.decoder.rules.slots import MARKS
 from gatecc.ir.dataflow import Flow, value_inputs
 from gatecc.ir.sizes import node_shape, symbols
 
-Kind = Literal["size", "position", "context", "live", "data"]
+DependsOn = Literal["size", "position", "context", "live", "data"]
 
 
-class Kinds:
-    """``of[node]`` is the kind of every node that computes something."""
+class Dependence:
+    """What every node of a graph depends on."""
 
     def __init__(self, flow: Flow, inputs: Inputs) -> None:
         self.flow, self.lengths = flow, inputs.lengths
@@ -35,17 +36,27 @@ class Kinds:
         given = self._reached({*inputs.history, *inputs.context, *measured}, nodes, sizes) - data
         live = self._reached(set(inputs.history), nodes, sizes) | {n for n in given if self._grows(n)}
         live = self._reached(live, nodes, sizes)
-        self.of: dict[fx.Node, Kind] = {}
+        self._of: dict[fx.Node, DependsOn] = {}
         for node in nodes:
             if node in sizes:
-                self.of[node] = "size"
+                self._of[node] = "size"
             elif node in data:
-                self.of[node] = "data"
+                self._of[node] = "data"
             elif node in given:
-                self.of[node] = "live" if node in live else "context"
+                self._of[node] = "live" if node in live else "context"
             else:
-                self.of[node] = "position"
+                self._of[node] = "position"
         self._demote(nodes)
+        self._of |= {node: "data" for node in nodes if node.target in MARKS}
+
+    def of(self, node: fx.Node) -> DependsOn:
+        """What a node depends on; marks stand for data."""
+        return self._of.get(node, "position")
+
+    @property
+    def positions(self) -> frozenset[fx.Node]:
+        """The nodes that depend on no input's values."""
+        return frozenset(node for node, on in self._of.items() if on == "position")
 
     def _measures(self, node: fx.Node) -> bool:
         """Whether a node reads the length of a context as a number, or has an axis of such a length."""
@@ -72,16 +83,16 @@ class Kinds:
         return reached
 
     def _demote(self, nodes: list[fx.Node]) -> None:
-        """What has a flattened token axis and meets data becomes data: it is computed for the new tokens."""
+        """Turn nodes that have a flattened token axis and meet data into data: they are computed for the new tokens."""
         for node in reversed(nodes):
-            if self.of[node] not in ("position", "live") or not self.lengths.is_flat(node):
+            if self._of[node] not in ("position", "live") or not self.lengths.is_flat(node):
                 continue
-            if any(self.of.get(user) == "data" for user in node.users):
-                self.of[node] = "data"
+            if any(self._of.get(user) == "data" for user in node.users):
+                self._of[node] = "data"
 
 
 def is_size(node: fx.Node, lengths: Lengths) -> bool:
-    """Whether a node holds a number that the sizes of the inputs decide."""
+    """Whether a node holds a number that follows from the sizes of the inputs."""
     held = node.meta.get("val")
     if isinstance(held, torch.SymInt | torch.SymFloat | torch.SymBool):
         return symbols(held) <= lengths.length | lengths.batch | lengths.other

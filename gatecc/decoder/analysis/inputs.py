@@ -1,4 +1,4 @@
-"""What the inputs of a captured model are to its decoder: tokens, values that come with each token, and the rest."""
+"""Inputs: what each input of a captured model is to its decoder: tokens, a value per token, or context."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gatecc.errors import DecoderError, ExampleInputsError
 from gatecc.ir.program import Program
 from gatecc.ir.sizes import described_shape, expression, node_shape, symbols, upper_bound
 
-_LEAST = 8  # positions that an example has at least, so that steps of all kinds can be checked on it
+_LEAST = 8  # positions that an example has at least, so that a prefill, single steps and a chunk can be checked on it
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""Labels: over which positions every axis of every data node runs in a step. Here a mixing of positions is found out.
+"""Labels: the positions that each axis of each data node runs over in a step. Nodes that mix positions are found here.
 
 A forward sweep. Data starts at the tokens with NOW; a mark turns its axis into ALL or a window; every operator has a
-rule that says how axes go through it (transfer.py). Operators that would combine values along NOW are refused: they see
-less in a step than in the full sequence. Position and live operands get the rows that they are cut to.
+transfer rule: how axes go through it (transfer.py). Operators that would combine values along NOW are refused, because
+they see less in a step than in the full sequence. Position and live operands get the rows that they are cut to.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 from torch import fx
 
 from gatecc.decoder.analysis.axes import NOW, Span, Spans
-from gatecc.decoder.analysis.dependence import Kinds
+from gatecc.decoder.analysis.dependence import Dependence
 from gatecc.decoder.refuse import refusal
 from gatecc.decoder.rules import slots as marks
 from gatecc.decoder.rules.slots import Slot
 from gatecc.ir.ops import opname
 from gatecc.ir.sizes import node_shape
 
-CUT = ("position", "live")  # kinds that are cut to rows where they meet data
+CUT = ("position", "live")  # nodes that depend on these are cut to rows where they meet data
 
 Rule = Callable[["Labels", fx.Node], Any]
 
@@ -34,25 +34,22 @@ class Labels:
 
     def __init__(
         self,
-        kinds: Kinds,
+        dependence: Dependence,
         slots: Sequence[Slot],
         nodes: Iterable[fx.Node],
         rule: Callable[[fx.Node], Rule | None],
     ) -> None:
-        self.kinds, self.slots, self.lengths, self._rule = kinds, slots, kinds.lengths, rule
+        self.slots, self.lengths, self._rule = slots, dependence.lengths, rule
+        self.depends_on = dependence.of
         self.of: dict[fx.Node, Any] = {}
         self.cuts: dict[fx.Node, dict[fx.Node, Spans]] = {}
         for node in nodes:
-            if self.kind(node) != "data" or opname(node).startswith("_assert"):
+            if self.depends_on(node) != "data" or opname(node).startswith("_assert"):
                 continue
             self.of[node] = self._label(node)
             for spans in self._outputs(node):
                 if sum(span is NOW or span == NOW for span in spans) > 1:
                     raise refusal(node, "it compares positions with positions, and is no attention that is known")
-
-    def kind(self, node: fx.Node) -> str:
-        """The kind of a node; marks are data."""
-        return "data" if node.target in marks.MARKS else self.kinds.of.get(node, "position")
 
     def _outputs(self, node: fx.Node) -> list[Spans]:
         found = self.of[node]
@@ -79,10 +76,10 @@ class Labels:
         source, slot = node.args[0], self.slots[int(str(node.args[1]))]
         assert isinstance(source, fx.Node)
         if node.target is marks.resumed:
-            if self.kind(source) not in ("position", "context") or self.lengths.axes(source):
+            if self.depends_on(source) not in ("position", "context") or self.lengths.axes(source):
                 raise refusal(slot.node, f"it starts from a state, {source.name}, that depends on the tokens")
             return self.spread(node, None)
-        if self.kind(source) != "data":
+        if self.depends_on(source) != "data":
             raise refusal(source, "keys or values that do not depend on the tokens")
         if node.target is marks.kept:
             return tuple(slot.span if i == slot.axis else span for i, span in enumerate(self.of[source]))
@@ -112,13 +109,13 @@ class Labels:
         return found.pop() if found else None
 
     def one(self, node: fx.Node) -> Any:
-        """Labels of a node all of whose operands run over the same positions."""
+        """The labels of a node whose operands all run over the same positions."""
         for source in node.all_input_nodes:
             self._cut_alike(node, source)
         return self.spread(node, self.only(node) or NOW)
 
     def _cut_alike(self, node: fx.Node, source: fx.Node) -> None:
-        if self.kind(source) in CUT and self.lengths.axes(source):
+        if self.depends_on(source) in CUT and self.lengths.axes(source):
             span = self.only(node) or NOW
             self.cut(node, source, self.spread(source, span))
 
@@ -135,7 +132,7 @@ class Labels:
         return tuple(out[i + shift] if self.lengths.has(size) else None for i, size in enumerate(shape))
 
     def forbid(self, node: fx.Node, source: fx.Node, axis: int, flat: bool = False) -> None:
-        """Refuse to combine values along NOW. With ``flat``, tokens that lie in a row may be sorted and counted."""
+        """Refuse to combine values along NOW. With ``flat``, flattened tokens may be sorted and counted."""
         spans = self.of.get(source)
         if not isinstance(spans, tuple) or spans[axis] != NOW:
             return

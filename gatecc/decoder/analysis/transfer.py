@@ -1,4 +1,4 @@
-"""Ways: how the axes of a data node go through its operator, one rule for each family of operators.
+"""Transfer: how the axes of a data node go through its operator, one rule for each family of operators.
 
 An operator without a rule is refused as soon as one of its operands runs along the positions.
 """
@@ -13,7 +13,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from gatecc.decoder.analysis.axes import ALL, NOW, Span, Spans
-from gatecc.decoder.analysis.dependence import Kinds
+from gatecc.decoder.analysis.dependence import Dependence
 from gatecc.decoder.analysis.labels import CUT, Labels, Rule
 from gatecc.decoder.refuse import refusal
 from gatecc.decoder.rules import slots as marks
@@ -55,9 +55,9 @@ _SPLITS = frozenset("split split_with_sizes chunk unbind tensor_split".split())
 _SAME_PLACE = frozenset("pad constant_pad_nd repeat repeat_interleave tile roll flip narrow".split())
 
 
-def label(kinds: Kinds, slots: Sequence[Slot], nodes: Iterable[fx.Node]) -> Labels:
+def label(dependence: Dependence, slots: Sequence[Slot], nodes: Iterable[fx.Node]) -> Labels:
     """The labels of a graph. Raises DecoderError for a node that mixes positions and has no step rule."""
-    return Labels(kinds, slots, nodes, _rule)
+    return Labels(dependence, slots, nodes, _rule)
 
 
 def _rule(node: fx.Node) -> Rule | None:
@@ -93,7 +93,7 @@ def _pointwise(labels: Labels, node: fx.Node) -> Spans:
         if out[i] is None and labels.lengths.has(size):
             out[i] = ALL if NOW in out else NOW
     for source in node.all_input_nodes:
-        if labels.kind(source) in CUT and labels.lengths.axes(source):
+        if labels.depends_on(source) in CUT and labels.lengths.axes(source):
             labels.cut(node, source, labels.along(node, source, out))
     return tuple(out)
 
@@ -101,23 +101,23 @@ def _pointwise(labels: Labels, node: fx.Node) -> Spans:
 def _moved(labels: Labels, node: fx.Node) -> Spans:
     """Views that keep whole axes: each output axis runs along one of the input's."""
     source = node.all_input_nodes[0]
-    if labels.kind(source) in CUT:
+    if labels.depends_on(source) in CUT:
         return labels.one(node)
     spans = labels.of[source]
     if isinstance(spans, list):
         return _piece(labels, node)
-    ways = axis_map(node, source)
-    kinds = {span for span in spans if span is not None}
+    axes = axis_map(node, source)
+    known = {span for span in spans if span is not None}
     out: list[Span | None] = []
     for i, size in enumerate(node_shape(node) or ()):
         if not labels.lengths.has(size):
             out.append(None)
             continue
-        at = ways[i] if ways is not None else None
+        at = axes[i] if axes is not None else None
         span = spans[at] if at is not None else None
-        if span is None and len(kinds) > 1:
+        if span is None and len(known) > 1:
             raise refusal(node, "it joins the axes of queries and keys")
-        out.append(span or (next(iter(kinds)) if kinds else NOW))
+        out.append(span or (next(iter(known)) if known else NOW))
     return tuple(out)
 
 
@@ -129,7 +129,7 @@ def _piece(labels: Labels, node: fx.Node) -> Spans:
 
 def _expand(labels: Labels, node: fx.Node) -> Spans:
     source = node.all_input_nodes[0]
-    if labels.kind(source) in CUT:
+    if labels.depends_on(source) in CUT:
         return labels.one(node)
     spans = labels.of[source]
     shape = node_shape(node) or ()
@@ -139,7 +139,7 @@ def _expand(labels: Labels, node: fx.Node) -> Spans:
 
 def _slice(labels: Labels, node: fx.Node) -> Spans:
     source = node.all_input_nodes[0]
-    if labels.kind(source) in CUT:
+    if labels.depends_on(source) in CUT:
         return labels.one(node)
     axis = int(named(node, "dim", 0)) % len(node_shape(source) or ())
     if not same((node_shape(source) or ())[axis], (node_shape(node) or ())[axis]):
@@ -149,7 +149,7 @@ def _slice(labels: Labels, node: fx.Node) -> Spans:
 
 def _select(labels: Labels, node: fx.Node) -> Spans:
     source = node.all_input_nodes[0]
-    if labels.kind(source) in CUT:
+    if labels.depends_on(source) in CUT:
         return labels.one(node)
     axis = int(named(node, "dim", 0)) % len(node_shape(source) or ())
     labels.forbid(node, source, axis)
@@ -169,7 +169,7 @@ def _split(labels: Labels, node: fx.Node) -> list[Spans]:
 def _same_place(labels: Labels, node: fx.Node) -> Spans:
     """Operators that change the size of axes in place: none of them may run over NOW."""
     source = node.all_input_nodes[0]
-    if labels.kind(source) in CUT:
+    if labels.depends_on(source) in CUT:
         raise refusal(node, "it has no step rule for an operand that does not depend on the tokens")
     before, after = node_shape(source) or (), node_shape(node) or ()
     shift = len(after) - len(before)
@@ -185,10 +185,10 @@ def _same_place(labels: Labels, node: fx.Node) -> Spans:
 
 
 def _reduction(labels: Labels, node: fx.Node) -> Any:
-    """Operators along some axes: none of these may run over NOW."""
+    """Reductions, sorts and the like: none of their axes may run over NOW."""
     source = node.all_input_nodes[0]
     shape = node_shape(source) or ()
-    if labels.kind(source) != "data":
+    if labels.depends_on(source) != "data":
         return labels.one(node)
     dims = named(node, "dim", named(node, "dims"))
     dims = list(range(len(shape))) if dims is None or dims == [] else dims if isinstance(dims, list | tuple) else [dims]
@@ -210,7 +210,7 @@ def _reduction(labels: Labels, node: fx.Node) -> Any:
 
 
 def _counts(node: fx.Node, source: fx.Node) -> bool:
-    """Whether a reduction only sorts tokens that lie in a row, or counts them by the expert that they go to."""
+    """Whether a reduction only sorts flattened tokens, or counts them by the expert that they go to."""
     held = source.meta["val"]
     return opname(node) in ("sort", "argsort") or (opname(node) == "sum" and not held.is_floating_point())
 
@@ -231,13 +231,13 @@ def _channelwise(labels: Labels, node: fx.Node) -> Any:
 
 def _embedding(labels: Labels, node: fx.Node) -> Spans:
     indices = named(node, "indices")
-    if labels.kind(indices) != "data":
+    if labels.depends_on(indices) != "data":
         raise refusal(node, "a table that depends on the tokens")
     return (*labels.of[indices], None)
 
 
 def _joined(labels: Labels, node: fx.Node) -> Spans:
-    """cat and stack: along the keys (sinks) or features, not along NOW."""
+    """cat and stack: allowed along the keys (attention sinks) or features, not along NOW."""
     rank = len(node_shape(node) or ())
     axis = int(named(node, "dim", 0)) % rank
     stacked = opname(node) == "stack"
@@ -247,7 +247,7 @@ def _joined(labels: Labels, node: fx.Node) -> Spans:
             labels.forbid(node, source, axis)
         out = [span or labels.of[source][i] for i, span in enumerate(out)]
     for source in node.all_input_nodes:
-        if labels.kind(source) in CUT and labels.lengths.axes(source):
+        if labels.depends_on(source) in CUT and labels.lengths.axes(source):
             labels.cut(node, source, labels.along(node, source, out))
     if stacked:
         out.insert(axis, None)
@@ -270,7 +270,7 @@ def _product(labels: Labels, node: fx.Node) -> Spans:
             if spans.setdefault(letter, span) != span:
                 raise refusal(node, f"positions {span} meet positions {spans[letter]}")
     for operand, letters in sides:
-        if labels.kind(operand) in CUT and labels.lengths.axes(operand):
+        if labels.depends_on(operand) in CUT and labels.lengths.axes(operand):
             shape = node_shape(operand) or ()
             held = [
                 spans.setdefault(a, ALL) if labels.lengths.has(s) else None for a, s in zip(letters, shape, strict=True)
@@ -280,14 +280,14 @@ def _product(labels: Labels, node: fx.Node) -> Spans:
         raise refusal(node, "it sums over positions, and has no step rule")
     shape = node_shape(node) or ()
     out = [spans.get(letter) if labels.lengths.has(s) else None for letter, s in zip(found.axes, shape, strict=True)]
-    if found.addend is not None and labels.kind(found.addend) in CUT and labels.lengths.axes(found.addend):
+    if found.addend is not None and labels.depends_on(found.addend) in CUT and labels.lengths.axes(found.addend):
         labels.cut(node, found.addend, labels.along(node, found.addend, out))
     return tuple(out)
 
 
 def _linear(labels: Labels, node: fx.Node) -> Spans:
     source = named(node, "input")
-    if labels.kind(source) != "data" or labels.kind(named(node, "weight")) == "data":
+    if labels.depends_on(source) != "data" or labels.depends_on(named(node, "weight")) == "data":
         return labels.one(node)
     labels.forbid(node, source, -1)
     return (*labels.of[source][:-1], None)
@@ -303,10 +303,10 @@ def _fused(labels: Labels, node: fx.Node) -> Spans:
         seen = labels.of.get(operand, ())
         if len(seen) > 1 and seen[-2] == NOW:
             raise refusal(node, "its keys grow with the tokens, and no step rule was found for it")
-        if labels.kind(operand) in CUT and labels.lengths.axes(operand):
+        if labels.depends_on(operand) in CUT and labels.lengths.axes(operand):
             raise refusal(node, "keys or values that do not depend on the tokens")
     mask = named(node, "attn_mask")
-    if isinstance(mask, fx.Node) and labels.kind(mask) in CUT and labels.lengths.axes(mask):
+    if isinstance(mask, fx.Node) and labels.depends_on(mask) in CUT and labels.lengths.axes(mask):
         keys = labels.of.get(k, (None, None))[-2]
         labels.cut(node, mask, labels.along(node, mask, (*spans[:-1], keys)))
     return (*spans[:-1], None)

@@ -1,1 +1,1 @@
-"""The step program, written out."""
+"""The step, written as a program and lowered to what runs."""

@@ -26,7 +26,7 @@ class Operands:
             return x
         if x in self.env:
             return self.env[x]
-        if self.plan.kind(x) == "size":
+        if self.plan.depends_on(x) == "size":
             if self.plan.lengths.has(x.meta["val"]) and span is None:
                 raise refusal(node, "it uses the length as a number")
             return self.numbers.size(x.meta["val"], span)

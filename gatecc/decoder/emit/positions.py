@@ -83,7 +83,7 @@ class PositionWriter:
             return self._whole(node)
 
     def _whole(self, node: fx.Node) -> Any:
-        if self.plan.kind(node) == "size":
+        if self.plan.depends_on(node) == "size":
             return self.numbers.size(node.meta["val"], ALL)
         if self.plan.program.path(node) is not None:
             return self.writer.weight(node)
@@ -101,12 +101,12 @@ class PositionWriter:
     def _in_order(self, node: fx.Node) -> None:
         """Write a tensor that is filled in place: everything that it needs, in the order of the graph."""
         for part in self.plan.evaluator.slice(node).nodes:
-            if part not in self._wholes and self.plan.kind(part) != "size":
+            if part not in self._wholes and self.plan.depends_on(part) != "size":
                 self._wholes[part] = self._written(part)
 
     def _is_static(self, node: fx.Node) -> bool:
         """Whether the value is read from a table."""
-        return self.plan.kind(node) == "position" and node not in self.live and node.op == "call_function"
+        return self.plan.depends_on(node) == "position" and node not in self.live and node.op == "call_function"
 
     def _table(self, node: fx.Node) -> fx.Node:
         if any(not self.lengths.pure(size) for size in (node_shape(node) or ()) if self.lengths.has(size)):
@@ -147,7 +147,7 @@ class PositionWriter:
             return None
         wanted: dict[fx.Node, Spans] = {}
         for source in node.all_input_nodes:
-            if self.plan.kind(source) == "size":
+            if self.plan.depends_on(source) == "size":
                 continue
             rows = self._rows(node, source, spans)
             if rows is None:

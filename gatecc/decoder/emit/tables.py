@@ -79,7 +79,7 @@ class Tables:
         return low
 
     def _fits(self, length: int) -> bool:
-        """Whether the tables can be evaluated at a length, and have the shapes that the capture says."""
+        """Whether the tables can be evaluated at a length, and have the shapes that were captured."""
         try:
             with torch.no_grad():
                 values = self.run(1, length)
@@ -106,7 +106,7 @@ class Tables:
 
     def _lengths(self) -> list[int]:
         """Lengths to try, the largest last: small ones, and those around the constants of the graph."""
-        numbers = {abs(x) for node in self.plan.nodes if self.plan.kind(node) == "position"
+        numbers = {abs(x) for node in self.plan.nodes if self.plan.depends_on(node) == "position"
                    for x in tree_leaves((node.args, node.kwargs)) if type(x) is int}  # fmt: skip
         around = {c + d for c in numbers if max(_TRIED) < c <= _LARGEST for d in (-1, 1)}
         bound = self.reach(max(around | {max(_TRIED)}) + 8)
@@ -119,8 +119,7 @@ def _program(plan: Plan, nodes: Sequence[fx.Node]) -> tuple[fx.GraphModule, dict
     sources = Sources(writer)
     numbers = Numbers(writer, sources, sources.add("batch"))
     numbers.bounds[ALL] = 0, sources.add("length")
-    every = frozenset(node for node, kind in plan.kinds.of.items() if kind == "position")
-    positions = PositionWriter(sources, numbers, live=every)
+    positions = PositionWriter(sources, numbers, live=plan.dependence.positions)
     writer.graph.output(tuple(positions.whole(node) for node in nodes))
     return writer.module(), writer.weights
 

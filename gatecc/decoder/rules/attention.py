@@ -1,7 +1,7 @@
-"""Step rules: where positions meet, the graph is changed so that the past enters through a slot of the state.
+"""Step rule of attention: keys and values of earlier tokens enter through slots, before heads are repeated.
 
-Attention keeps keys and values, before heads are repeated; one whose weights are normalised later is in
-gatecc.decoder.rules.deferred_softmax. The other mixers are in gatecc.decoder.rules.scan.
+Attention whose weights are normalised later is in gatecc.decoder.rules.deferred_softmax, other token mixers in
+gatecc.decoder.rules.scan.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gatecc.ir.program import META, Program
 from gatecc.ir.site import Attention
 from gatecc.ir.sizes import described_shape, node_shape
 
-_ON_THE_WAY = VIEWS | CASTS | frozenset(("mul", "div"))
+_PASSED = VIEWS | CASTS | frozenset(("mul", "div"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class Recalled:
 def attention(program: Program, site: Attention, slots: list[Slot], lengths: Lengths) -> Recalled | None:
     """Let one attention read its keys and values from slots. Raises DecoderError if its mask does not prove causal.
 
-    An attention whose keys do not grow with the tokens (those of an encoder, say) stays as it is.
+    Attention whose keys do not grow with the tokens (cross-attention, for example) stays as it is.
     """
     k, v = site.values["k"], site.values["v"]
     if not any(lengths.has(size) for size in k.node.meta["val"].shape):
@@ -50,10 +50,10 @@ def attention(program: Program, site: Attention, slots: list[Slot], lengths: Len
     marks: list[fx.Node] = []
     repeats: list[fx.Node] = []
     for start, reader in ((k.node, _product(program, site, k.node)), (v.node, site.core)):
-        way = _way(start, reader)
-        if way is None:
-            raise refusal(reader, f"{start.name} reaches it on a way that is not understood")
-        mark, copies = keep(start, way, reader, Slot("keys", start, span=span, owner=site.owner), slots, lengths)
+        path = _path(start, reader)
+        if path is None:
+            raise refusal(reader, f"{start.name} reaches it through operators that are not understood")
+        mark, copies = keep(start, path, reader, Slot("keys", start, span=span, owner=site.owner), slots, lengths)
         marks.append(mark)
         repeats += copies
     if site.spelling != "sdpa":
@@ -64,7 +64,7 @@ def attention(program: Program, site: Attention, slots: list[Slot], lengths: Len
 
 
 def _group(site: Attention, marks: list[fx.Node]) -> int:
-    """How many query heads share a key head, 0 if the axes are not (batch, heads, positions, features)."""
+    """The number of query heads per key head, 0 if the axes are not (batch, heads, positions, features)."""
     query = site.core.args[0]
     shapes = [list(node_shape(n) or ()) for n in (query, *marks) if isinstance(n, fx.Node)]
     if any(len(shape) != 4 or not isinstance(shape[1], int) for shape in shapes) or len(shapes) != 3:
@@ -85,7 +85,7 @@ def _product(program: Program, site: Attention, keys: fx.Node) -> fx.Node:
             computed = [n for n in user.all_input_nodes if program.path(n) is None]
             if product(user) is not None and any(n is not node for n in computed):
                 return user
-            if opname(user) in _ON_THE_WAY and user not in seen:
+            if opname(user) in _PASSED and user not in seen:
                 seen.add(user)
                 stack.append(user)
     raise refusal(site.core, "the product of queries and keys was not found")
@@ -103,9 +103,9 @@ def causal_span(core: fx.Node, mask: Mask) -> Span:
 
 
 def keep(
-    start: fx.Node, way: list[fx.Node], reader: fx.Node, slot: Slot, slots: list[Slot], lengths: Lengths
+    start: fx.Node, path: list[fx.Node], reader: fx.Node, slot: Slot, slots: list[Slot], lengths: Lengths
 ) -> tuple[fx.Node, list[fx.Node]]:
-    """Put a mark behind ``start`` on its ``way`` to ``reader``; what else reads it goes on with the new positions.
+    """Put a mark behind ``start`` on the path to ``reader``; other readers go on with the new positions.
 
     Returns the mark and the nodes between it and the reader, which are copies.
     """
@@ -114,11 +114,11 @@ def keep(
         raise refusal(start, f"keys or values of shape ({described_shape(start)})")
     slots.append(replace(slot, axis=axes[0]))
     graph = start.graph
-    with graph.inserting_before(way[0] if way else reader):
+    with graph.inserting_before(path[0] if path else reader):
         mark = graph.call_function(kept, (start, len(slots) - 1))
     mark.meta = {"val": start.meta["val"], META: start.meta.get(META)}
     before, now, copies = start, mark, list[fx.Node]()
-    for node in way:
+    for node in path:
         with graph.inserting_before(node):
             copies.append(graph.node_copy(node, lambda n, old=before, new=now: new if n is old else n))
         before, now = node, copies[-1]
@@ -126,16 +126,16 @@ def keep(
     return mark, copies
 
 
-def _way(start: fx.Node, reader: fx.Node) -> list[fx.Node] | None:
+def _path(start: fx.Node, reader: fx.Node) -> list[fx.Node] | None:
     """The nodes between ``start`` and ``reader``, in order; None if no chain of views and factors joins them."""
     stack: list[tuple[fx.Node, list[fx.Node]]] = [(start, [])]
     while stack:
-        node, path = stack.pop()
+        node, passed = stack.pop()
         for user in node.users:
             if user is reader:
-                return path
-            if opname(user) in _ON_THE_WAY:
-                stack.append((user, [*path, user]))
+                return passed
+            if opname(user) in _PASSED:
+                stack.append((user, [*passed, user]))
     return None
 
 

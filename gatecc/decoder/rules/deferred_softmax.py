@@ -1,4 +1,4 @@
-"""Step rule of attention whose weights are exponentials of the scores that are normalised later, if at all.
+"""Step rule of attention with a deferred softmax: its weights are exp(scores), and are normalised later, if at all.
 
 ``exp(q k' - largest) v`` is divided by a sum only after something else was added to it: in LoLCATs linear attention to
 the keys before a window. Keys and values are kept as those of any attention.
@@ -24,8 +24,8 @@ from gatecc.ir.sizes import Size, node_shape, numel
 _EDITS = frozenset("mul where masked_fill".split())
 
 
-def weighings(flow: Flow, known: Collection[fx.Node], slots: list[Slot], lengths: Lengths) -> None:
-    """Put slots at every exponential that weighs tokens. ``known``: the products of weights and values that have some.
+def deferred_softmaxes(flow: Flow, known: Collection[fx.Node], slots: list[Slot], lengths: Lengths) -> None:
+    """Put slots at every exponential that weights tokens. ``known``: the products of weights and values that have some.
 
     Raises DecoderError if a mask does not prove causal.
     """
@@ -36,27 +36,27 @@ def weighings(flow: Flow, known: Collection[fx.Node], slots: list[Slot], lengths
         if not isinstance(start, fx.Node) or len(lengths.axes(node)) != 2:
             continue
         axis = len(node_shape(node) or ()) - 1
-        scores, weighing = find_scores(start, axis, flow), find_values(node, axis, flow)
-        if scores is None or not isinstance(weighing, Weighing) or weighing.source.node in known:
+        scores, applied = find_scores(start, axis, flow), find_values(node, axis, flow)
+        if scores is None or not isinstance(applied, Weighing) or applied.source.node in known:
             continue
-        found.append((node, scores, weighing))
-    for node, scores, weighing in found:  # the graph is changed only now: the flow is that of before
-        span = causal_span(weighing.source.node, masks.classify(_mask_graph(node, scores, weighing, lengths, flow)))
+        found.append((node, scores, applied))
+    for node, scores, applied in found:  # the graph is changed only now: the flow is that of before
+        span = causal_span(applied.source.node, masks.classify(_mask_graph(node, scores, applied, lengths, flow)))
         product = scores.source
         keys = product.right if scores.keys in product.right_axes else product.left
-        for operand, reader in ((keys, product.node), (weighing.values, weighing.source.node)):
-            start, way = _narrowest(operand)
-            keep(start, way, reader, Slot("keys", start, span=span, owner=origin(node).owner), slots, lengths)
+        for operand, reader in ((keys, product.node), (applied.values, applied.source.node)):
+            start, path = _narrowest(operand)
+            keep(start, path, reader, Slot("keys", start, span=span, owner=origin(node).owner), slots, lengths)
 
 
-def _mask_graph(node: fx.Node, scores: Scores, weighing: Weighing, lengths: Lengths, flow: Flow) -> MaskGraph:
+def _mask_graph(node: fx.Node, scores: Scores, applied: Weighing, lengths: Lengths, flow: Flow) -> MaskGraph:
     """What masks the scores: the addends before the exponential, and the weights that are zeroed behind it."""
     product = scores.source
     sizes: dict[str, Size] = {}
     for operand, letters in ((product.left, product.left_axes), (product.right, product.right_axes)):
         sizes |= dict(zip(letters, node_shape(operand) or (), strict=True))
     query = next(a for a in product.axes if a != scores.keys and lengths.has(sizes[a]))
-    edited = any(opname(n) in _EDITS for n in weighing.path)
+    edited = any(opname(n) in _EDITS for n in applied.path)
     rank = len(product.axes)
     return MaskGraph(
         sizes[query],
@@ -66,20 +66,20 @@ def _mask_graph(node: fx.Node, scores: Scores, weighing: Weighing, lengths: Leng
         product.node,
         product.axes.index(query) - rank,
         product.axes.index(scores.keys) - rank,
-        post=weighing.operand if edited else None,
+        post=applied.operand if edited else None,
         post_given=(node,),
     )
 
 
 def _narrowest(operand: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
     """The smallest tensor that an operand is only a view, a repetition or a cast of, and the nodes between them."""
-    best, node, passed, way = operand, operand, list[fx.Node](), list[fx.Node]()
+    best, node, passed, path = operand, operand, list[fx.Node](), list[fx.Node]()
     while opname(node) in VIEWS | CASTS and opname(node) != "getitem" and isinstance(node.args[0], fx.Node):
         passed.insert(0, node)
         node = node.args[0]
         if _bytes(node) < _bytes(best):
-            best, way = node, list(passed)
-    return best, way
+            best, path = node, list(passed)
+    return best, path
 
 
 def _bytes(node: fx.Node) -> int:

@@ -26,7 +26,7 @@ SHIFTS = _PADS | _CUTS | _CATS
 @dataclass(frozen=True, eq=False)
 class Shifted:
     """Along one axis: ``front`` constants, then ``source`` without its first and last ``lost`` values, then ``back``
-    constants. ``padded``: constants were put somewhere on the way, and may have been cut off again.
+    constants. ``padded``: constants were put in somewhere, and may have been cut off again.
     """
 
     source: fx.Node
@@ -79,7 +79,7 @@ def _mark(node: fx.Node, found: Shifted, axis: int, slots: list[Slot]) -> fx.Nod
 
 
 def _read(node: fx.Node, axis: int) -> Shifted:
-    """A tensor as a shifted one; itself where it is not made by padding and cutting."""
+    """A tensor as a shifted one; where it is not made by padding and cutting, its own source."""
     name = opname(node)
     source = node.args[0] if node.args else None
     found = None
@@ -97,7 +97,7 @@ def _read(node: fx.Node, axis: int) -> Shifted:
 
 
 def _padded(node: fx.Node, source: fx.Node, axis: int) -> Shifted | None:
-    """Negative numbers of a padding cut."""
+    """A padding, whose negative numbers cut."""
     pad = list(argument(node, 1, "pad"))
     at = 2 * (len(node_shape(source) or ()) - 1 - axis)
     front, back = pad[at : at + 2] if at + 1 < len(pad) else (0, 0)
@@ -148,7 +148,7 @@ def _joined(node: fx.Node, axis: int) -> Shifted | None:
 
 
 def _constant(node: fx.Node) -> float | None:
-    """What a tensor is filled with."""
+    """The number that a tensor is filled with, None if it is no constant."""
     name = opname(node)
     if name in ("full", "full_like", "new_full"):
         value = argument(node, 2 if name == "new_full" else 1, "fill_value")

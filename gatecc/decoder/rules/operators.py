@@ -1,6 +1,6 @@
-"""Step rule of operators that carry a state of their own: linear attention, say, or RNN, GRU and LSTM layers.
+"""Step rule of operators that carry a state of their own: linear attention, or RNN, GRU and LSTM layers.
 
-They start from the state that they returned in the last step. What is particular to each is in its registration.
+They start from the state that they returned in the last step. What differs between them is in their registrations.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Step rules of the token mixers that are no attention: causal convolution and running totals.
+"""Step rules of token mixers other than attention: causal convolutions and cumulative operators.
 
-Delays are in gatecc.decoder.rules.delays, operators with a state of their own in gatecc.decoder.rules.operators.
+Delays are in gatecc.decoder.rules.delays, operators that carry a state in gatecc.decoder.rules.operators.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from gatecc.ir.program import META, Program, origin
 from gatecc.ir.sizes import node_shape, same
 from gatecc.ops import registry
 
-_TOTALS = {"cumsum": 0.0, "cumprod": 1.0, "logcumsumexp": float("-inf")}  # and what they start from
+_CUMULATIVE = {"cumsum": 0.0, "cumprod": 1.0, "logcumsumexp": float("-inf")}  # and what they start from
 _PADS = frozenset(("pad", "constant_pad_nd"))
 
 
-def mixers(program: Program, data: set[fx.Node], slots: list[Slot], lengths: Lengths) -> None:
-    """Put slots at every mixer that has a rule. ``data`` are the nodes that depend on the tokens.
+def scans(program: Program, data: set[fx.Node], slots: list[Slot], lengths: Lengths) -> None:
+    """Put slots at every token mixer that has a rule. ``data``: the nodes that depend on the tokens.
 
-    Raises DecoderError for a mixer that looks ahead. What has no rule at all is left to the labels, which refuse it.
+    Raises DecoderError for one that looks ahead. What has no rule is left to the labels, which refuse it.
     """
     for node in list(program.graph.nodes):
         name = opname(node)
         if node not in data or node.op != "call_function":
             continue
-        if name in _TOTALS:
-            _total(node, slots, lengths)
+        if name in _CUMULATIVE:
+            _cumulative(node, slots, lengths)
         elif name == "conv1d":
             _convolution(node, slots, lengths)
         elif name in SHIFTS:
@@ -44,16 +44,16 @@ def mixers(program: Program, data: set[fx.Node], slots: list[Slot], lengths: Len
                 resume(node, found.step, slots, lengths)
 
 
-# --- running totals -------------------------------------------------------------------------------------------------
+# --- cumulative operators -------------------------------------------------------------------------------------------
 
 
-def _total(node: fx.Node, slots: list[Slot], lengths: Lengths) -> None:
-    """cumsum and its like along the positions: the total so far is combined with that of the new ones."""
+def _cumulative(node: fx.Node, slots: list[Slot], lengths: Lengths) -> None:
+    """cumsum and its like along the positions: the value so far is combined with those of the new tokens."""
     shape = node_shape(node) or ()
     axis = int(argument(node, 1, "dim")) % max(1, len(shape))
     if not shape or not lengths.pure(shape[axis]):
         return
-    slots.append(Slot("scan", node, axis, fill=_TOTALS[opname(node)], owner=origin(node).owner))
+    slots.append(Slot("scan", node, axis, fill=_CUMULATIVE[opname(node)], owner=origin(node).owner))
     _behind(node, carried, len(slots) - 1)
 
 

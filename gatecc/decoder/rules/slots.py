@@ -1,6 +1,6 @@
 """Slots: what a decoder remembers at one token mixer, and the marks that stand for it in the graph.
 
-Step rules put a mark where a value of the past enters; the labels read it, and the emitter writes it out.
+Step rules put a mark where a value of the past enters; the labels read it, and emit.slots writes it out.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ class Slot:
     """One tensor of the state.
 
     ``keys``: values of all positions (or of a window) along ``axis``, appended in each step.
-    ``taps``: the last ``count`` values along ``axis``. ``scan``: a running total (size 1 along ``axis``).
-    ``state``: what the operator returns as its next state, in its ``output``. ``node`` has the shape, dtype and device
-    (for taps, of what is remembered of: the axis is cut to ``count``); ``fill`` is the value before the first token.
+    ``taps``: the last ``count`` values along ``axis``. ``scan``: a cumulative value (size 1 along ``axis``).
+    ``state``: what the operator returns as its next state, as its result number ``output``. ``node`` has the shape,
+    dtype and device (for taps, those of the tensor whose last values are kept); ``fill`` is the value before the first
+    token.
     """
 
     kind: Kind
@@ -53,12 +54,12 @@ def extended(x: Any, slot: int) -> Any:
 
 
 def carried(x: Any, slot: int) -> Any:
-    """Mark: a running total ``x`` of the new positions with the total before them combined in."""
+    """Mark: a cumulative value ``x`` of the new positions, combined with the value before them."""
     raise NotImplementedError("a mark is written out before it runs")
 
 
 def delayed(x: Any, slot: int) -> Any:
-    """Mark: what ``x`` was as many positions before as the slot remembers."""
+    """Mark: ``x``, as many positions earlier as the slot remembers."""
     raise NotImplementedError("a mark is written out before it runs")
 
 

@@ -1,7 +1,7 @@
-"""Context: what does not change while a text is decoded, an encoder's output above all, is computed once for it.
+"""Context: what does not change while a text is decoded (an encoder's output above all) is computed once per text.
 
-Nodes of the kind ``context`` go into a program of their own. Steps read its results from the state: for cross-attention
-the keys and values of all layers, already projected.
+Nodes that depend on the context go into a program of their own. Steps read its results from the state: for
+cross-attention, the projected keys and values of all layers.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Context:
             return list(self._run(batch, *(given[name] for name in self.names)))
 
     def _check(self, batch: int, given: Mapping[str, Any]) -> None:
-        """Hold the inputs against what the graph is right for; the tokens stand in with the example's length."""
+        """Check the inputs against the guards of the graph; for the tokens, the example's length is taken."""
         leaves: list[torch.Tensor] = []
         for node, example in zip(self.plan.program.placeholders, self.plan.program.example, strict=True):
             x = given.get(node.name)
@@ -59,8 +59,8 @@ class Context:
                 known = zip(sizes, example.shape, strict=True)
                 x = torch.empty([batch if self._is_batch(s) else n for s, n in known], device="meta")
             elif not isinstance(x, torch.Tensor) or x.dim() != len(sizes) or self._other_batch(x, sizes, batch):
-                kind = str(tuple(x.shape)) if isinstance(x, torch.Tensor) else type(x).__name__
-                raise self._error(node.name, kind, f"{len(sizes)} axes and {batch} samples")
+                shape = str(tuple(x.shape)) if isinstance(x, torch.Tensor) else type(x).__name__
+                raise self._error(node.name, shape, f"{len(sizes)} axes and {batch} samples")
             leaves.append(x)
         for text, holds in self._guards if given else ():
             if not holds(leaves):
@@ -89,7 +89,6 @@ def _program(plan: Plan) -> fx.GraphModule:
     sources = Sources(writer)
     numbers = Numbers(writer, sources, sources.add("batch"))
     sources.context = {node: sources.add(node.name, node) for node in plan.inputs.context}
-    every = frozenset(node for node, kind in plan.kinds.of.items() if kind == "position")
-    positions = PositionWriter(sources, numbers, live=every)
+    positions = PositionWriter(sources, numbers, live=plan.dependence.positions)
     writer.graph.output(tuple(positions.whole(node) for node in plan.context))
     return writer.module()

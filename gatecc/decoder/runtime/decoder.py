@@ -1,4 +1,4 @@
-"""Decoder: the object that the user holds. It picks a program, finds room in the state, and runs one step."""
+"""Decoder: the object that the user holds. It picks a step, finds room in the state, and runs it."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class Decoder(Generation):
     def _square(self) -> frozenset[fx.Node]:
         """The position nodes over queries and keys."""
         lengths = self.plan.lengths
-        return frozenset(n for n in self.plan.nodes if self.plan.kind(n) == "position" and len(lengths.axes(n)) > 1)
+        return frozenset(n for n in self.plan.dependence.positions if len(lengths.axes(n)) > 1)
 
     def _too_large(self, capacity: int) -> bool:
         return capacity * capacity * 4 > _LARGEST
@@ -208,7 +208,7 @@ class Decoder(Generation):
             held.narrow(1, past, new).copy_(given)
 
     def _assumed(self, name: str, names: list[str], state: State, past: int, new: int) -> torch.Tensor | int:
-        """What an input is when it is not given: every token counts, and positions count the tokens that do."""
+        """The value of an input that is not given: every token counts, and positions count the tokens that do."""
         if name in ("attention_mask", "decoder_attention_mask"):
             return 1
         if name == "token_type_ids":
@@ -222,5 +222,5 @@ class Decoder(Generation):
 
 
 def _rounded(length: int) -> int:
-    """The next power of two: tables for a state that has no buffers to be as long as."""
+    """The next power of two, as the length of tables for a state whose buffers set none."""
     return max(_FIRST, 1 << (length - 1).bit_length())

@@ -22,7 +22,7 @@ class _Steps(Protocol):
 
 
 class Generation:
-    """What can be said with prefill and step alone."""
+    """Generation by prefill and step, which the class that inherits it defines."""
 
     def generate(
         self: _Steps,

@@ -38,7 +38,7 @@ class ServedState:
         return len(self.decoder.plan.slots)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """How many tokens were read."""
+        """The number of tokens that were read."""
         return 0 if self.state is None else int(self.state["length"])
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -94,11 +94,11 @@ def counts(positions: Any, past: int = 0) -> bool:
 
 
 def _unread(name: str, found: Any) -> ArgumentError:
-    kind = f"shape {tuple(found.shape)}" if isinstance(found, torch.Tensor) else str(found)
+    shown = f"shape {tuple(found.shape)}" if isinstance(found, torch.Tensor) else str(found)
     return ArgumentError(
         "the state of a decoder goes on with tokens alone",
         where=name,
-        found=kind,
+        found=shown,
         expected="input_ids of (batch, length), and the values per token that generate began with",
         do="call the model without the state (use_cache=False)",
     )
@@ -109,6 +109,6 @@ def _output() -> Any:
     """(logits, state) -> the output of a language model."""
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-    kind = cast("Any", CausalLMOutputWithPast)
-    name = next(n for n in NAMES if n in {f.name for f in fields(kind)})
-    return lambda logits, state: kind(**{"logits": logits, name: state})
+    output = cast("Any", CausalLMOutputWithPast)
+    name = next(n for n in NAMES if n in {f.name for f in fields(output)})
+    return lambda logits, state: output(**{"logits": logits, name: state})

@@ -35,7 +35,7 @@ _RECORDERS = (
 
 
 class Decoders:
-    """The decoders of one model by the inputs that they take, and why others could not be had. Not copied or saved."""
+    """The decoders of one model by the inputs that they take, or why there is none. Not copied or saved."""
 
     def __init__(self) -> None:
         self.state: Any = None
@@ -62,7 +62,7 @@ class Decoders:
 
 
 def serve(model: nn.Module) -> list[nn.Module]:
-    """Let every generating module that holds a scope be served; those that were not before.
+    """Serve every generating module that holds a scope. Returns those that were not served before.
 
     A generating module is one of transformers: it has the loop of GenerationMixin.
     """
@@ -137,7 +137,7 @@ def _new(base: type[nn.Module], scoped: bool) -> nn.Module:
 
 
 def _takes(base: Any, name: str) -> bool:
-    """Whether a forward has a parameter: transformers has renamed that of the cache."""
+    """Whether a forward has a parameter of this name: transformers has renamed the cache."""
     return name in inspect.signature(base.forward).parameters
 
 
@@ -177,7 +177,7 @@ def _is_input(x: Any) -> bool:
 
 
 def _hooks(model: nn.Module) -> Iterator[Any]:
-    for m in list(model.modules())[1:]:  # the model's own run around a step too
+    for m in list(model.modules())[1:]:  # the hooks of the model itself run around a step, too
         for hooks in (m._forward_hooks, m._forward_pre_hooks):
             yield from hooks.values()
 
@@ -187,7 +187,7 @@ def _acts(hook: Any) -> bool:
 
 
 def _state_of(model: nn.Module) -> Any:
-    """What a decoder was written from: when it is another, the decoder is another."""
+    """What a decoder was derived from: it is derived anew when this changes."""
     config = cast("Any", model).config
     tensors = (*model.named_parameters(), *model.named_buffers())
     return (
@@ -199,7 +199,7 @@ def _state_of(model: nn.Module) -> Any:
 
 
 def _derived(model: nn.Module, names: tuple[str, ...]) -> Decoder | str:
-    """The decoder of a model that is called with token ids and ``names``; why it has none."""
+    """The decoder of a model that is called with token ids and ``names``, or the reason why it has none."""
     try:
         table = cast("Any", model).get_input_embeddings()
         weight = table.weight

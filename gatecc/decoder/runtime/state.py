@@ -3,13 +3,13 @@
     length    () int64: the number of tokens so far
     written   () int64: how far the buffers are filled. States that follow one another share buffers; a state that is
               not the newest one of its buffers (another was stepped from it before) gets copies before it is stepped
-    slots     one tensor per slot: keys and values with room for more, taps, running totals, d x d states
+    slots     one tensor per slot: keys and values with room for more, last inputs, cumulative values, operators' states
     starts    () int64 for each window: the position of the first key that its buffers hold
     history   (B, capacity): the values per token
     context   what does not change
 
 Buffers are only ever written behind the last token of every state that reads them, so no state changes under its
-holder. Where there is no more room, a larger buffer is made (or for a window, one without what has left it).
+holder. Where there is no more room, a larger buffer is made; for a window, one without the positions that have left it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Memory:
         return capacity if slot.span.window is None else min(capacity, 2 * slot.span.window)
 
     def _slot(self, slot: Slot, batch: int, room: int) -> torch.Tensor:
-        """One buffer: sizes from the capture, ``room`` positions along the slot's axis (one total for a scan)."""
+        """One buffer: sizes from the capture, ``room`` positions along the slot's axis (one value for a scan)."""
         like, lengths = slot.like, self.plan.lengths
         shape: list[int] = []
         for axis, size in enumerate(like.shape):
@@ -85,7 +85,7 @@ class Memory:
         }
 
     def _taken(self, x: torch.Tensor, like: torch.Tensor, index: torch.Tensor, samples: int) -> torch.Tensor:
-        """Samples of a tensor, along its axis of them or of what is laid out in rows of them (batch x heads)."""
+        """Samples of a tensor, along its batch axis or along one that the batch is flattened into (batch x heads)."""
         for axis, size in enumerate(like.shape):
             if symbols(size) & self.plan.lengths.batch:
                 apart = x.unflatten(axis, (samples, -1))
@@ -95,7 +95,7 @@ class Memory:
     # --- room ---
 
     def capacity(self, state: State) -> int | None:
-        """How many positions the buffers without a window hold; None if there is none."""
+        """The number of positions that the buffers without a window hold; None if there is none."""
         for slot, buffer in zip(self.slots, state["slots"], strict=True):
             if slot.kind == "keys" and slot.span.window is None:
                 return buffer.shape[slot.axis]
@@ -118,7 +118,7 @@ class Memory:
         return {**state, "written": written, "slots": slots, "starts": starts, "history": history}
 
     def _slide(self, slots: list[torch.Tensor], width: int, start: torch.Tensor, past: int, new: int) -> torch.Tensor:
-        """Room in the buffers of one window: what no query from ``past`` on sees is left behind."""
+        """Make room in the buffers of one window: positions that no query from ``past`` on sees are dropped."""
         own = self._own(width)
         first, room = int(start), slots[own[0]].shape[self.slots[own[0]].axis]
         if past + new - first <= room:
