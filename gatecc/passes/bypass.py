@@ -13,7 +13,7 @@ from gatecc.ir.effects import Effects
 from gatecc.ir.gate import GateSpec
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.site import Site
-from gatecc.passes.gate import gate_node, multiply, read_by, reads_afar
+from gatecc.passes.gating import gate_node, multiply, read_by, reads_afar
 from gatecc.passes.operands import readers, stage
 
 

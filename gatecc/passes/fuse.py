@@ -19,7 +19,7 @@ from gatecc.ir.printer import node_text
 from gatecc.ir.program import fake
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.site import Residual, Site
-from gatecc.passes.gate import gate_node, read_by, reads_afar
+from gatecc.passes.gating import gate_node, read_by, reads_afar
 from gatecc.passes.operands import place, stage
 
 _A = torch.ops.aten

@@ -4,52 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal
 
-import torch
-from torch import fx, nn
+from torch import fx
 
 from gatecc import ops as ops  # registers the operators that gates call by name, for ir lies below ops
-from gatecc.errors import SiteRefusedError
 from gatecc.ir.contract import Contract
 from gatecc.ir.edit import Editor
 from gatecc.ir.effects import Effects
-from gatecc.ir.gate import GateModule, GateShape, GateSpec
-from gatecc.ir.program import attribute
+from gatecc.ir.gate import GateShape, GateSpec
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.site import Site, Value
 from gatecc.passes.fold_factor import fold_into_next
-from gatecc.passes.operands import (
-    check_positions,
-    check_tokens,
-    condition,
-    gate_shape,
-    laid_out,
-    own_weight,
-    place,
-    readers,
-    source,
-    source_shape,
-    stage,
-)
-from gatecc.passes.shared_projection import fused_scores, scored_elsewhere
-
-
-def multiply(value: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """y <- g * y"""
-    return value * gate
-
-
-def blend(value: torch.Tensor, gate: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """y <- g * y + (1 - g) * other"""
-    return torch.lerp(other, value, gate)
-
-
-def multiply_where(
-    value: torch.Tensor, gate: torch.Tensor, mask: torch.Tensor, at: str, like: GateShape
-) -> torch.Tensor:
-    """y <- g * y where the mask over the positions ``at`` holds, y elsewhere."""
-    return torch.where(laid_out(mask, value, at, like), value * gate, value)
+from gatecc.passes.gating import blend, gate_node, multiply, multiply_where, read_by, reads_afar
+from gatecc.passes.operands import condition, readers, stage
 
 
 @dataclass(frozen=True)
@@ -90,62 +58,8 @@ class Gate(Rewrite):
     def _gated(self, value: Value, gate: fx.Node, at: GateShape, edit: Editor) -> fx.Node:
         name = f"{self.label}d"
         if self.op == "lerp":
-            return edit.call(blend, value.node, gate, stage(edit.site, self.skip).node, name=name)
+            return edit.call(blend, value.node, stage(edit.site, self.skip).node, gate, name=name)
         if not self.where:
             return edit.call(multiply, value.node, gate, name=name)
         mask = condition(self.where, edit.program, value)
         return edit.call(multiply_where, value.node, gate, mask.node, mask.axes.positions.text, at, name=name)
-
-
-def read_by(spec: GateSpec) -> list[str]:
-    """The values of its own site that a gate reads, other than the gated one."""
-    return [ref.stage for ref in spec.sources if ref.stage and ref.stage != "self" and ref.at is None]
-
-
-def reads_afar(spec: GateSpec) -> bool:
-    """Whether a gate reads an input of the model or a value of another site."""
-    return any(ref.cond is not None or ref.at is not None for ref in spec.sources)
-
-
-def gate_node(spec: GateSpec, selector: Any, value: Value, edit: Editor, label: str) -> tuple[fx.Node, GateShape]:
-    """Insert a gate for ``value``: the node of the gate, which broadcasts against the value, and its place."""
-    sources = [source(ref, selector, edit) for ref in spec.sources]
-    if spec.fuse_into:
-        sources = [fused_scores(spec, value, sources[0], edit)]
-        spec = scored_elsewhere(spec)
-    if spec.source.tokens:
-        check_tokens(value, edit.site)
-    over_tokens = [part.tokens for part in spec.source.parts for _ in part.refs]  # the others are pooled: of any length
-    check_positions(value, [s for s, tokens in zip(sources, over_tokens, strict=True) if tokens], edit.site)
-    at = gate_shape(spec, value, sources, edit)
-    like = own_weight(edit.site, edit.program)
-
-    def build() -> nn.Module:
-        dtype = None if like is None else like.dtype
-        return spec.build(at, device=None if like is None else like.device, dtype=dtype)
-
-    path = edit.module(label, build, spec.init.fill_from)
-    module = cast("GateModule", attribute(edit.program.module, path))
-    _check_size(module, at, edit.site)
-    laid = () if _laid_out_alike(module.shape, at) else (at,)  # this call spells the site in another way
-    return edit.call(path, value.node, *(s.node for s in sources), *laid, name=label), at
-
-
-def _laid_out_alike(one: GateShape, other: GateShape) -> bool:
-    return one.axes == other.axes and [s.axes for s in one.sources] == [s.axes for s in other.sources]
-
-
-def _check_size(module: GateModule, at: GateShape, site: Site) -> None:
-    """Parameters for each token exist for one number of tokens; any number of samples has them."""
-    made = {axis: size for axis, size in module.shape.sizes.items() if axis not in "bg"}
-    if any(at.sizes.get(axis, size) != size for axis, size in made.items()):  # unknown: symbolic here
-        raise SiteRefusedError(
-            "the gate has parameters for another number of tokens",
-            where=place(site),
-            found=f"sizes {dict(at.sizes)}",
-            expected=f"{dict(module.shape.sizes)}",
-            do="call the model with sequences of the length that it was transformed with",
-        )
-
-
-__all__ = ["Gate", "blend", "gate_node", "multiply", "multiply_where", "read_by", "reads_afar", "source_shape"]

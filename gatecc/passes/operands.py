@@ -6,13 +6,12 @@ from collections.abc import Collection, Sequence
 from math import prod
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from gatecc.errors import SiteRefusedError
 from gatecc.ir.axes import FEATURES
 from gatecc.ir.edit import Editor
 from gatecc.ir.gate import GateShape, GateSpec, Ref, SourceShape
-from gatecc.ir.gates.layout import Features, emit
 from gatecc.ir.gates.source import Param
 from gatecc.ir.program import Program, origin, shape
 from gatecc.ir.select import Selector, select
@@ -104,6 +103,12 @@ def own_weight(site: Site, program: Program) -> torch.Tensor | None:
         if found is not None or not owner:
             return found
         owner = owner.rpartition(".")[0]
+
+
+def beside(module: nn.Module, edit: Editor) -> nn.Module:
+    """A new module on the device and in the dtype of the site's weights."""
+    like = own_weight(edit.site, edit.program)
+    return module if like is None else module.to(like.device, like.dtype)
 
 
 def readers(site: Site, name: str) -> Collection[fx.Node] | None:
@@ -214,8 +219,3 @@ def gate_shape(spec: GateSpec, value: Value, sources: Sequence[Value], edit: Edi
         for axis in spec.granularity.positions(found):
             known[axis] = edit.pin(value.node, value.axes.index(axis))
     return found
-
-
-def laid_out(mask: torch.Tensor, value: torch.Tensor, at: str, like: GateShape) -> torch.Tensor:
-    """A mask over positions ``at`` as booleans that broadcast against the value."""
-    return emit(Features(mask.bool().unsqueeze(-1), at), "", like, value)

@@ -19,7 +19,8 @@ from gatecc.ir.gates.option import Option
 from gatecc.ir.mask import Mask
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.site import Attention, Site, Value
-from gatecc.passes.gate import gate_node, read_by, reads_afar
+from gatecc.passes.axes import arranged
+from gatecc.passes.gating import blend, gate_node, read_by, reads_afar
 from gatecc.passes.mix.mixers.packed import first_tokens, is_packed, kept
 from gatecc.passes.mix.padding import token_mask
 from gatecc.passes.operands import place, readers, stage
@@ -78,8 +79,10 @@ class PrefixSum(Body, tag="prefix_sum"):
             total = edit.call(key_sum, v.node, *options, name="total")
         else:
             total = edit.call(kept_key_sum, v.node, mask, have.index("b"), *options, name="total")
-        arguments = (have, value.axes.text, site.heads, site.kv_heads)
-        return total if have == value.axes and site.heads == site.kv_heads else edit.call(arranged, total, *arguments)
+        repeat = site.heads // site.kv_heads
+        if have == value.axes and repeat == 1:
+            return total
+        return edit.call(arranged, total, have, value.axes.text, site.kv_heads, 1, repeat)
 
 
 def visible(mask: Mask, site: Site) -> tuple[bool, int | None]:
@@ -146,17 +149,6 @@ def _along(x: torch.Tensor, v: torch.Tensor, batch: int, axis: int) -> torch.Ten
     return x.reshape([x.size({batch: 0, axis: 1}[i]) if i in (batch, axis) else 1 for i in range(v.dim())])
 
 
-def arranged(x: torch.Tensor, have: str, want: str, heads: int, kv_heads: int) -> torch.Tensor:
-    """From the axes of values to those of head outputs: heads taken apart, one for each query head, merged again."""
-    if "g" in have:
-        x, have = x.unflatten(have.index("g"), (-1, kv_heads)), have.replace("g", "bh")
-    if heads != kv_heads:
-        x = x.repeat_interleave(heads // kv_heads, have.index("h"))
-    split = want.replace("g", "bh")
-    x = x.permute([have.index(a) for a in split])
-    return x.flatten(want.index("g"), want.index("g") + 1) if "g" in want else x
-
-
 def add_scaled(value: torch.Tensor, gate: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
     """y <- y + g * branch"""
     return value + gate * branch
@@ -165,11 +157,6 @@ def add_scaled(value: torch.Tensor, gate: torch.Tensor, branch: torch.Tensor) ->
 def add(value: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
     """y <- y + branch"""
     return value + branch
-
-
-def blend(value: torch.Tensor, gate: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
-    """y <- y + g * (branch - y)"""
-    return torch.lerp(value, branch, gate)
 
 
 @dataclass(frozen=True)
@@ -214,7 +201,9 @@ class Branch(Rewrite):
         if self.gate is None:
             return branch if self.op == "lerp" else edit.call(add, value.node, branch, name=name)
         gate, _ = gate_node(self.gate, self.site, value, edit, self.label)
-        return edit.call(add_scaled if self.op == "add" else blend, value.node, gate, branch, name=name)
+        if self.op == "lerp":
+            return edit.call(blend, branch, value.node, gate, name=name)
+        return edit.call(add_scaled, value.node, gate, branch, name=name)
 
 
 def starts_at_zero(spec: GateSpec) -> bool:

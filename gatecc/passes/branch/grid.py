@@ -17,9 +17,9 @@ from gatecc.ir.effects import Effects
 from gatecc.ir.program import shape
 from gatecc.ir.site import Attention, Site, Value
 from gatecc.ir.sizes import on_example
+from gatecc.passes.axes import arranged
 from gatecc.passes.branch.branch import Body
-from gatecc.passes.mix.mix import laid_out, put_back
-from gatecc.passes.operands import own_weight, place, stage, static_sizes
+from gatecc.passes.operands import beside, place, stage, static_sizes
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,11 @@ class GridConv(Body, tag="grid_conv"):
                 do="read another stage, or leave this site out",
             )
         rows, columns = self.cells(edit.pin(source.node, source.axes.index("n")), site)
-        like = own_weight(site, edit.program)
 
         def make() -> nn.Module:
-            module = GridConvolution(self, channels)
-            return module if like is None else module.to(like.device, like.dtype)
+            return beside(GridConvolution(self, channels), edit)
 
-        tokens = source.node if source.axes == "bnc" else edit.call(laid_out, source.node, source.axes.text, "bnc", 1)
+        tokens = source.node if source.axes == "bnc" else edit.call(arranged, source.node, source.axes.text, "bnc")
         found = edit.call(edit.module("local", make), tokens, rows, columns, name="local")
         return self._laid(found, value, site, edit)
 
@@ -121,7 +119,7 @@ class GridConv(Body, tag="grid_conv"):
         """(B, N, C) in the axes of the value: split into heads where it has them."""
         axes = value.axes.renamed("m", "n")
         if sorted(axes) == sorted("bnc"):
-            return found if axes == "bnc" else edit.call(put_back, found, "bnc", axes.text, 1)
+            return found if axes == "bnc" else edit.call(arranged, found, "bnc", axes.text)
         heads = _heads(value, site)
         width = static_sizes(value).get("d", 0)
         if heads * width != found.meta["val"].size(-1) or set(axes.apart) - set("bnhdr"):
@@ -133,7 +131,7 @@ class GridConv(Body, tag="grid_conv"):
                 do="read another stage, or leave this site out",
             )
         groups = heads // site.kv_heads if isinstance(site, Attention) and "r" in axes else 1
-        return edit.call(as_heads, found, heads, axes.text, groups)
+        return edit.call(arranged, found, "bnc", axes.text, heads, groups)
 
 
 def _heads(value: Value, site: Site) -> int:
@@ -167,8 +165,3 @@ class GridConvolution(nn.Module):
     def _local(self, cells: Tensor, rows: int, columns: int) -> Tensor:
         found = self.conv(cells.transpose(1, 2).unflatten(-1, (rows, columns))).flatten(2).transpose(1, 2)
         return F.silu(found) if self.spec.activation == "silu" else found
-
-
-def as_heads(x: Tensor, heads: int, wanted: str, groups: int) -> Tensor:
-    """(B, N, H * D) in the wanted order of axes."""
-    return put_back(x.unflatten(-1, (heads, -1)).transpose(1, 2), "bhnd", wanted, groups)

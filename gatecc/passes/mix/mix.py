@@ -17,12 +17,13 @@ from gatecc.ir.program import attribute, shape
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.site import RNN, Attention, Site, Value
 from gatecc.ir.sizes import described_shape, size_names, size_text
+from gatecc.passes.axes import arranged
 from gatecc.passes.mix.attention_maps import forget, readers
 from gatecc.passes.mix.mixers import Mixer, Place
 from gatecc.passes.mix.padding import token_mask
 from gatecc.passes.mix.rnn import replace_rnn
 from gatecc.passes.mix.windows import biases, grid, prove_regions, seen
-from gatecc.passes.operands import condition, own_weight, stage, static_sizes
+from gatecc.passes.operands import beside, condition, stage, static_sizes
 from gatecc.passes.operands import place as where
 
 
@@ -107,9 +108,7 @@ class Mix(Rewrite):
         return seen(site, q, edit)
 
     def _module(self, place: Place, edit: Editor) -> nn.Module:
-        like = own_weight(edit.site, edit.program)
-        module = self.mixer.module(place)
-        return module if like is None else module.to(like.device, like.dtype)
+        return beside(self.mixer.module(place), edit)
 
 
 def _attention(site: Site) -> Attention:
@@ -266,18 +265,7 @@ def _laid(value: Value, site: Attention, name: str, edit: Editor) -> fx.Node:
             found=f"axes {axes}",
             expected=f"{wanted} in some order",
         )
-    return edit.call(laid_out, value.node, axes.text, wanted, heads, name=name)
-
-
-def laid_out(x: Tensor, axes: str, wanted: str, heads: int) -> Tensor:
-    """From axes such as bnhd, gnd or bhrnd to the wanted order."""
-    if "g" in axes:
-        x, axes = x.unflatten(axes.index("g"), (-1, heads)), axes.replace("g", "bh")
-    if "r" in axes:
-        x = x.movedim(axes.index("r"), axes.index("h") + 1) if axes.index("r") != axes.index("h") + 1 else x
-        x, axes = x.flatten(axes.index("h"), axes.index("h") + 1), axes.replace("r", "")
-    order = [axes.index(a) for a in wanted]
-    return x if order == sorted(order) else x.permute(order)
+    return edit.call(arranged, value.node, axes.text, wanted, heads, name=name)
 
 
 def _cast(mixed: fx.Node, target: Value, edit: Editor) -> fx.Node:
@@ -292,16 +280,4 @@ def _back(mixed: fx.Node, target: Value, site: Attention, mixer: Mixer, edit: Ed
     if target.axes == have:
         return mixed
     groups = site.heads // site.kv_heads if "r" in target.axes else 1
-    return edit.call(put_back, mixed, have, target.axes.text, groups, name="mixed")
-
-
-def put_back(x: Tensor, have: str, wanted: str, groups: int) -> Tensor:
-    """The inverse of laid_out."""
-    if "r" in wanted:
-        x, have = x.unflatten(have.index("h"), (-1, groups)), have.replace("h", "hr")
-    split = wanted.replace("g", "bh")
-    x = x.permute([have.index(a) for a in split])
-    return x.flatten(wanted.index("g"), wanted.index("g") + 1) if "g" in wanted else x
-
-
-__all__ = ["Mix", "laid_out", "put_back"]
+    return edit.call(arranged, mixed, have, target.axes.text, 1, groups, name="mixed")

@@ -13,7 +13,7 @@ from gatecc.ir.mask import Mask
 from gatecc.ir.match import find_sites
 from gatecc.ir.select import Selector
 from gatecc.ir.site import Attention
-from gatecc.passes.branch.branch import Branch, PrefixSum, arranged, kept_key_sum, key_sum, starts_at_zero, visible
+from gatecc.passes.branch.branch import Branch, PrefixSum, kept_key_sum, key_sum, starts_at_zero, visible
 from gatecc.passes.canonicalize import canonicalize
 from tests.golden.reader import Reader
 from tests.passes.graphs import MLP, attention, done
@@ -62,18 +62,6 @@ def test_windowed_sums_are_sums_over_windows(n: int, window: int, axis: int) -> 
     v = torch.randn(shape, dtype=torch.float64).movedim(axis, 0)
     expected = torch.stack([v[max(0, i - window + 1) : i + 1].sum(0) for i in range(n)]).movedim(0, axis)
     assert torch.allclose(key_sum(v.movedim(0, axis), axis, True, window), expected)
-
-
-@pytest.mark.parametrize(
-    ("have", "want"), [("bhnd", "bhnd"), ("bhnd", "bnhd"), ("gnd", "gnd"), ("gnd", "bhnd"), ("bnhd", "gnd")]
-)
-def test_values_are_brought_to_the_axes_of_the_head_outputs(have: str, want: str) -> None:
-    sizes = {"b": 2, "h": 2, "n": 3, "d": 5}
-    x = torch.randn([4 if a == "g" else sizes[a] for a in have])
-    plain = x.unflatten(0, (2, 2)) if have[0] == "g" else x.permute([have.index(a) for a in "bhnd"])
-    wide = plain.repeat_interleave(2, 1)
-    expected = wide.flatten(0, 1) if want[0] == "g" else wide.permute(["bhnd".index(a) for a in want])
-    assert torch.equal(arranged(x, have, want, 4, 2), expected)
 
 
 def test_masks_that_positions_do_not_tell_are_refused() -> None:
