@@ -41,7 +41,7 @@ class Blocks(NamedTuple):
     warps: int
 
 
-# Chosen ahead of time by what compilers report: no register is spilled (tests/codegen/triton/compiled.py prints it).
+# Chosen ahead of time by what compilers report: no register is spilled (gatecc.codegen.judge).
 # For 16-bit inputs and for float32, whose products take three times the registers, on NVIDIA; for both on AMD. What is
 # left is delta_scan: in float32 a few registers, and with 256 key channels hundreds.
 BLOCKS: dict[Kernel, tuple[Blocks, Blocks, Blocks]] = {

@@ -1,22 +1,20 @@
 """The kernels in Triton's interpreter, against float64: run by test_interpreter.py in a process of its own.
 
 ``TRITON_INTERPRET`` must be set before Triton is imported, and changes what it imports. Prints one JSON object: for
-each case the errors of outputs and gradients, and the accesses outside of the tensors that a kernel was given.
+each case the errors of outputs and gradients, and what the judge has found.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from triton.runtime import interpreter
 
+from gatecc.codegen.judge.interpreted import watched
 from gatecc.ops.linear_attention import bidirectional, linear_attention
 from gatecc.ops.linear_attention.kernels import KERNELS
 from gatecc.ops.linear_attention.triton.dispatch import GpuKernels
@@ -156,91 +154,14 @@ def judged(given: dict[str, Any], **options: Any) -> Errors:
     return {name: relative(found[name], truth[name]) for name in found}
 
 
-@contextmanager
-def watched() -> Generator[list[str]]:
-    """Lists the loads and stores outside of a kernel's arguments: the interpreter reads garbage there, in silence."""
-    builder: Any = interpreter.InterpreterBuilder
-    executor: Any = interpreter.GridExecutor
-    load, store, dot = builder.create_masked_load, builder.create_masked_store, builder.create_dot
-    init = executor._init_args_hst
-    call = interpreter.InterpretedFunction.__call__
-    outside: list[str] = []
-    ranges: list[tuple[int, int]] = []
-
-    patched: set[int] = set()
-
-    def _helper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # Upstream patches the language anew for every call of a helper: half of the time.
-        if id(self.fn.__globals__) not in patched:
-            patched.add(id(self.fn.__globals__))
-            interpreter._patch_lang(self.fn)
-        return self.rewrite()(*args, **kwargs)
-
-    def _init(self: Any, args: Any, kwargs: Any) -> Any:
-        ready = init(self, args, kwargs)
-        patched.clear()
-        ranges[:] = storages(ready)
-        return ready
-
-    def _check(what: str, pointers: Any, mask: Any) -> None:
-        lanes = np.broadcast_to(mask.data, pointers.data.shape).astype(bool)
-        places, width = pointers.data[lanes], pointers.get_element_ty().primitive_bitwidth // 8
-        inside = np.zeros(places.shape, bool)
-        for first, last in ranges:
-            inside |= (places >= first) & (places + width <= last)
-        if not inside.all():
-            outside.append(f"{what}: {int((~inside).sum())} of {inside.size}")
-
-    def _load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        _check("load", pointers, mask)
-        return load(self, pointers, mask, *rest)
-
-    def _store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        _check("store", pointers, mask)
-        return store(self, pointers, value, mask, *rest)
-
-    def _dot(self: Any, a: Any, b: Any, d: Any, precision: Any, *rest: Any) -> Any:
-        # The interpreter multiplies TF32 in full; a tensor core drops the last 13 bits.
-        if precision.name == "TF32" and a.data.dtype == np.float32:
-            a, b = (interpreter.TensorHandle(truncated(x.data), x.dtype.scalar) for x in (a, b))
-        return dot(self, a, b, d, precision, *rest)
-
-    builder.create_masked_load, builder.create_masked_store, builder.create_dot = _load, _store, _dot
-    executor._init_args_hst = _init
-    interpreter.InterpretedFunction.__call__ = _helper
-    try:
-        yield outside
-    finally:
-        builder.create_masked_load, builder.create_masked_store, builder.create_dot = load, store, dot
-        executor._init_args_hst = init
-        interpreter.InterpretedFunction.__call__ = call
-
-
-def truncated(x: Any) -> Any:
-    """float32 with ten bits of mantissa."""
-    return (np.ascontiguousarray(x).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
-
-
-def storages(x: Any) -> Iterator[tuple[int, int]]:
-    """First byte and last plus one of every tensor in nested arguments."""
-    if isinstance(x, Tensor) or hasattr(x, "untyped_storage"):
-        storage = x.untyped_storage()
-        yield storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-    elif isinstance(x, dict):
-        yield from storages(tuple(x.values()))
-    elif isinstance(x, (tuple, list)):
-        for part in x:
-            yield from storages(part)
-
-
 def main() -> None:
     assert not LAUNCHER_WAS_IMPORTED
     KERNELS["cpu"] = GpuKernels()
     found: dict[str, Any] = {}
     for name, case in CASES.items():
         torch.manual_seed(0)
-        with watched() as outside:
-            found[name] = {"errors": case(), "outside": outside}
+        with watched() as findings:
+            found[name] = {"errors": case(), **asdict(findings)}
     json.dump(found, sys.stdout)
 
 

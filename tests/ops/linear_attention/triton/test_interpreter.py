@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
+from gatecc.codegen.judge.interpreted import in_own_process
+
+ROOT = Path(__file__).resolve().parents[4]
 HALVES = ("bfloat16", "float16")
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    """Case -> errors, and accesses outside of the operands."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.codegen.triton.interpreted"]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout)
+    """Case -> errors, accesses outside of the operands, and races."""
+    return in_own_process("tests.ops.linear_attention.triton.interpreted", ROOT)
 
 
 def test_values_and_gradients(found: dict[str, Any]) -> None:
@@ -39,5 +33,6 @@ def test_half_precision(found: dict[str, Any], dtype: str) -> None:
     assert max(errors.values()) < 4  # units of what the dtype, or TF32, resolves
 
 
-def test_nothing_outside_is_touched(found: dict[str, Any]) -> None:
-    assert {case: x["outside"] for case, x in found.items() if x["outside"]} == {}
+@pytest.mark.parametrize("kind", ["outside", "raced"])
+def test_nothing_outside_is_touched_and_nothing_written_twice(found: dict[str, Any], kind: str) -> None:
+    assert {case: x[kind] for case, x in found.items() if x[kind]} == {}
