@@ -12,7 +12,6 @@ from torch import nn
 
 from gatecc.capture.adapters import Setting
 from gatecc.capture.compiled import behind, compiled_like
-from gatecc.capture.record import record_calls
 from gatecc.capture.shield import shielded
 from gatecc.capture.signature import split_inputs
 from gatecc.capture.wrappers import refuse_wrapped
@@ -30,18 +29,17 @@ from gatecc.engine.analyse import (
 )
 from gatecc.engine.caches import caches_off, caches_on, why_no_cache
 from gatecc.engine.contracts import Checked, Reference, at_another_size, check, reference
-from gatecc.engine.install import Installer, Undo
-from gatecc.engine.modes import acts
+from gatecc.engine.install import Undo
 from gatecc.engine.other_size import one_more
-from gatecc.engine.plan import Plan, called_modules, plans_of
+from gatecc.engine.place import Task, place
 from gatecc.errors import ArgumentError, CaptureError, EmptySelectionError, GraphError, SiteRefusedError
 from gatecc.ir.rewrite import Recipe, Rewrite
 from gatecc.ir.weights import Effect
 from gatecc.recipes import resolve
-from gatecc.report import PassRow, Report
-from gatecc.scope.fast_paths import Switch, fast_paths_off, fast_paths_on
+from gatecc.report import Report
+from gatecc.scope.fast_paths import Switch, fast_paths_on
 from gatecc.scope.scope import remove
-from gatecc.scope.state import base_class, scopes
+from gatecc.scope.state import scopes
 
 HISTORY = "_gatecc_history"
 AFTER: list[Callable[[nn.Module], None]] = []  # called with each model that was transformed or reverted
@@ -59,18 +57,6 @@ class Step:
     caches: tuple[Setting, ...] = ()  # configurations whose use_cache was switched off, and what it was
     switches: tuple[Switch, ...] = ()  # fast paths of torch that were switched off
     missed: tuple[str, ...] = ()  # modules that some mode goes past, so that a parent is the scope
-
-
-@dataclass(frozen=True)
-class _Task:
-    """What is to be done. ``look``: call the result in four modes; ``missed``: modules known to be gone past."""
-
-    recipe: Recipe
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    scope: str
-    look: bool
-    missed: frozenset[str]
 
 
 @shielded
@@ -115,7 +101,7 @@ def rewritten(
         check_in_place(model)
     if scope not in ("auto", "model"):
         raise ArgumentError("unknown scope", found=repr(scope), expected='"auto" or "model"')
-    task = _Task(wanted, args, kwargs, scope, look=verify, missed=frozenset(missed))
+    task = Task(wanted, args, kwargs, scope, look=verify, missed=frozenset(missed))
     undo = Undo()
     old = {id(p) for p in model.parameters()}
     with evaluation(model):
@@ -200,7 +186,7 @@ def _copy(model: nn.Module) -> nn.Module:
         ) from e
 
 
-def _check_apart(model: nn.Module, task: _Task, analysis: Analysis, before: Reference) -> None:
+def _check_apart(model: nn.Module, task: Task, analysis: Analysis, before: Reference) -> None:
     """Check rewrites that keep the model's function by themselves, if others of their recipe change it.
 
     Together they cannot be compared with the original. Raises ContractError.
@@ -223,28 +209,12 @@ def _check_apart(model: nn.Module, task: _Task, analysis: Analysis, before: Refe
     before.notes.append(f"{', '.join(map(str, kept))} checked without the others: {outcome.error:.1e}")
 
 
-def _transform(model: nn.Module, task: _Task, analysis: Analysis, undo: Undo) -> Step:
+def _transform(model: nn.Module, task: Task, analysis: Analysis, undo: Undo) -> Step:
     recipe, args, kwargs, scope = task.recipe, task.args, task.kwargs, task.scope
     report = report_of(model, analysis)
     report.recipe = recipe.name
     parameters = parameter_count(model)
-    called = called_modules(model, args, kwargs)
-    too_small: set[str] = set()
-    missed = set(task.missed)
-    while True:
-        plans, left_out = plans_of(model, recipe, analysis, scope, called - missed, too_small)
-        work = Installer(model, recipe, undo, report, analysis.programs)
-        failed, unproved = _install(work, plans, {p.fqn for p in analysis.programs}, args, kwargs)
-        more = set[str]() if failed else _seen_to_act(work, plans, analysis, task)
-        if not failed and not more:
-            break
-        tried = {fqn for fqn in failed if any(f"{inner}.".startswith(f"{fqn}.") for inner in missed)}
-        climbing = failed - tried if unproved else set[str]()
-        too_small |= failed - climbing
-        missed |= more | climbing
-        undo.run(model)
-        report.rewrites.clear()
-    report.refusals = [*report.refusals, *left_out]
+    work, missed = place(model, task, analysis, undo, report)
     report.notes = list(dict.fromkeys(report.notes))
     if reason := why_no_cache(model, work.effects, args, kwargs):
         _without_cache(model, reason, report, undo)
@@ -261,7 +231,7 @@ def _transform(model: nn.Module, task: _Task, analysis: Analysis, undo: Undo) ->
         report,
         tuple(undo.caches),
         tuple(undo.switches),
-        tuple(sorted(missed)),
+        missed,
     )
 
 
@@ -274,55 +244,6 @@ def _without_cache(model: nn.Module, reason: str, report: Report, undo: Undo) ->
     undo.first += [partial(stop_serving, module) for module in new]
     if new:
         report.notes.append("generate goes through the derived decoder, whose state takes the place of a KV cache")
-
-
-def _install(
-    work: Installer, plans: list[Plan], largest: set[str], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[set[str], bool]:
-    """Install all plans. Returns the scopes that turned out too small, one that failed and the others of its class; and
-    whether it was a site that alone lacks what the rewrite needs.
-
-    A submodule on its own can hide what its surroundings prove: streams that are one in the parent come in twice. Then
-    the parent is tried, once. Where the site is not there at all, sizes that are constants of the model became inputs:
-    the largest graph has them.
-    """
-    calls, _ = record_calls(work.model, [p.fqn for p in plans], args, kwargs)
-    for plan in sorted(plans, key=lambda p: -p.fqn.count(".") - bool(p.fqn)):
-        try:
-            work.install(plan, calls[plan.fqn])
-        except (CaptureError, SiteRefusedError) as e:
-            if plan.fqn in largest:
-                raise
-            work.report.notes.append(f"{plan.fqn}: rewritten in a larger graph; alone: {e.found}")
-            cls = base_class(work.model.get_submodule(plan.fqn))
-            like = {p.fqn for p in plans if base_class(work.model.get_submodule(p.fqn)) is cls} - largest
-            return like, isinstance(e, SiteRefusedError)
-    return set(), False
-
-
-def _seen_to_act(work: Installer, plans: list[Plan], analysis: Analysis, task: _Task) -> set[str]:
-    """Switch off what goes past the scopes, and see that they act in every mode. Returns those that some mode misses: a
-    parent reads their weights and does not call them, so the parent has to be the scope.
-
-    Raises ContractError if the scope that is missed has no parent in a graph.
-    """
-    model, report, undo = work.model, work.report, work.undo
-    undo.switches += (switches := fast_paths_off(model))
-    if switches:
-        where = ", ".join(dict.fromkeys(s.fqn or type(model).__name__ for s in switches))
-        report.notes.append(f"torch's fused path is off in {where}: it reads weights past the rewritten modules")
-    if not task.look:
-        return set()
-    found = acts(model, [p.fqn for p in plans], work.effects, (task.args, task.kwargs))
-    largest = {p.fqn for p in analysis.programs}
-    for fqn, error in found.missed.items():
-        if fqn in largest or fqn not in {p.fqn for p in plans}:
-            raise error
-        report.notes.append(f"{fqn}: rewritten in the graph of a parent; alone: {error.found}")
-    if not found.missed:
-        report.notes += found.notes
-        report.passes = [*report.passes, *(PassRow(f"modes: {n}", s * 1e3) for n, s in found.seconds.items())]
-    return set(found.missed)
 
 
 def _checked(report: Report, outcome: Checked) -> Report:

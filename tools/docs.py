@@ -6,7 +6,6 @@ docs/ and the table of recipes in the README. Nothing in them is written by hand
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import importlib
 import inspect
@@ -34,6 +33,7 @@ from gatecc.ir.gates.scorer import Scorer  # noqa: E402
 from gatecc.ir.gates.source import Source  # noqa: E402
 from gatecc.ir.refusals import CAUSES, Cause  # noqa: E402
 from gatecc.ir.rewrite import REWRITES, Rewrite  # noqa: E402
+from tools.checked import WORDS, checked, test_file  # noqa: E402
 from tools.refusal_examples import EXAMPLES  # noqa: E402
 
 DOCS = ROOT / "docs"
@@ -69,17 +69,6 @@ model, example_inputs = timm.create_model("swin_tiny_patch4_window7_224", **shap
     **dict.fromkeys(("lina", "vig"), "example_inputs = torch.randn(2, 9, 16), example_inputs[1]  # 3 x 3 patches\n"),
     "pgn": "model, example_inputs = nn.GRU(8, 16, batch_first=True), (torch.randn(2, 9, 8),)\n",
 }
-# What a call in a recipe's test file shows (tests/recipes/checks.py).
-CHECKS = {
-    "zoo": ("identity", "gradient", "reversible"),
-    "agree": ("identity",),
-    "causal": ("causality",),
-    "cost": ("cost",),
-    "gradients": ("gradient",),
-    "exported": ("export",),
-    "export": ("export",),
-    "reverted": ("reversible",),
-}
 GATES = """
 The same gate in three forms:
 
@@ -95,17 +84,6 @@ Choices that do not go together are refused, with what would:
 gatecc.GateSpec("param", "linear", "head", "sigmoid")  # a parameter has nothing to score
 ```
 """
-WORDS = {
-    "identity": "as it starts, the model computes what it did before",
-    "causality": "no output depends on later tokens",
-    "cost": "the report counts the operations that run",
-    "gradient": "every new parameter that trains has a gradient that is finite and not zero, frozen ones have none",
-    "export": "ONNX, or an exported program, computes the same",
-    "state": "prefill and single steps are the full forward",
-    "reversible": "reverting restores state and outputs bitwise",
-}
-
-
 _STAR = re.compile(r"(?<![\w*])\*(\w+)\*(?![\w*])|\*")  # *emphasis*, or a product
 
 
@@ -233,19 +211,6 @@ def tested(info: Any) -> Iterator[str]:
         yield f"\n`tests/recipes/{file.name}` compares it with its equation written by hand.\n"
 
 
-def checked(info: Any) -> list[str]:
-    """The words of the checks that a recipe passes, in the order of the page that defines them."""
-    shown = {check for case in info.cases for check in case.checks}
-    if (file := test_file(info)).exists():
-        shown |= {word for call in calls(ast.parse(file.read_text())) for word in CHECKS.get(call, ())}
-    return [word for word in WORDS if word in shown]
-
-
-def test_file(info: Any) -> Path:
-    """The tests of the file that a recipe is in."""
-    return ROOT / "tests" / "recipes" / f"test_{info.builder.__module__.rpartition('.')[2]}.py"
-
-
 def catalogue() -> str:
     """Every mechanism: what it is built of, and its checks."""
     rows: list[tuple[str, ...]] = []
@@ -267,15 +232,6 @@ def made_with(rewrite: Rewrite) -> str:
     """The gate, mixer or body of a rewrite, as it is written."""
     found = [getattr(rewrite, name, None) for name in ("gate", "mixer", "body")]
     return "".join(f", `{part}`" for part in found if part is not None)
-
-
-def calls(tree: ast.AST) -> Iterator[str]:
-    """Names of the functions that are called, unless the result is said to be false; "export" for an option of it."""
-    denied = {id(n.operand) for n in ast.walk(tree) if isinstance(n, ast.UnaryOp) and isinstance(n.op, ast.Not)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and id(node) not in denied:
-            yield node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            yield from (k.arg for k in node.keywords if k.arg == "export")
 
 
 # --- errors and refusals ----------------------------------------------------------------------------------------------

@@ -48,10 +48,10 @@ def circles(root: Path = layers.ROOT) -> list[str]:
     ]
 
 
-def imports(root: Path) -> nx.DiGraph:
+def imports(root: Path) -> nx.DiGraph[str]:
     """An edge from each file of the package to those that it imports."""
     names = {_module(path.relative_to(root)): path for path in (root / layers.PACKAGE).rglob("*.py")}
-    graph = nx.DiGraph()
+    graph: nx.DiGraph[str] = nx.DiGraph()
     for name, path in names.items():
         parts = path.relative_to(root).with_suffix("").parts
         for target in layers.imported(path.read_text(encoding="utf-8"), parts):

@@ -14,6 +14,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import gatecc
+from gatecc.engine import place
 from gatecc.engine.modes import EVAL, EVAL_NO_GRAD, TRAIN_NO_GRAD, acts
 from gatecc.errors import CallNotCapturedError, ContractError
 from gatecc.ir.weights import NewModule
@@ -120,7 +121,7 @@ def test_a_layer_that_rests_is_not_blamed() -> None:
 
 def test_the_scope_in_a_fused_encoder_moves_up_until_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     """With torch's switches left on: the layer is called, its attention is not; a padded batch reaches neither."""
-    monkeypatch.setattr(importlib.import_module("gatecc.transform"), "fast_paths_off", lambda _: [])
+    monkeypatch.setattr(place, "fast_paths_off", lambda _: [])
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 5])
     for mask, expected in ((None, ["layers.0"]), (padding, [""])):
