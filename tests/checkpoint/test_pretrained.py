@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from torch import nn
 
 import gatecc
 from gatecc.errors import CheckpointError
+from gatecc.ir.contract import Contract, changes_function
+from gatecc.ir.edit import Editor
+from gatecc.ir.site import Site
 from gatecc.transform import history
 
 transformers = pytest.importorskip("transformers")
@@ -70,6 +74,41 @@ def test_weights_of_the_model_that_a_recipe_changes(options: dict[str, Any], tmp
     loaded = gatecc.load(tmp_path)
     assert _same(loaded, model)
     assert _same(gatecc.revert(loaded), gatecc.revert(model))
+
+
+@dataclass(frozen=True)
+class Slim(gatecc.Rewrite):
+    """A feed-forward layer without its gate, the rows of what stays in two parts."""
+
+    name = "slim"
+
+    def contract(self) -> Contract:
+        return changes_function()
+
+    def rewrite(self, site: Site, edit: Editor) -> None:
+        (up,) = edit.program.readers(site.weights["up"].fqn)
+        hidden = site.values["hidden"].node
+        first, second = edit.split(site.weights["up"].fqn, (12, 20), name="rows")
+        edit.replace(hidden, edit.call(_in_parts, up.args[0], first, second))
+        edit.discard(hidden, inside=True)
+        edit.drop(site.weights["gate"].fqn.removesuffix(".weight"))
+
+
+def _in_parts(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x @ first.mT, x @ second.mT], -1)
+
+
+def test_weights_that_left_the_model_come_back_with_it(tmp_path: Path) -> None:
+    plain = _llama()
+    model = _moved(plain, Slim(gatecc.MLP[...]))
+    assert "model.layers.0.mlp.gate_proj.weight" not in model.state_dict()
+    model.save_pretrained(tmp_path)
+    loaded = gatecc.load(tmp_path)
+    assert _same(loaded, model)
+    back = gatecc.revert(loaded)
+    assert _same(back, gatecc.revert(model))
+    gate = "model.layers.0.mlp.gate_proj.weight"
+    assert torch.equal(back.get_parameter(gate), plain.get_parameter(gate))
 
 
 def test_eager_attention_in_bfloat16(tmp_path: Path) -> None:

@@ -61,13 +61,14 @@ class Doubled(gatecc.Rewrite):
         return changes_function()
 
     def rewrite(self, site: Site, edit: Editor) -> None:
-        path = edit.module("twin", lambda: nn.Linear(4, 8, bias=False), _fill)
+        name = edit.program.relative_name(site.weights["up"].fqn)
+
+        def fill(new: nn.Linear, layer: nn.Module) -> None:
+            new.weight.copy_(layer.get_parameter(name))
+
+        path = edit.module("twin", lambda: nn.Linear(4, 8, bias=False), fill)
         (up,) = edit.program.readers(site.weights["up"].fqn)
         edit.replace(up, edit.call(torch.add, up, edit.call(path, site.values["in"].node)))
-
-
-def _fill(new: nn.Linear, layer: nn.Module) -> None:
-    new.weight.copy_(layer.get_parameter("up.weight"))
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,13 @@ def test_twelve_layers_that_share_a_graph_are_filled_from_their_own_weights(deep
         assert torch.equal(twin, deep.get_parameter(f"layers.{i}.up.weight"))
     assert len({twin.data_ptr() for twin in twins}) == 12
     assert torch.allclose(doubled(X), _expected(deep, doubled), atol=1e-5)
+
+
+def test_layers_of_one_graph_are_filled_from_their_own_weights_too() -> None:
+    net = Net(2).eval()
+    model = gatecc.transform(net, Doubled(gatecc.MLP[...]), (X,), scope="model", verify=False)
+    for i in range(2):
+        assert torch.equal(model.get_parameter(f"layers.{i}.twin.weight"), net.get_parameter(f"layers.{i}.up.weight"))
 
 
 @pytest.fixture(scope="module")
