@@ -51,6 +51,10 @@ class Lengths:
             return False
         return expression(size) in self.length or len(set(self._values(size))) > 1
 
+    def settled(self, size: Any) -> Any:
+        """A size without the symbol of the length where it does not vary with it: ``1 - Max(0, 1 - s)`` is 1."""
+        return self._values(size)[0] if symbols(size) & self.length and not self.has(size) else size
+
     def foreign(self, size: Any) -> bool:
         """Whether a size depends on the length of a context."""
         return bool(symbols(size) & self.other)

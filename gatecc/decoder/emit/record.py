@@ -61,7 +61,7 @@ def _inputs(step: Step, given: dict[fx.Node, Any], shape_env: Any) -> Iterator[t
         return symbols[name]
 
     def along(like: torch.Tensor, axes: Sequence[int], size: Any) -> torch.Tensor:
-        return like.new_empty([size if i in axes else s for i, s in enumerate(like.shape)])
+        return like.new_empty([size if i in axes else plan.lengths.settled(s) for i, s in enumerate(like.shape)])
 
     for node, value in given.items():
         if isinstance(value, int):

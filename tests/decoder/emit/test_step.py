@@ -16,6 +16,7 @@ from gatecc.decoder.emit.lower import lower
 from gatecc.decoder.emit.step import write_step
 from gatecc.ir.match import find_sites
 from gatecc.ir.program import Program, origin
+from gatecc.ir.sizes import symbols
 from gatecc.ir.verify import Before, Suspect, verify
 from gatecc.pipeline.cost import cost
 from tests.decoder.mixing import Convolution, D, LinearAttention, Mixed, RunningMean, V
@@ -43,7 +44,7 @@ MIXERS = {
     "linear attention": lambda: LinearAttention("gated delta"),
     "lstm": Started,
 }
-ZOO = ("hf/llama-sdpa", "hand/sdpa_sliding")  # heads that share keys; a window
+ZOO = ("hf/llama-sdpa", "hand/sdpa_sliding", "hf/mpt-eager")  # heads that share keys; a window; no table for ALiBi
 
 
 @cache
@@ -84,6 +85,9 @@ def test_the_lowered_step_computes_what_the_program_does(name: str, single: bool
         expected = Shapes(program.graph_module).run(*one)
         got = made.lowered(single=single)(*other)
     assert [x is None for x in got] == [x is None for x in expected]
+    recorded = [node.meta["val"] for node in program.graph.nodes if node.op != "output"]
+    sizes = [size for x in recorded if isinstance(x, Tensor) for size in x.shape]
+    assert not any(symbols(size) & made.plan.lengths.length for size in sizes), "the captured length is another"
     for x, y in zip([*got, *other], [*expected, *one], strict=True):  # also the slots that are written in place
         if isinstance(x, Tensor):
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
