@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch.torch_version import TorchVersion
 
+from gatecc.ops import registry
+
 State = Literal["ok", "missing", "conflict"]
 TORCH = "2.13"  # the oldest that gatecc supports
 
@@ -81,11 +83,12 @@ def _runtime(owners: list[str]) -> Finding:
 
 def _usable() -> Iterator[Finding]:
     yield Finding("ATen operators", "ok", "every device", "the reference that all kernels are judged against")
+    for operator in registry.operators():
+        if operator.kernels:
+            name = operator.overload.overloadpacket._qualified_op_name
+            yield Finding(f"kernels of {name}", "ok", ", ".join(sorted(operator.kernels)))
     yield _compiler(
-        "C compiler",
-        os.environ.get("CC"),
-        ("cc", "gcc", "clang"),
-        "linear attention runs in ATen without it",
+        "C compiler", os.environ.get("CC"), ("cc", "gcc", "clang"), "operators run in ATen on the CPU without it"
     )
     yield _compiler(
         "C++ compiler", os.environ.get("CXX"), ("c++", "g++", "clang++"), "torch.compile on the CPU needs it"

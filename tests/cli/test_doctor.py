@@ -20,6 +20,11 @@ def test_what_is_installed_has_its_version() -> None:
     assert found["gatecc"].state == "ok"
 
 
+def test_kernels_are_those_of_the_registry() -> None:
+    found = named(diagnose().usable)["kernels of gatecc::linear_attention"]
+    assert found == Finding("kernels of gatecc::linear_attention", "ok", "cpu, cuda")
+
+
 def test_both_builds_of_onnxruntime_conflict() -> None:
     finding = doctor._runtime(["onnxruntime-gpu", "onnxruntime", "onnxruntime"])
     assert finding.state == "conflict"

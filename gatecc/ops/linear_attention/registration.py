@@ -59,5 +59,5 @@ register(
         kernels=KERNELS,
     )
 )
-register(Operator(overload=_ops.linear_attention_backward.default, flops=cost.backward, kernels=KERNELS))
-register(Operator(overload=_ops.linear_attention_step.default, flops=cost.step, kernels=KERNELS))
+register(Operator(overload=_ops.linear_attention_backward.default, flops=cost.backward))
+register(Operator(overload=_ops.linear_attention_step.default, flops=cost.step))
