@@ -25,7 +25,7 @@ from gatecc.passes.operands import place, stage
 _A = torch.ops.aten
 
 
-def mix(one: torch.Tensor, other: torch.Tensor, gate: torch.Tensor, scale: float) -> torch.Tensor:
+def scaled_blend(one: torch.Tensor, other: torch.Tensor, gate: torch.Tensor, scale: float) -> torch.Tensor:
     """y <- scale * (g * one + (1 - g) * other)"""
     mixed = gate * one + (1 - gate) * other
     return mixed if scale == 1 else scale * mixed
@@ -66,7 +66,7 @@ class Fuse(Rewrite):
         out = stage(site, self.site.stage)
         _pure(site)
         gate, _ = gate_node(self.gate, self.site, out, edit, self.label)
-        fused = edit.call(mix, one.node, other.node, gate, self.scale, name="fused")
+        fused = edit.call(scaled_blend, one.node, other.node, gate, self.scale, name="fused")
         edit.replace(out.node, fused)
 
 
