@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gatecc.errors import GateccError
 from tests.compatibility.modes import MODES, Results
-from tests.compatibility.subject import RECIPES, Rewrite, rewriting, unchanged
+from tests.compatibility.subject import RECIPES, Rewrite
 from tests.compatibility.wrappers import WRAPPERS
 
 Kind = Literal["works", "refused", "library", "fails"]
@@ -62,7 +62,7 @@ def _pairs(cell: Cell) -> set[tuple[str, ...]]:
 def run(cell: Cell) -> Outcome:
     """Run one cell. What is wrong beyond rounding, or raises anything but a GateccError, fails."""
     try:
-        found, right, watched, tolerance = _measure(cell, rewriting(cell.recipe))
+        found, right, watched, tolerance = _measure(cell, Rewrite(cell.recipe))
     except GateccError as e:
         return Outcome("refused", e.code)
     except Exception as e:
@@ -98,7 +98,7 @@ def _measure(cell: Cell, rewrite: Rewrite) -> tuple[Results, Results, list[bool]
 def _control(wrapper: str, mode: str) -> Any:
     """What the wrapper saw of a model that was not transformed, or the exception that it raised."""
     try:
-        return _measure(Cell("", wrapper, mode), unchanged)[2]
+        return _measure(Cell("", wrapper, mode), Rewrite())[2]
     except Exception as e:
         return e
 

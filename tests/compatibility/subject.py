@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import zlib
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gatecc
+from tests.copies import learning_alone
 
-Rewrite = Callable[[nn.Module], nn.Module]
 RECIPES: dict[str, tuple[str, Literal["auto", "model"]]] = {
     "gated-attention": ("gated-attention", "auto"),
     "residual-gates": ("residual-gates", "auto"),
@@ -63,28 +63,60 @@ def canonical(name: str) -> str:
     return name
 
 
-def rewriting(recipe: str) -> Rewrite:
-    """Transform by a recipe and make the new parameters random: by their name, whatever wrapper is around.
+@dataclass(frozen=True)
+class Rewrite:
+    """A recipe, with new parameters that are random: by their name, whatever wrapper is around. No recipe, no rewrite:
+    the control, what the library does with a model of its own.
 
-    Not verified, so that the first call in each mode is the one that the cell makes.
+    Not verified, so that the first call in each mode is the one that the cell makes. Cells share the transform of
+    the base, and each learns by itself.
     """
-    name, scope = RECIPES[recipe]
 
-    def rewrite(model: nn.Module) -> nn.Module:
-        old = {n for n, _ in model.named_parameters()}
-        changed = gatecc.transform(model, name, ((), {"input_ids": inputs()["input_ids"]}), scope=scope, verify=False)
-        for n, p in changed.named_parameters():
-            if n not in old:
-                generator = torch.Generator().manual_seed(zlib.crc32(canonical(n).encode()))
-                p.data.add_(torch.randn(p.shape, generator=generator))
-        return changed
+    recipe: str = ""
 
-    return rewrite
+    def __call__(self, model: nn.Module) -> nn.Module:
+        """The model rewritten."""
+        if not self.recipe:
+            return model
+        return learning_alone(_rewritten(self.recipe)) if _is_base(model) else _rewrite(model, self.recipe)
+
+    def right(self) -> nn.Module:
+        """The base rewritten, to compare with: it was called before."""
+        return copy.deepcopy(_called(self.recipe)) if self.recipe else base()
 
 
-def unchanged(model: nn.Module) -> nn.Module:
-    """The rewrite of the control: what the library does with a model of its own."""
+@functools.cache
+def _rewritten(recipe: str) -> nn.Module:
+    return _rewrite(base(), recipe)
+
+
+@functools.cache
+def _called(recipe: str) -> nn.Module:
+    model = learning_alone(_rewritten(recipe))
+    model(**inputs())
     return model
+
+
+def _is_base(model: nn.Module) -> bool:
+    """Whether a model is as `base` made it: nothing of a wrapper in it."""
+    made = _model()
+    if [type(m) for m in model.modules()] != [type(m) for m in made.modules()]:
+        return False
+    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules()):
+        return False
+    state, its = model.state_dict(), made.state_dict()
+    return state.keys() == its.keys() and all(torch.equal(x, its[name]) for name, x in state.items())
+
+
+def _rewrite(model: nn.Module, recipe: str) -> nn.Module:
+    name, scope = RECIPES[recipe]
+    old = {n for n, _ in model.named_parameters()}
+    changed = gatecc.transform(model, name, ((), {"input_ids": inputs()["input_ids"]}), scope=scope, verify=False)
+    for n, p in changed.named_parameters():
+        if n not in old:
+            generator = torch.Generator().manual_seed(zlib.crc32(canonical(n).encode()))
+            p.data.add_(torch.randn(p.shape, generator=generator))
+    return changed
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

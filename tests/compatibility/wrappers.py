@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 import warnings
 from collections.abc import Callable, Generator
@@ -47,12 +46,11 @@ class Setup:
 
 
 def _plain(rewrite: Rewrite, mode: str, stack: ExitStack) -> Setup:
-    module = rewrite(base())
-    return Setup(module, _copy(module, mode))
+    return Setup(rewrite(base()), _right(rewrite, mode))
 
 
-def _copy(module: nn.Module, mode: str) -> nn.Module:
-    return scaled(module) if mode in FUNCTIONAL else copy.deepcopy(module)
+def _right(rewrite: Rewrite, mode: str) -> nn.Module:
+    return scaled(rewrite.right()) if mode in FUNCTIONAL else rewrite.right()
 
 
 @contextmanager
@@ -68,19 +66,19 @@ def _group() -> Generator[None]:
 def _ddp(rewrite: Rewrite, mode: str, stack: ExitStack) -> Setup:
     stack.enter_context(_group())
     module = rewrite(base())
-    return Setup(DistributedDataParallel(module, find_unused_parameters=True), _copy(module, mode))
+    return Setup(DistributedDataParallel(module, find_unused_parameters=True), _right(rewrite, mode))
 
 
 def _ddp_before(rewrite: Rewrite, mode: str, stack: ExitStack) -> Setup:
     stack.enter_context(_group())
     module = rewrite(DistributedDataParallel(base()))
-    return Setup(module, _copy(module.module, mode))  # pyright: ignore[reportArgumentType]
+    return Setup(module, _right(rewrite, mode))  # pyright: ignore[reportArgumentType]
 
 
 def _fsdp(rewrite: Rewrite, mode: str, stack: ExitStack) -> Setup:
     stack.enter_context(_group())
     module: Any = rewrite(base())
-    right = _copy(module, mode)
+    right = _right(rewrite, mode)
     mesh = init_device_mesh("cpu", (1,))
     for layer in module.model.layers:
         fully_shard(layer, mesh=mesh)
@@ -91,7 +89,7 @@ def _accelerate(rewrite: Rewrite, mode: str, stack: ExitStack) -> Setup:
     stack.callback(AcceleratorState._reset_state, True)
     accelerator = Accelerator(cpu=True, mixed_precision="bf16" if mode == "autocast" else "no")
     module = rewrite(base())
-    right = _copy(module, mode)
+    right = _right(rewrite, mode)
     return Setup(accelerator.prepare(module), right)
 
 
@@ -101,7 +99,7 @@ def _trainer(rewrite: Rewrite, mode: str, stack: ExitStack) -> Setup:
     stack.callback(AcceleratorState._reset_state, True)
     folder = stack.enter_context(tempfile.TemporaryDirectory())
     module = rewrite(base())
-    right = _copy(module, mode)
+    right = _right(rewrite, mode)
     seen: Results = {}
 
     class Gradients(TrainerCallback):
@@ -168,17 +166,16 @@ def _peft_before(rewrite: Rewrite, mode: str, stack: ExitStack) -> Setup:
     if mode in FUNCTIONAL:
         merged, source = scaled(merged), scaled(module)
     _merge(source, merged)
-    right = rewrite(merged)
-    values = {canonical(n): p for n, p in source.named_parameters()}
+    right = rewrite.right()
+    values = {canonical(n): p for n, p in source.named_parameters()} | dict(merged.named_parameters())
     for n, p in right.named_parameters():
-        if n not in dict(merged.named_parameters()):
-            p.data.copy_(values[canonical(n)].data)
+        p.data.copy_(values[n].data)
     return Setup(module, right)
 
 
 def _peft_after(rewrite: Rewrite, mode: str, stack: ExitStack) -> Setup:
     module = rewrite(base())
-    right = _copy(module, mode)
+    right = _right(rewrite, mode)
     adapted = _lora(module)
     _merge(scaled(adapted) if mode in FUNCTIONAL else adapted, right)
     return Setup(adapted, right)
@@ -187,7 +184,7 @@ def _peft_after(rewrite: Rewrite, mode: str, stack: ExitStack) -> Setup:
 def _hooks(rewrite: Rewrite, mode: str, stack: ExitStack) -> Setup:
     """A forward hook inside a scope: called as often as on a plain model, with what the module takes and gives."""
     module = rewrite(base())
-    right = _copy(module, mode)
+    right = _right(rewrite, mode)
     seen: list[bool] = []
 
     def hook(linear: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -214,7 +211,7 @@ def _quantize_dynamic(rewrite: Rewrite, mode: str, stack: ExitStack) -> Setup:
 
 def _prune(rewrite: Rewrite, mode: str, stack: ExitStack) -> Setup:
     module = rewrite(base())
-    right = _copy(module, mode)
+    right = _right(rewrite, mode)
     prune.l1_unstructured(module.get_submodule(Q), "weight", 0.5)
     mask: Any = module.get_submodule(Q).weight_mask
     right.get_parameter(f"{Q}.weight").data *= mask

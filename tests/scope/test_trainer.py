@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from tests.compatibility.subject import base, inputs, rewriting
+from tests.compatibility.subject import Rewrite, base, inputs
 
 RATE, STEPS = 0.5, 2
 
@@ -18,7 +18,7 @@ RATE, STEPS = 0.5, 2
 @pytest.mark.parametrize("recipe", ["gated-attention", "gla"])
 def test_checkpointing_bf16_and_accumulation(recipe: str, tmp_path: Path) -> None:
     """Every row of the data is the same, so that a step on any of them, or on several, is the same step."""
-    gated = rewriting(recipe)(base())
+    gated = Rewrite(recipe)(base())
     before = {name: p.detach().clone() for name, p in gated.named_parameters()}
     new = before.keys() - dict(base().named_parameters()).keys()
     right = by_hand(copy.deepcopy(gated))
