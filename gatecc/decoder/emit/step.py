@@ -1,6 +1,6 @@
 """write_step: the step of a plan as a Program, a graph of ATen operators with explicit state.
 
-Its placeholders are flat: each is a tensor or a whole number.
+Its placeholders are flat: each is a tensor or a whole number (`Program.placeholders` lists the tensors alone).
 
     tokens         (B, T) token ids, as the model takes them; T is 1 in a step for a single token
     past           the number of tokens before them

@@ -38,11 +38,23 @@ class Started(nn.Module):
         return self.rnn(x, (state, state))[0]
 
 
+class Written(nn.Module):
+    """A tensor is written to between two reshapes of a copy of it, which must not see that."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, N, D)"""
+        y = x + 1
+        copied = y.unflatten(-1, (2, -1)).transpose(2, 3).reshape(x.shape)
+        y.mul_(10)
+        return copied.unflatten(-1, (4, -1)).flatten(2) + y
+
+
 MIXERS = {
     "conv": lambda: Convolution(cut=True),
     "mean": RunningMean,
     "linear attention": lambda: LinearAttention("gated delta"),
     "lstm": Started,
+    "written": Written,
 }
 ZOO = ("hf/llama-sdpa", "hand/sdpa_sliding", "hf/mpt-eager")  # heads that share keys; a window; no table for ALiBi
 
