@@ -21,7 +21,7 @@ STRONGEST = -16.0
 def chunked(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """See ``recurrence``, whose arguments and results these are."""
+    """See ``token_by_token``, whose arguments and results these are."""
     N = q.size(2)
     if N == 0:
         return v * q.sum(-1, keepdim=True), state
