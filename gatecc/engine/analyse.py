@@ -19,6 +19,7 @@ from gatecc.errors import CaptureError, ExampleInputsError, UnsupportedModelErro
 from gatecc.ir.program import Program
 from gatecc.ir.refusals import fitted
 from gatecc.ir.site import Refusal, Site
+from gatecc.ir.weights import modules_of
 from gatecc.pipeline import Stage, prepare
 from gatecc.pipeline.cost import cost
 from gatecc.report import GraphDump, GraphPair, PassRow, Report, RungRow, SiteRow, Totals
@@ -175,25 +176,26 @@ class _InMode:
         self.wanted = training
 
     def __enter__(self) -> None:
-        self.training = {id(m): m.training for m in self.model.modules()}
-        self.buffers = [
-            (m, n, b, b.clone()) for m in self.model.modules() for n, b in m._buffers.items() if b is not None
-        ]
-        for m in self.model.modules():
+        self.modules = [(m, m.training) for m in modules_of(self.model)]
+        self.buffers = [(m, n, b, b.clone()) for m, _ in self.modules for n, b in m._buffers.items() if b is not None]
+        for m, _ in self.modules:
             m.training = self.wanted
 
     def __exit__(self, *error: object) -> None:
-        self._restore(self.model, self.model.training)
+        self._restore(self.model, {id(m): was for m, was in self.modules}, self.model.training)
+        for module, was in self.modules:  # also of those that were taken out meanwhile
+            module.training = was
         with torch.no_grad():
             for module, name, buffer, before in self.buffers:
-                module._buffers[name] = buffer
+                if module._buffers.get(name) is not None:  # else it was taken out meanwhile
+                    module._buffers[name] = buffer
                 if not torch.equal(buffer, before):
                     buffer.copy_(before)
 
-    def _restore(self, module: nn.Module, holder: bool) -> None:
-        module.training = self.training.get(id(module), holder)  # modules made meanwhile follow their holder
+    def _restore(self, module: nn.Module, before: dict[int, bool], holder: bool) -> None:
+        module.training = before.get(id(module), holder)  # modules made meanwhile follow their holder
         for child in module.children():
-            self._restore(child, module.training)
+            self._restore(child, before, module.training)
 
 
 def analyse(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Analysis:

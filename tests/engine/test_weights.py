@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gatecc
+from gatecc.engine.analyse import evaluation
 from gatecc.errors import GraphError
 from gatecc.ir.contract import Contract, changes_function, exact
 from gatecc.ir.edit import Editor
 from gatecc.ir.effects import Effects
 from gatecc.ir.site import Site
+from gatecc.ir.weights import Drop
 from gatecc.scope.state import scopes
 
 X = torch.randn(2, 3, 4)
@@ -306,3 +308,21 @@ def test_a_weight_that_others_hold_stays(rewrite: type[gatecc.Rewrite]) -> None:
     second.up.weight = first.up.weight
     with pytest.raises(GraphError, match="tied"):
         gatecc.transform(tied, rewrite(gatecc.MLP["layers.0"]), (X,))
+
+
+def test_what_is_taken_out_meanwhile_stays_out_and_keeps_its_mode() -> None:
+    layer = FF()
+    layer.register_buffer("table", torch.ones(2))
+    layer.up.eval()  # frozen by its user
+    effects = [Drop("table"), Drop("drop"), Drop("up")]
+    with evaluation(layer):
+        for effect in effects:
+            effect.apply(layer)
+        assert not layer.training
+    assert not dict(layer.named_buffers())
+    with evaluation(layer):
+        layer.down.training = True
+    for effect in effects:
+        effect.undo(layer)
+    assert [m.training for m in (layer, layer.up, layer.drop, layer.down)] == [True, False, True, True]
+    assert torch.equal(layer.get_buffer("table"), torch.ones(2))

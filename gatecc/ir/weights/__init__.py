@@ -2,6 +2,7 @@
 
 from gatecc.ir.weights.aside import aside_state as aside_state
 from gatecc.ir.weights.aside import load_aside as load_aside
+from gatecc.ir.weights.aside import modules_of as modules_of
 from gatecc.ir.weights.drop import Drop as Drop
 from gatecc.ir.weights.effect import Effect as Effect
 from gatecc.ir.weights.effect import Tensors as Tensors

@@ -46,7 +46,7 @@ def take_out(layer: nn.Module, path: str) -> None:
     """Take a submodule, parameter or buffer out of a layer and keep it."""
     holder, name = holder_of(layer, path)
     table = _table(holder, name)
-    aside = layer._modules.setdefault(NAME, Aside())
+    aside = layer._modules.setdefault(NAME, Aside().train(layer.training))
     assert isinstance(aside, Aside)
     getattr(aside.box, table)[path] = getattr(holder, table)[name]
     if name in holder._non_persistent_buffers_set:
@@ -86,6 +86,14 @@ def lent(layer: nn.Module, path: str) -> Generator[None]:
         yield
     finally:
         getattr(holder, table)[name] = None
+
+
+def modules_of(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a model, and those that were taken out of it."""
+    for module in model.modules():
+        yield module
+        if isinstance(module, Aside):
+            yield from (kept for kept in module.box.modules() if kept is not module.box)
 
 
 def aside_state(model: nn.Module) -> Tensors:
