@@ -11,12 +11,9 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
-import torch.fx.traceback as fx_traceback
-from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
+from torch import fx
 
+from gatecc.capture.dynamo import dynamo_program, has_nested_graphs
 from gatecc.errors import ArgumentError
 from gatecc.ir.program import Program
 from gatecc.passes.canonicalize import canonicalize
@@ -39,7 +36,8 @@ def gatecc(
     the canonical graph operator by operator. ``options`` are Inductor's. Raises ArgumentError for an unknown mode.
     """
     settings = _settings(mode, options or {})
-    lowered = lower(graph_module)
+    program = lower(graph_module, example_inputs)
+    lowered = graph_module if program is None else compiled_graph(program)
     if mode == "eager":
         return lowered.forward
     if mode == "aot_eager":
@@ -51,35 +49,24 @@ def gatecc(
     return cast("Callable[..., Any]", compile_fx(lowered, list(example_inputs), config_patches=settings))
 
 
-def lower(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A Dynamo graph as a canonical graph of ATen operators, before autograd and functionalization; owners are kept.
+def lower(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Program | None:
+    """A Dynamo graph as a canonical Program; its weights are lifted placeholders. Passes of the backend start here.
 
-    A graph with nested graphs (checkpointed regions, custom autograd functions, torch.cond) comes back as it is:
-    tracing it through would undo what the nesting is for.
+    None for a graph with nested graphs (checkpointed regions, custom autograd functions, torch.cond), which is compiled
+    as it is: tracing it through would undo what the nesting is for.
     """
-    nested = [name for name, child in graph_module.named_modules() if name and isinstance(child, fx.GraphModule)]
-    if nested:
-        log.info("gatecc: a graph goes on to the compiler as it is, because it holds nested graphs: %s", nested)
-        return graph_module
-    placeholders = _placeholders(graph_module)
-    values = [n.meta.get("example_value", n.meta.get("val")) for n in placeholders]
-    # The mode of Dynamo's own values: by now the tracing context has another one, for the compiler behind us.
-    mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None) or FakeTensorMode()
+    if has_nested_graphs(graph_module):
+        log.info("gatecc: a graph goes on to the compiler as it is, because it holds nested graphs")
+        return None
+    program = dynamo_program(graph_module, example_inputs)
+    canonicalize(program)
+    return program
 
-    def run(*arguments: Any) -> Any:
-        return fx.Interpreter(graph_module).run(*arguments)
 
-    with fx_traceback.preserve_node_meta(), mode:
-        traced = make_fx(run, pre_dispatch=True)(*values)
-    for source, node in zip(placeholders, _placeholders(traced), strict=True):
-        node.meta.update(source.meta)
-    canonicalize(Program(nn.Module(), traced, "", [], pytree.tree_structure(0)))
+def compiled_graph(program: Program) -> fx.GraphModule:
+    """What the compiler behind is given: it takes the inputs that Dynamo gives."""
     # A fresh module: Dynamo's own tables describe the nodes of its graph and would be held against ours.
-    return fx.GraphModule(traced, traced.graph)
-
-
-def _placeholders(graph_module: fx.GraphModule) -> list[fx.Node]:
-    return [n for n in graph_module.graph.nodes if n.op == "placeholder"]
+    return fx.GraphModule(program.graph_module, program.graph)
 
 
 def _settings(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -89,8 +89,9 @@ def lowered(function: Any, *args: Any) -> list[fx.GraphModule]:
     """The graphs that the backend makes of a function."""
     graphs: list[fx.GraphModule] = []
 
-    def spy(graph_module: fx.GraphModule, _: Any) -> Callable[..., Any]:
-        graphs.append(backend.lower(graph_module))
+    def spy(graph_module: fx.GraphModule, example: Any) -> Callable[..., Any]:
+        program = backend.lower(graph_module, example)
+        graphs.append(graph_module if program is None else backend.compiled_graph(program))
         return graphs[-1].forward
 
     expected = function(*args)

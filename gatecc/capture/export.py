@@ -27,6 +27,7 @@ from gatecc.capture.guards import size_guards
 from gatecc.capture.hooks import marked
 from gatecc.capture.kept import attributes_kept
 from gatecc.capture.neutral import neutral_weights
+from gatecc.capture.origins import OriginWriter, model_line, module_stack
 from gatecc.capture.shield import callers_device
 from gatecc.capture.subclasses import plain_weights
 from gatecc.errors import CaptureError, GateccError
@@ -34,10 +35,8 @@ from gatecc.ir.boundary import Boundary
 from gatecc.ir.functions import FunctionCall, settle_functions
 from gatecc.ir.hooks import hooks_kept
 from gatecc.ir.loops import free_lengths
-from gatecc.ir.program import META, Origin, Program, attribute
+from gatecc.ir.program import Program, attribute
 
-_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
-_RUNTIME = "_empty_nn_module_stack"  # the owner that export gives to the nodes of its own runtime asserts
 _SLICE = re.compile(r"slice\((None|-?\d+), (None|-?\d+), (None|-?\d+)\)")
 _CALL_SUFFIX = re.compile(r"@\d+")
 
@@ -79,7 +78,7 @@ def capture(
     ``fqn`` is the module's place in the model and prefixes every owner. ``forward`` stands in for ``module.__call__``
     (an unbound forward with the module bound to it). With ``dynamic="auto"`` every dimension of size 2 or more is
     dynamic unless the model specialises it; the guards say which. Height and width of an image that enters the whole
-    model are not: see _dynamic_axes. Train or eval, and the grad mode, are as they are now. Hooks on submodules are
+    model are not: see dynamic_axes. Train or eval, and the grad mode, are as they are now. Hooks on submodules are
     traced as if they were the model's own code; with ``hooked`` none of them is called, and the calls of these
     submodules are marked (gatecc.ir.boundary). With ``functions`` so are calls of custom autograd functions: of a graph
     that is to be trained.
@@ -144,8 +143,8 @@ def _apart(leaves: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _export(flat: _Flat, leaves: list[torch.Tensor], fqn: str, dynamic: Literal["auto", "none"]) -> ExportedProgram:
-    images = _image_channels(flat.m) if not fqn else frozenset[tuple[int, int]]()
-    shapes = [_dynamic_axes(x, images) if dynamic == "auto" else None for x in leaves]
+    free = dynamic_axes(flat.m, whole=not fqn)
+    shapes = [dict.fromkeys(free(x), Dim.AUTO) if dynamic == "auto" else None for x in leaves]
     try:
         with callers_device():
             return torch.export.export(flat, tuple(leaves), dynamic_shapes=(tuple(shapes),), strict=False)
@@ -178,22 +177,27 @@ def _image_channels(module: nn.Module) -> frozenset[tuple[int, int]]:
     return frozenset((len(m.kernel_size) + 2, m.in_channels) for m in convs)
 
 
-def _dynamic_axes(x: torch.Tensor, images: Collection[tuple[int, int]]) -> dict[int, Any]:
-    """The axes of a tensor that may vary. An image that enters the whole model keeps its height and width.
+def dynamic_axes(module: nn.Module, *, whole: bool = True) -> Callable[[torch.Tensor], list[int]]:
+    """Which axes of the inputs of a module may vary. An image that enters the whole model keeps its height and width.
 
     With symbolic ones, windowed models (Swin) take minutes to capture instead of seconds; a call with another size of
     image makes another capture.
     """
-    image = x.dim() >= 4 and x.is_floating_point() and (x.dim(), x.shape[1]) in images
-    return {i: Dim.AUTO for i, size in enumerate(x.shape) if size > 1 and not (image and i >= 2)}
+    images = _image_channels(module) if whole else frozenset[tuple[int, int]]()
+
+    def axes(x: torch.Tensor) -> list[int]:
+        image = x.dim() >= 4 and x.is_floating_point() and (x.dim(), x.shape[1]) in images
+        return [i for i, size in enumerate(x.shape) if size > 1 and not (image and i >= 2)]
+
+    return axes
 
 
 def _reason(error: BaseException) -> str:
     """The first telling line of torch's message and the user's source line, if one is named."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = f"{type(error).__name__}: {lines[0] if lines else ''}".replace("self.m.", "self.")
-    frames = [f for f in _FRAME.findall(str(error)) if "/torch/" not in f[0]]
-    return f"{text[:300]} ({_short(*frames[-1])})" if frames else text[:300]
+    line = model_line(str(error))
+    return f"{text[:300]} ({line})" if line else text[:300]
 
 
 def _paths(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Any, ...]]:
@@ -272,22 +276,16 @@ def _record_origins(graph_module: fx.GraphModule, fqn: str, module: nn.Module) -
     """
     first = {id(child): name for name, child in module.named_modules()}
     names = {name: first[id(child)] for name, child in module.named_modules(remove_duplicate=False)}
-    calls: dict[str, list[str]] = {}
+    origins = OriginWriter()
     for node in _in_order(graph_module):
-        stack = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
-        raw = "/".join(str(key) for key in node.meta.get("nn_module_stack", {}))  # a second call has "@1" in its key
+        stack = [str(path) for path, _ in module_stack(node).values()]
         relative = _CALL_SUFFIX.sub("", stack[-1]) if stack else ""
         relative = relative[2:] if relative == "m" or relative.startswith("m.") else relative
         if "slice(" in relative:
             above = [names[n] for path in stack[:-1] if (n := path.removeprefix("m").lstrip(".")) in names]
             found = (_sliced(module.get_submodule(name), relative) for name in ("", *reversed(above)))
             relative = next((first[id(one)] for one in found if one is not None), relative)
-        owner = ".".join(p for p in (fqn, names.get(relative, "")) if p)
-        seen = calls.setdefault(owner, [])
-        if node.op == "call_function" and raw and raw not in seen and _RUNTIME not in raw:
-            seen.append(raw)
-        call = seen.index(raw) if raw in seen else 0
-        node.meta[META] = Origin(owner, call, _line(node.meta.get("stack_trace")))
+        origins.write(node, ".".join(p for p in (fqn, names.get(relative, "")) if p))
 
 
 def _sliced(module: nn.Module, path: str) -> nn.Module | None:
@@ -306,16 +304,6 @@ def _sliced(module: nn.Module, path: str) -> nn.Module | None:
         else:
             held = held._modules.get(part) if held is not None else None
     return held if isinstance(held, nn.Module) else None
-
-
-def _line(trace: str | None) -> str:
-    frames = [f for f in _FRAME.findall(trace or "") if f[0] != __file__]
-    own = [f for f in frames if "/torch/" not in f[0]] or frames
-    return _short(*own[-1]) if own else ""
-
-
-def _short(path: str, line: str) -> str:
-    return f"{path.rsplit('/', 1)[-1]}:{line}"
 
 
 @contextmanager
