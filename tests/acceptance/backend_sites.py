@@ -96,7 +96,8 @@ def compiled_programs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 def sites_of(program: Program, *, canonical: bool = False) -> list[Row]:
     """The sites of a program, without their nodes, by kind and key.
 
-    How a mask is built may differ, for transformers asks who is tracing, and so may the note on its proof.
+    How a mask is built may differ, and with it the note on its proof: transformers asks who is tracing, and leaves a
+    mask that hides nothing, or is causal by itself, to the operator. What it hides may not.
     """
     rows = [_row(site) for site in prepare(program, canonical=canonical).found]
     return sorted(rows, key=lambda row: (row["kind"], row["key"]))
@@ -104,7 +105,8 @@ def sites_of(program: Program, *, canonical: bool = False) -> list[Row]:
 
 def _row(site: Site) -> Row:
     stages = {name: str(value.axes) for name, value in site.values.items()}
-    rest = {k: v for k, v in vars(site).items() if not _holds_nodes(v) and k not in ("values", "line", "maskings")}
+    skipped = ("values", "line", "maskings", "mask_node", "mask_whole")
+    rest = {k: v for k, v in vars(site).items() if not _holds_nodes(v) and k not in skipped}
     if isinstance(site, Attention):
         rest["mask"] = replace(site.mask, reason="")
     return {"kind": site.kind, "key": site.key, "stages": stages, **rest}
