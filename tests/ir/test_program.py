@@ -93,7 +93,7 @@ def test_readers_of_a_weight(both: tuple[Program, Program]) -> None:
 
 def test_sites_are_found_alike(both: tuple[Program, Program]) -> None:
     rows = [[_row(site) for site in find_sites(program).sites] for program in both]
-    assert {site.kind for site in find_sites(both[0]).sites} > {"attention", "mlp", "recurrent", "embedding"}
+    assert {site.kind for site in find_sites(both[0]).sites} > {"attention", "mlp", "rnn", "embedding"}
     assert rows[1] == rows[0]
     refusals = [find_sites(program).refusals for program in both]
     assert refusals[0] == refusals[1] != []
