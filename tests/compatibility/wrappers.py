@@ -72,7 +72,7 @@ def _ddp(rewrite: Rewrite, mode: str, stack: ExitStack) -> Setup:
 def _ddp_before(rewrite: Rewrite, mode: str, stack: ExitStack) -> Setup:
     stack.enter_context(_group())
     module = rewrite(DistributedDataParallel(base()))
-    return Setup(module, _right(rewrite, mode))  # pyright: ignore[reportArgumentType]
+    return Setup(module, _right(rewrite, mode))
 
 
 def _fsdp(rewrite: Rewrite, mode: str, stack: ExitStack) -> Setup:

@@ -15,7 +15,7 @@ from gatecc.decoder.rules.attention import causal_span, keep
 from gatecc.decoder.rules.slots import Slot
 from gatecc.ir.dataflow import Flow
 from gatecc.ir.match.attention.scores import Scores, find_scores, unshifted
-from gatecc.ir.match.attention.values import Weighing, find_values
+from gatecc.ir.match.attention.values import WeightedSum, find_values
 from gatecc.ir.match.mask.evaluate import MaskClassifier, MaskGraph
 from gatecc.ir.ops import CASTS, VIEWS, opname
 from gatecc.ir.program import origin
@@ -30,14 +30,14 @@ def deferred_softmaxes(flow: Flow, known: Collection[fx.Node], slots: list[Slot]
     Raises DecoderError if a mask does not prove causal.
     """
     masks = MaskClassifier(flow)
-    found: list[tuple[fx.Node, Scores, Weighing]] = []
+    found: list[tuple[fx.Node, Scores, WeightedSum]] = []
     for node in flow.program.calls():
         start = node.args[0] if opname(node) == "exp" else None
         if not isinstance(start, fx.Node) or len(lengths.axes(node)) != 2:
             continue
         axis = len(node_shape(node) or ()) - 1
         scores, applied = find_scores(start, axis, flow), find_values(node, axis, flow)
-        if scores is None or not isinstance(applied, Weighing) or applied.source.node in known:
+        if scores is None or not isinstance(applied, WeightedSum) or applied.source.node in known:
             continue
         found.append((node, scores, applied))
     for node, scores, applied in found:  # the graph is changed only now: the flow is that of before
@@ -49,7 +49,7 @@ def deferred_softmaxes(flow: Flow, known: Collection[fx.Node], slots: list[Slot]
             keep(start, path, reader, Slot("keys", start, span=span, owner=origin(node).owner), slots, lengths)
 
 
-def _mask_graph(node: fx.Node, scores: Scores, applied: Weighing, lengths: Lengths, flow: Flow) -> MaskGraph:
+def _mask_graph(node: fx.Node, scores: Scores, applied: WeightedSum, lengths: Lengths, flow: Flow) -> MaskGraph:
     """What masks the scores: the addends before the exponential, and the weights that are zeroed behind it."""
     product = scores.source
     sizes: dict[str, Size] = {}

@@ -53,9 +53,9 @@ def _summands(facts: Facts, add: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 
 def _join(facts: Facts, reach: _Reach, add: fx.Node, one: fx.Node, other: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    if reach.worked(one, other):
+    if reach.weighted(one, other):
         return one, other
-    if reach.worked(other, one):
+    if reach.weighted(other, one):
         return other, one
     for skip, branch in ((one, other), (other, one)):
         fork = _shortcut(facts, skip)
@@ -67,15 +67,15 @@ def _join(facts: Facts, reach: _Reach, add: fx.Node, one: fx.Node, other: fx.Nod
 class _Reach:
     """Which forks a node is computed from: bit sets over the nodes with several users, in one sweep.
 
-    A bit is set in ``_worked`` if something with weights (or a token mixer) lies between, in ``_bent`` if a
+    A bit is set in ``_weighted`` if something with weights (or a token mixer) lies between, in ``_activated`` if a
     nonlinearity does, in ``_deep`` if something with weights comes after a nonlinearity. Python integers as bit sets:
     a thousand forks cost 125 bytes a node.
     """
 
     def __init__(self, facts: Facts, adds: list[fx.Node]) -> None:
         self._bit: dict[fx.Node, int] = {}
-        self._worked: dict[fx.Node, int] = {}
-        self._bent: dict[fx.Node, int] = {}
+        self._weighted: dict[fx.Node, int] = {}
+        self._activated: dict[fx.Node, int] = {}
         self._deep: dict[fx.Node, int] = {}
         above: dict[fx.Node, int] = {}
         last = max((facts.order[add] for add in adds), default=-1)
@@ -83,24 +83,26 @@ class _Reach:
             if facts.order[node] > last:
                 break
             sources = [n for n in facts.inputs[node] if n in facts.data]
-            reached = worked = bent = deep = 0
+            reached = weighted = activated = deep = 0
             for source in sources:
                 reached |= above[source]
-                worked |= self._worked[source]
-                bent |= self._bent[source]
+                weighted |= self._weighted[source]
+                activated |= self._activated[source]
                 deep |= self._deep[source]
             works = _works(facts, node)
-            self._worked[node] = reached if works else worked
-            self._deep[node] = bent if works else deep
-            self._bent[node] = reached if node in facts.nonlinearities or "attention" in opname(node) else bent
+            self._weighted[node] = reached if works else weighted
+            self._deep[node] = activated if works else deep
+            self._activated[node] = (
+                reached if node in facts.nonlinearities or "attention" in opname(node) else activated
+            )
             if node in facts.data and len(node.users) > 1:
                 self._bit[node] = 1 << len(self._bit)
                 reached |= self._bit[node]
             above[node] = reached
 
-    def worked(self, fork: fx.Node, node: fx.Node) -> bool:
+    def weighted(self, fork: fx.Node, node: fx.Node) -> bool:
         """Whether ``node`` is computed from ``fork`` through something with weights."""
-        return bool(self._bit.get(fork, 0) & self._worked[node])
+        return bool(self._bit.get(fork, 0) & self._weighted[node])
 
     def deep(self, fork: fx.Node, node: fx.Node) -> bool:
         """Whether ``node`` is computed from ``fork`` through a nonlinearity and then something with weights."""

@@ -20,7 +20,7 @@ from gatecc.ir.match.attention.rows import row_numbers, rows_of, weight_of
 from gatecc.ir.match.attention.scores import Scores, scalar_factor, scale_of, soft_cap, unshifted
 from gatecc.ir.match.attention.stream import same_stream
 from gatecc.ir.match.attention.streams import Operand, before_rotary, streams
-from gatecc.ir.match.attention.values import Weighing, dropout_of
+from gatecc.ir.match.attention.values import WeightedSum, dropout_of
 from gatecc.ir.match.axes import permutation
 from gatecc.ir.match.maps import LinearMaps
 from gatecc.ir.match.mask.evaluate import MaskClassifier, MaskGraph
@@ -47,7 +47,7 @@ class Parts:
     keys: str  # the letter of the key axis in product.axes
     softmax: Normalisation | None = None
     scores: Scores | None = None
-    weighing: Weighing | None = None
+    weighted_sum: WeightedSum | None = None
 
 
 class Assembler:
@@ -132,13 +132,13 @@ class Assembler:
 
     def _value_roles(self, parts: Parts, roles: Roles) -> Roles:
         """The letters of weights times values: those of the scores, found again by position."""
-        if parts.weighing is None:
+        if parts.weighted_sum is None:
             return roles
-        source, weights = parts.weighing.source, parts.weighing.weights_axes
-        feature = [a for a in parts.weighing.values_axes if a not in weights]
-        own = [a for a in weights if a not in parts.weighing.values_axes]
-        query = own[-1] if own else next(a for a in reversed(weights) if a != parts.weighing.keys)
-        result = {parts.weighing.keys: "m", query: "n"} | dict.fromkeys(feature, "d")
+        source, weights = parts.weighted_sum.source, parts.weighted_sum.weights_axes
+        feature = [a for a in parts.weighted_sum.values_axes if a not in weights]
+        own = [a for a in weights if a not in parts.weighted_sum.values_axes]
+        query = own[-1] if own else next(a for a in reversed(weights) if a != parts.weighted_sum.keys)
+        result = {parts.weighted_sum.keys: "m", query: "n"} | dict.fromkeys(feature, "d")
         batch = [a for a in source.axes if a not in result]
         inherited = [roles[a] for a in parts.product.axes if roles[a] not in "nm"]
         if len(inherited) != len(batch):
@@ -146,14 +146,14 @@ class Assembler:
         return result | dict(zip(batch, inherited, strict=True))
 
     def _values(self, parts: Parts) -> tuple[fx.Node, str]:
-        if parts.weighing is not None:
-            return parts.weighing.values, parts.weighing.values_axes
+        if parts.weighted_sum is not None:
+            return parts.weighted_sum.values, parts.weighted_sum.values_axes
         node = parts.core.args[2]
         assert isinstance(node, fx.Node)
         return node, parts.product.right_axes
 
     def _core_letters(self, parts: Parts) -> str:
-        return parts.weighing.source.axes if parts.weighing is not None else parts.product.left_axes
+        return parts.weighted_sum.source.axes if parts.weighted_sum is not None else parts.product.left_axes
 
     def _operand(self, node: fx.Node, axes: str, owner: str, *, expand: bool, scale: bool = True) -> Operand:
         """Take off what a rewrite should not see: see Operand."""
@@ -208,11 +208,12 @@ class Assembler:
     # --- parts of the site ---
 
     def _inner(self, parts: Parts, roles: Roles, over: Over) -> dict[str, Value]:
-        if parts.softmax is None or parts.scores is None or parts.weighing is None:
+        if parts.softmax is None or parts.scores is None or parts.weighted_sum is None:
             return {}
         axes = _named(parts.product.axes, roles, over)
         nodes, weights = {"scores": parts.scores.final}, parts.softmax.output
-        for node in parts.weighing.path:  # after casts and after the sink column is cut off, before dropout and merging
+        # After casts and after the sink column is cut off, before dropout and merging.
+        for node in parts.weighted_sum.path:
             if opname(node) not in CASTS and not (parts.scores.sinks and opname(node) == "slice"):
                 break
             weights = node
@@ -265,14 +266,14 @@ class Assembler:
 
     def _mask_graph(self, parts: Parts, roles: Roles) -> MaskGraph:
         q, k = node_shape(parts.product.left) or (), node_shape(parts.product.right) or ()
-        if parts.scores is None or parts.weighing is None or parts.softmax is None:
+        if parts.scores is None or parts.weighted_sum is None or parts.softmax is None:
             mask = _node(argument(parts.core, 3, "attn_mask"))
             queries, keys = q[len(q) - 2], k[len(k) - 2]
             return MaskGraph(queries, keys, mask, parts.core, is_causal=bool(argument(parts.core, 5, "is_causal")))
         product = parts.product
         sizes = dict(zip(product.left_axes, q, strict=True)) | dict(zip(product.right_axes, k, strict=True))
         query = next(a for a in product.axes if roles[a] == "n")
-        post = parts.weighing.operand if _is_edited(parts) else None
+        post = parts.weighted_sum.operand if _is_edited(parts) else None
         given = tuple(n for n in (parts.softmax.exponential, parts.softmax.total) if n is not None)
         key_axis = product.axes.index(parts.keys) - len(product.axes)
         return MaskGraph(
@@ -288,8 +289,8 @@ class Assembler:
         )
 
     def _dropout(self, parts: Parts) -> float:
-        if parts.weighing is not None:
-            return dropout_of(parts.weighing.path)
+        if parts.weighted_sum is not None:
+            return dropout_of(parts.weighted_sum.path)
         p = argument(parts.core, 4, "dropout_p", 0.0)
         return float(p) if isinstance(p, int | float) else 0.0
 
@@ -351,10 +352,10 @@ def _only_last_two(order: list[int]) -> bool:
 
 def _is_edited(parts: Parts) -> bool:
     """Whether weights are zeroed after the softmax (or after the exponential of a written-out one)."""
-    if parts.weighing is None or parts.softmax is None:
+    if parts.weighted_sum is None or parts.softmax is None:
         return False
     return parts.softmax.exponential is not None or any(
-        opname(n) in ("mul", "where", "masked_fill") for n in parts.weighing.path
+        opname(n) in ("mul", "where", "masked_fill") for n in parts.weighted_sum.path
     )
 
 

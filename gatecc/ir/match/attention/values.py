@@ -20,7 +20,7 @@ _BUDGET = 64
 
 
 @dataclass(frozen=True, eq=False)
-class Weighing:
+class WeightedSum:
     """``source`` sums values over the letter ``keys``; ``operand`` is the weights as they enter it, ``path`` the nodes
     from the softmax (excluded) to the operand.
     """
@@ -51,7 +51,7 @@ class Blocked:
     node: fx.Node
 
 
-def find_values(weights: fx.Node, axis: int, flow: Flow) -> Weighing | Blocked | None:
+def find_values(weights: fx.Node, axis: int, flow: Flow) -> WeightedSum | Blocked | None:
     """The product in which ``weights`` (normalised over ``axis``) weigh values; None if they are only read
     otherwise."""
     rank = len(node_shape(weights) or ())
@@ -65,7 +65,7 @@ def find_values(weights: fx.Node, axis: int, flow: Flow) -> Weighing | Blocked |
                 continue
             seen.add(user)
             outcome = _meet(user, node, at, path, flow)
-            if isinstance(outcome, Weighing):
+            if isinstance(outcome, WeightedSum):
                 return outcome
             if isinstance(outcome, Blocked):
                 blocked = blocked or outcome
@@ -78,7 +78,7 @@ def find_values(weights: fx.Node, axis: int, flow: Flow) -> Weighing | Blocked |
 
 def _meet(
     user: fx.Node, node: fx.Node, at: int | None, path: tuple[fx.Node, ...], flow: Flow
-) -> Weighing | Blocked | None:
+) -> WeightedSum | Blocked | None:
     """What happens where the weights enter a contraction; None if ``user`` is no contraction."""
     if opname(user) not in CONTRACTIONS:
         return None
@@ -93,7 +93,7 @@ def _meet(
     if at is None:
         return Blocked("GCC106", user)
     if axes[at] in found.contracted:
-        return Weighing(found, axes[at], node, path)
+        return WeightedSum(found, axes[at], node, path)
     return Blocked("GCC104", user)
 
 

@@ -17,7 +17,7 @@ from gatecc.ir.dataflow import Flow
 from gatecc.ir.match.attention.assemble import Assembler, Parts
 from gatecc.ir.match.attention.normalisation import Normalisation, normalisation
 from gatecc.ir.match.attention.scores import find_scores
-from gatecc.ir.match.attention.values import Blocked, Weighing, find_values
+from gatecc.ir.match.attention.values import Blocked, WeightedSum, find_values
 from gatecc.ir.match.maps import LinearMaps
 from gatecc.ir.match.product import Product
 from gatecc.ir.ops import CONTRACTIONS, operands, opname
@@ -78,26 +78,28 @@ def _fused(node: fx.Node) -> Parts | Refusal:
 
 
 def _spelled_out(found: Normalisation, flow: Flow) -> Parts | Refusal | None:
-    weighing = find_values(found.output, found.axis, flow)
+    weighted_sum = find_values(found.output, found.axis, flow)
     scores = find_scores(found.input, found.axis, flow)
     if scores is None:
-        return _unscored(found, weighing)
-    if weighing is None:
+        return _unscored(found, weighted_sum)
+    if weighted_sum is None:
         return refuse("GCC103", "attention", found.output)
-    if isinstance(weighing, Blocked):
-        return refuse(weighing.code, "attention", found.output, f"by {opname(weighing.node)}")
-    if weighing.values in flow.raw:
+    if isinstance(weighted_sum, Blocked):
+        return refuse(weighted_sum.code, "attention", found.output, f"by {opname(weighted_sum.node)}")
+    if weighted_sum.values in flow.raw:
         return refuse("GCC102", "attention", found.output, "the values are a parameter")
-    owner = common_owner(origin(found.output).owner, origin(weighing.source.node).owner)
-    return Parts(found.spelling, owner, weighing.source.node, scores.source, scores.keys, found, scores, weighing)
+    owner = common_owner(origin(found.output).owner, origin(weighted_sum.source.node).owner)
+    return Parts(
+        found.spelling, owner, weighted_sum.source.node, scores.source, scores.keys, found, scores, weighted_sum
+    )
 
 
-def _unscored(found: Normalisation, weighing: Weighing | Blocked | None) -> Refusal | None:
+def _unscored(found: Normalisation, weighted_sum: WeightedSum | Blocked | None) -> Refusal | None:
     """A softmax whose input is no product: of interest if its result is summed over, or mixed over its heads."""
-    if isinstance(weighing, Weighing):
+    if isinstance(weighted_sum, WeightedSum):
         return refuse("GCC102", "attention", found.output)
-    if weighing is not None and weighing.code == "GCC101" and opname(weighing.node) in CONTRACTIONS:
-        return refuse("GCC101", "attention", found.output, f"by {opname(weighing.node)}")
+    if weighted_sum is not None and weighted_sum.code == "GCC101" and opname(weighted_sum.node) in CONTRACTIONS:
+        return refuse("GCC101", "attention", found.output, f"by {opname(weighted_sum.node)}")
     return None
 
 

@@ -103,7 +103,7 @@ def half(rule: str, dtype: torch.dtype) -> Errors:
     return {name: relative(found[name], truth[name]) / units[name] for name in found}
 
 
-def both_ways() -> Errors:
+def both_directions() -> Errors:
     """Both directions."""
     given = operands("gated", H=1, N=20)
     return {"o": relative(bidirectional(**given), bidirectional(**double(given)))}
@@ -131,7 +131,7 @@ CASES: dict[str, Any] = {
     "alike keys": alike_keys,
     "bfloat16": lambda: half("gated", torch.bfloat16),
     "float16": lambda: half("gated_delta", torch.float16),
-    "both ways": both_ways,
+    "both ways": both_directions,
     "no tokens": no_tokens,
 }
 
