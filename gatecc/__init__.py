@@ -10,7 +10,21 @@ from gatecc.ir.contract import Contract
 from gatecc.ir.gate import GateSpec
 from gatecc.ir.rewrite import Recipe, Rewrite
 from gatecc.ir.select import Selector
-from gatecc.ir.site import MLP, RNN, Activation, Attention, Block, Conv, Embedding, Head, Linear, Merge, Residual
+from gatecc.ir.site import (
+    MLP,
+    RNN,
+    Activation,
+    Attention,
+    Block,
+    Conv,
+    Embedding,
+    Head,
+    Linear,
+    Merge,
+    Model,
+    Residual,
+    Step,
+)
 from gatecc.passes.branch.branch import Branch
 from gatecc.passes.bypass import Bypass
 from gatecc.passes.fuse import Fuse
@@ -41,11 +55,13 @@ __all__ = [
     "Linear",
     "Merge",
     "Mix",
+    "Model",
     "Recipe",
     "Report",
     "Residual",
     "Rewrite",
     "Selector",
+    "Step",
     "checks",
     "decoder",
     "diagnose",

@@ -73,6 +73,7 @@ def _samples(sites: Collection[Site]) -> set[sympy.Symbol]:
     Attention and recurrent layers know which axis is which; other sites take the first for the batch. They decide where
     windows of a sequence are a batch, too.
     """
+    sites = [site for site in sites if site.is_part]
     certain = [site for site in sites if isinstance(site, Attention | RNN)]
     found = _symbols(certain or sites, _BATCH) - _symbols(certain or sites, TOKENS)
     return (found - _symbols(sites, TOKENS) if len(found) > 1 else set()) or found

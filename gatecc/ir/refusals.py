@@ -213,7 +213,7 @@ def fitted(refusal: Refusal, kinds: Collection[str]) -> Refusal:
         return refusal
     if there:
         return replace(refusal, remedy=f"select {' or '.join(there)} sites: the model has no other that would do")
-    others = ", ".join(KINDS[kind].__name__ for kind in KINDS if kind in kinds)
+    others = ", ".join(KINDS[kind].__name__ for kind in KINDS if kind in kinds and KINDS[kind].is_part)
     return replace(refusal, remedy=f"select sites that the model has: {others}" if others else "leave it as it is")
 
 

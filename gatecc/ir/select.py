@@ -40,6 +40,8 @@ class Stages:
     names: tuple[str, ...]
     main: str
     numbered: tuple[str, ...] = ()  # "in": in0, in1, ... too; how many there are is the site's
+    named: bool = False  # other names too, which the model gives
+    is_part: bool = True  # whether the kind is a part of a model
 
 
 STAGES: dict[str, Stages] = {}  # by kind; the classes of gatecc.ir.site write themselves down here
@@ -73,7 +75,7 @@ class Selector:
             object.__setattr__(self, "besides", _normal(self.besides))
         stages = STAGES[self.kind]
         object.__setattr__(self, "stage", self.stage or stages.main)
-        if self.stage in stages.names or self.stage.rstrip("0123456789") in stages.numbered:
+        if self.stage in stages.names or stages.named or self.stage.rstrip("0123456789") in stages.numbered:
             return
         raise UnknownStageError(
             f"{self.kind} has no stage {self.stage!r}", expected="one of " + ", ".join(stages.names)
@@ -242,7 +244,7 @@ def _remedy(
     fitting = [r.remedy for r in refused if r.remedy]
     if fitting:
         return fitting[0]
-    if kinds := sorted({site.kind for site in everything}):
+    if kinds := sorted({site.kind for site in everything if STAGES[site.kind].is_part}):
         return f"the model has no {selector.kind} site: select {' or '.join(kinds)} sites, if one of these is meant"
     return "pass a model with layers that gatecc knows: attention, linear layers, convolutions, recurrent layers"
 

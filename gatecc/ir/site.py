@@ -91,10 +91,17 @@ class _Named(dict[str, Any]):
 
 
 class _Kind(type):
-    """``Attention["model.layers.*"]``, ``Attention[2:]``, ``Attention[...]``, ``Attention[predicate]``.
+    """``Attention["model.layers.*"]``, ``Attention[2:]``, ``Attention[...]``, ``Attention[predicate]``; a stage of all
+    sites is an attribute, as in ``Model.logits``, where the class has none of this name (``Attention[...].heads``).
 
     On the metaclass, because type checkers read ``__class_getitem__`` as type arguments.
     """
+
+    def __getattr__(cls, name: str) -> Selector:
+        fields = any(name in vars(base).get("__annotations__", ()) for base in cls.__mro__)
+        if name.startswith("_") or fields or "kind" not in vars(cls):
+            raise AttributeError(f"{cls.__name__} has no attribute {name!r}")
+        return getattr(cls[...], name)
 
     def __getitem__(cls, where: Where) -> Selector:
         return Selector(vars(cls)["kind"], where)
@@ -112,6 +119,8 @@ class Site(metaclass=_Kind):
     stages: ClassVar[tuple[str, ...]] = ()  # the value names that this kind can expose
     main_stage: ClassVar[str] = "out"  # what a rewrite means when it names no stage
     numbered: ClassVar[tuple[str, ...]] = ()  # names of which there may be several: in0, in1, ...
+    named: ClassVar[bool] = False  # other stages have names that the model gives
+    is_part: ClassVar[bool] = True  # of a model, which may be selected in the place of another part
 
     owner: str
     ordinal: int = 0
@@ -124,7 +133,7 @@ class Site(metaclass=_Kind):
         """A kind of site can be selected as soon as its class exists."""
         super().__init_subclass__()
         KINDS[cls.kind] = cls
-        STAGES[cls.kind] = Stages(cls.stages, cls.main_stage, cls.numbered)
+        STAGES[cls.kind] = Stages(cls.stages, cls.main_stage, cls.numbered, cls.named, cls.is_part)
 
     def __post_init__(self) -> None:
         where = f"{self.owner} {self.line}".strip()
@@ -296,6 +305,26 @@ class Block(Site):
 
     kind = "block"
     stages = ("in", "out")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Model(Site):
+    """The model as a whole. Values: its inputs and outputs by name (``Model.logits``); out is the first output."""
+
+    kind = "model"
+    stages = ("out",)
+    named = True
+    is_part = False
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Step(Site):
+    """One step of a model that runs again and again. Values: time, an input with a number per sample (a timestep), or
+    position, one with a number per token; out, the first output of the step."""
+
+    kind = "step"
+    stages = ("time", "position", "out")
+    is_part = False
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import fx
 
 from gatecc.ir.graphview import ATTRIBUTES, attributes, uses
 from gatecc.ir.program import Program
-from gatecc.ir.site import MLP, RNN, Activation, Attention, Merge, Site
+from gatecc.ir.site import MLP, RNN, Activation, Attention, Merge, Model, Site, Step
 from gatecc.ir.sizes import size_names
 
 
@@ -179,6 +179,8 @@ def _detail(site: Site) -> str:
         return site.function
     if isinstance(site, RNN):
         return f"{site.cell}, {site.layers} layer{'s' * (site.layers > 1)}" + ", both directions" * site.bidirectional
+    if isinstance(site, Model | Step):
+        return ", ".join(site.values)
     return site.form if isinstance(site, Merge) else ""
 
 
