@@ -25,7 +25,7 @@ def match_model(facts: JoinedFacts) -> Iterator[Model]:
     values = {name: outer_value(facts, node) for name, node in (named_inputs(facts.program) | outputs).items()}
     first = next(iter(outputs.values()))
     values.setdefault("out", values[next(iter(outputs))])
-    yield Model(**facts.place("model", first, owner="") | {"call": 0, "line": origin(first).line}, values=values)
+    yield Model(owner="", line=origin(first).line, values=values)
 
 
 def named_inputs(program: Program) -> dict[str, fx.Node]:

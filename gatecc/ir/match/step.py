@@ -15,7 +15,7 @@ from gatecc.ir.match.joins import JoinedFacts
 from gatecc.ir.match.model import named_inputs, named_outputs, outer_value
 from gatecc.ir.match.registry import matcher
 from gatecc.ir.ops import CASTS, CONTRACTIONS, VIEWS, opname
-from gatecc.ir.program import fake
+from gatecc.ir.program import fake, origin
 from gatecc.ir.site import Step, Value
 from gatecc.ir.sizes import node_shape, same
 
@@ -36,7 +36,7 @@ def match_step(facts: JoinedFacts) -> Iterator[Step]:
             values.setdefault(name, _value(facts, node, name))
     if values:
         first = next(iter(outputs.values()))
-        yield Step(**facts.place("step", first, owner=""), values=values | {"out": outer_value(facts, first)})
+        yield Step(owner="", line=origin(first).line, values=values | {"out": outer_value(facts, first)})
 
 
 def _is_turned(facts: JoinedFacts, node: fx.Node) -> bool:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections import namedtuple
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import gatecc
 from gatecc.ir.select import Selector
 from tests.ir.match.found import Lambda, find
 
-Pair = namedtuple("Pair", ["mean", "spread"])
 X = torch.randn(2, 3, 6)
+
+
+class Pair(NamedTuple):
+    mean: Tensor
+    spread: tuple[Tensor]
 
 
 def linear(result: Any, **parts: nn.Module) -> nn.Module:
@@ -37,7 +41,7 @@ def test_outputs_have_the_names_that_the_model_gives(result: Any, names: set[str
     assert found.axes(site) == dict.fromkeys(site.values, "bnc")
     assert torch.equal(found.value(site, "args"), X)
     with torch.no_grad():
-        first = next(t for t in torch.utils._pytree.tree_leaves(found.program.module(X)) if isinstance(t, Tensor))
+        first = next(t for t in tree_leaves(found.program.module(X)) if isinstance(t, Tensor))
     torch.testing.assert_close(found.value(site, "out"), first)
 
 
