@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from gatecc.ir.dataflow import Flow
+from gatecc.ir.match.weight_views import Orientation, bias_name, parameter_behind, rows_read
 from gatecc.ir.ops import CASTS, RESHAPES, SAME_SHAPE, TRANSPOSES, argument, opname
 from gatecc.ir.program import Program, attribute, fake, origin, shape
 from gatecc.ir.refusals import refuse
 from gatecc.ir.site import Refusal, Weight
-from gatecc.ir.sizes import same
+from gatecc.ir.sizes import node_shape, numel, same
 
 LINEAR_OPS = {"linear": (0, 1, 2), "addmm": (1, 2, 0), "mm": (0, 1, None), "matmul": (0, 1, None)}  # data, weight, bias
 CONV_OPS = frozenset("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution".split())
@@ -39,6 +41,11 @@ class Projection:
     conv: bool = False
     pointwise: bool = True
     depthwise: bool = False
+
+    @property
+    def channels(self) -> int:
+        """The axis of features of what is read and yielded."""
+        return 1 if self.conv else -1
 
     @property
     def owner(self) -> str:
@@ -244,3 +251,79 @@ def _restored(node: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node]:
     full, back = shape(before), shape(users[0])
     leads = len(full) == len(back) > len(shape(x)) and all(map(same, full[:-1], back[:-1]))
     return (before, users[0]) if leads and same(full[-1], shape(x)[-1]) else (x, node)
+
+
+# --- products of attention --------------------------------------------------------------------------------------------
+
+
+def weighted(node: fx.Node, flow: Flow) -> Projection | None:
+    """Any product of a value with weights: besides what `projection` takes, with rows of a matrix, with a stack of
+    matrices, with an einsum that gives several axes, or with a matrix that is computed from parameters.
+    """
+    program, name = flow.program, opname(node)
+    found = projection(program, node, flow.data)
+    if isinstance(found, Projection) or name.startswith("conv_transpose"):
+        return found if isinstance(found, Projection) and not name.startswith("conv_transpose") else None
+    given = _operands(node)
+    if given is None:
+        return None
+    x, operand, bias = given
+    held, steps = parameter_behind(operand)
+    if not program.is_parameter(held):
+        return _computed_matrix(node, x, operand, flow)
+    orientation: Orientation = "conv" if name in CONV_OPS else "out_in" if name == "linear" else "in_out"
+    rows: tuple[int, int] | None = None
+    if steps and orientation != "conv" and name != "einsum":
+        read = rows_read(held, steps, 0 if orientation == "out_in" else -1)
+        if read is None:
+            return None
+        orientation, rows = read
+    conv = orientation == "conv"
+    weight = Weight(fqn(program, held, node), orientation, bias_name(bias, rows, flow), rows)
+    widths = _width(x, conv), _einsum_features(node) if name == "einsum" else _width(node, conv)
+    return Projection(node, x, x, node, weight, *widths, conv=conv)
+
+
+def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, Any] | None:
+    """What a product reads: the value, the weights and the bias."""
+    name = opname(node)
+    if name == "einsum":
+        terms = node.args[1]
+        given = (*terms, None) if isinstance(terms, list | tuple) and len(terms) == 2 else (None, None, None)
+    elif name in CONV_OPS:
+        given = node.args[0], argument(node, 1, "weight"), argument(node, 2, "bias")
+    elif name in LINEAR_OPS or name == "bmm":
+        at, weight, bias = LINEAR_OPS.get(name, (0, 1, None))
+        given = node.args[at], argument(node, weight, "weight"), None if bias is None else argument(node, bias, "bias")
+    else:
+        return None
+    x, operand, added = given
+    return (x, operand, added) if isinstance(x, fx.Node) and isinstance(operand, fx.Node) else None
+
+
+def _computed_matrix(node: fx.Node, x: fx.Node, operand: fx.Node, flow: Flow) -> Projection | None:
+    """A product with a matrix or a kernel that is computed from parameters: weight_norm, spectral_norm, BOFT."""
+    conv = opname(node) in CONV_OPS
+    matrix = conv or len(shape(operand) if fake(operand) is not None else ()) == 2
+    if x not in flow.data or operand in flow.data or not matrix:
+        return None
+    if opname(node) != "linear" and not any(flow.program.is_parameter(n) for n in _sources(operand, 160)):
+        return None  # a table of the model's: frequencies times positions
+    return Projection(node, x, x, node, None, _width(x, conv), _width(node, conv), conv=conv)
+
+
+def _width(node: fx.Node, conv: bool) -> int:
+    """The size of the axis of features, 0 if it is not fixed."""
+    sizes = node_shape(node)
+    size = sizes[1 if conv else -1] if sizes else 0
+    return size if isinstance(size, int) else 0
+
+
+def _einsum_features(node: fx.Node) -> int:
+    """The size of the axes that come from the weight."""
+    equation = str(node.args[0]).replace(" ", "")
+    source, _, rest = equation.partition(",")
+    out = rest.partition("->")[2]
+    sizes = [s for letter, s in zip(out, node_shape(node) or (), strict=False) if letter not in source]
+    total = numel(sizes)
+    return int(total) if total.is_Integer else 0

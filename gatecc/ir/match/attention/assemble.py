@@ -15,7 +15,6 @@ from gatecc.ir.match.attention.masking import MaskNames, Met, met
 from gatecc.ir.match.attention.normalisation import Normalisation
 from gatecc.ir.match.attention.origins import Tracer
 from gatecc.ir.match.attention.output import find_output
-from gatecc.ir.match.attention.qkv import Projection
 from gatecc.ir.match.attention.rows import row_numbers, rows_of, weight_of
 from gatecc.ir.match.attention.scores import Scores, scalar_factor, scale_of, soft_cap, unshifted
 from gatecc.ir.match.attention.stream import same_stream
@@ -25,6 +24,7 @@ from gatecc.ir.match.axes import permutation
 from gatecc.ir.match.maps import LinearMaps
 from gatecc.ir.match.mask.evaluate import MaskClassifier, MaskGraph
 from gatecc.ir.match.product import Product
+from gatecc.ir.match.projection import Projection
 from gatecc.ir.ops import CASTS, RESHAPES, TRANSPOSES, argument, opname
 from gatecc.ir.program import origin
 from gatecc.ir.scalars import scalar
@@ -233,7 +233,7 @@ class Assembler:
         for name, operand, count in zip("qkv", (q, k, v), (heads, kv_heads, kv_heads), strict=True):
             self._add_weight(result, name, operand, count)
         if output is not None and output.weight:
-            result["o"] = Weight(output.weight, output.orientation, output.bias)
+            result["o"] = output.weight
         return result
 
     def _add_weight(self, result: dict[str, Weight], name: str, operand: Operand, count: int) -> None:
@@ -246,7 +246,7 @@ class Assembler:
         if rows is not None and count and isinstance(width, int) and rows.count < count * width:
             return
         whole = rows is None or rows.range is None
-        fused = whole and rows is not None and rows.count < operand.origins.projection.features
+        fused = whole and rows is not None and rows.count < operand.origins.projection.out_width
         role = "qkv" if fused else name  # interleaved rows: the roles cannot be told apart by a range
         result[role] = weight_of(operand.origins, rows)
 
@@ -300,8 +300,8 @@ class Assembler:
         Where keys come from two projections (MLA joins a rotary part to them), values tell.
         """
         keys = k.origins or v.origins
-        one = [p.input for p in q.origins.projections] if q.origins else [q.node]
-        other = [p.input for p in keys.projections] if keys else [k.node]
+        one = [p.x for p in q.origins.projections] if q.origins else [q.node]
+        other = [p.x for p in keys.projections] if keys else [k.node]
         return len(one) != len(other) or not all(map(same_stream, one, other, [self.flow] * len(one)))
 
 

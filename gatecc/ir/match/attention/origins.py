@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from gatecc.ir.dataflow import Flow
-from gatecc.ir.match.attention.qkv import Projection, projection
 from gatecc.ir.match.axes import axis_after
 from gatecc.ir.match.maps import LinearMaps, Map, module_apart, shared_module
+from gatecc.ir.match.projection import Projection, weighted
 from gatecc.ir.ops import CASTS, CONTRACTIONS, DROPOUTS, VIEWS, argument, opname
 from gatecc.ir.program import Program, origin
-from gatecc.ir.sizes import node_shape, same, symbols
+from gatecc.ir.sizes import node_shape, same
 
 _ELEMENTWISE = frozenset(
     "add sub mul div neg cat stack pow rsqrt sqrt mean sum norm linalg_vector_norm clamp_min clamp layer_norm rms_norm "
@@ -95,7 +95,7 @@ class Tracer:
             if whole is not None:
                 found += [self._sum(whole, within)]
             elif opname(current) in CONTRACTIONS:
-                made = projection(current, self.flow) if current in self.flow.data else None
+                made = weighted(current, self.flow) if current in self.flow.data else None
                 found += [self._entered(made, within)] if made is not None else []
             elif opname(current) in _BETWEEN:
                 stack.extend(current.all_input_nodes)
@@ -103,17 +103,17 @@ class Tracer:
 
     def _sum(self, whole: Map, within: str) -> Projection:
         """A sum of products as one projection without a weight."""
-        main = projection(whole.main, self.flow)
-        orientation, channels = (main.orientation, main.channels) if main is not None else ("out_in", -1)
-        width = (node_shape(whole.end) or (0, 0))[channels]
-        features = 0 if symbols(width) else int(width)
+        main = weighted(whole.main, self.flow)
+        conv = main is not None and main.conv
+        width = (node_shape(whole.end) or (0, 0))[1 if conv else -1]
         root = self._root(whole.root, whole.main, within)
-        return Projection(whole.end, root, "", None, orientation, channels, features)
+        features = width if isinstance(width, int) else 0
+        return Projection(whole.end, root, root, whole.end, None, 0, features, conv=conv)
 
     def _entered(self, made: Projection, within: str) -> Projection:
         """A projection that reads what enters its module: OFT and IA3 change the stream there."""
-        root = self._root(made.input, made.node, within)
-        return made if root is made.input else replace(made, input=root)
+        root = self._root(made.x, made.node, within)
+        return made if root is made.x else replace(made, x=root)
 
     def _root(self, node: fx.Node, product: fx.Node, within: str) -> fx.Node:
         runner = origin(product).owner

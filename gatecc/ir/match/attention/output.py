@@ -8,8 +8,8 @@ from dataclasses import replace
 from torch import fx
 
 from gatecc.ir.dataflow import Flow
-from gatecc.ir.match.attention.qkv import Projection, projection
 from gatecc.ir.match.maps import LinearMaps, module_apart
+from gatecc.ir.match.projection import Projection, weighted
 from gatecc.ir.ops import CASTS, CONTRACTIONS, DROPOUTS, RESHAPES, VIEWS, opname
 from gatecc.ir.program import origin
 from gatecc.ir.sizes import node_shape, same
@@ -30,8 +30,8 @@ def find_output(heads: fx.Node, features: int, flow: Flow, maps: LinearMaps, wit
             if user in seen:
                 continue
             seen.add(user)
-            made = projection(user, flow) if opname(user) in CONTRACTIONS else None
-            if made is not None and made.input is node and _reads(made, features):
+            made = weighted(user, flow) if opname(user) in CONTRACTIONS else None
+            if made is not None and made.x is node and _reads(made, features):
                 return _whole(made, maps, within)
             if opname(user) in _AFTER or _enters(user, maps, within):
                 queue.append(user)
@@ -43,7 +43,7 @@ def _whole(made: Projection, maps: LinearMaps, within: str) -> Projection:
     module = module_apart(origin(made.node).owner, within)
     if found is not None:
         out = maps.left(found.out, module)
-        return replace(made, node=out, input=found.root, weight="", bias=None, rows=None)
+        return replace(made, node=out, x=found.root, weight=None)
     out = maps.left(maps.settled(made.node), module)
     return made if out is made.node else replace(made, node=out)
 
@@ -54,8 +54,8 @@ def _enters(node: fx.Node, maps: LinearMaps, within: str) -> bool:
 
 
 def _reads(made: Projection, features: int) -> bool:
-    shape = node_shape(made.input) or ()
-    width = shape[1 if made.orientation == "conv" else -1] if shape else 0
+    shape = node_shape(made.x) or ()
+    width = shape[made.channels] if shape else 0
     if opname(made.node) == "einsum":
         return True
     return not features or same(width, features)

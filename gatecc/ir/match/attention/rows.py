@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
 from gatecc.ir.evaluate import Evaluator, UnprovableError
 from gatecc.ir.match.attention.origins import Origins
-from gatecc.ir.match.attention.qkv import Projection
+from gatecc.ir.match.projection import Projection
 from gatecc.ir.ops import CASTS, VIEWS, opname
 from gatecc.ir.site import Weight
 from gatecc.ir.sizes import Sizes, UnknownSizeError, value
@@ -54,12 +54,12 @@ def rows_of(numbers: torch.Tensor | None) -> Rows | None:
 def _numbered(source: Projection, sizes: Sizes) -> torch.Tensor:
     """A tensor of the projection's shape that holds the number of its output feature everywhere."""
     shape = [value(s, sizes) for s in source.node.meta["val"].shape]
-    if source.orientation == "conv":
+    if source.conv:
         return torch.arange(shape[1]).reshape(1, -1, *[1] * (len(shape) - 2)).expand(shape)
     tail = len(shape)
-    while tail and torch.Size(shape[tail:]).numel() < source.features:
+    while tail and torch.Size(shape[tail:]).numel() < source.out_width:
         tail -= 1
-    return torch.arange(source.features).reshape(shape[tail:]).expand(shape)
+    return torch.arange(source.out_width).reshape(shape[tail:]).expand(shape)
 
 
 def _view_chain(start: fx.Node, between: list[fx.Node]) -> list[fx.Node]:
@@ -79,8 +79,9 @@ def _view_chain(start: fx.Node, between: list[fx.Node]) -> list[fx.Node]:
 def weight_of(origins: Origins, rows: Rows | None) -> Weight:
     """The weight as a role of a site."""
     source = origins.projection
-    part = None if rows is None or rows.count == source.features else rows.range
-    if source.rows is not None:
-        first, last = part or (0, source.features)
-        part = source.rows[0] + first, source.rows[0] + last
-    return Weight(source.weight, source.orientation, source.bias, part)
+    assert source.weight is not None
+    part = None if rows is None or rows.count == source.out_width else rows.range
+    if source.weight.rows is not None:
+        first, last = part or (0, source.out_width)
+        part = source.weight.rows[0] + first, source.weight.rows[0] + last
+    return replace(source.weight, rows=part)

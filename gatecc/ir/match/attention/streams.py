@@ -11,7 +11,7 @@ from torch import fx
 from gatecc.ir.dataflow import Flow
 from gatecc.ir.match.attention.origins import Origins
 from gatecc.ir.match.attention.output import unflattened
-from gatecc.ir.match.attention.qkv import Projection
+from gatecc.ir.match.projection import Projection
 from gatecc.ir.ops import opname
 from gatecc.ir.program import META, Origin, origin
 from gatecc.ir.site import Value
@@ -54,7 +54,7 @@ def streams(
 
 
 def _inputs(origins: Origins) -> list[fx.Node]:
-    return [projection.input for projection in origins.projections]
+    return [projection.x for projection in origins.projections]
 
 
 def _read(origins: Origins, operand: Operand, token: str, heads: int, core: fx.Node, flow: Flow) -> Value:
