@@ -36,6 +36,7 @@ def one_more(
     except OpaqueArgumentError:
         return "an input is neither a tensor nor a constant"
     whole = next((p for p in programs if not p.fqn), None)
+    sites = [site for site in sites if site.is_part]  # what the axes of the model's own inputs count is to be found out
     try:
         axes = _of_equal_size(leaves) if whole is None else _of_graph(whole, sites, leaves)
         grown = [_longer(x.detach(), more) for x, more in zip(leaves, axes, strict=True)]
@@ -73,7 +74,6 @@ def _samples(sites: Collection[Site]) -> set[sympy.Symbol]:
     Attention and recurrent layers know which axis is which; other sites take the first for the batch. They decide where
     windows of a sequence are a batch, too.
     """
-    sites = [site for site in sites if site.is_part]
     certain = [site for site in sites if isinstance(site, Attention | RNN)]
     found = _symbols(certain or sites, _BATCH) - _symbols(certain or sites, TOKENS)
     return (found - _symbols(sites, TOKENS) if len(found) > 1 else set()) or found

@@ -11,6 +11,7 @@ from gatecc.ir.axes import Axes
 from gatecc.ir.dataflow import Flow
 from gatecc.ir.match.attention.expand import is_identity, unexpanded
 from gatecc.ir.match.attention.heads import batch_letters, feature_axes, heads_by_size
+from gatecc.ir.match.attention.latent import from_one_stream
 from gatecc.ir.match.attention.masking import MaskNames, Met, met
 from gatecc.ir.match.attention.normalisation import Normalisation
 from gatecc.ir.match.attention.origins import Tracer
@@ -73,6 +74,7 @@ class Assembler:
         k = self._operand(k_node, _named(k_axes, roles, over), parts.owner, expand=True)
         v_roles = self._value_roles(parts, roles)
         v = self._operand(v_node, _named(v_letters, v_roles, over), parts.owner, expand=True, scale=False)
+        q, k, v = from_one_stream((q, k, v), self.trace, parts.owner)
         heads = self._heads(parts, _named(self._core_letters(parts), v_roles, over))
         count, kv_count = self._count(q), self._count(k)
         output = find_output(parts.core, _width(heads, count), flow, self.maps, parts.owner)

@@ -37,7 +37,7 @@ class Met:
 def met(scores: Scores, flow: Flow) -> tuple[list[Met], bool]:
     """The tensors that mask or are added to the scores, in order, and whether these are all that may hide keys."""
     inside = {scores.source.node, *scores.path}
-    addend = scores.source.addend
+    addend = scores.source.addend if scores.source.node.kwargs.get("beta", 1) else None
     found = [] if addend is None else [Met(addend, "added", _rank(scores.source.node))]
     whole = True
     for node in scores.path:

@@ -24,6 +24,7 @@ _ELEMENTWISE = frozenset(
     "constant_pad_nd".split()
 )
 _BETWEEN = VIEWS | CASTS | DROPOUTS | _ELEMENTWISE
+_BENDING = frozenset("sigmoid relu gelu silu".split())  # what a linear map in two steps has not between them
 _BUDGET = 160
 
 
@@ -81,6 +82,18 @@ class Tracer:
             between = self._between(found[0].node, seen)
             return Origins(found[0], between, _rotary(found[0].node, between, self.flow.program))
         return self._joined(node, seen, within, tokens) if tokens is not None else None
+
+    def starts(self, made: Projection, within: str) -> list[fx.Node]:
+        """What a projection reads, and what it starts from if it is the second of two that make fewer features and then
+        more, token by token and with no more than a norm between.
+        """
+        found, seen = self._gather(made.x, within)
+        alone = len(found) == 1 and len(seen) < _BUDGET and seen.isdisjoint(self.flow.program.placeholders)
+        if not alone or not found[0].pointwise or any(opname(n) in _BENDING for n in seen):
+            return [made.x]
+        first = found[0]
+        narrow = 0 < first.out_width < first.in_width or first.in_width == 0
+        return [made.x, first.x] if narrow and first.node is not made.node else [made.x]
 
     def _gather(self, node: fx.Node, within: str) -> tuple[list[Projection], set[fx.Node]]:
         found: list[Projection] = []
