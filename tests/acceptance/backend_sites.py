@@ -97,15 +97,16 @@ def sites_of(program: Program, *, canonical: bool = False) -> list[Row]:
     """The sites of a program, without their nodes, by kind and key.
 
     How a mask is built may differ, and with it the note on its proof: transformers asks who is tracing, and leaves a
-    mask that hides nothing, or is causal by itself, to the operator. What it hides may not.
+    mask that hides nothing, or is causal by itself, to the operator. What it hides may not. The names of a model's
+    inputs and outputs are those of its call, which Dynamo does not keep.
     """
-    rows = [_row(site) for site in prepare(program, canonical=canonical).found]
+    rows = [_row(site) for site in prepare(program, canonical=canonical).found if site.is_part]
     return sorted(rows, key=lambda row: (row["kind"], row["key"]))
 
 
 def _row(site: Site) -> Row:
-    stages = {name: str(value.axes) for name, value in site.values.items()}
-    skipped = ("values", "line", "maskings", "mask_node", "mask_whole")
+    stages = {name: str(value.axes) for name, value in site.values.items() if not name.startswith("mask")}
+    skipped = ("values", "line", "mask_whole")
     rest = {k: v for k, v in vars(site).items() if not _holds_nodes(v) and k not in skipped}
     if isinstance(site, Attention):
         rest["mask"] = replace(site.mask, reason="")
