@@ -6,7 +6,7 @@ import inspect
 import logging
 import re
 import warnings
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -68,7 +68,7 @@ def capture(
     *,
     fqn: str = "",
     forward: Callable[..., Any] | None = None,
-    dynamic: Literal["auto", "none"] = "auto",
+    dynamic: Literal["auto", "none"] | Sequence[Collection[int]] = "auto",
     hooked: Collection[str] | None = None,
     functions: bool = False,
 ) -> Program:
@@ -78,10 +78,10 @@ def capture(
     ``fqn`` is the module's place in the model and prefixes every owner. ``forward`` stands in for ``module.__call__``
     (an unbound forward with the module bound to it). With ``dynamic="auto"`` every dimension of size 2 or more is
     dynamic unless the model specialises it; the guards say which. Height and width of an image that enters the whole
-    model are not: see dynamic_axes. Train or eval, and the grad mode, are as they are now. Hooks on submodules are
-    traced as if they were the model's own code; with ``hooked`` none of them is called, and the calls of these
-    submodules are marked (gatecc.ir.boundary). With ``functions`` so are calls of custom autograd functions: of a graph
-    that is to be trained.
+    model are not: see dynamic_axes. Otherwise ``dynamic`` are the axes of each input that may vary. Train or eval, and
+    the grad mode, are as they are now. Hooks on submodules are traced as if they were the model's own code; with
+    ``hooked`` none of them is called, and the calls of these submodules are marked (gatecc.ir.boundary). With
+    ``functions`` so are calls of custom autograd functions: of a graph that is to be trained.
 
     Raises CaptureError with torch's reason; the module is left as it was.
     """
@@ -142,9 +142,13 @@ def _apart(leaves: list[torch.Tensor]) -> list[torch.Tensor]:
     return apart
 
 
-def _export(flat: _Flat, leaves: list[torch.Tensor], fqn: str, dynamic: Literal["auto", "none"]) -> ExportedProgram:
-    free = dynamic_axes(flat.m, whole=not fqn)
-    shapes = [dict.fromkeys(free(x), Dim.AUTO) if dynamic == "auto" else None for x in leaves]
+def _export(
+    flat: _Flat, leaves: list[torch.Tensor], fqn: str, dynamic: Literal["auto", "none"] | Sequence[Collection[int]]
+) -> ExportedProgram:
+    if isinstance(dynamic, str):
+        free = dynamic_axes(flat.m, whole=not fqn)
+        dynamic = [free(x) if dynamic == "auto" else () for x in leaves]
+    shapes = [dict.fromkeys(sorted(axes), Dim.AUTO) for axes in dynamic]
     try:
         with callers_device():
             return torch.export.export(flat, tuple(leaves), dynamic_shapes=(tuple(shapes),), strict=False)

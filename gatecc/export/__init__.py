@@ -14,9 +14,11 @@ from torch import nn
 
 from gatecc.capture.adapters import adapted
 from gatecc.capture.budget import budget
+from gatecc.capture.exported import exported_program
+from gatecc.capture.outputs import output_tensors
 from gatecc.capture.shield import random_states_kept, shielded
 from gatecc.capture.signature import OpaqueArgumentError, map_tensors, split_inputs
-from gatecc.codegen.onnx.build import MODEL, Freedom, Graph, build, free_axes, write
+from gatecc.codegen.onnx.build import MODEL, Capture, Freedom, Graph, build, free_axes, write
 from gatecc.codegen.onnx.leaves import Call, flat_call
 from gatecc.codegen.onnx.packages import EXPORT, RUNTIME, need
 from gatecc.codegen.onnx.place import blame
@@ -27,7 +29,7 @@ from gatecc.export.compare import Compared, Outcome, compare
 from gatecc.export.files import MANIFEST, Exported, describe, metadata, move, parent, write_manifest
 from gatecc.ops import registry
 from gatecc.scope.transformers_loops import transformers_loops
-from gatecc.scope.whole import Whole, reads_masks
+from gatecc.scope.whole import reads_masks, whole_program
 
 __all__ = ["MANIFEST", "Compared", "Exported", "export"]
 
@@ -101,10 +103,10 @@ def _export(
         notes.extend(f"not a tensor, left out of the outputs: {what}" for what in call.left_out)
         with transformers_loops(model), tempfile.TemporaryDirectory(dir=parent(folder), prefix=".gatecc-") as temporary:
             made = Path(temporary) / "made"
-            said = _said(call)
+            capture = _capture(call)
 
             def make(free: Freedom, limit: float | None) -> Graph:
-                graph = build(call, opset, metadata(model), registry.lowerings("ort"), said, free, limit)
+                graph = build(call, opset, metadata(model), registry.lowerings("ort"), capture, free, limit)
                 _write(graph, made)
                 return graph
 
@@ -192,12 +194,18 @@ def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], notes
     return double
 
 
-def _said(call: Call) -> Whole | None:
-    """The call as one graph, where the model's own parts cannot be exported each by itself."""
-    if not reads_masks(call.flat.m):
+def _capture(call: Call) -> Capture | None:
+    """How a transformed model is captured whose scopes cannot be traced each by itself, for they would see masks as
+    inputs: as a Program of the whole model, with the rewrites done on it. None for all others."""
+    model = call.flat.m
+    if not reads_masks(model):
         return None
     args, kwargs = call.arguments(call.leaves)
-    return Whole(call.flat.m, args, kwargs)
+
+    def tensors(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        return output_tensors(model(*args, **kwargs))
+
+    return lambda axes: exported_program(whole_program(model, args, kwargs, dynamic=axes, forward=tensors))
 
 
 def _per_sample(one: torch.Tensor, two: torch.Tensor) -> bool:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 from torch import nn
 
 from gatecc.capture import capture
-from gatecc.capture.outputs import output_tensors
 from gatecc.ir.edit import Editor
 from gatecc.ir.program import Program
 from gatecc.ir.weights import joined
@@ -18,22 +16,24 @@ from gatecc.scope.masks import handed_down
 from gatecc.scope.scope import plain
 from gatecc.scope.state import Scope, scopes
 from gatecc.scope.transformers_loops import transformers_loops
-from gatecc.scope.variant import Variant
 
 
-def whole_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+def whole_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], **how: Any) -> Program:
     """Capture a model as it is called and canonicalize it; a transformed one with its rewrites done on this graph.
 
     Scopes that run inline would each see their own inputs only, and a mask that is one of them proves nothing there:
     in the whole graph it is made of positions. Scopes whose weights were changed in form run inline nevertheless,
-    for the plain graph would not fit these weights. Raises CaptureError, SiteRefusedError, GraphError.
+    for the plain graph would not fit these weights. ``how`` is handed
+    on to `capture`. Raises CaptureError, SiteRefusedError, GraphError.
     """
-    return whole_edits(model, args, kwargs)[0].program
+    return whole_edits(model, args, kwargs, **how)[0].program
 
 
-def whole_edits(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Prepared, list[Editor]]:
+def whole_edits(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], **how: Any
+) -> tuple[Prepared, list[Editor]]:
     """`whole_program` with its sites, and the edits: none for scopes that run inline."""
-    prepared, states = _captured(model, args, kwargs)
+    prepared, states = _captured(model, args, kwargs, how)
     if not states:
         return prepared, []
     whole = _merged(states)
@@ -42,29 +42,15 @@ def whole_edits(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return prepared, [editor for of_one in editors for editor in of_one]
 
 
-def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Prepared, dict[str, Scope]]:
+def _captured(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], how: dict[str, Any]
+) -> tuple[Prepared, dict[str, Scope]]:
     """The prepared graph, and the scopes whose rewrites are still to be done on it."""
     states = {fqn: state for fqn, _, state in scopes(model)}
     inline = any(state.changes for state in states.values())
     with nullcontext() if inline else plain(model), transformers_loops(model):
-        program = capture(model, args, kwargs)
+        program = capture(model, args, kwargs, **how)
     return prepare(program), {} if inline else states
-
-
-class Whole(nn.Module):
-    """A transformed model as ``whole(*tensors) -> tuple of tensors``, by its whole rewritten graph.
-
-    ``m`` is the model, whose parameters it reads. For exports: a scope that is traced inline sees masks as inputs.
-    """
-
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super().__init__()
-        self.m = model
-        self.training = model.training
-        self._variant = (Variant(whole_program(model, args, kwargs), ()),)  # in a tuple, lest it be looked into
-
-    def forward(self, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return output_tensors(self._variant[0](self.m, leaves))
 
 
 def reads_masks(model: nn.Module) -> bool:

@@ -14,11 +14,12 @@ from collections.abc import Callable, Generator, Mapping, Sequence, Set
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.export import Dim, ExportedProgram
 
 from gatecc.capture.budget import budget
@@ -46,6 +47,10 @@ IR_VERSION = 10  # the newest that every ONNX Runtime since 1.18 loads
 EXTERNAL = 3 * 2**29  # bytes of weights above which they get a file of their own: protobuf ends at 2 GiB
 MODEL, DATA = "model.onnx", "model.onnx.data"
 _OTHER_OPERATOR = "write it with other operators, or select sites or gates without it"
+
+
+Axes = Sequence[set[int]]  # of each input
+Capture = Callable[[Axes], ExportedProgram]
 
 
 class Freedom(Enum):
@@ -94,26 +99,26 @@ def build(
     opset: int,
     metadata: Mapping[str, str],
     lowerings: Mapping[Any, Lowering],
-    said: nn.Module | None = None,
+    capture: Capture | None = None,
     free: Freedom = Freedom.ALL,
     limit: float | None = None,
 ) -> Graph:
-    """Export one call; gradients are off. Raises CaptureError if torch.export fails, ExportError if torch.onnx does.
+    """Export one call; gradients are off. Raises CaptureError if a capture fails, ExportError if torch.onnx does.
 
     ``lowerings`` are the ONNX forms of operators that torch.onnx does not know, by overload.
-    ``said`` is a module that computes what ``call.flat`` does in a way that is easier to export. ``limit`` is the CPU
-    time in seconds that torch.export may take.
+    ``capture`` captures the call with these axes of its inputs free, by default as the model's Python code says;
+    ``limit`` is the CPU time in seconds that it may take.
     """
-    module = said or call.flat
+    capture = capture or partial(exported, call)
     axes = free_axes(call.leaves, free)
-    program = _program(call, module, axes, limit)
+    program = _program(call, capture, axes, limit)
     numbers = _fixed_symbols(program, lowerings)
     if numbers:  # sizes that an ONNX node holds as attributes
         axes = [
             {i for i in of_one if not _holds(x, i, numbers)}
             for of_one, x in zip(axes, _values(program, call), strict=True)
         ]
-        program = _program(call, module, axes, limit)
+        program = _program(call, capture, axes, limit)
     dims = Dims.of(_values(program, call), call.leaves, call.inputs)
     accepts = compile_guards(size_guards(program, _placeholders(program, call)))
     model = _convert(_lowered(program, opset, lowerings), call, opset)
@@ -129,7 +134,7 @@ def build(
     places = {n.name: place(n.meta["node"]) for n in model.graph.all_nodes() if n.name and "node" in n.meta}
     clean(model, dims)
     model.metadata_props.update(metadata)
-    return Graph(model, dims, accepts, places, lambda: _program(call, module, axes, None))
+    return Graph(model, dims, accepts, places, lambda: _program(call, capture, axes, None))
 
 
 def free_axes(leaves: Sequence[torch.Tensor], free: Freedom) -> list[set[int]]:
@@ -172,12 +177,17 @@ def write(graph: Graph, folder: Path) -> None:
     ir.save(graph.model, folder / MODEL, external_data=DATA if size > EXTERNAL else None)
 
 
-def _program(call: Call, module: nn.Module, axes: Sequence[set[int]], limit: float | None) -> ExportedProgram:
+def exported(call: Call, axes: Axes) -> ExportedProgram:
+    """The call as torch.export captures it."""
     shapes = tuple(dict.fromkeys(sorted(of_one), Dim.AUTO) for of_one in axes)
+    return torch.export.export(call.flat, call.leaves, dynamic_shapes=(shapes,), strict=False)
+
+
+def _program(call: Call, capture: Capture, axes: Axes, limit: float | None) -> ExportedProgram:
     where = type(call.flat.m).__name__
     try:
         with budget(limit, lambda seconds: _too_long(where, seconds)), quiet(), _quiet(), free_lengths():
-            return torch.export.export(module, call.leaves, dynamic_shapes=(shapes,), strict=False)
+            return capture(axes)
     except CaptureError:
         raise
     except Exception as e:
