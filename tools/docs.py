@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import gatecc  # noqa: E402
 from gatecc import errors  # noqa: E402
-from gatecc.ir import gate  # noqa: E402
+from gatecc.ir import axes, gate  # noqa: E402
 from gatecc.ir.gate import GateSpec  # noqa: E402
 from gatecc.ir.gates import granularity  # noqa: E402
 from gatecc.ir.gates.activation import Activation  # noqa: E402
@@ -33,6 +33,7 @@ from gatecc.ir.gates.scorer import Scorer  # noqa: E402
 from gatecc.ir.gates.source import Source  # noqa: E402
 from gatecc.ir.refusals import CAUSES, Cause  # noqa: E402
 from gatecc.ir.rewrite import REWRITES, Rewrite  # noqa: E402
+from gatecc.ir.site import KINDS  # noqa: E402
 from tools.checked import WORDS, checked, test_file  # noqa: E402
 from tools.refusal_examples import EXAMPLES  # noqa: E402
 
@@ -47,6 +48,7 @@ GUIDES = (
     ("saving.md", "checkpoints, save_pretrained, Trainer: what is written, and how it is loaded again"),
     ("healing.md", "training after a rewrite: layer-wise transfer, distillation, adapters, and measures of the loss"),
     ("decoder.md", "prefill and step, derived from a causal model's graph: state, sampling, left padding, refusals"),
+    ("sites.md", "the kinds of places that a rewrite can name, their values, and what the axes of these count"),
     ("gates.md", "what a gate reads, how it is scored, what it varies over, how it learns and starts"),
     ("linear-attention.md", "the operator: rules, options, states, steps, and what computes it"),
     ("export.md", "ONNX: which sizes are free, how numbers are judged, what is given up and what is refused"),
@@ -84,6 +86,17 @@ Choices that do not go together are refused, with what would:
 gatecc.GateSpec("param", "linear", "head", "sigmoid")  # a parameter has nothing to score
 ```
 """
+SITES = """
+A site is a typed place in a model. A rewrite names a value of it; without a name the value in bold is meant.
+`gatecc.inspect` lists the sites of a model with the values that each has, and says of every place that only looks like
+one why it is none.
+
+```python
+assert str(gatecc.Attention["layers.*"].heads) == "attention[layers.*].heads"
+assert gatecc.MLP[2:].out == gatecc.Selector.parse("mlp[2:]")
+assert gatecc.Model.logits == gatecc.Model[...].logits  # a stage of all sites
+```
+"""
 _STAR = re.compile(r"(?<![\w*])\*(\w+)\*(?![\w*])|\*")  # *emphasis*, or a product
 
 
@@ -96,7 +109,7 @@ def pages() -> dict[Path, str]:
     texts = {path: NOTE + text for path, text in made.items()}
     readme = ROOT / "README.md"
     texts |= {DOCS / "gates.md": NOTE + gates_page(), DOCS / "README.md": NOTE + index()}
-    texts[DOCS / "catalogue.md"] = NOTE + catalogue()
+    texts |= {DOCS / "catalogue.md": NOTE + catalogue(), DOCS / "sites.md": NOTE + sites_page()}
     return {**texts, readme: with_table(readme.read_text())}
 
 
@@ -279,6 +292,16 @@ def gates_page() -> str:
         parts.append(f"\n## {slot.slot.capitalize()}\n\n{described(module)}\n\n{table(('written', 'meaning'), rows)}")
     parts.insert(-3, f"\n## Granularity\n\n{described(granularity)}\n")
     return "".join(parts)
+
+
+def sites_page() -> str:
+    """The kinds of sites with their values, and the letters of axes."""
+    rows: list[tuple[str, ...]] = []
+    for cls in KINDS.values():
+        names = [f"**{name}**" if name == cls.main_stage else name for name in cls.stages]
+        names += [f"{name}0, {name}1, ..." for name in cls.numbered] + ["the model's own names"] * cls.named
+        rows.append((f"`{cls.__name__}[...]`", ", ".join(names), markdown(" ".join(doc(cls).split()))))
+    return f"# Sites\n{SITES}\n" + table(("kind", "values", "what it is"), rows) + f"\n## Axes\n\n{described(axes)}\n"
 
 
 def described(module: Any) -> str:

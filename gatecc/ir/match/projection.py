@@ -108,7 +108,7 @@ def _linear(program: Program, node: fx.Node, name: str, data: set[fx.Node]) -> P
         return refuse("GCC131", "linear", node, f"{program.weight_name(attr)} has {tensor.dim()} axes")
     out_in = swapped != (name == "linear")
     out_width, in_width = tensor.shape if out_in else reversed(tensor.shape)
-    weight = Weight(fqn(program, attr, node), "out_in" if out_in else "in_out", _bias(program, bias))
+    weight = Weight(fqn(program, attr, node), "out_in" if out_in else "in_out", _bias(program, bias, node))
     return Projection(node, x, *_restored(node, x), weight, in_width, out_width)
 
 
@@ -198,7 +198,7 @@ def _convolution(program: Program, node: fx.Node) -> Projection | Refusal | None
     first, second = int(tensor.shape[0]), int(tensor.shape[1])
     in_width, out_width = (first, second * groups) if transposed else (second * groups, first)
     alone = all(size == 1 for size in tensor.shape[2:])
-    weight = Weight(fqn(program, attr, node), "conv", _bias(program, argument(node, 2, "bias")))
+    weight = Weight(fqn(program, attr, node), "conv", _bias(program, argument(node, 2, "bias"), node))
     return Projection(
         node,
         x,
@@ -237,9 +237,9 @@ def fqn(program: Program, attr: fx.Node, user: fx.Node | None = None) -> str:
     return own if tied else name
 
 
-def _bias(program: Program, bias: Any) -> str | None:
+def _bias(program: Program, bias: Any, user: fx.Node) -> str | None:
     found = behind(program, bias)
-    return None if found is None else fqn(program, found[0])
+    return None if found is None else fqn(program, found[0], user)
 
 
 def _restored(node: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node]:
