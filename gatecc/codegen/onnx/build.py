@@ -231,8 +231,10 @@ def _lowered(program: ExportedProgram, opset: int, lowerings: Mapping[Any, Lower
 
 
 def _convert(program: ExportedProgram, call: Call, opset: int) -> ir.Model:
+    from gatecc.codegen.onnx.translations import known_translations  # imports onnxscript, which takes a second
+
     try:
-        with _quiet():
+        with _quiet(), known_translations():
             made = torch.onnx.export(
                 program,
                 dynamo=True,
