@@ -17,7 +17,7 @@ from gatecc.errors import ArgumentError
 from gatecc.ir.dataflow import Flow
 from gatecc.ir.ops import CASTS, VIEWS
 from gatecc.ir.pattern import Found, Match, Pattern, Patterns, anything, call, constant, one_of, through
-from tests.ir.match.tracing import program_of
+from tests.graphs import program_of
 
 A, B, X = anything("a"), anything("b"), anything("x")
 INPUT = torch.randn(2, 3, 4)
@@ -160,7 +160,7 @@ def test_a_near_miss_says_why(function: Any, reason: str) -> None:
     assert not result.matches
     (miss,) = result.misses
     assert miss.reason == reason
-    assert str(miss).startswith("tracing.py:")
+    assert str(miss).startswith("graphs.py:")
 
 
 def test_what_only_shares_its_root_is_not_mentioned() -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from gatecc.ir.gate import GateSpec
 from gatecc.ir.select import Selector
 from gatecc.passes.bypass import Bypass
-from tests.passes.graphs import MLP, Done, done
+from tests.graphs import MLP, Done, done
 
 SITE = Selector.parse("mlp[...].out")
 

@@ -11,7 +11,7 @@ from gatecc.capture import capture
 from gatecc.ir.ops import opname
 from gatecc.ir.program import META, Program
 from gatecc.passes.canonicalize import canonicalize
-from tests.passes.running import run
+from tests.graphs import run
 
 
 def names(program: Program) -> list[str]:

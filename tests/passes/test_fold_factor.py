@@ -15,7 +15,7 @@ from gatecc.passes.canonicalize import canonicalize
 from gatecc.passes.fold_factor import fold_into_next
 from gatecc.passes.gate import Gate
 from tests.golden.reader import Reader
-from tests.passes.graphs import MLP, attention, done
+from tests.graphs import MLP, attention, done
 
 
 def _folded(site: str) -> Gate:

@@ -9,7 +9,7 @@ from gatecc.errors import ArgumentError, SiteRefusedError
 from gatecc.ir.gate import GateSpec
 from gatecc.ir.select import Selector
 from gatecc.passes.fuse import Fuse
-from tests.passes.graphs import MLP, done
+from tests.graphs import MLP, done
 
 JOIN = Selector.parse("residual[...].out")
 

@@ -18,7 +18,7 @@ from gatecc.ir.select import Selector
 from gatecc.ir.weights import WidenWeight
 from gatecc.ir.widen import Rows, new_features, own_features
 from gatecc.passes.gate import Gate
-from tests.passes.graphs import MLP, attention, done
+from tests.graphs import MLP, attention, done
 
 
 def _gate(site: str, *spec: Any, **options: Any) -> Gate:

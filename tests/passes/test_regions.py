@@ -67,7 +67,7 @@ def test_the_graph_is_bitwise_the_model(kind: str, around: torch.dtype | None) -
 @pytest.mark.parametrize("kind", ["cpu bfloat16", "nested"])
 def test_attention_inside_autocast_is_a_site(kind: str) -> None:
     model: Any = nn.Sequential(Attention(kind), nn.LayerNorm(16)).eval()
-    gated: Any = gatecc.transform(model, "gated-attention", (X,))
+    gated: Any = gatecc.transform(model, "gated-attention", (X,), verify=False)
     assert torch.allclose(gated(X), model(X), atol=1e-6)
     with torch.no_grad():
         gated.get_submodule("0").gate.weight.normal_()
@@ -98,7 +98,7 @@ def autocast() -> Any:
 @pytest.mark.parametrize("region", [autocast, torch.no_grad])
 def test_what_runs_inside_a_region_keeps_its_owner(region: Any) -> None:
     model = Around(region).eval()
-    gated = gatecc.transform(model, "gated-attention", (X,))
+    gated = gatecc.transform(model, "gated-attention", (X,), verify=False)
     assert [(r.scope, r.site) for r in gatecc.last_report(gated).rewrites] == [
         ("layers.0", "layers.0#0"),
         ("layers.1", "layers.1#0"),

@@ -13,7 +13,7 @@ from gatecc.ir.site import MLP, Site
 from gatecc.passes.gate import Gate
 from gatecc.pipeline import Application, Stage, Times, apply, prepare
 from tests.golden.reader import Reader
-from tests.passes.graphs import MLP as GRAPH
+from tests.graphs import MLP as GRAPH
 
 GATE = Gate(MLP[...].out, gate=GateSpec("self", granularity="token", init="zero"))
 AGAIN = Gate(MLP[...].hidden, gate=GateSpec("self", init="zero"))

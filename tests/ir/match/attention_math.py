@@ -8,37 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from gatecc.ir.ops import mutates
 from gatecc.ir.program import Program, attribute
 from gatecc.ir.site import Attention, Value
-
-
-def record(program: Program) -> dict[fx.Node, Any]:
-    """The value of every node on the example inputs, as it was when it was last read (it may be written to later)."""
-    env: dict[fx.Node, Any] = {}
-    seen: dict[fx.Node, Any] = {}
-    leaves = iter(program.example)
-    with torch.no_grad():
-        for node in program.graph.nodes:
-            if node.op == "placeholder":
-                env[node] = next(leaves)
-            elif node.op == "get_attr":
-                env[node] = _held(program, str(node.target))
-            elif node.op == "call_function":
-                assert callable(node.target)
-                args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
-                env[node] = node.target(*args, **kwargs)
-            for known in (node, *([] if mutates(node) else node.all_input_nodes)):
-                held = env.get(known)
-                seen[known] = held.detach().clone() if isinstance(held, Tensor) else held
-    return seen
-
-
-def _held(program: Program, name: str) -> Any:
-    if name in program.constants:
-        return program.constants[name]
-    body = getattr(program.graph_module, name, None)
-    return body if isinstance(body, fx.GraphModule) else attribute(program.module, name)
 
 
 def ordered(value: Value, tensors: dict[fx.Node, Any], axes: str) -> Tensor:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from gatecc.ir.match.axes import axis_after, axis_before, axis_map, tensor_source
-from tests.ir.match.attention_math import record
-from tests.ir.match.tracing import program_of
+from tests.graphs import program_of, record
 
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "transpose": lambda x: x.transpose(1, -1),

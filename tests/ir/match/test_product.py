@@ -11,8 +11,7 @@ from torch import Tensor, fx
 
 from gatecc.ir.match.product import product
 from gatecc.ir.ops import CONTRACTIONS, opname
-from tests.ir.match.attention_math import record
-from tests.ir.match.tracing import program_of
+from tests.graphs import program_of, record
 
 
 def case(function: Callable[..., Tensor], *shapes: tuple[int, ...]) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:

@@ -16,7 +16,7 @@ from gatecc.ir.site import Attention
 from gatecc.passes.branch.branch import Branch, PrefixSum, kept_key_sum, key_sum, starts_at_zero, visible
 from gatecc.passes.canonicalize import canonicalize
 from tests.golden.reader import Reader
-from tests.passes.graphs import MLP, attention, done
+from tests.graphs import MLP, attention, done
 
 
 def _sum(init: str = "random(std=1)", site: str = "attention[...].heads") -> Branch:

@@ -21,7 +21,7 @@ from gatecc.passes.branch.grid import GridConv
 from gatecc.passes.canonicalize import canonicalize
 from gatecc.scope.variant import Variant
 from tests.golden.reader import Reader
-from tests.passes.graphs import attention, done
+from tests.graphs import attention, done
 
 HIDDEN, HEADS, OUT = (Selector.parse(f"attention[...].{stage}") for stage in ("hidden", "heads", "out"))
 ROW: dict[str, Any] = {"prefix": 1, "rows": 2, "columns": 1}

@@ -48,7 +48,7 @@ class Spelled(nn.Module):
 def test_padding_is_left_out_however_it_is_spelled(steps: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 5, 8)
-    model: Any = gatecc.transform(Spelled(steps), gatecc.recipe("gla", gate=False, norm=False), (x, KEEP))
+    model: Any = gatecc.transform(Spelled(steps), gatecc.recipe("gla", gate=False, norm=False), (x, KEEP), verify=False)
     with torch.no_grad():
         got, full = model(x, KEEP), torch.ones(1, 3, dtype=torch.long)
         assert torch.allclose(got[0, 2:], model(x[:1, 2:], full)[0], atol=1e-6)

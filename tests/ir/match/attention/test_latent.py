@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatecc.ir.site import Attention
-from tests.ir.match.attention_math import check, record
+from tests.graphs import record
+from tests.ir.match.attention_math import check
 from tests.ir.match.found import Found, Lambda, find
 
 B, N, C, H, D, RANK, TURNED = 2, 5, 12, 3, 4, 6, 2

@@ -12,7 +12,8 @@ from gatecc.errors import CaptureError
 from gatecc.ir.match.attention.walk import match_attention
 from gatecc.ir.site import Attention
 from gatecc.passes.canonicalize import canonicalize
-from tests.ir.match.attention_math import check, record
+from tests.graphs import record
+from tests.ir.match.attention_math import check
 from tests.zoo import Core, Spec, observe, sample
 
 # torch's symbolic sizes do not come to an end on the window partition of an image of unknown size.

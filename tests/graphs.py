@@ -1,16 +1,24 @@
-"""Small graphs as text, and a rewrite done on one: what comes out, and by how much it differs."""
+"""Graphs in tests: small ones as text or from a function, run node by node, and a rewrite done on one.
+
+What comes out of a rewrite, and by how much it differs, is found by running; no pass touches `run` and `record`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
+from gatecc.capture import capture
 from gatecc.ir.edit import Editor
+from gatecc.ir.ops import mutates
 from gatecc.ir.program import Program
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.weights import Effect
+from gatecc.passes.canonicalize import canonicalize
 from gatecc.pipeline import apply, prepare
 from gatecc.scope.family import difference
 from gatecc.scope.variant import Variant
@@ -57,6 +65,71 @@ def attention(causal: bool = False, mask: str = "None", inputs: str = "") -> str
 """
 
 
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+class _Function(nn.Module):
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(*inputs)
+
+
+def program_of(function: Callable[..., Tensor], *inputs: Tensor) -> Program:
+    """A function as a canonical program."""
+    program = capture(_Function(function), inputs)
+    canonicalize(program)
+    return program
+
+
+def run(program: Program, *inputs: Tensor) -> tuple[Any, ...]:
+    """The flat outputs of a program on its flat inputs (the example's without any)."""
+    env: dict[fx.Node, Any] = {}
+    for _ in _steps(program, inputs, env):
+        pass
+    return tuple(env[out] if isinstance(out, fx.Node) else out for out in program.outputs)
+
+
+@torch.no_grad()
+def record(program: Program) -> dict[fx.Node, Any]:
+    """The value of every node on the example inputs, as it was when it was last read (it may be written to later)."""
+    env: dict[fx.Node, Any] = {}
+    seen: dict[fx.Node, Any] = {}
+    for node in _steps(program, (), env):
+        for known in (node, *([] if mutates(node) else node.all_input_nodes)):
+            held = env.get(known)
+            seen[known] = held.detach().clone() if isinstance(held, Tensor) else held
+    return seen
+
+
+def _steps(program: Program, inputs: tuple[Tensor, ...], env: dict[fx.Node, Any]) -> Iterator[fx.Node]:
+    """Run a program node by node, into ``env``."""
+    leaves = iter(inputs or program.example)
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            env[node] = next(leaves)
+        elif node.op == "get_attr":
+            env[node] = _held(program, node)
+        elif node.op == "call_function":
+            assert callable(node.target)
+            args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+            env[node] = node.target(*args, **kwargs)
+        yield node
+
+
+def _held(program: Program, node: fx.Node) -> Any:
+    name = str(node.target)
+    if name in program.constants:
+        return program.constants[name]
+    body = getattr(program.graph_module, name, None)
+    return body if isinstance(body, fx.GraphModule) else program.weight(node)
+
+
+# --- a rewrite --------------------------------------------------------------------------------------------------------
+
+
 @dataclass
 class Done:
     """``values`` are those of the graph's own nodes before the rewrite, by name; ``error`` is of the outputs."""
@@ -86,23 +159,9 @@ def done(text: str, *rewrites: Rewrite) -> Done:
     prepared = prepare(program)
     with torch.no_grad():
         before = Variant(program, ())(program.module, program.example)
-        values = _values(program)
+    values = {node.name: value for node, value in record(program).items()}
     edits = [edit for of_one in apply(prepared, rewrites) for edit in of_one]
     result = Done(program, edits, before, values)
     for step in result.steps:
         step.apply(program.module)
     return result
-
-
-def _values(program: Program) -> dict[str, Tensor]:
-    """Every value of a graph on its example inputs."""
-    values: dict[fx.Node, Tensor] = dict(zip(program.placeholders, program.example, strict=True))
-    for node in program.graph.nodes:
-        if node.op == "get_attr":
-            held = program.weight(node)
-            assert held is not None
-            values[node] = held
-        elif node.op == "call_function":
-            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = node.target(*args, **kwargs)
-    return {node.name: value for node, value in values.items()}
