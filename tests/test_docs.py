@@ -47,11 +47,17 @@ def blocks(page: Path) -> list[Block]:
 CAUSAL = ("gam.md", "liger.md", "lolcats.md", "gated-delta-net.md")  # recipes for decoders
 
 
-def namespace(causal: bool = False) -> dict[str, Any]:
-    """What every page may use."""
+DEEP = ("context-gates.md", "timestep-windows.md")  # gate one layer by another; go around whole blocks
+
+
+def namespace(page: Path | None = None) -> dict[str, Any]:
+    """What every page may use. Examples of recipes show one layer: layers that share graphs are the guides' matter."""
+    name = "" if page is None else page.name
+    recipe = page is not None and page.parent.name == "recipes" and name not in DEEP
     torch.manual_seed(0)
     inputs = (torch.randn(2, 6, 16), torch.tensor([10, 500]))
-    return {"gatecc": gatecc, "torch": torch, "nn": nn, "model": tiny(causal=causal), "example_inputs": inputs}
+    model = tiny(layers=1 if recipe else 2, causal=name in CAUSAL)
+    return {"gatecc": gatecc, "torch": torch, "nn": nn, "model": model, "example_inputs": inputs}
 
 
 def run(block: Block, names: dict[str, Any]) -> None:
@@ -98,7 +104,7 @@ def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pyte
 
 def run_page(page: Path) -> None:
     """Run the Python of a page, in the working directory."""
-    names = namespace(causal=page.name in CAUSAL)
+    names = namespace(page)
     for block in blocks(page):
         run(block, names)
 

@@ -13,8 +13,8 @@ import gatecc
 X = torch.randn(2, 6, 16)
 
 
-def _model() -> nn.Module:
-    return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 16, batch_first=True), 2).eval()
+def _model(layers: int = 1) -> nn.Module:
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 16, batch_first=True), layers).eval()
 
 
 def _notes(model: nn.Module, recipe: Any = "gated-attention", **options: Any) -> tuple[nn.Module, str]:
@@ -26,9 +26,9 @@ def test_the_same_recipe_twice() -> None:
     once, first = _notes(_model())
     assert "already" not in first
     _, second = _notes(once)
-    assert "holds gate of gated-attention already (transform 1), at 2 of these sites" in second
+    assert "holds gate of gated-attention already (transform 1), at 1 of these sites" in second
     _, other = _notes(once, gatecc.recipe("gated-attention", granularity="element"))
-    assert "already (transform 1, with other options), at 2 of these sites" in other
+    assert "already (transform 1, with other options), at 1 of these sites" in other
     _, elsewhere = _notes(once, gatecc.recipe("gated-attention", position="v"))
     assert "already" not in elsewhere
     gate = gatecc.Gate("mlp[...].out", gatecc.GateSpec("self"))
@@ -71,7 +71,7 @@ def test_what_is_kept_and_not_there() -> None:
     rewrite = gatecc.Gate(
         gatecc.Attention[...].heads.but("decoder.*"), gatecc.GateSpec("hidden", "linear", "head", "sigmoid")
     )
-    _, note = _notes(_model(), rewrite)
+    _, note = _notes(_model(2), rewrite)
     assert "what is kept matches none of the 2 attention sites" in note
     kept = gatecc.Gate(gatecc.Attention[...].heads.but(0), rewrite.gate)
-    assert "kept" not in _notes(_model(), kept)[1]
+    assert "kept" not in _notes(_model(2), kept)[1]

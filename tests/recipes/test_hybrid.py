@@ -48,7 +48,7 @@ def _gla_by_pairs(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
 
 def test_liger_is_half_gla_half_window_without_new_parameters() -> None:
     plain = tiny(causal=True)
-    model: Any = gatecc.transform(plain, gatecc.recipe("liger", window=3), (X,))
+    model: Any = gatecc.transform(plain, gatecc.recipe("liger", window=3), (X,), verify=False)
     assert model.state_dict().keys() == plain.state_dict().keys()
 
     def at(place: str, layer: int, value: Tensor, **seen: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def test_liger_is_half_gla_half_window_without_new_parameters() -> None:
 
 def test_lolcats_shares_one_denominator() -> None:
     plain = tiny(causal=True)
-    model: Any = gatecc.transform(plain, gatecc.recipe("lolcats", window=3), (X,))
+    model: Any = gatecc.transform(plain, gatecc.recipe("lolcats", window=3), (X,), verify=False)
     randomise(new_parameters(model, plain).values())
 
     def at(place: str, layer: int, value: Tensor, **seen: Tensor) -> Tensor:
@@ -101,9 +101,9 @@ def test_lolcats_shares_one_denominator() -> None:
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_hopfield_updates_its_queries(is_causal: bool) -> None:
     plain = tiny(causal=is_causal, layers=1)
-    once = gatecc.transform(plain, gatecc.recipe("hopfield", steps=1), (X,))
+    once = gatecc.transform(plain, gatecc.recipe("hopfield", steps=1), (X,), verify=False)
     assert gap(once, plain, X) <= 1e-6, "one step at the model's own scale is attention"
-    model: Any = gatecc.transform(plain, gatecc.recipe("hopfield", steps=3, beta=0.7), (X,))
+    model: Any = gatecc.transform(plain, gatecc.recipe("hopfield", steps=3, beta=0.7), (X,), verify=False)
 
     def at(place: str, layer: int, value: Tensor, **seen: Tensor) -> Tensor:
         if place != "heads":
@@ -134,8 +134,10 @@ def test_liger_reads_keys_before_their_rotary_embedding_and_leaves_padding_out()
     pads = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8])
     places = (pads.cumsum(-1) - 1).clamp(min=0)
     recipe = gatecc.recipe("liger", window=3)
-    padded = gatecc.transform(llama, recipe, {"input_ids": ids, "attention_mask": pads, "position_ids": places})
-    alone = gatecc.transform(llama, recipe, {"input_ids": ids})
+    padded = gatecc.transform(
+        llama, recipe, {"input_ids": ids, "attention_mask": pads, "position_ids": places}, verify=False
+    )
+    alone = gatecc.transform(llama, recipe, {"input_ids": ids}, verify=False)
     with torch.no_grad():
         got = padded(input_ids=ids, attention_mask=pads, position_ids=places).logits
         wanted = alone(input_ids=ids[:1, 3:]).logits

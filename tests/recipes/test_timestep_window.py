@@ -26,7 +26,7 @@ def _window(t: float, beta: float, alpha: float, steps: int) -> Tensor:
 
 def test_windows_are_the_papers() -> None:
     plain = tiny()
-    model = gatecc.transform(plain, gatecc.recipe("timestep-windows", beta=0.5, steps=1000), (X, T))
+    model = gatecc.transform(plain, gatecc.recipe("timestep-windows", beta=0.5, steps=1000), (X, T), verify=False)
     assert not new_parameters(model, plain)
     for times in (T, torch.tensor([10, 20, 900])):
         masks = torch.stack([_window(float(t), 0.5, 4.0, 1000) for t in times])[:, None]
@@ -48,13 +48,15 @@ def test_windows_are_the_papers() -> None:
 def test_a_whole_window_is_the_original_bitwise() -> None:
     plain = tiny()
     recipe = gatecc.recipe("timestep-windows", beta=1.0)
-    model = gatecc.transform(plain, recipe, (X, T))
+    model = gatecc.transform(plain, recipe, (X, T), verify=False)
     assert agree(model, plain, X, T) == 0
     assert str(recipe.rewrites[0].contract()) == "exact"
 
 
 def test_near_timesteps_share_more_channels_than_far_ones() -> None:
-    model: Any = gatecc.transform(tiny(layers=2), gatecc.recipe("timestep-windows", beta=0.4, alpha=1.0), (X, T))
+    model: Any = gatecc.transform(
+        tiny(layers=2), gatecc.recipe("timestep-windows", beta=0.4, alpha=1.0), (X, T), verify=False
+    )
     gate = next(m for m in model.modules() if type(m).__name__ == "GateModule")
     masks = gate(torch.zeros(11, 1, WIDTH), torch.arange(0, 1001, 100)).squeeze(1)
     assert torch.equal(masks.sum(-1), torch.full((11,), float(int(0.4 * WIDTH))))
@@ -63,7 +65,7 @@ def test_near_timesteps_share_more_channels_than_far_ones() -> None:
 
 
 def test_exports_with_the_timestep() -> None:
-    model = gatecc.transform(tiny(), gatecc.recipe("timestep-windows", beta=0.5), (X, T))
+    model = gatecc.transform(tiny(), gatecc.recipe("timestep-windows", beta=0.5), (X, T), verify=False)
     with torch.no_grad():
         program = torch.export.export(model, (X, T), strict=False)
         assert torch.allclose(program.module()(X, T + 7), model(X, T + 7), atol=1e-6)

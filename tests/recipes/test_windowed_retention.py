@@ -17,7 +17,7 @@ X = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(11))
 
 def test_the_gate_is_elementwise_before_the_output_projection() -> None:
     plain = tiny(fused=False)
-    model: Any = gatecc.transform(plain, "windowed-retention-gate", (X,))
+    model: Any = gatecc.transform(plain, "windowed-retention-gate", (X,), verify=False)
     assert agree(model, plain, X) == 0
     randomise(new_parameters(model, plain).values())
 

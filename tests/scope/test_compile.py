@@ -14,7 +14,7 @@ from torch import nn
 import gatecc
 from gatecc.transform import history
 
-LAYERS = 12  # more than the graphs that Dynamo makes of one code object before it gives up
+LAYERS = 9  # more than the graphs that Dynamo makes of one code object before it gives up
 RESIDUAL = gatecc.Gate(gatecc.Residual[...].branch, gatecc.GateSpec("skip", "linear", "element", "sigmoid"))
 
 
@@ -33,7 +33,7 @@ class Layer(nn.Module):
 
 
 class Deep(nn.Module):
-    """Twelve layers."""
+    """Nine layers."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from gatecc.ir.mask import Mask
 from gatecc.ir.site import Attention, Site
 from gatecc.scope.masks import proved_masks
 from gatecc.scope.state import scopes
+from tests.copies import learning_alone
 
 SHAPE: dict[str, Any] = {"vocab_size": 41, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 IDS = torch.randint(3, 41, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -44,8 +46,10 @@ def llama(**options: Any) -> nn.Module:
     return LlamaForCausalLM(config).eval()
 
 
-def convert(model: nn.Module, recipe: str, example: dict[str, Tensor], **options: Any) -> nn.Module:
-    student = gatecc.transform(model, gatecc.recipe(recipe, **options), example)
+def convert(
+    model: nn.Module, recipe: str, example: dict[str, Tensor], verify: bool = False, **options: Any
+) -> nn.Module:
+    student = gatecc.transform(model, gatecc.recipe(recipe, **options), example, verify=verify)
     known = {name for name, _ in model.named_parameters()}
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -55,9 +59,14 @@ def convert(model: nn.Module, recipe: str, example: dict[str, Tensor], **options
     return student
 
 
+@cache
+def of_example(name: str) -> nn.Module:
+    return convert(llama(), "gla", EXAMPLES[name], verify=True)
+
+
 @pytest.fixture(scope="module", params=["plain", "padded"])
 def student(request: pytest.FixtureRequest) -> nn.Module:
-    return convert(llama(), "gla", EXAMPLES[request.param])
+    return learning_alone(of_example(request.param))
 
 
 def close(a: Tensor, b: Tensor) -> bool:
@@ -179,7 +188,7 @@ def _loaded(student: nn.Module, folder: Path) -> nn.Module:
 
 
 def test_compiled_calls_assert_as_well() -> None:
-    student = convert(llama(), "gla", EXAMPLES["plain"])
+    student = learning_alone(of_example("plain"))
     compiled: Any = torch.compile(student, fullgraph=True, backend="aot_eager")
     assert close(logits(compiled, IDS, attention_mask=LEFT), logits(student, IDS, attention_mask=LEFT))
     assert close(logits(compiled, IDS), logits(student, IDS))
@@ -188,7 +197,7 @@ def test_compiled_calls_assert_as_well() -> None:
 
 
 def test_exported_programs_assert_as_well() -> None:
-    student = convert(llama(), "gla", EXAMPLES["plain"])
+    student = learning_alone(of_example("plain"))
     inputs: dict[str, Any] = {"input_ids": IDS, "attention_mask": four_axes(LEFT), "use_cache": False}
     with torch.no_grad():
         program = torch.export.export(student, (), inputs, strict=False).module()
@@ -241,7 +250,9 @@ def test_a_mask_beside_a_bias_of_positions() -> None:
 
 def test_encoders_take_padded_and_packed_rows() -> None:
     torch.manual_seed(0)
-    config = T5Config(vocab_size=41, d_model=16, d_ff=24, d_kv=8, num_layers=2, num_heads=2, use_cache=False)
+    config = T5Config(
+        vocab_size=41, d_model=16, d_ff=24, d_kv=8, num_layers=2, num_decoder_layers=1, num_heads=2, use_cache=False
+    )
     model = T5ForConditionalGeneration(config).eval()
     example = {"input_ids": IDS, "decoder_input_ids": IDS[:, :5]}
     student = convert(model, "gla", example, sites="attention[*SelfAttention*]")

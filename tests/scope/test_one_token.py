@@ -43,7 +43,7 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
     ids=str,
 )
 def test_a_call_of_one_token(recipe: Any) -> None:
-    model = gatecc.transform(llama(), recipe, (IDS,))
+    model = gatecc.transform(llama(), recipe, (IDS,), verify=False)
     whole = logits(model, IDS)
     for tokens in (1, 2):
         assert torch.allclose(logits(model, IDS[:, :tokens]), whole[:, :tokens], atol=1e-5)
@@ -52,7 +52,7 @@ def test_a_call_of_one_token(recipe: Any) -> None:
 
 def test_the_first_call_of_its_kind_with_two_tokens() -> None:
     """Whether keys but the last are one or more changes what torch knows of their layout: that holds for two alone."""
-    model = gatecc.transform(llama(), gatecc.recipe("liger", window=3), (IDS,))
+    model = gatecc.transform(llama(), gatecc.recipe("liger", window=3), (IDS,), verify=False)
     whole = logits(model, IDS)
     for tokens in (2, 3, 5):
         mask = torch.ones(tokens, tokens, dtype=torch.bool).tril().expand(2, 1, -1, -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import gatecc
+from tests.copies import learning_alone
 
 
 class Net(nn.Module):
@@ -23,6 +25,11 @@ class Net(nn.Module):
         return self.out(y), seen
 
 
+@cache
+def transformed(batch_first: bool, first: tuple[bool, ...], sizes: tuple[int, ...]) -> nn.Module:
+    return gatecc.transform(Net(batch_first).eval(), "gated-attention", (torch.randn(*sizes, 16), *first))
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize(("first", "second"), [((), (True,)), ((True,), ()), ((), (True, False))])
 @pytest.mark.parametrize("sizes", [(2, 6), (1, 6), (6,)])
@@ -30,7 +37,7 @@ def test_the_same_gate_in_both_spellings(
     batch_first: bool, first: tuple[bool, ...], second: tuple[bool, ...], sizes: tuple[int, ...]
 ) -> None:
     model: Any = Net(batch_first).eval()
-    gated: Any = gatecc.transform(model, "gated-attention", (torch.randn(*sizes, 16), *first))
+    gated: Any = learning_alone(transformed(batch_first, first, sizes))
     x = torch.randn(3, 5, 16)
     assert torch.allclose(gated(x, *second)[0], model(x)[0], atol=1e-6)
     with torch.no_grad():

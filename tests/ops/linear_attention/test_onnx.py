@@ -68,7 +68,7 @@ def test_a_converted_llama(tmp_path: Path) -> None:
     shape: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     llama: Any = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2, num_key_value_heads=1)).eval()
     ids = torch.randint(0, 32, (2, 9))
-    model = gatecc.transform(llama, gatecc.recipe("gla", gate=False), {"input_ids": ids})
+    model = gatecc.transform(llama, gatecc.recipe("gla", gate=False), {"input_ids": ids}, verify=False)
     made = gatecc.export(model, tmp_path / "out", {"input_ids": ids})
     assert made.operators[NODE] == 1
     assert made.outputs == {"logits": ["batch", "sequence", 32]}

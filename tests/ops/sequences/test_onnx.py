@@ -20,7 +20,7 @@ SHAPE: dict[str, Any] = {"vocab_size": 41, "hidden_size": 16, "intermediate_size
 def test_packed_rows_are_exported_and_given_masks_are_refused(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_hidden_layers=1, use_cache=False)).eval()
-    student = gatecc.transform(model, "gla", (IDS,))
+    student = gatecc.transform(model, "gla", (IDS,), verify=False)
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 1]]).expand(2, -1).contiguous()
     made = gatecc.export(student, tmp_path / "packed", {"input_ids": IDS, "position_ids": positions})
     assert max(c.error for c in made.compared) <= 1e-5
