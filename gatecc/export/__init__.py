@@ -15,7 +15,6 @@ from torch import nn
 from gatecc.capture.adapters import adapted
 from gatecc.capture.budget import budget
 from gatecc.capture.exported import exported_program
-from gatecc.capture.outputs import output_tensors
 from gatecc.capture.shield import random_states_kept, shielded
 from gatecc.capture.signature import OpaqueArgumentError, map_tensors, split_inputs
 from gatecc.codegen.onnx.build import MODEL, Capture, Freedom, Graph, build, free_axes, write
@@ -201,11 +200,8 @@ def _capture(call: Call) -> Capture | None:
     if not reads_masks(model):
         return None
     args, kwargs = call.arguments(call.leaves)
-
-    def tensors(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        return output_tensors(model(*args, **kwargs))
-
-    return lambda axes: exported_program(whole_program(model, args, kwargs, dynamic=axes, forward=tensors))
+    forward = call.flat.tensors
+    return lambda axes: exported_program(whole_program(model, args, kwargs, dynamic=axes, forward=forward))
 
 
 def _per_sample(one: torch.Tensor, two: torch.Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Build: a flat call through torch.export and torch.onnx to an ONNX model that is fit to be handed on.
+"""Build: the Program of a flat call through torch.onnx to an ONNX model that is fit to be handed on.
 
 It is stamped with an IR version that runtimes know, its free dimensions have names, every value has a recorded type
 and shape, and nothing in it tells on which machine it was made.
@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 
 from gatecc.capture.budget import budget
+from gatecc.capture.export import capture as capture_model
 from gatecc.capture.export import quiet
+from gatecc.capture.exported import exported_program
 from gatecc.capture.guards import Check, compile_guards, size_guards
 from gatecc.codegen.onnx.attention import ATTENTION, attention
 from gatecc.codegen.onnx.clean import clean, hold_constants, name_ends
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 IR_VERSION = 10  # the newest that every ONNX Runtime since 1.18 loads
 EXTERNAL = 3 * 2**29  # bytes of weights above which they get a file of their own: protobuf ends at 2 GiB
 MODEL, DATA = "model.onnx", "model.onnx.data"
+_WHERE = "gatecc.inspect says which submodules can be captured; write data-dependent code with torch.where"
 _OTHER_OPERATOR = "write it with other operators, or select sites or gates without it"
 
 
@@ -106,7 +109,7 @@ def build(
     """Export one call; gradients are off. Raises CaptureError if a capture fails, ExportError if torch.onnx does.
 
     ``lowerings`` are the ONNX forms of operators that torch.onnx does not know, by overload.
-    ``capture`` captures the call with these axes of its inputs free, by default as the model's Python code says;
+    ``capture`` captures the call with these axes of its inputs free, by default with scopes traced as they run;
     ``limit`` is the CPU time in seconds that it may take.
     """
     capture = capture or partial(exported, call)
@@ -178,9 +181,15 @@ def write(graph: Graph, folder: Path) -> None:
 
 
 def exported(call: Call, axes: Axes) -> ExportedProgram:
-    """The call as torch.export captures it."""
-    shapes = tuple(dict.fromkeys(sorted(of_one), Dim.AUTO) for of_one in axes)
-    return torch.export.export(call.flat, call.leaves, dynamic_shapes=(shapes,), strict=False)
+    """The call as a Program, made an ExportedProgram."""
+    args, kwargs = call.arguments(call.leaves)
+    try:
+        program = capture_model(call.flat.m, args, kwargs, forward=call.flat.tensors, dynamic=axes)
+    except CaptureError as e:
+        raise CaptureError(
+            "torch.export could not capture the model", where=type(call.flat.m).__name__, found=e.found, do=_WHERE
+        ) from e
+    return exported_program(program)
 
 
 def _program(call: Call, capture: Capture, axes: Axes, limit: float | None) -> ExportedProgram:
@@ -195,7 +204,7 @@ def _program(call: Call, capture: Capture, axes: Axes, limit: float | None) -> E
             "torch.export could not capture the model",
             where=where,
             found=reason(e),
-            do="gatecc.inspect says which submodules can be captured; write data-dependent code with torch.where",
+            do=_WHERE,
         ) from e
 
 

@@ -33,9 +33,13 @@ class Flat(nn.Module):
         """The model's arguments with these tensors in them."""
         return signature.rebuild(self._template, iter(leaves))
 
+    def tensors(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        """The tensors of what the model returns for its own arguments."""
+        return output_tensors(self.m(*args, **kwargs))
+
     def forward(self, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
         args, kwargs = self.arguments(leaves)
-        return output_tensors(self.m(*args, **kwargs))
+        return self.tensors(*args, **kwargs)
 
 
 @dataclass(frozen=True, eq=False)
