@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gatecc.capture.shield import shielded
 from gatecc.capture.signature import split_inputs
 from gatecc.engine.analyse import Analysis, Inputs, analyse, check_model, evaluation
+from gatecc.engine.whole import whole_program
 from gatecc.errors import ArgumentError
 from gatecc.ir.ops import argument
 from gatecc.ir.program import Program, attribute
@@ -28,7 +29,6 @@ from gatecc.ir.site import Attention, Residual, Site
 from gatecc.pipeline import prepare
 from gatecc.scope.hooks import UNSEEN
 from gatecc.scope.state import scopes
-from gatecc.scope.whole import whole_program
 
 
 @dataclass(frozen=True)

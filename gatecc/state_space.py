@@ -19,6 +19,7 @@ from gatecc.capture.shield import shielded
 from gatecc.capture.signature import map_tensors, split_inputs
 from gatecc.diagnose import Values, values_of
 from gatecc.engine.analyse import Inputs, check_model, evaluation
+from gatecc.engine.whole import whole_edits
 from gatecc.errors import ArgumentError
 from gatecc.ir.edit import Call, Editor
 from gatecc.ir.ops import argument
@@ -27,7 +28,6 @@ from gatecc.ir.select import Selector, select
 from gatecc.ir.site import Attention
 from gatecc.ops.state_space import StateSpace, gap, linear, of_weights, selective, softmax
 from gatecc.passes.mix.mixers.base import MixerModule
-from gatecc.scope.whole import whole_edits
 
 __all__ = ["StateSpace", "View", "gap", "linear", "of_weights", "selective", "softmax", "views"]
 

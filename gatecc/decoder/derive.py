@@ -16,8 +16,8 @@ from gatecc.decoder.analysis.inputs import enlarged
 from gatecc.decoder.plan import Plan, plan
 from gatecc.decoder.runtime.decoder import Decoder
 from gatecc.engine.analyse import Inputs, check_model, evaluation
+from gatecc.engine.whole import whole_program
 from gatecc.errors import ArgumentError, DecoderError
-from gatecc.scope.whole import whole_program
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}  # of a logit, relative to the largest; others: a percent
 

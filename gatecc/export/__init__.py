@@ -23,12 +23,12 @@ from gatecc.codegen.onnx.packages import EXPORT, RUNTIME, need
 from gatecc.codegen.onnx.place import blame
 from gatecc.codegen.onnx.runtime import check, check_dtypes
 from gatecc.engine.analyse import Inputs, check_model, evaluation
+from gatecc.engine.whole import reads_masks, whole_program
 from gatecc.errors import ArgumentError, CaptureError, ExampleInputsError, ExportError, GateccError
 from gatecc.export.compare import Compared, Outcome, compare
 from gatecc.export.files import MANIFEST, Exported, describe, metadata, move, parent, write_manifest
 from gatecc.ops import registry
 from gatecc.scope.transformers_loops import transformers_loops
-from gatecc.scope.whole import reads_masks, whole_program
 
 __all__ = ["MANIFEST", "Compared", "Exported", "export"]
 

@@ -22,9 +22,9 @@ def whole_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     """Capture a model as it is called and canonicalize it; a transformed one with its rewrites done on this graph.
 
     Scopes that run inline would each see their own inputs only, and a mask that is one of them proves nothing there:
-    in the whole graph it is made of positions. Scopes whose weights were changed in form run inline nevertheless,
-    for the plain graph would not fit these weights. ``how`` is handed
-    on to `capture`. Raises CaptureError, SiteRefusedError, GraphError.
+    in the whole graph it is made of positions. Scopes whose weights were changed in form run inline nevertheless, for
+    the plain graph would not fit these weights. ``how`` is handed on to `capture`. Raises CaptureError,
+    SiteRefusedError, GraphError.
     """
     return whole_edits(model, args, kwargs, **how)[0].program
 
