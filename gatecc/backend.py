@@ -16,7 +16,7 @@ from torch import fx
 from gatecc.capture.dynamo import dynamo_program, has_nested_graphs
 from gatecc.errors import ArgumentError
 from gatecc.ir.program import Program
-from gatecc.passes.canonicalize import canonicalize
+from gatecc.pipeline import canonical_form
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +58,7 @@ def lower(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Progra
     if has_nested_graphs(graph_module):
         log.info("gatecc: a graph goes on to the compiler as it is, because it holds nested graphs")
         return None
-    program = dynamo_program(graph_module, example_inputs)
-    canonicalize(program)
-    return program
+    return canonical_form(dynamo_program(graph_module, example_inputs))
 
 
 def compiled_graph(program: Program) -> fx.GraphModule:

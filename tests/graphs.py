@@ -18,8 +18,7 @@ from gatecc.ir.ops import mutates
 from gatecc.ir.program import Program
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.weights import Effect
-from gatecc.passes.canonicalize import canonicalize
-from gatecc.pipeline import apply, prepare
+from gatecc.pipeline import apply, canonical_form, prepare
 from gatecc.scope.family import difference
 from gatecc.scope.variant import Variant
 from tests.golden.reader import Reader
@@ -80,7 +79,7 @@ class _Function(nn.Module):
 def program_of(function: Callable[..., Tensor], *inputs: Tensor) -> Program:
     """A function as a canonical program."""
     program = capture(_Function(function), inputs)
-    canonicalize(program)
+    canonical_form(program)
     return program
 
 

@@ -20,10 +20,10 @@ from gatecc.decoder.rules.slots import Slot
 from gatecc.errors import DecoderError
 from gatecc.ir.dataflow import Flow
 from gatecc.ir.evaluate import Evaluator
-from gatecc.ir.match import find_sites
 from gatecc.ir.program import Program
 from gatecc.ir.site import Attention
 from gatecc.ir.sizes import described_shape, expression, node_shape, symbols
+from gatecc.pipeline import prepare
 
 
 @dataclass(eq=False)
@@ -85,7 +85,7 @@ def plan(program: Program) -> Plan:
     logits, output_at = _only_logits(program, inputs)
     slots: list[Slot] = []
     fused: dict[fx.Node, Recalled] = {}
-    sites = [site for site in find_sites(program).of("attention") if isinstance(site, Attention)]
+    sites = [site for site in prepare(program, canonical=True).found if isinstance(site, Attention)]
     for site in sites:
         recalled = attention(program, site, slots, inputs.lengths)
         if recalled is not None:

@@ -7,6 +7,7 @@ cases are observers.
 from gatecc.pipeline.apply import Application as Application
 from gatecc.pipeline.apply import apply as apply
 from gatecc.pipeline.prepare import Prepared as Prepared
+from gatecc.pipeline.prepare import canonical_form as canonical_form
 from gatecc.pipeline.prepare import prepare as prepare
 from gatecc.pipeline.stage import Observer as Observer
 from gatecc.pipeline.stage import Stage as Stage

@@ -52,6 +52,14 @@ class Prepared:
         return node
 
 
+def canonical_form(program: Program, observer: Observer | None = None) -> Program:
+    """The program, brought into canonical form in place: for what needs no sites. Raises CaptureError as `prepare`."""
+    with step("canonicalize", program, observer):
+        canonicalize(program)
+        settle(program)
+    return program
+
+
 def prepare(program: Program, observer: Observer | None = None, *, canonical: bool = False) -> Prepared:
     """Bring a program into canonical form, in place, and find its sites.
 
@@ -59,9 +67,7 @@ def prepare(program: Program, observer: Observer | None = None, *, canonical: bo
     stays a graph of its own.
     """
     if not canonical:
-        with step("canonicalize", program, observer):
-            canonicalize(program)
-            settle(program)
+        canonical_form(program, observer)
     with step("match", program, observer):
         sites = find_sites(program)
     return Prepared(program, sites.sites, sites.refusals)

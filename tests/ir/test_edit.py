@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from gatecc.capture import capture
 from gatecc.errors import GraphError
 from gatecc.ir.edit import Editor
-from gatecc.ir.match import find_sites
 from gatecc.ir.program import Program, origin
 from gatecc.ir.site import Site
-from gatecc.passes.canonicalize import canonicalize
+from gatecc.pipeline import prepare
 from gatecc.scope.variant import Variant
 
 
@@ -35,8 +34,7 @@ X = torch.randn(2, 3, 4)
 def opened(module: nn.Module | None = None) -> tuple[Program, Site]:
     """A canonical program of Net (or another) and its MLP site."""
     program = capture(module or Net(), (X,))
-    canonicalize(program)
-    return program, next(s for s in find_sites(program).sites if s.kind == "mlp")
+    return program, next(s for s in prepare(program).found if s.kind == "mlp")
 
 
 def outcome(program: Program, x: Tensor = X) -> Tensor:

@@ -12,7 +12,7 @@ from gatecc.capture import capture
 from gatecc.ir.match import find_sites
 from gatecc.ir.program import Program, copy_for
 from gatecc.ir.site import Site
-from gatecc.passes.canonicalize import canonicalize
+from gatecc.pipeline import canonical_form
 
 TABLE = torch.arange(8.0)
 
@@ -40,7 +40,7 @@ def both() -> tuple[Program, Program]:
     """A program with attributes, and the same one with these as placeholders before its inputs."""
     torch.manual_seed(0)
     program = capture(Model().eval(), (torch.randint(11, (2, 5)), torch.randn(8, 8)), fqn="outer.model")
-    canonicalize(program)
+    canonical_form(program)
     other = copy_for(program, program.module, program.fqn, program.example)
     first = other.placeholders[0]
     for node in other.graph.find_nodes(op="get_attr"):

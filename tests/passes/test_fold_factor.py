@@ -8,12 +8,11 @@ import torch
 from gatecc.errors import ArgumentError, SiteRefusedError
 from gatecc.ir.edit import Editor
 from gatecc.ir.gate import GateSpec
-from gatecc.ir.match import find_sites
 from gatecc.ir.select import Selector
 from gatecc.ir.weights import ScaleWeight
-from gatecc.passes.canonicalize import canonicalize
 from gatecc.passes.fold_factor import fold_into_next
 from gatecc.passes.gate import Gate
+from gatecc.pipeline import prepare
 from tests.golden.reader import Reader
 from tests.graphs import MLP, attention, done
 
@@ -84,7 +83,6 @@ def test_a_weight_with_another_reader_is_refused() -> None:
 
 def test_only_powers_of_two_fold_exactly() -> None:
     program = Reader(MLP).program
-    canonicalize(program)
-    (site,) = (s for s in find_sites(program).sites if s.kind == "mlp")
+    (site,) = (s for s in prepare(program).found if s.kind == "mlp")
     with pytest.raises(ArgumentError, match="power of two"):
         fold_into_next(Editor(program, site, "test"), site.values["hidden"].node, 3.0)

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from gatecc.capture import capture
-from gatecc.ir.match import Sites, find_sites
 from gatecc.ir.program import Program, attribute
 from gatecc.ir.site import Refusal, Site
-from gatecc.passes.canonicalize import canonicalize
+from gatecc.pipeline import Prepared, prepare
 
 
 class _Recorder(fx.Interpreter):
@@ -41,10 +40,10 @@ class Found:
     """The sites and refusals of one program."""
 
     program: Program
-    all: Sites
+    all: Prepared
 
     def sites(self, kind: str) -> list[Any]:
-        return [site for site in self.all.sites if site.kind == kind]
+        return [site for site in self.all.found if site.kind == kind]
 
     def owners(self, kind: str) -> list[str]:
         return [site.owner for site in self.sites(kind)]
@@ -85,8 +84,7 @@ def find(module: nn.Module, *args: Any, fqn: str = "", **kwargs: Any) -> Found:
     """Capture, canonicalize, match."""
     module.eval()
     program = capture(module, args, kwargs, fqn=fqn)
-    canonicalize(program)
-    return Found(program, find_sites(program))
+    return Found(program, prepare(program))
 
 
 class Lambda(nn.Module):

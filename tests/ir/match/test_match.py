@@ -52,7 +52,7 @@ def test_values_are_what_the_modules_compute(name: str) -> None:
     case = zoo(name).build()
     sites = [
         s
-        for s in found.all.sites
+        for s in found.all.found
         if s.kind in ("linear", "conv", "embedding", "mlp", "block") and s.owner and not s.call
     ]
     seen = _record(case.model, {site.owner for site in sites}, lambda: case.model(*case.args, **case.kwargs))
@@ -106,9 +106,9 @@ def test_weights_reproduce_the_products(name: str) -> None:
 @pytest.mark.parametrize("name", MLPS)
 def test_every_site_is_well_formed(name: str) -> None:
     found = found_in(name)
-    keys = [(site.kind, site.key) for site in found.all.sites]
+    keys = [(site.kind, site.key) for site in found.all.found]
     assert len(keys) == len(set(keys))
-    for site in found.all.sites:
+    for site in found.all.found:
         assert site.line
         for name in site.values:
             Selector(site.kind, ..., name)  # every value can be selected

@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 from gatecc.errors import SiteRefusedError
 from gatecc.ir.gate import GateSpec
 from gatecc.ir.mask import Mask
-from gatecc.ir.match import find_sites
 from gatecc.ir.select import Selector
 from gatecc.ir.site import Attention
 from gatecc.passes.branch.branch import Branch, PrefixSum, kept_key_sum, key_sum, starts_at_zero, visible
-from gatecc.passes.canonicalize import canonicalize
+from gatecc.pipeline import prepare
 from tests.golden.reader import Reader
 from tests.graphs import MLP, attention, done
 
@@ -67,8 +66,7 @@ def test_windowed_sums_are_sums_over_windows(n: int, window: int, axis: int) -> 
 def test_masks_that_positions_do_not_tell_are_refused() -> None:
     mask = Mask("unknown", reason="it depends on the data")
     program = Reader(attention()).program
-    canonicalize(program)
-    (site,) = (s for s in find_sites(program).sites if isinstance(s, Attention))
+    (site,) = (s for s in prepare(program).found if isinstance(s, Attention))
     with pytest.raises(SiteRefusedError, match="cannot be summed") as error:
         visible(mask, site)
     assert str(mask) in str(error.value)

@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from gatecc.errors import ArgumentError, SiteRefusedError
 from gatecc.ir.edit import Editor
 from gatecc.ir.gate import GateSpec
-from gatecc.ir.match import find_sites
 from gatecc.ir.rewrite import rewrite_from_json
 from gatecc.ir.select import Selector
 from gatecc.ir.site import Attention, Value
 from gatecc.passes.branch.branch import Branch
 from gatecc.passes.branch.grid import GridConv
-from gatecc.passes.canonicalize import canonicalize
+from gatecc.pipeline import prepare
 from gatecc.scope.variant import Variant
 from tests.golden.reader import Reader
 from tests.graphs import attention, done
@@ -43,8 +42,7 @@ def test_it_is_added_to_heads_from_another_stage() -> None:
 def test_tokens_may_come_first() -> None:
     """(N, B, C), as inside torch.nn.MultiheadAttention: here the first axis is taken for the tokens."""
     program = Reader(attention()).program
-    canonicalize(program)
-    site = next(s for s in find_sites(program).sites if isinstance(s, Attention))
+    site = next(s for s in prepare(program).found if isinstance(s, Attention))
     first = replace(site, values={**site.values, "hidden": Value(site.values["hidden"].node, "nbc")})
     edit = Editor(program, first, "branch")
     edit.replace(program.outputs[0], GridConv(rows=2, columns=1).build(first, first.values["hidden"], edit))
@@ -79,7 +77,7 @@ def test_only_readers_inside_the_attention_see_a_new_input() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 4, 5, 17])
 def test_grids_that_tokens_fill(tokens: int) -> None:
-    site = find_sites(Reader(attention()).program).sites[0]
+    site = prepare(Reader(attention()).program).found[0]
     squares = {1: (1, 1), 4: (2, 2)}
     if tokens in squares:
         assert GridConv().cells(tokens, site) == squares[tokens]

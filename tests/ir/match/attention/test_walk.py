@@ -15,7 +15,7 @@ from gatecc.capture import capture
 from gatecc.ir.match.attention.walk import match_attention
 from gatecc.ir.program import Program
 from gatecc.ir.site import Attention, Refusal
-from gatecc.passes.canonicalize import canonicalize
+from gatecc.pipeline import canonical_form
 from tests.graphs import record
 from tests.ir.match.attention.spellings import HEADS, SPELLINGS, WIDTH, D, Spelled, Spelling
 from tests.ir.match.attention_math import check, ordered, projected
@@ -25,7 +25,7 @@ B, N = 2, 5
 
 def found(module: nn.Module, *inputs: Tensor) -> tuple[Program, list[Attention], list[Refusal]]:
     program = capture(module, inputs)
-    canonicalize(program)
+    canonical_form(program)
     sites, refusals = match_attention(program)
     return program, sites, refusals
 

@@ -11,7 +11,7 @@ from gatecc.capture import capture
 from gatecc.errors import CaptureError
 from gatecc.ir.match.attention.walk import match_attention
 from gatecc.ir.site import Attention
-from gatecc.passes.canonicalize import canonicalize
+from gatecc.pipeline import canonical_form
 from tests.graphs import record
 from tests.ir.match.attention_math import check
 from tests.zoo import Core, Spec, observe, sample
@@ -42,7 +42,7 @@ def test_zoo(spec: Spec) -> None:
         if not spec.id.startswith(UNCAPTURABLE):
             raise
         pytest.skip(f"torch.export cannot capture {spec.id} as a whole: {e.found}")
-    canonicalize(program)
+    canonical_form(program)
     sites, refusals = match_attention(program)
 
     assert [site.owner for site in sites] == list(truth.owners), refusals

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gatecc.capture import capture
 from gatecc.ir.mask import Mask
 from gatecc.ir.match.attention.walk import match_attention
-from gatecc.passes.canonicalize import canonicalize
+from gatecc.pipeline import canonical_form
 
 B, H, N, E = 2, 2, 7, 4
 
@@ -35,7 +35,7 @@ class Masked(nn.Module):
 
 def proved(module: nn.Module, *inputs: Tensor, dynamic: bool = True) -> Mask:
     program = capture(module, (torch.randn(B, H, N, E), *inputs), dynamic="auto" if dynamic else "none")
-    canonicalize(program)
+    canonical_form(program)
     (site,), refusals = match_attention(program)
     assert not refusals
     return site.mask
@@ -265,7 +265,7 @@ def test_a_view_that_is_written_to() -> None:
 
 def test_nothing_random_happens_and_the_generator_stays() -> None:
     program = capture(Masked(alibi), (torch.randn(B, H, N, E),))
-    canonicalize(program)
+    canonical_form(program)
     before = torch.get_rng_state()
     match_attention(program)
     assert torch.equal(torch.get_rng_state(), before)
