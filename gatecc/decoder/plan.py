@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_structure
 
 from gatecc.decoder.analysis.axes import NOW, Lengths
 from gatecc.decoder.analysis.dependence import Dependence, DependsOn
@@ -106,6 +107,7 @@ def _only_logits(program: Program, inputs: Inputs) -> tuple[fx.Node, int]:
     for at, node in enumerate(program.outputs):
         if isinstance(node, fx.Node) and inputs.lengths.axes(node):
             output.args = ((node,),)
+            program.out_spec = tree_structure(node)
             program.graph.eliminate_dead_code()
             return node, at
     raise DecoderError(

@@ -41,6 +41,7 @@ def record(step: Step, example: Sequence[Any]) -> None:
             for node in program.calls():
                 node.meta["val"] = _value(node)
     program.example = [x for x in example if isinstance(x, torch.Tensor)]
+    program.paths = [(node.name,) for node in program.placeholders]
 
 
 def _value(node: fx.Node) -> Any:
