@@ -21,6 +21,7 @@ that call a root operator of a pattern are looked at, and from each as many othe
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import EllipsisType
@@ -228,14 +229,14 @@ class _Attempt:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class Part(ABC):
     """A part of a pattern. ``name``: what the match calls it."""
 
     name: str
 
+    @abstractmethod
     def fit(self, value: Any, state: _State, attempt: _Attempt) -> Iterator[_State]:
         """The states in which the part means a value of the graph."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)

@@ -52,7 +52,7 @@ def source(ref: Ref, selector: Selector, edit: Editor) -> Value:
 
 
 def condition(name: str, program: Program, like: Value) -> Value:
-    """An input of the model by its parameter name: a number or vector a sample, or a number per token."""
+    """An input of the model by its parameter name: a number or vector per sample, or a number per token."""
     for node, path in zip(program.placeholders, program.paths, strict=True):
         if path == (name,) or node.name == name:
             return Value(node, _condition_axes(node, like))

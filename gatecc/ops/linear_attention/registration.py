@@ -19,7 +19,7 @@ from gatecc.ops.registry import Carry, Operator, StepRule, Unfit, register
 def _unfit(node: fx.Node) -> Unfit | None:
     for name, plain in (("reverse", False), ("cu_seqlens", None)):
         if named(node, name) is not plain:
-            return Unfit(f"linear attention with {name}", "a decoder runs forwards over one text a sample")
+            return Unfit(f"linear attention with {name}", "a decoder runs forwards over one text per sample")
     return None
 
 
