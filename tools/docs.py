@@ -51,6 +51,7 @@ GUIDES = (
     ("sites.md", "the kinds of places that a rewrite can name, their values, and what the axes of these count"),
     ("gates.md", "what a gate reads, how it is scored, what it varies over, how it learns and starts"),
     ("linear-attention.md", "the operator: rules, options, states, steps, and what computes it"),
+    ("experts.md", "the operator, routing, upcycling, existing experts, adapters, ensembles, hand-off"),
     ("export.md", "ONNX: which sizes are free, how numbers are judged, what is given up and what is refused"),
     ("state-space.md", "softmax, linear attention, delta rules and state spaces as one recurrence, and checks of it"),
     ("capture.md", "from a model to a graph: what is changed meanwhile, and what happens when it fails"),

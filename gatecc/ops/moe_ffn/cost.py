@@ -1,0 +1,41 @@
+"""What ``gatecc::moe_ffn`` costs: floating-point operations for torch's counter, and bytes.
+
+Empty slots are not seen in shapes: each slot counts as one that an expert serves. An expert is read once, and no more
+of them than there are slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+Shape = Sequence[int]
+
+
+def forward(x: Shape, weights: Shape, indices: Shape, gate_up: Shape, down: Shape, *_: Any, **__: Any) -> int:
+    """FLOPs: both products of each slot, two operations per multiply-add."""
+    return 2 * indices[0] * indices[1] * (gate_up[1] * gate_up[2] + down[1] * down[2])
+
+
+def backward(grad: Shape, hidden: Shape, *rest: Any, needs: Sequence[bool] = (True,) * 6, **_: Any) -> int:
+    """Gradients of rows pass through down always, through gate_up for x; each weight has one product of its own."""
+    indices, gate_up, down = rest[2:5]
+    first, second = gate_up[1] * gate_up[2], down[1] * down[2]
+    per_slot = second * (1 + needs[3]) + first * (needs[0] + needs[2])
+    return 2 * indices[0] * indices[1] * per_slot
+
+
+def moved_bytes(
+    x: Tensor, weights: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor, *biases: Tensor | None, **options: Any
+) -> int:
+    """Bytes of one call: x, weights, indices and the result once, and the experts that the slots can reach."""
+    E, slots = gate_up.size(0), indices.numel()
+    experts = sum(_size(t) for t in (gate_up, down, *biases) if t is not None)
+    out = x.size(0) * down.size(1) * (indices.size(1) if options.get("combine") == "slots" else 1)
+    return sum(map(_size, (x, weights, indices))) + out * x.element_size() + experts * min(E, slots) // max(E, 1)
+
+
+def _size(x: Tensor) -> int:
+    return x.numel() * x.element_size()

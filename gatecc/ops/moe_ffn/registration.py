@@ -1,0 +1,22 @@
+"""What decoder, ONNX and cost know of ``gatecc::moe_ffn``."""
+
+from __future__ import annotations
+
+import torch
+
+from gatecc.ops.moe_ffn import cost
+from gatecc.ops.moe_ffn.kernels import KERNELS
+from gatecc.ops.registry import Operator, StepRule, register
+
+_ops = torch.ops.gatecc
+register(
+    Operator(
+        overload=_ops.moe_ffn.default,
+        step=StepRule(operand="x", axis=None),  # each token by itself
+        flops=cost.forward,
+        bytes=cost.moved_bytes,
+        kernels=KERNELS,
+    )
+)
+register(Operator(overload=_ops.moe_ffn_training.default, flops=cost.forward))
+register(Operator(overload=_ops.moe_ffn_backward.default, flops=cost.backward))
