@@ -46,8 +46,13 @@ def reads_afar(spec: GateSpec) -> bool:
     return any(ref.cond is not None or ref.at is not None for ref in spec.sources)
 
 
-def gate_node(spec: GateSpec, selector: Selector, value: Value, edit: Editor, label: str) -> tuple[fx.Node, GateShape]:
-    """Insert a gate for ``value``: the node of the gate, which broadcasts against the value, and its place."""
+def gate_node(
+    spec: GateSpec, selector: Selector, value: Value, edit: Editor, label: str, experts: int = 0
+) -> tuple[fx.Node, GateShape]:
+    """Insert a gate for ``value``: the node of the gate, which broadcasts against the value, and its place.
+
+    A gate over so many ``experts`` has them in the place of the value's channels.
+    """
     sources = [source(ref, selector, edit) for ref in spec.sources]
     if spec.fuse_into:
         sources = [fused_scores(spec, value, sources[0], edit)]
@@ -56,7 +61,7 @@ def gate_node(spec: GateSpec, selector: Selector, value: Value, edit: Editor, la
         check_tokens(value, edit.site)
     over_tokens = [part.tokens for part in spec.source.parts for _ in part.refs]  # the others are pooled: of any length
     check_positions(value, [s for s, tokens in zip(sources, over_tokens, strict=True) if tokens], edit.site)
-    at = gate_shape(spec, value, sources, edit)
+    at = gate_shape(spec, value, sources, edit, experts)
     like = own_weight(edit.site, edit.program)
 
     def build() -> nn.Module:

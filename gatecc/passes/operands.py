@@ -209,9 +209,12 @@ def _size(value: Value, axis: str) -> str:
     return f"{size_text(size, size_names(value.node.graph))} in {value.node.name}"
 
 
-def gate_shape(spec: GateSpec, value: Value, sources: Sequence[Value], edit: Editor) -> GateShape:
-    """The place of a gate. Parameters that vary over tokens pin the graph to the present number of tokens."""
-    known = static_sizes(value)
+def gate_shape(spec: GateSpec, value: Value, sources: Sequence[Value], edit: Editor, experts: int = 0) -> GateShape:
+    """The place of a gate. Parameters that vary over tokens pin the graph to the present number of tokens.
+
+    ``experts``: how many there are, for a gate over experts.
+    """
+    known = static_sizes(value) | ({"e": experts} if experts else {})
     if isinstance(edit.site, Attention) and edit.site.heads:
         known.setdefault("h", edit.site.heads)
     found = GateShape(value.axes, known, tuple(map(source_shape, sources)))

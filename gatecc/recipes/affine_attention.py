@@ -5,7 +5,8 @@ from __future__ import annotations
 from gatecc.ir.gate import GateSpec
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.select import Selector
-from gatecc.passes.branch.branch import Branch, PrefixSum
+from gatecc.passes.branch.branch import Branch
+from gatecc.passes.branch.prefix_sum import PrefixSum
 from gatecc.passes.gate import Gate
 from gatecc.recipes import samples
 from gatecc.recipes.registry import Case, recipe

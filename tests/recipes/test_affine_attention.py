@@ -76,7 +76,7 @@ def test_real_models(name: str, export: bool) -> None:
 
 
 def test_a_sliding_window_sums_its_window() -> None:
-    from gatecc.passes.branch.branch import key_sum
+    from gatecc.passes.branch.prefix_sum import key_sum
 
     v = torch.randn(2, 3, 9, 4)
     expected = torch.stack([v[:, :, max(0, i - 3) : i + 1].sum(2) for i in range(9)], 2)

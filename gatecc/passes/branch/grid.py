@@ -18,7 +18,7 @@ from gatecc.ir.program import shape
 from gatecc.ir.site import Attention, Site, Value
 from gatecc.ir.sizes import on_example
 from gatecc.passes.axes import arranged
-from gatecc.passes.branch.branch import Body
+from gatecc.passes.branch.body import Body
 from gatecc.passes.operands import beside, place, stage, static_sizes
 
 

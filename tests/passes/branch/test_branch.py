@@ -12,7 +12,8 @@ from gatecc.ir.gate import GateSpec
 from gatecc.ir.mask import Mask
 from gatecc.ir.select import Selector
 from gatecc.ir.site import Attention
-from gatecc.passes.branch.branch import Branch, PrefixSum, kept_key_sum, key_sum, starts_at_zero, visible
+from gatecc.passes.branch.branch import Branch, starts_at_zero
+from gatecc.passes.branch.prefix_sum import PrefixSum, kept_key_sum, key_sum, visible
 from gatecc.pipeline import prepare
 from tests.golden.reader import Reader
 from tests.graphs import MLP, attention, done
