@@ -114,7 +114,7 @@ def rewritten(
             if before is not None:
                 with evaluation(model):
                     at_another_size(before, model, one_more(analysis.programs, analysis.sites, args, kwargs))
-                _check_apart(model, task, analysis, before)
+                _check_apart(target, task, analysis, before)
             step = _transform(target, task, analysis, undo)
             if before is not None:
                 outcome = check(before, target, wanted, args, kwargs)
@@ -189,23 +189,24 @@ def _copy(model: nn.Module) -> nn.Module:
 def _check_apart(model: nn.Module, task: Task, analysis: Analysis, before: Reference) -> None:
     """Check rewrites that keep the model's function by themselves, if others of their recipe change it.
 
-    Together they cannot be compared with the original. Raises ContractError.
+    Together they cannot be compared with the original. The model is left as it was. Raises ContractError.
     """
     kept = tuple(r for r in task.recipe.rewrites if r.contract().checked)
     if not kept or len(kept) == len(task.recipe.rewrites):
         return
     alone = replace(task, recipe=replace(task.recipe, rewrites=kept), look=False)
+    undo = Undo(classes=[(m, type(m)) for m in model.modules() if is_served(m)])
     try:
-        twin = _copy(model)
-        with evaluation(twin):
-            _transform(twin, alone, analysis, Undo())
-            outcome = check(replace(before, notes=[]), twin, alone.recipe, task.args, task.kwargs)
+        _transform(model, alone, analysis, undo)
+        outcome = check(replace(before, notes=[]), model, alone.recipe, task.args, task.kwargs)
     except (ArgumentError, CaptureError, EmptySelectionError, GraphError, SiteRefusedError) as e:
         names = ", ".join(map(str, kept))
         before.notes.append(
             f"{names} not checked: cannot be done without the rewrites that change the function: {e.what}"
         )
         return
+    finally:
+        undo.run(model)
     before.notes.append(f"{', '.join(map(str, kept))} checked without the others: {outcome.error:.1e}")
 
 

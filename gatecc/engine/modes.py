@@ -84,15 +84,23 @@ def acts(
 
 @contextmanager
 def holding(values: Values) -> Generator[None]:
-    """Parameters with other values for a while. Their own tensors are put back, untouched."""
-    own = {p: p.data for p in values}
+    """Parameters with other values for a while; afterwards they have their own back, bitwise."""
+    own = [(p, held.part, p.data if held.part is None else held.part.clone()) for p, held in values.items()]
     try:
-        for p, value in values.items():
-            p.data = value
+        for p, held in values.items():
+            _hold(p, held.part, held.value)
         yield
     finally:
-        for p, value in own.items():
-            p.data = value
+        for p, part, value in own:
+            _hold(p, part, value)
+
+
+def _hold(parameter: nn.Parameter, part: torch.Tensor | None, value: torch.Tensor) -> None:
+    """In place only where a copy could be too large. What was derived from a weight sees that: its version changes."""
+    if part is None:
+        parameter.data = value
+    else:
+        part.copy_(value)
 
 
 @dataclass
@@ -181,7 +189,7 @@ class _Look:
         if not missing or compare(seen.output, self._run(mode, self._all()).output):
             return  # a model that draws other numbers in each call shows nothing
         for fqn, module in missing.items():
-            values = {p: p.data + noise(p.data, torch.Generator().manual_seed(1)) for p in self._alone(module)}
+            values = {p: noise(p, torch.Generator().manual_seed(1)) for p in self._alone(module)}
             other = self._run(mode, self._all() | values)
             if not other.error and compare(seen.output, other.output):
                 self._miss(fqn, mode, "its weights are read, and it is not called")

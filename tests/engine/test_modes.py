@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import gatecc
 from gatecc.engine import place
-from gatecc.engine.modes import EVAL, EVAL_NO_GRAD, TRAIN_NO_GRAD, acts
+from gatecc.engine.modes import EVAL, EVAL_NO_GRAD, TRAIN_NO_GRAD, acts, holding
 from gatecc.errors import CallNotCapturedError, ContractError
-from gatecc.ir.weights import NewModule
+from gatecc.ir.weights import NewModule, effect
 from tests.recipes.tiny import tiny
 
 X = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(2))
@@ -213,6 +213,21 @@ def test_everything_is_as_before_the_look() -> None:
         assert p.grad is None
     assert not any(m.training for m in gated.modules())
     assert not any("_compiled_call_impl" in vars(m) for m in gated.modules())
+
+
+def test_large_parameters_get_noise_in_a_part_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No second copy of them is made; every row has some of it, of the size that noise everywhere would have."""
+    monkeypatch.setattr(effect, "SPREAD", 1 << 10)
+    weight = nn.Parameter(torch.randn(64, 256))
+    before = weight.clone()
+    x = torch.randn(256)
+    held = effect.noise(weight, torch.Generator().manual_seed(0))
+    assert held.value.numel() < 2 << 10
+    with holding({weight: held}):
+        assert bool((weight != before).any(1).all())
+        moved = (weight - before) @ x
+        assert 0.3 < float(moved.norm() / (64**0.5)) < 3
+    assert torch.equal(weight, before)
 
 
 def test_a_mode_that_the_model_does_not_have_is_noted() -> None:

@@ -21,10 +21,21 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gatecc.errors import UnsupportedModelError
 
-Values = dict[nn.Parameter, torch.Tensor]  # what parameters shall hold for a while
 Tensors = dict[str, torch.Tensor]  # a state dict
 
 EFFECTS: dict[str, type[Effect]] = {}
+SPREAD = 1 << 18  # elements of a parameter that get noise, at least; a copy of all of them may not fit into memory
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """What a parameter shall hold for a while: other data, or other values of a ``part``, which is a view of it."""
+
+    value: torch.Tensor
+    part: torch.Tensor | None = None
+
+
+Values = dict[nn.Parameter, Held]
 
 
 class Ledger(Protocol):
@@ -163,11 +174,27 @@ def editable(layer: nn.Module, path: str) -> nn.Parameter:
     return parameter
 
 
-def noise(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Noise for a parameter: a matrix of it keeps the scale of what it multiplies, a vector of it is half a unit."""
-    scale = 0.5 if x.dim() < 2 else (x.shape[0] / max(x.numel(), 1)) ** 0.5
+def noise(parameter: nn.Parameter, generator: torch.Generator) -> Held:
+    """A parameter with noise: a matrix of it keeps the scale of what it multiplies, a vector of it is half a unit.
+
+    Of a large parameter, elements spread over all of it get it, and so much more.
+    """
+    x = parameter.detach()
+    step = x.numel() // SPREAD | 1 if x.is_contiguous() else 1  # odd: it falls on other columns in each row
+    if step == 1:
+        return Held(_noisy(x, generator, x.shape, 1.0))
+    return noisy_part(x.view(-1)[::step], generator, x.shape, step**0.5)
+
+
+def noisy_part(part: torch.Tensor, generator: torch.Generator, shape: torch.Size, more: float = 1.0) -> Held:
+    """Noise on a view of a parameter, of the scale for a tensor of a shape, times ``more``."""
+    return Held(_noisy(part, generator, shape, more), part)
+
+
+def _noisy(x: torch.Tensor, generator: torch.Generator, shape: torch.Size, more: float) -> torch.Tensor:
+    scale = more * (0.5 if len(shape) < 2 else (shape[0] / max(shape.numel(), 1)) ** 0.5)
     kind = x.dtype if x.is_floating_point() or x.is_complex() else torch.float32
-    return (torch.randn(x.shape, generator=generator) * scale).to(device=x.device, dtype=kind)
+    return x + (torch.randn(x.shape, generator=generator) * scale).to(device=x.device, dtype=kind)
 
 
 def changed_in(

@@ -67,7 +67,7 @@ class NewModule(Effect):
         ledger.own.add(self.path)
 
     def noisy(self, layer: nn.Module, generator: torch.Generator) -> Values:
-        return {p: p.data + noise(p.data, generator) for p in layer.get_submodule(self.path).parameters()}
+        return {p: noise(p, generator) for p in layer.get_submodule(self.path).parameters()}
 
     def before(self, state: Tensors, same: Mapping[str, str]) -> Tensors:
         return {name: t for name, t in state.items() if not name.startswith(f"{self.path}.")}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gatecc.ir.weights.effect import Effect, Ledger, Tensors, Values, changed_in, editable, holder_of, noise
+from gatecc.ir.weights.effect import Effect, Ledger, Tensors, Values, changed_in, editable, holder_of, noisy_part
 from gatecc.ir.widen import Rows, narrow, widen
 
 
@@ -51,9 +51,8 @@ class WidenWeight(Effect):
 
     def noisy(self, layer: nn.Module, generator: torch.Generator) -> Values:
         parameter = layer.get_parameter(self.path)
-        new = parameter.data.unflatten(0, (self.rows.groups, -1))[:, self.rows.old :].flatten(0, 1)
-        own = self.rows.narrow(parameter.data)
-        return {parameter: self.rows.widen(own, new + noise(new, generator))}
+        new = parameter.detach().unflatten(0, (self.rows.groups, -1))[:, self.rows.old :]
+        return {parameter: noisy_part(new, generator, new.flatten(0, 1).shape)}
 
     def before(self, state: Tensors, same: Mapping[str, str]) -> Tensors:
         return changed_in(self.path, state, same, self.rows.narrow)
