@@ -1,0 +1,231 @@
+"""FFN: an MLP site as the plain formula that an expert computes, proved on random numbers.
+
+What lies between the input and the output of a site may be spelled in many ways: a written-out GELU, views, dropout,
+gate and up in one matrix in either order. So its part of the graph is run in float64 on random inputs and weights and
+compared with the formula; a site that computes anything else is refused, with the difference that was found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
+
+from gatecc.errors import SiteRefusedError
+from gatecc.ir.ops import CASTS, DROPOUTS, opname
+from gatecc.ir.program import Program, attribute, shape
+from gatecc.ir.site import MLP, Site, Weight
+from gatecc.ir.sizes import on_example
+from gatecc.ops.moe_ffn.activations import Layout, activation, names
+from gatecc.passes.operands import place, stage
+
+_TOLERANCE = 1e-6  # of the formula in float64, relative: other activations differ by 1e-4 and more
+Order = Literal["plain", "apart", "gate_up", "up_gate", "interleaved"]
+
+
+@dataclass(frozen=True)
+class FFN:
+    """``down @ (act(gate @ x) * (up @ x))``, or ``down @ act(up @ x)`` if ``order`` is plain.
+
+    ``weights``: those of the site by role. ``order``: "apart" for gate and up in matrices of their own, else how the
+    rows of the one matrix lie. ``width`` of x, ``hidden`` and ``out`` features; ``activation`` as text of the operator.
+    """
+
+    weights: dict[str, Weight]
+    order: Order
+    width: int
+    hidden: int
+    out: int
+    activation: str
+
+    @property
+    def gated(self) -> bool:
+        """Whether a gate multiplies the hidden features."""
+        return self.order != "plain"
+
+    @property
+    def bias(self) -> tuple[bool, bool]:
+        """Whether the first and the last product add a bias."""
+        first = self.weights["gate" if self.order == "apart" else "up" if self.order == "plain" else "gate_up"]
+        return first.bias is not None, self.weights["down"].bias is not None
+
+    def tensors(self) -> Iterator[str]:
+        """The full names of its parameters."""
+        for weight in self.weights.values():
+            yield weight.fqn
+            if weight.bias is not None:
+                yield weight.bias
+
+    def stacked(self, read: Callable[[str], Tensor]) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """gate_up (2F, d) or (F, d), its bias, down (o, F) and its bias, from parameters by their full names."""
+        first = [self.weights[r] for r in ("gate", "up", "gate_up") if r in self.weights]
+        matrix = torch.cat([_oriented(w, read(w.fqn)) for w in first])
+        bias = torch.cat([_rows(w, read(str(w.bias))) for w in first]) if self.bias[0] else None
+        down = self.weights["down"]
+        down_bias = None if down.bias is None else _rows(down, read(down.bias))
+        return (
+            self._halves(matrix),
+            None if bias is None else self._halves(bias),
+            _oriented(down, read(down.fqn)),
+            down_bias,
+        )
+
+    def _halves(self, rows: Tensor) -> Tensor:
+        """Rows as the gate's, then those of up."""
+        if self.order == "interleaved":
+            return torch.cat([rows[::2], rows[1::2]])
+        return torch.cat(rows.chunk(2)[::-1]) if self.order == "up_gate" else rows
+
+
+def _oriented(weight: Weight, tensor: Tensor) -> Tensor:
+    return _rows(weight, tensor if weight.orientation == "out_in" else tensor.transpose(-1, -2))
+
+
+def _rows(weight: Weight, tensor: Tensor) -> Tensor:
+    return tensor if weight.rows is None else tensor[slice(*weight.rows)]
+
+
+def read_ffn(site: Site, program: Program) -> FFN:
+    """The formula of an MLP site. Raises SiteRefusedError for one that computes something else."""
+    if not isinstance(site, MLP) or site.form == "experts":
+        found = "experts already" if isinstance(site, MLP) else f"a site of kind {site.kind}"
+        raise _refused(site, found, "a dense MLP: mlp[...]")
+    _check_weights(site)
+    given, out = stage(site, "in"), stage(site, "out")
+    if given.axes.features != "c" or given.axes[-1] != "c" or out.axes[-1] != "c":
+        raise _refused(site, f"axes {given.axes} in, {out.axes} out", "channels as the last axis")
+    with _disable_current_modes(), unset_fake_temporarily(), torch.no_grad():
+        names = {w.fqn for w in site.weights.values()} | {str(w.bias) for w in site.weights.values() if w.bias}
+        part = _Part(program, site, given.node, out.node, names)
+        return _proved(site, part)
+
+
+def _check_weights(site: MLP) -> None:
+    roles = set(site.weights)
+    if roles not in ({"up", "down"}, {"gate", "up", "down"}, {"gate_up", "down"}):
+        raise _refused(
+            site, f"weights {', '.join(sorted(roles)) or 'none'}", "up and down, and gate of gated forms, as parameters"
+        )
+    if conv := [role for role, w in site.weights.items() if w.orientation == "conv"]:
+        raise _refused(site, f"{', '.join(conv)} are convolutions", "matrix products")
+    biases = {w.bias is not None for role, w in site.weights.items() if role != "down"}
+    if len(biases) == 2:
+        raise _refused(site, "one of gate and up has a bias", "both or none")
+
+
+class _Part:
+    """The part of a graph between the input and the output of a site, on random numbers in float64."""
+
+    def __init__(self, program: Program, site: MLP, given: fx.Node, out: fx.Node, names: set[str]) -> None:
+        self._program, self._site, self._names = program, site, names
+        self._generator = torch.Generator().manual_seed(0)
+        self.weights: dict[str, Tensor] = {}
+        self.x = self._random([_hint(s) for s in shape(given)], 1.0)
+        self._known: dict[fx.Node, Any] = {given: self.x}
+        self.y: Tensor = self._run(out)
+
+    def _run(self, out: fx.Node) -> Tensor:
+        for node in self._needed(out):
+            self._known[node] = self._value(node)
+        return cast("Tensor", self._known[out])
+
+    def _needed(self, out: fx.Node) -> list[fx.Node]:
+        """The nodes that the output needs, in order, up to the input."""
+        seen: set[fx.Node] = set()
+        todo = [out]
+        while todo:
+            node = todo.pop()
+            if node in seen or node in self._known:
+                continue
+            seen.add(node)
+            if not isinstance(node.meta.get("val"), (int, torch.SymInt)):
+                todo.extend(node.all_input_nodes)
+        return sorted(seen)
+
+    def _value(self, node: fx.Node) -> Any:
+        held = node.meta.get("val")
+        if isinstance(held, (int, torch.SymInt)):
+            return _hint(held)
+        name = self._program.weight_name(node)
+        if name in self._names:
+            assert isinstance(held, Tensor)
+            fan = held.shape[-1] if held.dim() > 1 else 4
+            self.weights[name] = self._random(list(held.shape), 1.5 * fan**-0.5)
+            return self.weights[name]
+        if node.op != "call_function":
+            raise _refused(
+                self._site,
+                f"it reads {name or node.name} beside its input",
+                "what depends on its input and weights alone",
+            )
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._known[n])
+        if opname(node) in DROPOUTS:
+            return args[0]
+        if opname(node) in CASTS and isinstance(held, Tensor) and held.is_floating_point():
+            return args[0]
+        try:
+            return cast("Callable[..., Any]", node.target)(*args, **kwargs)
+        except (RuntimeError, TypeError, NotImplementedError) as e:
+            raise _refused(self._site, f"{opname(node)} cannot be tried: {e}"[:200], "plain tensor operators") from e
+
+    def _random(self, sizes: list[int], scale: float) -> Tensor:
+        return torch.randn(sizes, generator=self._generator, dtype=torch.float64) * scale
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    found = on_example(size)
+    return 1 if found is None else found
+
+
+def _proved(site: MLP, part: _Part) -> FFN:
+    """The formula whose result is that of the graph."""
+    errors: dict[str, float] = {}
+    orders: tuple[Order, ...] = ("gate_up", "up_gate", "interleaved") if "gate_up" in site.weights else ("apart",)
+    for order in orders if site.form == "gated" else ("plain",):
+        ffn = _shaped(site, order, part)
+        rows, bias, down, down_bias = ffn.stacked(part.weights.__getitem__)
+        h = torch.nn.functional.linear(part.x, rows, bias)
+        layout: Layout = "plain" if order == "plain" else "halves"
+        for name in names():
+            if layout == "plain" and activation(name).of_both:
+                continue
+            y = torch.nn.functional.linear(activation(name).hidden(h, layout), down, down_bias)
+            errors[f"{name} ({order})"] = error = float((y - part.y).norm() / part.y.norm())
+            if error < _TOLERANCE:
+                return FFN(ffn.weights, order, ffn.width, ffn.hidden, ffn.out, name)
+    nearest = min(errors, key=errors.__getitem__)
+    raise _refused(
+        site,
+        f"activation {site.activation or 'none'}; the nearest formula, {nearest}, differs by {errors[nearest]:.1e}",
+        "down(act(up(x))), or down(act(gate(x)) * up(x)), and nothing between but dropout",
+    )
+
+
+def _shaped(site: MLP, order: Order, part: _Part) -> FFN:
+    down = site.weights["down"]
+    out, hidden = _oriented(down, part.weights[down.fqn]).shape
+    return FFN(dict(site.weights), order, part.x.size(-1), hidden, out, "")
+
+
+def relative(ffn: FFN, program: Program) -> Callable[[nn.Module], Callable[[str], Tensor]]:
+    """For a layer that shares the program's graph, what reads its own parameter by the name that the program's has."""
+
+    def of(layer: nn.Module) -> Callable[[str], Tensor]:
+        return lambda name: cast("Tensor", attribute(layer, program.relative_name(name))).detach()
+
+    return of
+
+
+def _refused(site: Site, found: str, expected: str) -> SiteRefusedError:
+    return SiteRefusedError(
+        "this is no feed-forward layer that experts can compute",
+        where=place(site),
+        found=found,
+        expected=expected,
+        do='leave this site out: sites="mlp[...]" takes globs, ranges and but(...)',
+    )
