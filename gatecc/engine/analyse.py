@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ from gatecc.capture.wrappers import refuse_wrapped
 from gatecc.errors import CaptureError, ExampleInputsError, UnsupportedModelError
 from gatecc.ir.program import Program
 from gatecc.ir.refusals import fitted
-from gatecc.ir.site import Refusal, Site
+from gatecc.ir.site import MLP, Refusal, Site
 from gatecc.ir.weights import modules_of
 from gatecc.pipeline import Stage, prepare
 from gatecc.pipeline.cost import cost
@@ -74,13 +75,31 @@ def report_of(model: nn.Module, analysis: Analysis) -> Report:
         rungs=analysis.rungs,
         passes=analysis.passes,
         graphs=[GraphPair((p.fqn,), GraphDump.of(p)) for p in analysis.programs],
-        totals=Totals(parameters_before=parameter_count(model), flops_before=flops, bytes_before=traffic),
+        totals=Totals(
+            parameters_before=parameter_count(model),
+            flops_before=flops,
+            bytes_before=traffic,
+            active_before=_active(model, analysis.sites),
+        ),
     )
 
 
 def parameter_count(model: nn.Module) -> int:
     """The number of parameter elements, tied ones once."""
     return sum(p.numel() for p in model.parameters())
+
+
+def _active(model: nn.Module, sites: Sequence[Site]) -> int | None:
+    """The number of parameter elements that a token meets; None where nothing chooses among experts."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    idle: dict[str, float] = {}
+    for site in sites:
+        if not isinstance(site, MLP) or not site.chosen:
+            continue
+        stacks = [name for role, w in site.weights.items() if role != "router" for name in (w.fqn, w.bias) if name]
+        unused = 1 - min(site.chosen, site.experts) / site.experts
+        idle |= {name: unused * parameters[name].numel() for name in stacks if name in parameters}
+    return parameter_count(model) - round(sum(idle.values())) if idle else None
 
 
 def check_model(model: object) -> None:

@@ -215,12 +215,23 @@ class MLP(Site):
     """A feed-forward network. Values: in (b, n, c), hidden = input of the down projection, out (b, n, c).
 
     Weights: up, down, and gate for gated forms; gate_up when both share one matrix; conv FFNs have "conv" orientation.
+
+    A mixture of experts is one too (form "experts"), of flattened tokens: in and out (b, c), hidden has a row for each
+    choice of a token. It has the values of its router as well: router (b, e), the logits of all experts; weights and
+    indices (b, e) of those that were chosen; and the weights of all experts, stacked (e, out, in), and router.
     """
 
     kind = "mlp"
-    stages = ("in", "hidden", "out")
+    stages = ("in", "hidden", "out", "router", "weights", "indices")
     form: Literal["plain", "gated", "experts"]
     activation: str = ""  # name of the aten operator, e.g. "silu"
+    experts: int = 0  # how many there are, of form "experts"
+    chosen: int = 0  # how many of them a token takes; 0 if that is not known
+
+    def absence(self, name: str) -> tuple[str, str]:
+        if name in ("router", "weights", "indices") and self.form != "experts":
+            return "the MLP is a dense one, which nothing routes", "select the layers that have experts"
+        return super().absence(name)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

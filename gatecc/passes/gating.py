@@ -11,7 +11,7 @@ from gatecc.errors import SiteRefusedError
 from gatecc.ir.edit import Editor
 from gatecc.ir.gate import GateModule, GateShape, GateSpec
 from gatecc.ir.gates.layout import Features, emit
-from gatecc.ir.program import attribute
+from gatecc.ir.program import attribute, fake
 from gatecc.ir.select import Selector
 from gatecc.ir.site import Site, Value
 from gatecc.passes.operands import check_positions, check_tokens, gate_shape, own_weight, place, source
@@ -53,6 +53,8 @@ def gate_node(
 
     A gate over so many ``experts`` has them in the place of the value's channels.
     """
+    if not experts:
+        _check_number(value, edit.site, selector.stage)
     sources = [source(ref, selector, edit) for ref in spec.sources]
     if spec.fuse_into:
         sources = [fused_scores(spec, value, sources[0], edit)]
@@ -73,6 +75,18 @@ def gate_node(
     _check_size(module, at, edit.site)
     spelled = () if _same_axes(module.shape, at) else (at,)  # this call spells the site in another way
     return edit.call(path, value.node, *(s.node for s in sources), *spelled, name=label), at
+
+
+def _check_number(value: Value, site: Site, stage: str) -> None:
+    held = fake(value.node)
+    if held is not None and not held.dtype.is_floating_point and not held.dtype.is_complex:
+        raise SiteRefusedError(
+            "the value cannot be gated: it says which, not how much",
+            where=place(site),
+            found=f"{stage!r} holds numbers of {held.dtype}",
+            expected="a value of floating point numbers",
+            do="gate another stage of the site; of experts the router or the weights",
+        )
 
 
 def _same_axes(one: GateShape, other: GateShape) -> bool:

@@ -217,6 +217,8 @@ def gate_shape(spec: GateSpec, value: Value, sources: Sequence[Value], edit: Edi
     known = static_sizes(value) | ({"e": experts} if experts else {})
     if isinstance(edit.site, Attention) and edit.site.heads:
         known.setdefault("h", edit.site.heads)
+    if "e" in value.axes and "e" not in known:  # how many experts a token takes, where it is chosen outside the graph
+        known["e"] = edit.pin(value.node, value.axes.index("e"))
     found = GateShape(value.axes, known, tuple(map(source_shape, sources)))
     if isinstance(spec.source, Param):
         for axis in spec.granularity.positions(found):

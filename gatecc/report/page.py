@@ -39,6 +39,7 @@ def _sizes(report: Findings) -> list[tuple[str, str, int | None, int | None]]:
     totals = report.totals
     rows = (
         ("Parameters", "", totals.parameters_before, totals.parameters_after),
+        ("Active for a token", "", totals.active_before, totals.active_after),
         ("Operations", "FLOP", totals.flops_before, totals.flops_after),
         ("Bytes moved", "B", totals.bytes_before, totals.bytes_after),
     )

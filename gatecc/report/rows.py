@@ -152,6 +152,8 @@ class Totals:
     max_error: float | None = None
     contract: str = ""
     contract_held: bool | None = None
+    active_before: int | None = None  # parameters that a token meets, where experts are chosen
+    active_after: int | None = None
 
 
 def environment() -> dict[str, str]:
@@ -174,7 +176,7 @@ def _detail(site: Site) -> str:
     if isinstance(site, Attention):
         return ", ".join(_attention(site))
     if isinstance(site, MLP):
-        return f"{site.form} {site.activation}".strip()
+        return f"{site.form} {site.activation}".strip() + _experts(site)
     if isinstance(site, Activation):
         return site.function
     if isinstance(site, RNN):
@@ -182,6 +184,13 @@ def _detail(site: Site) -> str:
     if isinstance(site, Model | Step):
         return ", ".join(site.values)
     return site.form if isinstance(site, Merge) else ""
+
+
+def _experts(site: MLP) -> str:
+    """How many experts there are and are taken, for example ", 2 of 8"."""
+    if not site.experts:
+        return ""
+    return f", {site.chosen} of {site.experts}" if site.chosen else f", {site.experts} of them"
 
 
 def _attention(site: Attention) -> list[str]:

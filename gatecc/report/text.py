@@ -105,6 +105,7 @@ def _totals(report: Findings) -> Table:
     totals = report.totals
     sizes = (
         ("parameters", "", totals.parameters_before, totals.parameters_after),
+        ("active for a token", "", totals.active_before, totals.active_after),
         ("operations", "FLOP", totals.flops_before, totals.flops_after),
         ("bytes moved", "B", totals.bytes_before, totals.bytes_after),
     )

@@ -74,7 +74,7 @@ def behind(program: Program, node: Any) -> tuple[fx.Node, torch.Tensor, bool] | 
     swapped = False
     while isinstance(node, fx.Node) and node.op == "call_function":
         name = opname(node)
-        if name in TRANSPOSES and _swaps(node):
+        if name in TRANSPOSES and swaps(node):
             swapped = not swapped
         elif name not in CASTS and name not in SAME_SHAPE:
             return None
@@ -83,7 +83,7 @@ def behind(program: Program, node: Any) -> tuple[fx.Node, torch.Tensor, bool] | 
     return None if tensor is None else (node, tensor, swapped)
 
 
-def _swaps(node: fx.Node) -> bool:
+def swaps(node: fx.Node) -> bool:
     """Whether a transposition swaps the last two axes and leaves the others."""
     rank = len(shape(node))
     if opname(node) in ("t", "mT", "adjoint", "numpy_T"):

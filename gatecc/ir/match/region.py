@@ -23,11 +23,12 @@ class Region:
     call: int
     nodes: list[fx.Node]
 
-    def enters(self, facts: Facts) -> list[fx.Node]:
-        """The float values from outside that depend on the inputs, in order."""
+    def enters(self, facts: Facts, *, whole_numbers: bool = False) -> list[fx.Node]:
+        """The float values from outside that depend on the inputs, in order; and whole numbers, if they are asked
+        for."""
         inside = set(self.nodes)
         found = {n for node in self.nodes for n in facts.inputs[node] if n not in inside and n in facts.data}
-        return sorted(n for n in found if _is_float(n))
+        return sorted(n for n in found if _is_float(n) or (whole_numbers and _is_whole(n)))
 
     def leaves(self, facts: Facts) -> list[fx.Node]:
         """The float values that are read outside, in order."""
@@ -70,3 +71,8 @@ def _above(node: fx.Node) -> set[str]:
 def _is_float(node: fx.Node) -> bool:
     held = fake(node)
     return held is not None and held.dtype.is_floating_point and held.dim() > 1
+
+
+def _is_whole(node: fx.Node) -> bool:
+    held = fake(node)
+    return held is not None and not held.dtype.is_floating_point and held.dim() > 1
