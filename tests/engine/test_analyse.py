@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -49,3 +50,17 @@ def test_a_module_with_two_names_is_looked_at_once() -> None:
     owners = [s.owner for s in report.sites if s.kind == "linear"]
     assert owners.count("body.0") == 1
     assert "first" not in owners
+
+
+def test_what_a_token_meets_of_experts_is_counted() -> None:
+    """2 of 4 experts: half of their weights, and all else."""
+    pytest.importorskip("transformers")
+    from tests.ir.match.test_routing import E, K, X, block
+
+    mixture = block("mixtral", "eager")
+    found = gatecc.inspect(mixture, (X,))
+    (site,) = [row for row in found.sites if row.kind == "mlp"]
+    assert site.detail == f"experts silu, {K} of {E}"
+    experts = sum(p.numel() for p in mixture.experts.parameters())
+    assert found.totals.active_before == sum(p.numel() for p in mixture.parameters()) - experts * (E - K) // E
+    assert gatecc.inspect(nn.Linear(2, 2), (torch.randn(2, 2),)).totals.active_before is None

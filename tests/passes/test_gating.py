@@ -10,6 +10,7 @@ from torch import nn
 
 import gatecc
 from gatecc import MLP, GateSpec
+from gatecc.errors import SiteRefusedError
 
 pytest.importorskip("transformers")
 
@@ -50,11 +51,11 @@ def test_a_gate_on_the_weights_is_one_for_each_that_was_chosen() -> None:
 
 
 def test_experts_are_not_gated_by_their_numbers() -> None:
-    with pytest.raises(gatecc.errors.SiteRefusedError, match="which, not how much"):
+    with pytest.raises(SiteRefusedError, match="which, not how much"):
         gatecc.transform(block("mixtral", "grouped_mm"), gatecc.Gate(MLP[...].indices, GateSpec("in")), (X,))
 
 
 def test_a_dense_layer_has_no_router() -> None:
     dense = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
-    with pytest.raises(gatecc.errors.SiteRefusedError, match="dense"):
+    with pytest.raises(SiteRefusedError, match="dense"):
         gatecc.transform(dense, gatecc.Gate(MLP[...].router, GateSpec("in")), (torch.randn(2, 3, 4),))

@@ -42,8 +42,7 @@ def routing(facts: Facts, region: Region, given: fx.Node, experts: int) -> Routi
     values = {"weights": weights, "indices": indices}
     router = _router(facts, [node for node in values.values() if node is not None], experts)
     named = {name: Value(node, _AXES) for name, node in values.items() if node is not None}
-    chosen = shape(indices)[-1]
-    chosen = chosen if isinstance(chosen, int) else on_example(chosen)
+    chosen = on_example(shape(indices)[-1]) or 0
     if router is None:
         return Routing(named, {}, chosen)
     roles = {"router": router.weight} if router.weight is not None else {}
