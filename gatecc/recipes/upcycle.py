@@ -6,8 +6,8 @@ from gatecc.ir.gates.choice import SoftmaxTopK
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.router import RouterSpec
 from gatecc.ir.select import Selector
+from gatecc.passes.route.copies import Copies
 from gatecc.passes.route.route import Route
-from gatecc.passes.route.upcycle import Copies
 from gatecc.recipes import samples
 from gatecc.recipes.registry import Case, recipe
 

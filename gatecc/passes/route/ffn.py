@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,6 +26,17 @@ from gatecc.passes.operands import place, stage
 
 _TOLERANCE = 1e-6  # of the formula in float64, relative: other activations differ by 1e-4 and more
 Order = Literal["plain", "apart", "gate_up", "up_gate", "interleaved"]
+
+
+class Stacked(NamedTuple):
+    """The weights of a dense layer: ``gate_up`` (2F, d), the rows of the gate before those of up, or (F, d) without
+    one; ``down`` (o, F); and their biases. With an axis of experts before the others, those of experts.
+    """
+
+    gate_up: Tensor
+    gate_up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,11 @@ class FFN:
         first = self.weights["gate" if self.order == "apart" else "up" if self.order == "plain" else "gate_up"]
         return first.bias is not None, self.weights["down"].bias is not None
 
+    @property
+    def last(self) -> str:
+        """The full name of the module of the last product."""
+        return self.weights["down"].fqn.rpartition(".")[0]
+
     def tensors(self) -> Iterator[str]:
         """The full names of its parameters."""
         for weight in self.weights.values():
@@ -61,17 +77,17 @@ class FFN:
             if weight.bias is not None:
                 yield weight.bias
 
-    def stacked(self, read: Callable[[str], Tensor]) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    def stacked(self, read: Callable[[str], Tensor]) -> Stacked:
         """gate_up (2F, d) or (F, d), its bias, down (o, F) and its bias, from parameters by their full names."""
         first = [self.weights[r] for r in ("gate", "up", "gate_up") if r in self.weights]
-        matrix = torch.cat([_oriented(w, read(w.fqn)) for w in first])
-        bias = torch.cat([_rows(w, read(str(w.bias))) for w in first]) if self.bias[0] else None
+        matrix = torch.cat([oriented(w, read(w.fqn)) for w in first])
+        bias = torch.cat([rows_of(w, read(str(w.bias))) for w in first]) if self.bias[0] else None
         down = self.weights["down"]
-        down_bias = None if down.bias is None else _rows(down, read(down.bias))
-        return (
+        down_bias = None if down.bias is None else rows_of(down, read(down.bias))
+        return Stacked(
             self._halves(matrix),
             None if bias is None else self._halves(bias),
-            _oriented(down, read(down.fqn)),
+            oriented(down, read(down.fqn)),
             down_bias,
         )
 
@@ -82,11 +98,11 @@ class FFN:
         return torch.cat(rows.chunk(2)[::-1]) if self.order == "up_gate" else rows
 
 
-def _oriented(weight: Weight, tensor: Tensor) -> Tensor:
-    return _rows(weight, tensor if weight.orientation == "out_in" else tensor.transpose(-1, -2))
+def oriented(weight: Weight, tensor: Tensor) -> Tensor:
+    return rows_of(weight, tensor if weight.orientation == "out_in" else tensor.transpose(-1, -2))
 
 
-def _rows(weight: Weight, tensor: Tensor) -> Tensor:
+def rows_of(weight: Weight, tensor: Tensor) -> Tensor:
     return tensor if weight.rows is None else tensor[slice(*weight.rows)]
 
 
@@ -208,7 +224,7 @@ def _proved(site: MLP, part: _Part) -> FFN:
 
 def _shaped(site: MLP, order: Order, part: _Part) -> FFN:
     down = site.weights["down"]
-    out, hidden = _oriented(down, part.weights[down.fqn]).shape
+    out, hidden = oriented(down, part.weights[down.fqn]).shape
     return FFN(dict(site.weights), order, part.x.size(-1), hidden, out, "")
 
 

@@ -1,67 +1,139 @@
-"""Route: replace a feed-forward layer by experts, k of which run for each token."""
+"""Route: replace a feed-forward or linear layer by experts, k of which run for each token."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import fx, nn
 
-from gatecc.ir.contract import Contract
+from gatecc.errors import ArgumentError
+from gatecc.ir.contract import Contract, changes_function, identity_at_init
 from gatecc.ir.edit import Editor
 from gatecc.ir.effects import Effects
+from gatecc.ir.gate import GateSpec
+from gatecc.ir.gates.per_group import PerGroup
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.router import RouterSpec
 from gatecc.ir.select import Selector
-from gatecc.ir.site import Site, Value
-from gatecc.passes.gating import read_by, reads_afar
+from gatecc.ir.site import Linear, Site, Value
+from gatecc.passes.gating import gate_node, multiply, read_by, reads_afar
 from gatecc.passes.operands import check_positions, gate_shape, own_weight, source, stage
+from gatecc.passes.route.bank import Bank, Piece, half, joined, of_slots, smoothed, whole
+from gatecc.passes.route.copies import Copies, Drop
+from gatecc.passes.route.exactness import Coverage, coverage
 from gatecc.passes.route.experts import Experts
 from gatecc.passes.route.ffn import FFN, read_ffn, relative
-from gatecc.passes.route.upcycle import ExpertsSpec
+from gatecc.passes.route.linear import read_linear
+from gatecc.passes.route.shared import Shared, SharedExpert
+from gatecc.passes.route.spec import ExpertsSpec
+
+_SHARED_GATE = GateSpec("in", "linear(bias=False)", "token", "sigmoid", init="identity(how=fold)")
+
+
+def add(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """y <- one + other"""
+    return one + other
 
 
 @dataclass(frozen=True)
 class Route(Rewrite):
-    """Replace the feed-forward layer of an MLP site by ``experts``, of which ``router`` chooses k for each token.
+    """Replace the layer of an MLP or Linear site by ``experts``, of which ``router`` chooses k for each token.
 
-    The experts are filled from the layer's own weights, which then leave the layer (`revert` puts them back). Where the
-    router's weights sum to 1 and the experts start equal, the model starts as it was. Dropout between the products is
-    left out. New modules on the owner: ``router``, and ``label`` with the stacked weights.
+    The experts are filled from the layer's own weights, which then leave the layer (`revert` puts them back). Whether
+    the model starts as it was depends on experts and router together; it is tried, promised, verified, and in the
+    report. Dropout between the products is left out. A linear layer is taken for a feed-forward one without a
+    nonlinearity.
+
+    ``combine``: ``sum`` of the weighted results; ``slots``: the
+    k-th slot yields the k-th part of the features (choice ``per_group``); ``cat``: a second router ``also`` has experts
+    of its own, and each yields half of the features (T2MIR); ``smooth``: to each result w (1 - w) / o is added, the
+    uniform share of what the expert is not trusted with (COSMO). ``skip``: one more option, at which nothing runs.
+    New modules on the owner: ``router``, and ``label`` with the stacked weights.
     """
 
     name = "route"
 
     router: RouterSpec
     experts: ExpertsSpec
+    combine: Literal["sum", "slots", "cat", "smooth"] = "sum"
+    also: RouterSpec | None = None
+    skip: bool = False
     label: str = "experts"
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "router", RouterSpec.coerce(self.router))
+        object.__setattr__(self, "experts", ExpertsSpec.coerce(self.experts))
+        if self.also is not None:
+            object.__setattr__(self, "also", RouterSpec.coerce(self.also))
+        _check(self)
+
+    @property
+    def routers(self) -> tuple[RouterSpec, ...]:
+        """All routers."""
+        return (self.router,) if self.also is None else (self.router, self.also)
+
+    @property
+    def options(self) -> int:
+        """How many experts a router chooses from; with ``skip`` the last of them is none."""
+        return self.experts.count + self.skip
+
+    def coverage(self, router: RouterSpec) -> Coverage:
+        """What fresh experts weigh in all with a router. Raises ArgumentError if they do not go together."""
+        if self.combine == "slots":  # each slot yields its features alone
+            slots = router.choice.slots(self.options)
+            return coverage(router, tuple(e * slots // self.options for e in range(self.options)), self.options)
+        return self.experts.coverage(router, self.options)
+
     def contract(self) -> Contract:
-        return self.experts.contract(self.router.choice)
+        return changes_function() if self.why_not() else identity_at_init()
+
+    def why_not(self) -> str:
+        """Why the model does not start as it was; the empty string if it does."""
+        if not self.experts.keeps_function:
+            return "the experts do not start as the layer"
+        for router in self.routers:
+            found = self.coverage(router)
+            if not found.exact:
+                return (
+                    f"the weights of {router.choice} do not add up the same for all tokens, they differ by "
+                    f"{found.error:.0%}; those that sum to 1 do (renorm=True), or a router that starts at 0 (init=zero)"
+                )
+        if self.combine == "smooth" and self.router.choice.slots(self.options) > 1:
+            return "smoothing adds to what several experts share"
+        return ""
 
     def effects(self) -> Effects:
-        return Effects(same_for_layers=True, whole_model=reads_afar(self.router.gate))
+        afar = any(reads_afar(router.gate) for router in self.routers)
+        return Effects(same_for_layers=not self.experts.reads_names, whole_model=afar)
 
     def reads(self) -> Iterable[str]:
-        return ("in", "out", *read_by(self.router.gate))
+        return ("in", "out", *(name for router in self.routers for name in read_by(router.gate)))
+
+    def notes(self, site: Site) -> Iterable[str]:
+        why = self.why_not()
+        if why:
+            yield f"{site.key}: {self.experts} with {self.router.choice} changes the function: {why}"
+            return
+        found = [self.coverage(router) for router in self.routers]
+        error = max(c.error for c in found)
+        kind = "exact" if error == 0 else "exact up to rounding"
+        yield f"{site.key}: starts as the dense layer, {kind}: the weights of its parts are 1 within {error:.1e}"
+        if any(c.zero for c in found):
+            yield (
+                f"{site.key}: the router starts at 0, so that all tokens take the same experts until it is trained; "
+                "weights that sum to 1 allow a random start"
+            )
 
     def rewrite(self, site: Site, edit: Editor) -> None:
-        ffn = read_ffn(site, edit.program)
+        ffn = self._layer(site, edit)
         value, out = stage(site, "in"), stage(site, "out")
-        weights, indices = router_nodes(self.router, self.experts.count, self.site, value, edit)
-        like = own_weight(site, edit.program)
-        layer_weights = relative(ffn, edit.program)
-
-        def build() -> nn.Module:
-            return self.experts.build(ffn, None if like is None else like.device, None if like is None else like.dtype)
-
-        def fill(new: Any, layer: nn.Module) -> None:
-            self.experts.fill(cast("Experts", new), ffn.stacked(layer_weights(layer)))
-
-        path = edit.module(self.label, build, fill)
-        y = edit.call(path, value.node, weights, indices, name=self.label)
+        parts = [self._bank(number, router, ffn, value, edit) for number, router in enumerate(self.routers)]
+        y = parts[0] if len(parts) == 1 else edit.call(joined, *parts, name="joined")
+        if isinstance(self.experts, Shared):
+            y = edit.call(add, self._shared(ffn, value, out, edit), y, name="with_shared")
         dtype = out.node.meta["val"].dtype
         if y.meta["val"].dtype != dtype:
             y = edit.call(torch.ops.aten.to.dtype, y, dtype)
@@ -69,6 +141,81 @@ class Route(Rewrite):
         edit.discard(out.node, inside=True)
         for name in dropped(ffn, edit):
             edit.drop(name)
+
+    def _layer(self, site: Site, edit: Editor) -> FFN:
+        if isinstance(site, Linear):
+            return read_linear(site, edit.program, directions=self.experts.cuts)
+        return read_ffn(site, edit.program)
+
+    def _bank(self, number: int, router: RouterSpec, ffn: FFN, value: Value, edit: Editor) -> fx.Node:
+        """One router and its experts."""
+        weights, indices = router_nodes(router, self.options, self.site, value, edit)
+        scale = self.coverage(router).scale
+        bank = Bank(self.experts, ffn, 1.0 if scale is None else scale, self._pieces(number, router, ffn), self._slots)
+        layer_weights = relative(ffn, edit.program)
+        like = own_weight(edit.site, edit.program)
+
+        def fill(new: Any, layer: nn.Module) -> None:
+            bank.fill(cast("Experts", new), ffn.stacked(layer_weights(layer)))
+
+        path = edit.module(self.label, lambda: bank.build(like), fill)
+        y = edit.call(path, value.node, weights, indices, name=self.label)
+        return edit.call(smoothed, y, weights, name="smoothed") if self.combine == "smooth" else y
+
+    def _pieces(self, number: int, router: RouterSpec, ffn: FFN) -> tuple[Piece, ...]:
+        if self.combine == "slots":
+            return of_slots(self.experts, ffn, router.choice.slots(self.options))
+        return half(self.experts, ffn, number) if self.combine == "cat" else whole(self.experts, ffn)
+
+    @property
+    def _slots(self) -> bool:
+        return self.combine == "slots"
+
+    def _shared(self, ffn: FFN, value: Value, out: Value, edit: Editor) -> fx.Node:
+        """The dense layer as a module of its own, with its gate."""
+        assert isinstance(self.experts, Shared)
+        gated = self.experts.gated
+        layer_weights = relative(ffn, edit.program)
+        like = own_weight(edit.site, edit.program)
+
+        def build() -> nn.Module:
+            device, dtype = (None, None) if like is None else (like.device, like.dtype)
+            return SharedExpert(ffn, device, dtype)
+
+        def fill(new: Any, layer: nn.Module) -> None:
+            cast("SharedExpert", new).fill(ffn.stacked(layer_weights(layer)), 2.0 if gated else 1.0)
+
+        y = edit.call(edit.module("shared", build, fill), value.node, name="shared")
+        if not gated:
+            return y
+        gate, _ = gate_node(_SHARED_GATE, self.site, Value(y, out.axes), edit, "shared_gate")
+        return edit.call(multiply, y, gate, name="shared_gated")
+
+
+def _check(route: Route) -> None:
+    """Options that do not go together. Raises ArgumentError."""
+    if (route.combine == "cat") != (route.also is not None):
+        raise ArgumentError(
+            "two routers yield half of the features each, and only two do",
+            found=f"combine={route.combine!r}, also={route.also}",
+            expected='combine="cat" with a second router in also, or neither',
+        )
+    choice = route.router.choice
+    if route.combine == "slots" and not (isinstance(choice, PerGroup) and choice.k == 1):
+        raise ArgumentError(
+            "each slot yields features of its own, so that each needs experts of its own",
+            found=str(choice),
+            expected="per_group(G): one expert of each of G groups",
+        )
+    plain = isinstance(route.experts, Copies | Drop)
+    if route.combine in ("slots", "cat") and not plain:
+        raise ArgumentError(
+            "experts that yield a part of the features are copies of these rows",
+            found=f"{route.experts} with combine={route.combine!r}",
+            expected="copies(...) or drop(...)",
+        )
+    for router in route.routers:
+        router.choice.slots(route.options)  # k > E
 
 
 def router_nodes(

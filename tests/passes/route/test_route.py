@@ -12,8 +12,8 @@ from torch import nn
 import gatecc
 from gatecc.errors import ArgumentError, EmptySelectionError, SiteRefusedError
 from gatecc.ir.router import RouterSpec
+from gatecc.passes.route.copies import Copies
 from gatecc.passes.route.route import Route
-from gatecc.passes.route.upcycle import Copies
 
 
 def llama() -> nn.Module:
