@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import fx
 from torch._ops import OpOverload
 from torch.utils.flop_counter import register_flop_formula
@@ -80,6 +81,7 @@ class Operator:
 
 
 _OPERATORS: dict[Any, Operator] = {}
+_LATER: dict[str, Callable[[OpOverload], Operator]] = {}
 
 
 def register(operator: Operator) -> None:
@@ -94,14 +96,31 @@ def register(operator: Operator) -> None:
         register_flop_formula(packet)(lambda *args, out_shape, **options: formula(*args, **options))
 
 
+def register_later(name: str, entry: Callable[[OpOverload], Operator]) -> None:
+    """Enter an operator of a library that may not be imported yet (``transformers::grouped_mm_fallback``)."""
+    _LATER[name] = entry
+
+
 def find(target: object) -> Operator | None:
     """The entry of what a node calls."""
+    if _LATER and target not in _OPERATORS:
+        _settle()
     return _OPERATORS.get(target)
 
 
 def operators() -> Iterator[Operator]:
     """All entries, in the order in which they came."""
+    _settle()
     return iter(_OPERATORS.values())
+
+
+def _settle() -> None:
+    """Enter the operators that their libraries have defined by now."""
+    for name in list(_LATER):
+        namespace, operator = name.split("::")
+        packet = getattr(getattr(torch.ops, namespace), operator, None)
+        if packet is not None:
+            register(_LATER.pop(name)(packet.default))
 
 
 def lowerings(target: Target) -> dict[Any, Lowering]:

@@ -30,7 +30,7 @@ from gatecc.capture.guards import Check, compile_guards, size_guards
 from gatecc.codegen.onnx.attention import ATTENTION, attention
 from gatecc.codegen.onnx.clean import clean, hold_constants, name_ends
 from gatecc.codegen.onnx.dims import Dims, fixed
-from gatecc.codegen.onnx.grouped import grouped_products
+from gatecc.codegen.onnx.grouped import split_groups
 from gatecc.codegen.onnx.indices import long_indices
 from gatecc.codegen.onnx.leaves import Call
 from gatecc.codegen.onnx.lowering import Lowering
@@ -244,17 +244,12 @@ def _convert(program: ExportedProgram, call: Call, opset: int) -> ir.Model:
 
     try:
         with _quiet(), known_translations():
-            made = torch.onnx.export(
-                program,
-                dynamo=True,
-                opset_version=opset,
-                verbose=False,
-                custom_translation_table=grouped_products(),
-            )
+            made = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
     except Exception as e:
         raise ExportError("torch.onnx cannot write this model", **blame(e), do=_OTHER_OPERATOR) from e
     assert made is not None
     hold_constants(made.model.graph)
+    split_groups(made.model)
     fold_padded_weights(made.model.graph)
     name_ends(made.model.graph, call)
     return made.model

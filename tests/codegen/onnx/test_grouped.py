@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import gatecc
 
+onnx: Any = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 
@@ -19,21 +20,46 @@ class Grouped(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(3, 4, 5))
+        self.weight = nn.Parameter(torch.randn(3, 40, 80) / 40**0.5)  # more numbers than torch.onnx folds
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (S, 4) -> (S, 5)"""
+        """x: (S, 40) -> (S, 80)"""
         half = (torch.arange(x.size(0)) * 2 < x.size(0) - 1).sum()
-        ends = torch.stack([half, half, torch.tensor(x.size(0) - 1)])
-        return torch.ops.transformers.grouped_mm_fallback(x, self.weight, ends)
+        return self.product(x, torch.stack([half, half * 0, x.size(0) - 1 - half, torch.ones_like(half)]))
+
+    def product(self, x: Tensor, counts: Tensor) -> Tensor:
+        return torch.ops.transformers.grouped_mm_fallback(x, self.weight, counts.cumsum(0)[:3])
 
 
-def test_rows_of_each_group_and_of_none(tmp_path: Path) -> None:
+class Computed(Grouped):
+    """The matrices are known when the graph runs."""
+
+    def product(self, x: Tensor, counts: Tensor) -> Tensor:
+        return torch.ops.transformers.grouped_mm_fallback(x, self.weight * x.mean(), counts.cumsum(0)[:3])
+
+
+class Tied(Grouped):
+    """Two products with one stack of matrices, the other way round the second time."""
+
+    def product(self, x: Tensor, counts: Tensor) -> Tensor:
+        y = super().product(x, counts)
+        return torch.ops.transformers.grouped_mm_fallback(y, self.weight.mT, counts.cumsum(0)[:3])
+
+
+MODELS = {"constant": (Grouped, 3), "computed": (Computed, 1), "tied": (Tied, 3)}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_rows_of_each_group_and_of_none(tmp_path: Path, kind: str) -> None:
     pytest.importorskip("transformers.integrations.moe")  # it registers the operator
-    made = gatecc.export(Grouped(), tmp_path / "x", (torch.randn(7, 4),))
-    assert made.inputs == {"x": ["batch", 4]}
-    assert max(c.error for c in made.compared) < 1e-6
-    assert made.operators["MatMul"] >= 3
+    model, matrices = MODELS[kind]
+    made = gatecc.export(model(), tmp_path / "x", (torch.randn(7, 40),))
+    assert made.inputs == {"x": ["batch", 40]}
+    assert max(c.error for c in made.compared) < 3e-6
+    assert made.operators["Gemm"] == (6 if kind == "tied" else 3)
+    graph = onnx.load(tmp_path / "x" / "model.onnx").graph
+    assert sum(len(x.dims) > 1 for x in graph.initializer) == matrices  # of one group each, of both products
+    assert not {node.domain for node in graph.node} - {""}
 
 
 def test_a_mixture_of_experts(tmp_path: Path) -> None:
