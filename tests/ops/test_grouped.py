@@ -16,6 +16,7 @@ from gatecc.ops import registry
 pytest.importorskip("onnxruntime")
 moe: Any = pytest.importorskip("transformers.integrations.moe")
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2}
+SIZES["experts_implementation"] = "grouped_mm"
 
 
 def mixtral() -> nn.Module:
@@ -23,7 +24,7 @@ def mixtral() -> nn.Module:
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-    return MixtralSparseMoeBlock(MixtralConfig(**SIZES, experts_implementation="grouped_mm"))
+    return MixtralSparseMoeBlock(MixtralConfig(**SIZES))
 
 
 def gpt_oss() -> nn.Module:
@@ -31,7 +32,7 @@ def gpt_oss() -> nn.Module:
     from transformers import GptOssConfig
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
-    return GptOssMLP(GptOssConfig(**SIZES, experts_implementation="grouped_mm"))
+    return GptOssMLP(GptOssConfig(**SIZES))
 
 
 @pytest.mark.parametrize("block", [mixtral, gpt_oss])
@@ -56,8 +57,8 @@ class Product(nn.Module):
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """x: (S, 16) -> (S, 8)"""
         if self.stacked:
-            return torch._grouped_mm(x.expand(3, *x.shape), self.weight)
-        return torch._grouped_mm(x, self.weight, ends)
+            return torch.ops.aten._grouped_mm(x.expand(3, *x.shape), self.weight)
+        return torch.ops.aten._grouped_mm(x, self.weight, ends)
 
 
 def test_the_operator_of_torch(tmp_path: Path) -> None:

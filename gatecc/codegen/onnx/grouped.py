@@ -55,8 +55,9 @@ class _Expansion:
         assert counts is not None
         assert weight is not None
         self.x, self.counts, self.weight, self.bias = x, counts, weight, rest[0] if rest else None
-        self.out, self.dtype = node.outputs[0], node.outputs[0].dtype
         assert weight.shape is not None
+        assert node.outputs[0].dtype is not None
+        self.out, self.dtype = node.outputs[0], node.outputs[0].dtype
         self.groups, self.N, self.K = (cast("int", size) for size in weight.shape)
         self.count = 0
 
@@ -136,7 +137,7 @@ class _Expansion:
             self.count += 1
             name = f"{given}_{self.count}"
         held = ir.tensor(tensor, name=name)
-        value = ir.Value(name=name, const_value=held, shape=held.shape, type=ir.TensorType(held.dtype))
+        value = ir.Value(name=name, const_value=held, shape=ir.Shape(tensor.shape), type=ir.TensorType(held.dtype))
         self.graph.initializers.add(value)
         return value
 
@@ -163,8 +164,7 @@ def _drop(graph: ir.Graph, value: ir.Value) -> None:
         return
     node = value.producer()
     if node is None:
-        if value.name in graph.initializers and value.const_value is not None:
-            del graph.initializers[value.name]
+        graph.initializers.pop(str(value.name), None)
         return
     inputs = [v for v in node.inputs if v is not None]
     if node.op_type == "Transpose":

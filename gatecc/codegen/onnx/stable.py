@@ -327,6 +327,17 @@ def _rrelu(x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool
     return NotImplemented if training else torch.nn.functional.leaky_relu(x, (lower + upper) / 2)
 
 
+@_form(aten.sort.stable)
+def _stable_sort(x: Tensor, *, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+    """TopK takes the first of equal values first, so each sort in ONNX is stable."""
+    return aten.sort.default(x, dim, descending)
+
+
+@_form(aten.argsort.stable)
+def _stable_order(x: Tensor, *, stable: bool, dim: int = -1, descending: bool = False) -> Tensor:
+    return aten.sort.default(x, dim, descending)[1]
+
+
 @_form(aten.cumprod.default)
 def _cumprod(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
     x = x if dtype is None else x.to(dtype)

@@ -6,6 +6,7 @@ import torch
 
 from gatecc.ops.moe_ffn import cost
 from gatecc.ops.moe_ffn.kernels import KERNELS
+from gatecc.ops.moe_ffn.onnx import LOWERING
 from gatecc.ops.registry import Operator, StepRule, register
 
 _ops = torch.ops.gatecc
@@ -13,6 +14,7 @@ register(
     Operator(
         overload=_ops.moe_ffn.default,
         step=StepRule(operand="x", axis=None),  # each token by itself
+        onnx={"portable": LOWERING},
         flops=cost.forward,
         bytes=cost.moved_bytes,
         kernels=KERNELS,

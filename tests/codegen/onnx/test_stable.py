@@ -56,6 +56,8 @@ WIDE: dict[str, Operator] = {
     "copysign": lambda x: torch.copysign(torch.ones_like(x), x),
     "floor_divide": lambda x: torch.floor_divide(x, 0.25),
     "remainder": lambda x: torch.remainder(x, 3.0),
+    "argsort, stable": lambda x: torch.argsort(x.sign(), stable=True).to(x.dtype),
+    "sort, stable": lambda x: torch.sort(x.sign(), stable=True, descending=True)[1].to(x.dtype),
 }
 ROWS: dict[str, Operator] = {
     "softmax": lambda x: F.softmax(x, -1),
