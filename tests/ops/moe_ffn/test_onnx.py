@@ -42,9 +42,9 @@ class Routed(nn.Module):
         weights, indices = (rows @ self.router.T).softmax(-1).topk(K, -1)
         indices = torch.where(weights < 0.2, E, indices)
         found: list[Tensor] = []
-        for held, options in zip(self.experts, self.options, strict=True):
-            weight = {n: held[n] for n in held}  # pyright: ignore
-            found.append(torch.ops.gatecc.moe_ffn(rows, weights, indices, **weight, **options))
+        experts: list[Any] = list(self.experts)
+        for held, options in zip(experts, self.options, strict=True):
+            found.append(torch.ops.gatecc.moe_ffn(rows, weights, indices, **dict(held.items()), **options))
         return tuple(y.unflatten(0, x.shape[:2]) for y in found)
 
 
