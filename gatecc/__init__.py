@@ -1,6 +1,6 @@
 """gatecc: a compiler that puts gates, experts and linear attention into PyTorch models."""
 
-from gatecc import checks, diagnose, state_space, train
+from gatecc import adapters, checks, diagnose, state_space, train
 from gatecc.checkpoint import load, save
 from gatecc.decoder import Decoder, decoder
 from gatecc.engine.analyse import inspect
@@ -62,6 +62,7 @@ __all__ = [
     "Rewrite",
     "Selector",
     "Step",
+    "adapters",
     "checks",
     "decoder",
     "diagnose",

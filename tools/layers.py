@@ -39,7 +39,7 @@ LAYERS = (
     Layer(("engine",)),
     Layer(("decoder", "diagnose", "backend")),
     Layer(("transform", "state_space")),
-    Layer(("checkpoint", "export")),
+    Layer(("checkpoint", "export", "adapters")),
     Layer(("integrations", "checks")),
     Layer(("__init__",)),
     Layer(("cli", "__main__"), peers=True),

@@ -16,10 +16,12 @@ from gatecc.ir.effects import Effects
 from gatecc.ir.gate import GateSpec
 from gatecc.ir.gates.init import Zero
 from gatecc.ir.rewrite import Rewrite
+from gatecc.ir.router import RouterSpec
 from gatecc.ir.site import Site, Value
 from gatecc.passes.branch.body import Bank, Body
 from gatecc.passes.gating import blend, gate_node, read_by, reads_afar
 from gatecc.passes.operands import readers, stage
+from gatecc.passes.route.route import router_nodes
 
 
 def add_scaled(value: torch.Tensor, gate: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
@@ -36,7 +38,8 @@ def add(value: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
 class Branch(Rewrite):
     """Add a parallel sub-graph to a value, scaled by a gate if there is one: ``y <- y + g * body``.
 
-    A body that is a bank of experts needs a gate over experts: ``y <- y + sum_e g_e * body_e``.
+    A body that is a bank of experts needs a gate over experts, ``y <- y + sum_e g_e * body_e``, or a ``router``, and
+    then the experts that it does not choose for a position do not run there.
 
     With ``op="lerp"`` the body takes the value's place: ``y <- y + g * (body - y)``, the body itself without a gate. A
     gate that starts at 0 (``init=zero`` and an activation that is 0 at 0), or a body that does and is added, makes it
@@ -50,20 +53,24 @@ class Branch(Rewrite):
     label: str = "branch"
     op: Literal["add", "lerp"] = "add"
 
-    def effects(self) -> Effects:
-        afar = bool(self.gate and reads_afar(self.gate))
-        return replace(self.body.effects, whole_model=afar or self.body.effects.whole_model)
+    router: RouterSpec | None = None
 
     def __post_init__(self) -> None:
         over = self.gate is not None and "expert" in self.gate.granularity.names
-        if isinstance(self.body, Bank) != over:
+        weighed = over + (self.router is not None)
+        if weighed > 1 or isinstance(self.body, Bank) != bool(weighed) or (self.router and self.gate):
             raise ArgumentError(
-                "a gate over experts and a bank of experts belong together",
-                found=f"body={self.body}, gate={self.gate}",
-                expected='a bank with a gate of the granularity "expert", such as "in, linear, expert, softmax"',
+                "a bank of experts is weighed by a gate over experts or by a router, and nothing else is",
+                found=f"body={self.body}, gate={self.gate}, router={self.router}",
+                expected='a bank, and a gate of the granularity "expert" ("in, linear, expert, softmax") or a router '
+                '("in, linear, softmax_topk(2)")',
             )
-        if over and self.op == "lerp":
+        if weighed and self.op == "lerp":
             raise ArgumentError("a bank of experts is added", found='op="lerp"', expected='op="add"')
+
+    def effects(self) -> Effects:
+        afar = any(reads_afar(spec) for spec in self._gates)
+        return replace(self.body.effects, whole_model=afar or self.body.effects.whole_model)
 
     def contract(self) -> Contract:
         zero = self.body.starts_at_zero or (self.gate is not None and starts_at_zero(self.gate))
@@ -75,7 +82,11 @@ class Branch(Rewrite):
         return () if value is None else self.body.notes(site, value)
 
     def reads(self) -> Iterable[str]:
-        return (self.site.stage, *self.body.reads, *(read_by(self.gate) if self.gate else ()))
+        return (self.site.stage, *self.body.reads, *(name for spec in self._gates for name in read_by(spec)))
+
+    @property
+    def _gates(self) -> list[GateSpec]:
+        return [spec for spec in (self.gate, self.router and self.router.gate) if spec is not None]
 
     def rewrite(self, site: Site, edit: Editor) -> None:
         value = stage(site, self.site.stage)
@@ -86,6 +97,9 @@ class Branch(Rewrite):
         edit.replace(value.node, joined, readers(site, self.site.stage))
 
     def _mixed(self, bank: Bank, value: Value, edit: Editor) -> fx.Node:
+        if self.router is not None:
+            chosen = router_nodes(self.router, bank.experts, self.site, value, edit, self.label)
+            return bank.mix(edit.site, value, edit, *chosen)
         assert self.gate is not None  # see __post_init__
         weights, _ = gate_node(self.gate, self.site, value, edit, self.label, bank.experts)
         return bank.mix(edit.site, value, edit, weights)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gatecc import ops as ops  # registers the operator
+
 ACTIVATIONS = {"identity": lambda h: h, "silu": F.silu, "gelu": F.gelu, "relu": F.relu, "tanh": torch.tanh}
 
 

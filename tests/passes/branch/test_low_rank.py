@@ -9,6 +9,7 @@ from torch import nn
 import gatecc
 from gatecc.errors import ArgumentError, SiteRefusedError
 from gatecc.ir.gate import GateSpec
+from gatecc.ir.router import RouterSpec
 from gatecc.passes.branch.branch import Branch
 from gatecc.passes.branch.low_rank import Lora, Loras
 from gatecc.passes.branch.weighted import weighted_sum
@@ -42,6 +43,19 @@ def test_a_bank_adds_the_weighted_sum_of_its_experts() -> None:
     weights = (v["x"] @ router["weight"].T + router["bias"]).softmax(-1)
     each = [0.5 * v["x"] @ a.T @ b for a, b in zip(p["a"], p["b"], strict=True)]
     expected = v["x"] + v["down"] + sum(w.unsqueeze(-1) * y for w, y in zip(weights.unbind(-1), each, strict=True))
+    assert torch.allclose(result.run()[0], expected, atol=1e-5)
+
+
+def test_a_router_leaves_out_what_it_does_not_choose() -> None:
+    router = RouterSpec("in", "linear", "softmax_topk(2)", "random(std=1)")
+    result = done(MLP, Branch(gatecc.MLP[...].out, Loras(4, rank=2, alpha=4.0), router=router))
+    assert result.error == 0
+    p, v = _random(result, "mlp.loras"), result.values
+    logits = v["x"] @ result.program.module.get_parameter("mlp.branch.weight").T
+    kept = logits >= logits.topk(2, -1).values[..., 1:]
+    weights = logits.masked_fill(~kept, -torch.inf).softmax(-1)
+    each = torch.stack([2 * v["x"] @ a.T @ b for a, b in zip(p["a"], p["b"], strict=True)], -1)
+    expected = v["x"] + v["down"] + (each * weights.unsqueeze(-2)).sum(-1)
     assert torch.allclose(result.run()[0], expected, atol=1e-5)
 
 
@@ -90,6 +104,6 @@ def test_what_has_no_channels_at_its_end_is_refused() -> None:
     ("body", "gate"),
     [(Lora(), GATE), (Loras(2), GateSpec("in", "linear", "token", "sigmoid")), (Loras(2), None)],
 )
-def test_a_bank_and_a_gate_over_experts_belong_together(body: Lora | Loras, gate: GateSpec | None) -> None:
-    with pytest.raises(ArgumentError, match="belong together"):
+def test_a_bank_is_weighed_and_nothing_else_is(body: Lora | Loras, gate: GateSpec | None) -> None:
+    with pytest.raises(ArgumentError, match="weighed by a gate over experts or by a router"):
         Branch(gatecc.Linear[...].out, body, gate)
