@@ -10,8 +10,8 @@
 // Most sums run over value channels: here a vector holds key channels. A state is kept in the order in which it is read,
 // DKP / LANES blocks of DVL vectors.
 #pragma once
-#include "pages.h"
-#include "threads.h"
+#include "../../../../codegen/c/headers/pages.h"
+#include "../../../../codegen/c/headers/threads.h"
 #include "chunk.h"
 
 #define SPAN 64

@@ -1,7 +1,7 @@
 // The forward pass: a job is a head of a sequence.
 #pragma once
-#include "pages.h"
-#include "threads.h"
+#include "../../../../codegen/c/headers/pages.h"
+#include "../../../../codegen/c/headers/threads.h"
 #include "sweep.h"
 
 struct forward_scratch {

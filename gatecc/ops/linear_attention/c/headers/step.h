@@ -1,6 +1,6 @@
 // One token for every head, in place: rows of S are DV wide, as the caller keeps them. A job is a head of a sample.
 #pragma once
-#include "threads.h"
+#include "../../../../codegen/c/headers/threads.h"
 #include "tokens.h"
 
 struct step {

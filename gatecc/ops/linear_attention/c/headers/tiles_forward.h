@@ -1,7 +1,7 @@
 // The chunks of a sequence: on the matrix units where gates are mild, else as everywhere, where no gate is too strong.
 #pragma once
-#include "pages.h"
-#include "threads.h"
+#include "../../../../codegen/c/headers/pages.h"
+#include "../../../../codegen/c/headers/threads.h"
 #include "sweep.h"
 #include "tiles_chunk.h"
 

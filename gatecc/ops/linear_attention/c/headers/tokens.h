@@ -1,7 +1,7 @@
 // What the caller hands over, and rows of it as floats.
 #pragma once
 #include "constants.h"
-#include "vectors.h"
+#include "../../../../codegen/c/headers/vectors.h"
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 #ifndef WHOLE

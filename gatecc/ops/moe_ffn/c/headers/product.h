@@ -1,0 +1,168 @@
+// Products of a few gathered rows with a weight, (rows, K) x (N, K)^T: packed in panels of columns for many rows, by dot
+// products for few.
+#pragma once
+#include "numbers.h"
+
+#define MR 6                                // rows of a tile
+#define NV (LANES == 16 ? 4 : 2)            // vectors of a row of it: with MR rows, all registers but a few
+#define NR (NV * LANES)                     // columns of a panel
+#ifndef KC
+#define KC 512                              // lanes of K at once: a panel of 128 KB lies in the second cache
+#endif
+#define BLOCK 240                           // rows of a block, a multiple of MR
+#define FEW 12                              // rows up to which dot products are faster than packing
+
+// What a panel is made of: its columns in the weight, NULL for none; numbers of a column are ``step`` apart.
+struct panel {
+    const el *columns[NR];
+    int64_t step, K;
+};
+
+// Lanes [first, first + count) of K into packed[count][NR].
+static void pack(const struct panel *p, int64_t first, int64_t count, float *packed) {
+    const int64_t K = p->K - first * PAIR;  // numbers left
+    if (p->step != 1) {
+        for (int64_t k = 0; k < count; k++)
+            for (int c = 0; c < NR; c++) {
+                num pair[PAIR];
+                for (int i = 0; i < PAIR; i++) {
+                    const int64_t at = k * PAIR + i;
+                    const int there = p->columns[c] && at < K;
+                    pair[i] = there ? as_num(widen(p->columns[c][(first * PAIR + at) * p->step])) : 0;
+                }
+                memcpy(packed + k * NR + c, pair, 4);
+            }
+        return;
+    }
+    for (int v = 0; v < NV; v++)
+        for (int64_t k = 0; k < count; k += LANES) {
+            vf x[LANES];
+            const int64_t left = K - k * PAIR;
+            for (int i = 0; i < LANES; i++) {
+                const el *const column = p->columns[v * LANES + i];
+                const el *const at = column + (first + k) * PAIR;
+                x[i] = !column ? splat(0.0f) : left >= LANES * PAIR ? lanes(at) : lanes_of(at, left);
+            }
+            transpose(x);
+            for (int i = 0; i < LANES && i < count - k; i++) store(packed + (k + i) * NR + v * LANES, x[i]);
+        }
+}
+
+INLINE void tile(const num *const *a, int64_t first, int64_t count, const float *packed, vf sum[MR][NV], const int rows) {
+    vf s[MR][NV];
+    const num *p[MR];
+    UNROLL for (int r = 0; r < rows; r++) {
+        p[r] = a[r] + first * PAIR;
+        UNROLL for (int v = 0; v < NV; v++) s[r][v] = sum[r][v];
+    }
+    for (int64_t k = 0; k < count; k++) {
+        vf b[NV];
+        UNROLL for (int v = 0; v < NV; v++) b[v] = load(packed + k * NR + v * LANES);
+        UNROLL for (int r = 0; r < rows; r++) {
+            const vf x = same(p[r] + k * PAIR);
+            UNROLL for (int v = 0; v < NV; v++) s[r][v] = plus_product(s[r][v], x, b[v]);
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int v = 0; v < NV; v++) sum[r][v] = s[r][v];
+}
+
+// Tiles of up to MR rows: each number of rows is a loop of its own.
+static void tile_of(
+    int rows, const num *const *a, int64_t first, int64_t count, const float *packed, vf sum[MR][NV]
+) {
+    switch (rows) {
+    case 1: tile(a, first, count, packed, sum, 1); break;
+    case 2: tile(a, first, count, packed, sum, 2); break;
+    case 3: tile(a, first, count, packed, sum, 3); break;
+    case 4: tile(a, first, count, packed, sum, 4); break;
+    case 5: tile(a, first, count, packed, sum, 5); break;
+    default: tile(a, first, count, packed, sum, MR);
+    }
+}
+
+// One panel against all rows. ``finish`` is given each finished tile: its first row, its rows and sums.
+typedef void (*finish_t)(void *context, int64_t row, int rows, vf sum[MR][NV]);
+static void multiply(
+    const num *const *a, int64_t rows, const struct panel *p, float *packed, float *partial, finish_t finish,
+    void *context
+) {
+    const int64_t K = (p->K + PAIR - 1) / PAIR;
+    for (int64_t first = 0; first < K; first += KC) {
+        const int64_t count = K - first < KC ? K - first : KC;
+        pack(p, first, count, packed);
+        for (int64_t row = 0; row < rows; row += MR) {
+            const int n = rows - row < MR ? (int)(rows - row) : MR;
+            vf sum[MR][NV];
+            for (int r = 0; r < n; r++)
+                for (int v = 0; v < NV; v++)
+                    sum[r][v] = first ? load(partial + (row + r) * NR + v * LANES) : splat(0.0f);
+            tile_of(n, a + row, first, count, packed, sum);
+            if (first + count == K) {
+                finish(context, row, n, sum);
+                continue;
+            }
+            for (int r = 0; r < n; r++)
+                for (int v = 0; v < NV; v++) store(partial + (row + r) * NR + v * LANES, sum[r][v]);
+        }
+    }
+}
+
+// LANES / R columns against R rows: one vector of sums, by row, then by column.
+INLINE vf dots_of(const num *const *a, const el *w, int64_t pitch, int64_t K, const int R) {
+    const int C = LANES / R;
+    vf sum[LANES];
+    UNROLL for (int i = 0; i < LANES; i++) sum[i] = splat(0.0f);
+    int64_t k = 0;
+    for (; k + LANES * PAIR <= K; k += LANES * PAIR) {
+        vf x[4];
+        UNROLL for (int r = 0; r < R; r++) x[r] = load((const float *)(const void *)(a[r] + k));
+        UNROLL for (int c = 0; c < C; c++) {
+            const vf y = lanes(w + c * pitch + k);
+            UNROLL for (int r = 0; r < R; r++) sum[r * C + c] = plus_product(sum[r * C + c], x[r], y);
+        }
+    }
+    if (k < K)
+        for (int c = 0; c < C; c++) {
+            const vf y = lanes_of(w + c * pitch + k, K - k);
+            for (int r = 0; r < R; r++) {
+                vf x = splat(0.0f);
+                memcpy(&x, a[r] + k, (size_t)(K - k) * sizeof(num));
+                sum[r * C + c] = plus_product(sum[r * C + c], x, y);
+            }
+        }
+    return sums(sum);
+}
+
+// out[r * width + n - from] for rows r and columns n from ``from`` to ``to``; numbers of a column lie together.
+static void dots(
+    const num *const *a, int64_t rows, const el *w, int64_t pitch, int64_t K, int64_t from, int64_t to, float *out
+) {
+    const int64_t width = to - from;
+    for (int64_t row = 0; row < rows;) {
+        const int R = rows - row >= 4 && LANES >= 4 ? 4 : rows - row >= 2 ? 2 : 1, C = LANES / R;
+        int64_t n = from;
+        for (; n + C <= to; n += C) {
+            const el *const at = w + n * pitch;
+            vf y;
+            if (R == 4) y = dots_of(a + row, at, pitch, K, 4);
+            else if (R == 2) y = dots_of(a + row, at, pitch, K, 2);
+            else y = dots_of(a + row, at, pitch, K, 1);
+            for (int r = 0; r < R; r++) memcpy(out + (row + r) * width + n - from, (float *)&y + r * C, (size_t)C * 4);
+        }
+        for (; n < to; n++)
+            for (int r = 0; r < R; r++) {
+                vf sum[LANES];
+                for (int i = 0; i < LANES; i++) sum[i] = splat(0.0f);
+                for (int64_t k = 0; k < K; k += LANES * PAIR) {
+                    const int64_t left = K - k;
+                    vf x = splat(0.0f);
+                    memcpy(&x, a[row + r] + k, (size_t)(left < LANES * PAIR ? left : LANES * PAIR) * sizeof(num));
+                    const el *const at = w + n * pitch + k;
+                    sum[0] = plus_product(sum[0], x, left < LANES * PAIR ? lanes_of(at, left) : lanes(at));
+                }
+                out[(row + r) * width + n - from] = sums(sum)[0];
+            }
+        row += R;
+    }
+}
