@@ -1,4 +1,8 @@
-"""Neutral: ordinary tensors in the place of those that belong to the caller's state (inference mode, functorch)."""
+"""Neutral: ordinary tensors in the place of those that belong to the caller's state: inference mode, functorch, shards.
+
+A capture reads no values and a proof any values, so that what a rank holds stands for what all ranks hold: no rank
+needs another one to learn a call.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +35,29 @@ def neutral(x: torch.Tensor) -> torch.Tensor:
     return x if plain is x else plain.requires_grad_(trained and plain.is_floating_point())
 
 
+def is_shard(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor (recognised by name, so that torch.distributed need not be imported)."""
+    return any(c.__name__ == "DTensor" and c.__module__.startswith("torch.distributed.") for c in type(tensor).__mro__)
+
+
+def _repeated(x: Any) -> torch.Tensor:
+    """A tensor of the size of the whole, made of what this rank has of it."""
+    local: torch.Tensor = x._local_tensor.detach()
+    whole = local.new_zeros(x.shape)
+    if local.numel():
+        times = [-(-size // mine) for size, mine in zip(x.shape, local.shape, strict=True)]
+        whole.copy_(local.repeat(times)[tuple(map(slice, x.shape))])
+    return whole
+
+
 def _has_tangent(x: torch.Tensor) -> bool:
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 
 @contextmanager
 def neutral_weights(module: nn.Module) -> Generator[None]:
-    """A module with `neutral` parameters and buffers. Plain tensors that functional_call has put in the place of
-    parameters are parameters meanwhile: torch.export takes no others."""
+    """A module with `neutral` parameters and buffers, whole ones where this rank holds shards. Plain tensors that
+    functional_call has put in the place of parameters are parameters meanwhile: torch.export takes no others."""
     swapped: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     made: dict[int, torch.Tensor] = {}  # tied weights stay tied
     try:
@@ -58,7 +77,7 @@ def neutral_weights(module: nn.Module) -> Generator[None]:
 
 
 def _weight(tensor: torch.Tensor, parameter: bool) -> torch.Tensor:
-    plain = neutral(tensor)
+    plain = _repeated(cast("Any", tensor)) if is_shard(tensor) else neutral(tensor)
     if not parameter or isinstance(plain, nn.Parameter):
         return plain
     trained = tensor.requires_grad or functorch.is_functorch_wrapped_tensor(tensor)

@@ -7,10 +7,10 @@ of then. A gate that is made later is in none of them, and every rank would trai
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
+from gatecc.capture.neutral import is_shard
 from gatecc.errors import UnsupportedModelError
 
 
@@ -92,8 +92,3 @@ def refuse_wrapped(model: nn.Module) -> None:
                 expected="plain tensors",
                 do="transform first, then distribute: parallelize_module(gatecc.transform(model, recipe, inputs), ...)",
             )
-
-
-def is_shard(tensor: Any) -> bool:
-    """Whether a tensor is a DTensor (recognised by name, so that torch.distributed need not be imported)."""
-    return any(c.__name__ == "DTensor" and c.__module__.startswith("torch.distributed.") for c in type(tensor).__mro__)

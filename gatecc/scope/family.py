@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from gatecc.capture.adapters import fast_path_off
 from gatecc.capture.kept import attributes_kept
+from gatecc.capture.neutral import neutral_weights
 from gatecc.capture.reads import same_reads
 from gatecc.capture.shield import callers_device, random_states_kept
 from gatecc.capture.signature import Key, map_tensors
@@ -106,6 +107,7 @@ def proves(
         with (
             attributes_kept(module),
             silenced(module),
+            neutral_weights(module),
             random_states_kept(),
             torch.no_grad(),
             callers_device(),
