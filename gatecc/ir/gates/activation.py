@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gatecc.errors import ArgumentError
 from gatecc.ir.gates.option import Option
+from gatecc.ir.gates.sinkhorn import transport_plan
 
 
 class Start(NamedTuple):
@@ -263,18 +264,10 @@ class Sinkhorn(Activation, tag="sinkhorn"):
         log = torch.log_softmax(z / self.eps, -1)
         if not training:
             return log.exp()
-        plan = self._plan(log.reshape(-1, z.size(-1))).reshape(z.shape)
+        plan = transport_plan(log.reshape(-1, z.size(-1)), self.iters).reshape(z.shape)
         if self.p == 1.0:
             return plan
         return torch.where(torch.rand((), device=z.device) < self.p, plan, log.exp())
-
-    def _plan(self, log: Tensor) -> Tensor:
-        rows, columns = log.size(0), log.size(1)
-        share = torch.log(torch.ones((), dtype=log.dtype, device=log.device) * rows / columns)
-        for _ in range(self.iters):
-            log = log - torch.logsumexp(log, 0, keepdim=True) + share
-            log = log - torch.logsumexp(log, 1, keepdim=True)
-        return log.exp()
 
 
 Activation.aliases = {"1+tanh": "one_plus_tanh", "logsigmoid/16": "logsigmoid(16)", "swish": "silu"}

@@ -1,22 +1,27 @@
 """Choice: how the scores of a router become k experts per token and their weights.
 
-A choice is a pure function of logits (T, E) in float32. Index E means an empty slot: nothing runs there.
-Text: ``softmax_topk(2)``, ``softmax_topk(1, renorm=False)``.
+A choice is a pure function of logits (T, E) in float32 and of named buffers. Index E means an empty slot: nothing runs
+there. Of equal scores the lower index comes first. A NaN counts as the largest score, so that indices are always those
+of experts, and it reaches the weights of its token: the output shows it. What changes over the training steps (a
+temperature, a bias) is a buffer: captured and compiled graphs follow it. Text: ``softmax_topk(2)``,
+``softmax_topk(1, renorm=False)``, ``sigmoid_topk(8, groups=8, limit=4)``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gatecc.errors import ArgumentError
+from gatecc.ir.gates.anneal import Anneal, first
 from gatecc.ir.gates.option import Option
 
 Buffers = Mapping[str, Tensor]
+BIAS = "expert_bias"  # (E,): added to the scores that select, not to those that weigh
 
 
 class Chosen(NamedTuple):
@@ -26,60 +31,101 @@ class Chosen(NamedTuple):
     indices: Tensor
 
 
+class Decision(NamedTuple):
+    """What was chosen, and what balancing asks of it.
+
+    ``probabilities`` (T, E): how likely each expert was, with a gradient. ``load`` (T, E): the smooth probability that
+    an expert is among the k, where noise gives one.
+    """
+
+    chosen: Chosen
+    probabilities: Tensor
+    load: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Choice(Option, slot="choice"):
     """Base of choices."""
+
+    mixes_tokens: ClassVar[bool] = False  # in eval: what one token gets depends on the others
+    biased: ClassVar[bool] = False  # selects by score + expert_bias, where there is such a buffer
 
     @property
     def sums_to_one(self) -> bool:
         """Whether the weights of a token sum to 1 whatever its logits are: equal experts then compute what one does."""
         return False
 
+    @property
+    def annealed(self) -> Mapping[str, float | Anneal]:
+        """The numbers that are buffers, by name."""
+        return {}
+
+    @property
+    def note(self) -> str:
+        """What a report should say of this choice, "" for nothing."""
+        return ""
+
     def slots(self, experts: int) -> int:
-        """How many slots a token has. Raises ArgumentError for a number of experts that cannot be chosen from."""
+        """How many slots a token has, at most. Raises ArgumentError for a number of experts that cannot be chosen
+        from."""
         raise NotImplementedError
+
+    def scores(self, experts: int) -> int:
+        """How many scores it reads per token: E, or more where a noise is scored too."""
+        return experts
 
     def buffers(self, experts: int) -> dict[str, Tensor]:
         """What changes from step to step and is no parameter: temperatures, biases."""
+        return {name: torch.tensor(first(value)) for name, value in self.annealed.items()}
+
+    def parameters(self, experts: int) -> dict[str, Tensor]:
+        """What is trained beside the scorer."""
         return {}
+
+    @property
+    def moves(self) -> bool:
+        """Whether `advance` changes anything."""
+        return any(isinstance(value, Anneal) for value in self.annealed.values())
+
+    def advance(self, buffers: Buffers, step: int) -> None:
+        """Bring the buffers to a step of the optimizer, in place; the first is 0."""
+        for name, value in self.annealed.items():
+            if isinstance(value, Anneal):
+                buffers[name].fill_(value.at(step))
+
+    def probabilities(self, logits: Tensor, buffers: Buffers) -> Tensor:
+        """How likely each expert is: (T, E), rows that sum to 1."""
+        return torch.softmax(logits, -1)
 
     def __call__(self, logits: Tensor, buffers: Buffers, training: bool) -> Chosen:
         """logits: (T, E) in float32."""
-        raise NotImplementedError
+        return self.decide(logits, buffers, training).chosen
+
+    def decide(self, logits: Tensor, buffers: Buffers, training: bool, keep: Tensor | None = None) -> Decision:
+        """The same with what balancing asks. keep: (T,) of bool, False at padding, where a choice compares tokens."""
+        return Decision(self(logits, buffers, training), self.probabilities(logits, buffers))
 
 
-@dataclass(frozen=True)
-class SoftmaxTopK(Choice, tag="softmax_topk"):
-    """The k largest of softmax(logits); with ``renorm`` their weights are divided by their sum (Mixtral).
+def largest(scores: Tensor, k: int) -> Tensor:
+    """Indices (T, k) of the k largest of scores (T, E), in falling order; the lower index first among equals.
 
-    That is the softmax over the k largest logits (Granite), so no probability is computed for the others. Without
-    ``renorm`` the weights are the probabilities themselves (Switch, Qwen2-MoE). With ``straight`` they are the
-    renormalised ones with the gradient of the probabilities: the renormalised weight of one expert is always 1, from
-    which no router could learn.
+    torch.topk leaves the order of equals open. NaN counts as the largest, so that indices are always those of experts.
     """
+    if k == 1:
+        return scores.argmax(-1, keepdim=True)
+    return torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :k]
 
-    k: int
-    renorm: bool = True
-    straight: bool = False
 
-    def check(self) -> None:
-        self.require(self.k > 0, "k", "a positive integer")
+def renormalised(weights: Tensor) -> Tensor:
+    """Weights (T, k) divided by their sum."""
+    return weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
 
-    @property
-    def sums_to_one(self) -> bool:
-        return self.renorm or self.straight
 
-    def slots(self, experts: int) -> int:
-        return at_most(self.k, experts)
-
-    def __call__(self, logits: Tensor, buffers: Buffers, training: bool) -> Chosen:
-        if self.renorm and not self.straight:
-            top, indices = torch.topk(logits, self.k, -1)
-            return Chosen(torch.softmax(top, -1), indices)
-        top, indices = torch.topk(torch.softmax(logits, -1), self.k, -1)
-        if not self.straight:
-            return Chosen(top, indices)
-        return Chosen((top / top.sum(-1, keepdim=True)).detach() + (top - top.detach()), indices)
+def filled(active: Tensor, weights: Tensor) -> Chosen:
+    """A slot per expert, empty where ``active`` (T, E) is False; weights: (T, E)."""
+    experts = torch.arange(active.size(-1), device=active.device)
+    indices = torch.where(active, experts, active.size(-1))
+    return Chosen(torch.where(active, weights, 0.0), indices)
 
 
 def at_most(k: int, experts: int) -> int:

@@ -84,6 +84,24 @@ class Linear(Scorer, tag="linear"):
 
 
 @dataclass(frozen=True)
+class Cosine(Scorer, tag="cosine"):
+    """LN(x) · LN(w_f) / sqrt(C): a row of ``weight`` per feature, both standardised without an affine map (PHATGOOSE).
+
+    A new row is added without a change of the others' scores; a row of zeros scores 0.
+    """
+
+    constant: ClassVar[str] = "weight"
+
+    def shapes(self, channels: int, features: int, at: str) -> Shapes:
+        return {"weight": (features, channels)}
+
+    def __call__(self, x: Features, params: Params, features: int) -> Features:
+        size = [x.x.size(-1)]
+        weight = F.layer_norm(params["weight"], size)
+        return Features(F.linear(F.layer_norm(x.x, size), weight) * size[0] ** -0.5, x.at)
+
+
+@dataclass(frozen=True)
 class LowRank(Scorer, tag="lowrank"):
     """W₂ W₁ x + b through r dimensions."""
 
