@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from gatecc.ops.transforms import LIBRARY, UNDER_FUNC, has_tangents, instead, refuse
+from gatecc.ops.transforms import LIBRARY, UNDER_FUNC, derivatives, has_tangents, instead, refuse
 
 # -- add_loss ----------------------------------------------------------------------------------------------------------
 
@@ -36,6 +36,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        _added_once()
+    return _with_loss(ctx, gradient)
+
+
+def _with_loss(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     loss, scale = ctx.saved_tensors
     return gradient, scale.to(loss.dtype).expand_as(loss), None
 
@@ -53,20 +59,21 @@ class _AddLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, *grad_outputs)
+        return _with_loss(ctx, *grad_outputs)
 
 
-def _no_tangents() -> NoReturn:
+def _added_once() -> NoReturn:
+    # A second derivative goes through x again, and there the loss would be added again.
     refuse(
-        "a loss that enters in the backward pass has a derivative in reverse mode only",
-        found="forward mode",
-        do="model.eval(), where a router adds no loss; or a router without balance",
+        "a loss that enters in the backward pass has one derivative, in reverse mode",
+        found="a second derivative (create_graph=True), or forward mode",
+        do="one derivative; model.eval(), where a router adds no loss; or a router without balance",
     )
 
 
 def _under_func(x: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
-    if has_tangents((x, loss)):
-        _no_tangents()
+    if has_tangents((x, loss)) or max(derivatives(x), derivatives(loss)) > 1:
+        _added_once()
     return _AddLoss.apply(x, loss, scale)
 
 
@@ -79,7 +86,7 @@ instead(add_loss, _under_func)
 
 @torch.library.custom_op("gatecc::record", mutates_args=("state",))
 def record(state: Tensor, values: Tensor, step: Tensor) -> None:
-    """Add ``values`` (n,) to ``state`` (1 + n,), which starts anew whenever the step number that it holds is not ``step``.
+    """Add ``values`` (n,) to ``state`` (1 + n,), which starts anew whenever the step that it holds is not ``step``.
 
     state[0] is the step of what state holds. So the figures of a step stay readable until the first forward pass of
     the next one, and all forward passes of an accumulation are summed. A forward pass that a checkpoint runs again is

@@ -8,7 +8,6 @@ pipelined models keep them; `gatecc.aux_losses` reads their values. Padding coun
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -16,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gatecc.errors import ArgumentError
 from gatecc.ir.gates.choice import BIAS, Choice, Chosen, Decision
 from gatecc.ir.gates.option import Option
 
@@ -26,14 +24,13 @@ class Routed:
     """What a router did in one forward pass.
 
     ``logits`` (T, E) and what the choice decided; ``counts`` (T, E): 1 where an expert runs; ``real`` (T, 1): 0 at
-    padding; ``samples``: the size of the value's sample axis.
+    padding.
     """
 
     logits: Tensor
     decision: Decision
     counts: Tensor
     real: Tensor
-    samples: int | torch.SymInt
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean of x (T, ...) over the tokens that are no padding."""
@@ -101,7 +98,9 @@ class Join(Balance, tag="join"):
         flat = tuple(part for balance in self.of for part in balance.parts)
         object.__setattr__(self, "of", flat)
         tags = [part.tag for part in flat]
-        self.require(len(flat) > 1 and len(set(tags)) == len(tags) and "none" not in tags, "of", "two or more, each once")
+        self.require(
+            len(flat) > 1 and len(set(tags)) == len(tags) and "none" not in tags, "of", "two or more, each once"
+        )
 
     def __str__(self) -> str:
         return "+".join(map(str, self.of))
@@ -246,6 +245,20 @@ def _variation(x: Tensor) -> Tensor:
     return x.var() / (x.mean().square() + 1e-10)
 
 
-def named(losses: tuple[Balance, ...], routed: Routed) -> Mapping[str, Tensor]:
-    """The losses of a pass by the tags of what adds them."""
-    return {part.tag: part.loss(routed) for part in losses}
+def counts(indices: Tensor, experts: int) -> Tensor:
+    """indices: (T, k) -> (T, E), 1 where an expert is among them."""
+    empty = torch.zeros(indices.size(0), experts + 1, device=indices.device)
+    return empty.scatter(1, indices, 1.0)[:, :-1]
+
+
+def figures(routed: Routed, asked: Tensor) -> Tensor:
+    """What a pass is remembered by: 1, tokens, the sum of entropies, dropped slots, loads (E,), importances (E,).
+
+    ``asked`` (T, E): 1 where an expert was chosen, before a capacity dropped it.
+    """
+    p = routed.decision.probabilities.detach()
+    entropy = -(torch.xlogy(p, p).sum(-1, keepdim=True) * routed.real).sum()
+    load = (routed.counts * routed.real).sum(0)
+    dropped = (asked * routed.real).sum() - load.sum()
+    head = torch.stack((torch.ones_like(entropy), routed.real.sum(), entropy, dropped))
+    return torch.cat((head, load, importance(routed).detach()))

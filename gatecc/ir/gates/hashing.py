@@ -21,7 +21,7 @@ _MOST = 4  # a grid cell has 2^channels corners
 
 @dataclass(frozen=True)
 class Hash(Scorer, tag="hash"):
-    """A fixed expert for each value: 0 for the hash of what is read, -1, -2, ... for the features after it, in a circle.
+    """A fixed expert for each value: score 0 at its hash, -1, -2, ... for the features after it, in a circle.
 
     Integers (token ids) are hashed as they are; floats in cells of width ``cell``. Nothing is learned. With
     choice=softmax_topk(1) each token has one expert, of weight 1 (Hash Layers, 2021).

@@ -63,7 +63,11 @@ def _logits(options: int, zero: bool) -> list[Tensor]:
 
 def _sums(router: RouterSpec, parts: tuple[int, ...], logits: Tensor) -> Tensor:
     """What each part of the layer weighs for each token: (T, parts)."""
-    weights, indices = router.choice(logits, router.choice.buffers(logits.size(1)), False)
+    choice, options = router.choice, logits.size(1)
+    if beyond := choice.scores(options) - options:  # of a noise, which there is none of in evaluation
+        logits = torch.cat([logits, torch.zeros(logits.size(0), beyond)], 1)
+    named = {**choice.parameters(options), **choice.buffers(options), **router.balance.buffers(options)}
+    weights, indices = choice(logits, named, False)
     count = max(parts) + 1
     of = torch.tensor([*parts, count])  # an empty slot is of no part
     slots = of[indices.clamp(max=len(parts))]

@@ -14,13 +14,13 @@ from gatecc.ir.contract import Contract, changes_function, identity_at_init
 from gatecc.ir.edit import Editor
 from gatecc.ir.effects import Effects
 from gatecc.ir.gate import GateSpec
-from gatecc.ir.gates.per_group import PerGroup
+from gatecc.ir.gates.choices.per_group import PerGroup
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.router import RouterSpec
 from gatecc.ir.select import Selector
 from gatecc.ir.site import Linear, Site, Value
 from gatecc.passes.gating import gate_node, multiply, read_by, reads_afar
-from gatecc.passes.operands import check_positions, gate_shape, own_weight, source, stage
+from gatecc.passes.operands import check_positions, condition, gate_shape, own_weight, source, stage
 from gatecc.passes.route.bank import Bank, Piece, half, joined, of_slots, smoothed, whole
 from gatecc.passes.route.copies import Copies, Drop
 from gatecc.passes.route.exactness import Coverage, coverage
@@ -106,13 +106,18 @@ class Route(Rewrite):
         return ""
 
     def effects(self) -> Effects:
-        afar = any(reads_afar(router.gate) for router in self.routers)
+        afar = any(reads_afar(router.gate) or router.mask for router in self.routers)
         return Effects(same_for_layers=not self.experts.reads_names, whole_model=afar)
 
     def reads(self) -> Iterable[str]:
         return ("in", "out", *(name for router in self.routers for name in read_by(router.gate)))
 
     def notes(self, site: Site) -> Iterable[str]:
+        yield from self._of_start(site)
+        for router in self.routers:
+            yield from (f"{site.key}: {note}" for note in router.notes)
+
+    def _of_start(self, site: Site) -> Iterable[str]:
         why = self.why_not()
         if why:
             yield f"{site.key}: {self.experts} with {self.router.choice} changes the function: {why}"
@@ -150,6 +155,8 @@ class Route(Rewrite):
     def _bank(self, number: int, router: RouterSpec, ffn: FFN, value: Value, edit: Editor) -> fx.Node:
         """One router and its experts."""
         weights, indices = router_nodes(router, self.options, self.site, value, edit)
+        if self.skip:  # an empty slot and the option that is no expert are one to the experts
+            indices = edit.call(torch.ops.aten.clamp_max.default, indices, self.experts.count, name="routed")
         scale = self.coverage(router).scale
         bank = Bank(self.experts, ffn, 1.0 if scale is None else scale, self._pieces(number, router, ffn), self._slots)
         layer_weights = relative(ffn, edit.program)
@@ -233,7 +240,8 @@ def router_nodes(
         return spec.build(shape, experts, device=device, dtype=dtype)
 
     path = edit.module(label, build, spec.init.fill_from)
-    weights, indices = edit.call(path, value.node, *(s.node for s in sources), shape, name=label)
+    masks = [condition(spec.mask, edit.program, value).node] if spec.mask else []
+    weights, indices = edit.call(path, value.node, *(s.node for s in sources), *masks, shape, name=label)
     return weights, indices
 
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from gatecc.errors import ArgumentError
 from gatecc.ir.gate import GateModule, GateShape, GateSpec, SourceShape
+from gatecc.ir.gates.layout import Features
+from gatecc.ir.gates.scorer import Scorer
 
 B, N, C, H = 2, 7, 6, 4
 
@@ -103,3 +105,18 @@ def test_a_full_window_is_the_identity() -> None:
 def test_an_empty_window_is_refused() -> None:
     with pytest.raises(ArgumentError, match="empty"):
         window(torch.arange(3), 0.01)
+
+
+def test_cosine_standardises_both_sides() -> None:
+    x, v = torch.randn(2, 5, 16), torch.randn(3, 16)
+    cosine = Scorer.parse("cosine")
+
+    def standard(t: torch.Tensor) -> torch.Tensor:
+        return (t - t.mean(-1, keepdim=True)) / (t.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+
+    expected = torch.einsum("bnc,ec->bne", standard(x), standard(v)) / 4
+    torch.testing.assert_close(cosine(Features(x, "bn"), {"weight": v}, 3).x, expected)
+    more = torch.cat([v, torch.zeros(1, 16)])
+    scores = cosine(Features(x, "bn"), {"weight": more}, 4).x
+    torch.testing.assert_close(scores[..., :3], expected)
+    assert (scores[..., 3] == 0).all()

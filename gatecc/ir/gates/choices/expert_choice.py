@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,25 +17,25 @@ from gatecc.ir.gates.choice import Buffers, Choice, Decision, filled
 class ExpertChoice(Choice, tag="expert_choice"):
     """Each expert takes the ceil(capacity · T / E) tokens to which softmax(logits) gives it most; its weight is that.
 
-    ``capacity`` is the mean number of experts per token; None means E: every expert takes every token, which is where
+    ``capacity`` is the mean number of experts per token; "all" is E: every expert takes every token, which is where
     a dense model is converted without a change, and from where ``capacity=linear(8, 2, 1000)`` leads on. A token may
     get no expert. What a token gets depends on all others of the batch, later ones too: the model is not causal
     (Zhou et al. 2022), and a decoder refuses it.
     """
 
     mixes_tokens: ClassVar[bool] = True
-    capacity: float | Anneal | None = None
+    capacity: Literal["all"] | float | Anneal = "all"
 
     def check(self) -> None:
-        self.require(self.capacity is None or least(self.capacity) > 0, "capacity", "a positive number, or None")
+        self.require(self.capacity == "all" or least(self.capacity) > 0, "capacity", "a positive number, or all")
 
     @property
     def sums_to_one(self) -> bool:
-        return self.capacity is None
+        return self.capacity == "all"
 
     @property
     def annealed(self) -> Mapping[str, float | Anneal]:
-        return {} if self.capacity is None else {"capacity": self.capacity}
+        return {} if self.capacity == "all" else {"capacity": self.capacity}
 
     def slots(self, experts: int) -> int:
         return experts

@@ -16,8 +16,8 @@ from gatecc.ir.gates.choice import BIAS, Buffers, Choice, Chosen, at_most, large
 class SigmoidTopK(Choice, tag="sigmoid_topk"):
     """The k largest of σ(logits) + expert_bias, weighed by scale · σ(logits), with ``renorm`` divided by their sum.
 
-    The experts are in ``groups`` of equal size, in order; only those of the ``limit`` best groups may be chosen, a group
-    being as good as its two best experts together (DeepSeek-V3). ``bias`` keeps a buffer ``expert_bias`` that is
+    The experts are in ``groups`` of equal size, in order; only those of the ``limit`` best groups may be chosen, a
+    group being as good as its two best experts together (DeepSeek-V3). ``bias`` keeps a buffer ``expert_bias`` that is
     added where experts are selected; balance=bias moves it.
     """
 
@@ -64,10 +64,6 @@ class SigmoidTopK(Choice, tag="sigmoid_topk"):
         if self.limit == self.groups:
             return scores
         grouped = scores.unflatten(-1, (self.groups, -1))
-        best = grouped.gather(-1, _two(grouped)).sum(-1)
+        best = grouped.gather(-1, largest(grouped, min(2, grouped.size(-1)))).sum(-1)
         chosen = torch.zeros_like(best, dtype=torch.bool).scatter(-1, largest(best, self.limit), True)
         return torch.where(chosen.unsqueeze(-1), grouped, -torch.inf).flatten(-2)
-
-
-def _two(grouped: Tensor) -> Tensor:
-    return torch.sort(grouped, dim=-1, descending=True, stable=True).indices[..., :2]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gatecc.errors import ArgumentError
-from gatecc.ir.gates.choice import Buffers, Choice, Chosen, at_most
+from gatecc.ir.gates.choice import Buffers, Choice, Chosen, at_most, largest
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class PerGroup(Choice, tag="per_group"):
     def __call__(self, logits: Tensor, buffers: Buffers, training: bool) -> Chosen:
         apart = logits.unflatten(-1, (self.groups, -1))
         each = apart.size(-1)
-        top, at = apart.topk(self.k, -1)
+        at = largest(apart, self.k)
+        top = apart.gather(-1, at)
         weights = torch.softmax(top, -1)
         if self.k == 1 and training and each > 1:
             soft = torch.softmax(apart, -1).gather(-1, at)
