@@ -114,7 +114,8 @@ class SoftmaxTopK(Choice, tag="softmax_topk"):
     """The k largest of softmax(pre_activation(logits) / T); with ``renorm`` divided by their sum.
 
     With ``renorm`` that is Mixtral's, and equal to the softmax over the k largest logits alone (Granite); without it
-    Switch's and Qwen2-MoE's. ``T`` is a number, a schedule (``T=exponential(2.0, 0.5, 1000)``) or, with
+    Switch's and Qwen2-MoE's. With ``straight`` the weights are the renormalised ones with the gradient of the
+    probabilities: the renormalised weight of one expert is always 1, from which no router could learn. ``T`` is a number, a schedule (``T=exponential(2.0, 0.5, 1000)``) or, with
     ``learned``, a parameter that starts there: learning it slows the estimation of the experts to as little as
     1 / log(n), unless the scores go through a ``pre_activation`` first (temperature in softmax Gaussian MoE, 2024).
     """
@@ -122,6 +123,7 @@ class SoftmaxTopK(Choice, tag="softmax_topk"):
     biased: ClassVar[bool] = True
     k: int
     renorm: bool = True
+    straight: bool = False
     T: float | Anneal = 1.0
     pre_activation: Squash = "none"
     learned: bool = False
@@ -133,7 +135,7 @@ class SoftmaxTopK(Choice, tag="softmax_topk"):
 
     @property
     def sums_to_one(self) -> bool:
-        return self.renorm
+        return self.renorm or self.straight
 
     @property
     def annealed(self) -> Mapping[str, float | Anneal]:
@@ -162,9 +164,12 @@ class SoftmaxTopK(Choice, tag="softmax_topk"):
         z = self.tempered(logits, buffers)
         bias = buffers.get(BIAS)
         indices = largest(z if bias is None else torch.softmax(z, -1) + bias, self.k)
-        if self.renorm:
+        if self.renorm and not self.straight:
             return Chosen(torch.softmax(z.gather(-1, indices), -1), indices)
-        return Chosen(torch.softmax(z, -1).gather(-1, indices), indices)
+        top = torch.softmax(z, -1).gather(-1, indices)
+        if not self.straight:
+            return Chosen(top, indices)
+        return Chosen(renormalised(top).detach() + (top - top.detach()), indices)
 
     def tempered(self, logits: Tensor, buffers: Buffers) -> Tensor:
         """What the softmax is taken of."""

@@ -17,6 +17,7 @@ from gatecc.ir.gates.choice import Choice, largest
 ALL = [
     "softmax_topk(2)",
     "softmax_topk(2, renorm=False)",
+    "softmax_topk(1, straight=True)",
     "softmax_topk(2, T=0.5, pre_activation=tanh)",
     "softmax_topk(2, learned=True)",
     "softmax_topk(2, T=cosine(2.0, 0.5, 10))",
