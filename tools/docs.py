@@ -22,17 +22,21 @@ sys.path.insert(0, str(ROOT))
 
 import gatecc  # noqa: E402
 from gatecc import errors  # noqa: E402
-from gatecc.ir import axes, gate  # noqa: E402
+from gatecc.ir import axes, gate, router  # noqa: E402
 from gatecc.ir.gate import GateSpec  # noqa: E402
 from gatecc.ir.gates import granularity  # noqa: E402
 from gatecc.ir.gates.activation import Activation  # noqa: E402
+from gatecc.ir.gates.anneal import Anneal  # noqa: E402
+from gatecc.ir.gates.balance import Balance  # noqa: E402
+from gatecc.ir.gates.choice import Choice  # noqa: E402
 from gatecc.ir.gates.estimator import Estimator  # noqa: E402
 from gatecc.ir.gates.init import Init  # noqa: E402
-from gatecc.ir.gates.option import signature  # noqa: E402
+from gatecc.ir.gates.option import Option, signature  # noqa: E402
 from gatecc.ir.gates.scorer import Scorer  # noqa: E402
 from gatecc.ir.gates.source import Source  # noqa: E402
 from gatecc.ir.refusals import CAUSES, Cause  # noqa: E402
 from gatecc.ir.rewrite import REWRITES, Rewrite  # noqa: E402
+from gatecc.ir.router import RouterSpec  # noqa: E402
 from gatecc.ir.site import KINDS  # noqa: E402
 from tools.checked import WORDS, checked, test_file  # noqa: E402
 from tools.refusal_examples import EXAMPLES  # noqa: E402
@@ -285,14 +289,19 @@ def refusal_example(code: str) -> str:
 
 
 def gates_page() -> str:
-    """Every choice of every slot of a gate."""
+    """Every choice of every slot of a gate, and of a router."""
     parts = ["# Gates\n", f"\n{markdown(untitled(doc(gate)))}\n\n{markdown(doc(GateSpec))}\n", GATES]
-    for slot in (Source, Scorer, Activation, Estimator, Init):
-        rows = [(f"`{signature(choice)}`", first(choice)) for choice in slot.choices.values()]
-        module = sys.modules[slot.__module__]
-        parts.append(f"\n## {slot.slot.capitalize()}\n\n{described(module)}\n\n{table(('written', 'meaning'), rows)}")
+    parts += [slot_section(slot) for slot in (Source, Scorer, Activation, Estimator, Init)]
     parts.insert(-3, f"\n## Granularity\n\n{described(granularity)}\n")
-    return "".join(parts)
+    parts.append(f"\n# Routers\n\n{markdown(untitled(doc(router)))}\n\n{markdown(doc(RouterSpec))}\n")
+    return "".join([*parts, *(slot_section(slot) for slot in (Choice, Balance, Anneal))])
+
+
+def slot_section(slot: type[Option]) -> str:
+    """What can be chosen in a slot."""
+    rows = [(f"`{signature(choice)}`", first(choice)) for choice in slot.choices.values()]
+    module = sys.modules[slot.__module__]
+    return f"\n## {slot.slot.capitalize()}\n\n{described(module)}\n\n{table(('written', 'meaning'), rows)}"
 
 
 def sites_page() -> str:

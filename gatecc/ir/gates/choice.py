@@ -115,9 +115,10 @@ class SoftmaxTopK(Choice, tag="softmax_topk"):
 
     With ``renorm`` that is Mixtral's, and equal to the softmax over the k largest logits alone (Granite); without it
     Switch's and Qwen2-MoE's. With ``straight`` the weights are the renormalised ones with the gradient of the
-    probabilities: the renormalised weight of one expert is always 1, from which no router could learn. ``T`` is a number, a schedule (``T=exponential(2.0, 0.5, 1000)``) or, with
-    ``learned``, a parameter that starts there: learning it slows the estimation of the experts to as little as
-    1 / log(n), unless the scores go through a ``pre_activation`` first (temperature in softmax Gaussian MoE, 2024).
+    probabilities: the renormalised weight of one expert is always 1, from which no router could learn. ``T`` is a
+    number, a schedule (``T=exponential(2.0, 0.5, 1000)``) or, with ``learned``, a parameter that starts there: learning
+    it slows the estimation of the experts to as little as 1 / log(n), unless the scores go through a ``pre_activation``
+    first (temperature in softmax Gaussian MoE, 2024).
     """
 
     biased: ClassVar[bool] = True
