@@ -12,7 +12,7 @@ from gatecc.ops.moe_ffn.segments import Gradients
 from gatecc.ops.moe_ffn.triton.kernels.gradients import outer
 from gatecc.ops.moe_ffn.triton.kernels.projections import activate, add_slots, project
 from gatecc.ops.moe_ffn.triton.plan import plan
-from gatecc.ops.moe_ffn.triton.tables import BLOCKS, Blocks, Kernel, family, load, matrices, rows
+from gatecc.ops.moe_ffn.triton.tables import BLOCKS, SUM, Blocks, Kernel, family, load, matrices, rows
 
 By = Literal["place", "slot", "token"]  # of the order, of all slots, of all tokens: what an operand has its rows by
 
@@ -121,11 +121,10 @@ class _Run:
 
     def summed(self, x: Tensor) -> Tensor:
         """(S, N) -> (T, N), in the dtype of the call."""
-        N, (BM, BN) = x.size(1), (16, 128)
+        N = x.size(1)
         y = x.new_empty(self.a.tokens, N, dtype=self.a.x.dtype)
-        grid = (_cdiv(self.a.tokens, BM), _cdiv(N, BN))
-        with torch.cuda.device_of(x):
-            add_slots[grid](rows(x), rows(y), self.a.tokens, self.k, N=N, BM=BM, BN=BN, num_warps=4, num_stages=1)
+        grid = (_cdiv(self.a.tokens, SUM.rows), _cdiv(N, SUM.columns))
+        self.start(add_slots, SUM, grid, rows(x), rows(y), self.a.tokens, self.k, N=N)
         return y
 
     def outer(
@@ -162,6 +161,7 @@ class _Run:
     def start(self, kernel: Any, block: Blocks, grid: tuple[int, ...], *given: Any, **constants: Any) -> None:
         """Launch a kernel."""
         sizes = {"BM": block.rows, "BN": block.columns, "BK": block.inner, "PRECISION": precision(self.a.x.dtype)}
+        sizes = {name: x for name, x in sizes.items() if name in kernel.arg_names}
         with torch.cuda.device_of(self.a.x):
             kernel[grid](*given, **constants, **sizes, num_warps=block.warps, num_stages=block.stages)
 

@@ -60,6 +60,7 @@ BLOCKS: dict[str, dict[Kernel, tuple[Blocks, Blocks, Blocks]]] = {
         "outer": (Blocks(32, 64, 64, 4, 2), Blocks(32, 64, 64, 4, 2), Blocks(32, 64, 64, 4, 2)),
     },
 }
+SUM = Blocks(16, 128, 0, 4, 1)  # of the sum over slots, everywhere
 
 
 def family(dtype: torch.dtype) -> str:
