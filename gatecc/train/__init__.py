@@ -1,6 +1,7 @@
 """Training what a rewrite inserted, and measuring what it does."""
 
 from gatecc.train import tasks
+from gatecc.train.calibration import coactivation
 from gatecc.train.heal import Healed, Point, heal
 from gatecc.train.labels import gate_bce, topk_mass
 from gatecc.train.lora import Adapters, Lora
@@ -17,6 +18,7 @@ __all__ = [
     "ThresholdTracker",
     "Transfer",
     "Tune",
+    "coactivation",
     "gate_bce",
     "heal",
     "kld",

@@ -15,6 +15,8 @@ from gatecc.ir.edit import Editor
 from gatecc.ir.effects import Effects
 from gatecc.ir.gate import GateSpec
 from gatecc.ir.gates.choices.per_group import PerGroup
+from gatecc.ir.gates.choices.prefix import Prefix
+from gatecc.ir.program import attribute
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.router import RouterSpec
 from gatecc.ir.select import Selector
@@ -28,6 +30,7 @@ from gatecc.passes.route.experts import Experts
 from gatecc.passes.route.ffn import FFN, read_ffn, relative
 from gatecc.passes.route.linear import read_linear
 from gatecc.passes.route.shared import Shared, SharedExpert
+from gatecc.passes.route.similar import Similar, fill_similar
 from gatecc.passes.route.spec import ExpertsSpec
 
 _SHARED_GATE = GateSpec("in", "linear(bias=False)", "token", "sigmoid", init="identity(how=fold)")
@@ -47,10 +50,11 @@ class Route(Rewrite):
     report. Dropout between the products is left out. A linear layer is taken for a feed-forward one without a
     nonlinearity.
 
-    ``combine``: ``sum`` of the weighted results; ``slots``: the
+    ``combine``: ``sum`` of the weighted results; ``prefix``: of the first n experts (choice ``prefix``); ``slots``: the
     k-th slot yields the k-th part of the features (choice ``per_group``); ``cat``: a second router ``also`` has experts
     of its own, and each yields half of the features (T2MIR); ``smooth``: to each result w (1 - w) / o is added, the
     uniform share of what the expert is not trusted with (COSMO). ``skip``: one more option, at which nothing runs.
+
     New modules on the owner: ``router``, and ``label`` with the stacked weights.
     """
 
@@ -58,7 +62,7 @@ class Route(Rewrite):
 
     router: RouterSpec
     experts: ExpertsSpec
-    combine: Literal["sum", "slots", "cat", "smooth"] = "sum"
+    combine: Literal["sum", "prefix", "slots", "cat", "smooth"] = "sum"
     also: RouterSpec | None = None
     skip: bool = False
     label: str = "experts"
@@ -154,9 +158,6 @@ class Route(Rewrite):
 
     def _bank(self, number: int, router: RouterSpec, ffn: FFN, value: Value, edit: Editor) -> fx.Node:
         """One router and its experts."""
-        weights, indices = router_nodes(router, self.options, self.site, value, edit)
-        if self.skip:  # an empty slot and the option that is no expert are one to the experts
-            indices = edit.call(torch.ops.aten.clamp_max.default, indices, self.experts.count, name="routed")
         scale = self.coverage(router).scale
         bank = Bank(self.experts, ffn, 1.0 if scale is None else scale, self._pieces(number, router, ffn), self._slots)
         layer_weights = relative(ffn, edit.program)
@@ -166,6 +167,9 @@ class Route(Rewrite):
             bank.fill(cast("Experts", new), ffn.stacked(layer_weights(layer)))
 
         path = edit.module(self.label, lambda: bank.build(like), fill)
+        weights, indices = router_nodes(router, self.options, self.site, value, edit, experts=path)
+        if self.skip:  # an empty slot and the option that is no expert are one to the experts
+            indices = edit.call(torch.ops.aten.clamp_max.default, indices, self.experts.count, name="routed")
         y = edit.call(path, value.node, weights, indices, name=self.label)
         return edit.call(smoothed, y, weights, name="smoothed") if self.combine == "smooth" else y
 
@@ -208,6 +212,12 @@ def _check(route: Route) -> None:
             expected='combine="cat" with a second router in also, or neither',
         )
     choice = route.router.choice
+    if (route.combine == "prefix") != isinstance(choice, Prefix) or (route.combine == "prefix" and route.skip):
+        raise ArgumentError(
+            "the first n experts are added where a router chooses n",
+            found=f"combine={route.combine!r} with {choice}, skip={route.skip}",
+            expected='combine="prefix" with the choice prefix, where no expert at all is n = 0',
+        )
     if route.combine == "slots" and not (isinstance(choice, PerGroup) and choice.k == 1):
         raise ArgumentError(
             "each slot yields features of its own, so that each needs experts of its own",
@@ -226,9 +236,18 @@ def _check(route: Route) -> None:
 
 
 def router_nodes(
-    spec: RouterSpec, experts: int, selector: Selector, value: Value, edit: Editor, label: str = "router"
+    spec: RouterSpec,
+    count: int,
+    selector: Selector,
+    value: Value,
+    edit: Editor,
+    label: str = "router",
+    experts: str = "",
 ) -> tuple[fx.Node, fx.Node]:
-    """Insert a router for ``value``: its weights and indices, a row for each position of the value."""
+    """Insert a router among ``count`` experts for ``value``: its weights and indices, a row for each position of it.
+
+    ``experts``: the path of the module of experts that the router may start from.
+    """
     sources = [source(ref, selector.in_, edit) for ref in spec.sources]
     over_tokens = [part.tokens for part in spec.source.parts for _ in part.refs]
     check_positions(value, [s for s, tokens in zip(sources, over_tokens, strict=True) if tokens], edit.site)
@@ -237,9 +256,14 @@ def router_nodes(
 
     def build() -> nn.Module:
         device, dtype = (None, None) if like is None else (like.device, like.dtype)
-        return spec.build(shape, experts, device=device, dtype=dtype)
+        return spec.build(shape, count, device=device, dtype=dtype)
 
-    path = edit.module(label, build, spec.init.fill_from)
+    def fill(new: Any, layer: nn.Module) -> None:
+        spec.init.fill_from(new, layer)
+        if isinstance(spec.init, Similar):
+            fill_similar(spec.init, new, cast("Experts", attribute(layer, experts)))
+
+    path = edit.module(label, build, fill)
     masks = [condition(spec.mask, edit.program, value).node] if spec.mask else []
     weights, indices = edit.call(path, value.node, *(s.node for s in sources), *masks, shape, name=label)
     return weights, indices

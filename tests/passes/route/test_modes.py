@@ -52,6 +52,7 @@ EXACT = [  # experts, choice, init of the router
     ("split(4)", "softmax_topk(4)", "zero"),
     ("split(8, by=random(3))", "softmax_topk(8, renorm=False)", "zero"),
     ("split(4, by=kmeans)", "softmax_topk(4)", "zero"),
+    ("split(4)", "unweighted(4)", "similar"),
     ("groups(4, 3)", "per_group(4)", "random(std=3)"),
     ("groups(4, 4, by=kmeans)", "per_group(4, k=2)", "random(std=3)"),
 ]
@@ -61,6 +62,7 @@ CHANGED = [
     ("copies(4, keep=0.5)", "softmax_topk(2)", "zero", "do not start as the layer"),
     ("drop(4)", "softmax_topk(2)", "zero", "do not start as the layer"),
     ("split(4)", "softmax_topk(2)", "zero", "do not add up"),
+    ("split(4)", "unweighted(3)", "similar", "do not add up"),
     ("groups(4, 3)", "softmax_topk(4)", "random(std=3)", "do not add up"),  # ties of tied rows are no guarantee
 ]
 
@@ -118,6 +120,32 @@ def test_two_routers_yield_half_of_the_features_each() -> None:
     x, y, before = result.values["x"], result.run()[0], result.before[0]
     assert torch.allclose(y[..., :4], before[..., :4], atol=1e-6)
     assert torch.allclose((y - x)[..., 4:], 2 * (before - x)[..., 4:], atol=1e-5)
+
+
+def test_the_first_experts_are_added_and_the_others_do_not_run() -> None:
+    route, result = routed(GATED, "split(4)", "prefix(lead=0)", combine="prefix")
+    assert route.contract().kind == "changes_function"
+    assert routed(GATED, "split(4)", "prefix", "zero", combine="prefix")[0].contract().kind == "identity_at_init"
+    mlp: Any = result.program.module.get_submodule("mlp")
+    x = result.values["x"]
+    taken = (x @ mlp.router.weight.T).argmax(-1)
+    assert mlp.router.weight.shape == (5, 8)
+    assert len(set(taken.flatten().tolist())) > 2
+    expected = x + mlp.experts.bias
+    for e in range(4):
+        gate, up = F.linear(x, mlp.experts.gate_up_proj[e], mlp.experts.gate_up_proj_bias[e]).chunk(2, -1)
+        expected = expected + (taken > e).unsqueeze(-1) * F.linear(F.silu(gate) * up, mlp.experts.down_proj[e])
+    assert torch.allclose(result.run()[0], expected, atol=1e-5)
+
+
+def test_a_router_starts_with_the_mean_direction_of_its_experts_neurons() -> None:
+    mlp: Any = routed(GATED, "split(4)", "unweighted(2)", "similar(scale=2)")[1].program.module.get_submodule("mlp")
+    means = F.normalize(mlp.experts.gate_up_proj[:, :4], dim=-1).mean(1)  # the rows of the gate
+    assert torch.allclose(F.cosine_similarity(mlp.router.weight, means), torch.ones(4), atol=1e-5)
+    assert float(mlp.router.weight.detach().norm(dim=-1).mean()) == pytest.approx(2)
+    low = Route("mlp[...]", RouterSpec("in", "lowrank(3)", "unweighted(2)", "similar"), ExpertsSpec.parse("split(4)"))
+    with pytest.raises(ArgumentError, match=r"no row in the experts' input"):
+        done(GATED, low)
 
 
 def test_each_slot_yields_features_of_its_own() -> None:
@@ -218,6 +246,9 @@ def test_a_rewrite_is_the_same_after_json() -> None:
         ("copies(4)", "softmax_topk(2)", {"combine": "slots"}, r"per_group"),
         ("split(4)", "per_group(4)", {"combine": "slots"}, r"copies of these rows"),
         ("copies(9)", "per_group(3)", {"combine": "slots"}, r"8 features, 3 parts"),
+        ("split(4)", "prefix", {}, r"combine='sum' with prefix"),
+        ("split(4)", "unweighted(4)", {"combine": "prefix"}, r"combine='prefix' with unweighted"),
+        ("split(4)", "prefix", {"combine": "prefix", "skip": True}, r"skip=True"),
         ("shared(shared(copies(2)))", "softmax_topk(2)", {}, r"experts without a shared one"),
     ],
 )

@@ -43,7 +43,7 @@ class PerGroup(Choice, tag="per_group"):
         at = largest(apart, self.k)
         top = apart.gather(-1, at)
         weights = torch.softmax(top, -1)
-        if self.k == 1 and training and each > 1:
+        if self.k == 1:
             soft = torch.softmax(apart, -1).gather(-1, at)
             weights = weights + (soft - soft.detach())
         first = torch.arange(self.groups, device=logits.device).unsqueeze(-1) * each
