@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.data import DistributedSampler
 
 from gatecc.errors import ArgumentError
 from gatecc.train.losses import IGNORED
+from gatecc.train.ranks import Ranks
 
 Batch = Any  # ids (B, N); a tuple or list of positional arguments; a dict of keyword arguments
 
@@ -23,47 +25,75 @@ class Stream:
     A stream is resumed by going to the same epoch's start (the states of the random generators then) and reading as
     many batches as were read. So an iterable must repeat its order from the same random states: DataLoaders do, lists
     do, an iterator that was already begun does not.
+
+    On several ranks all read in the first one's order, and each takes one batch of as many as there are ranks. A
+    DataLoader with a DistributedSampler has each rank's own already.
     """
 
-    def __init__(self, data: Iterable[Batch]) -> None:
+    def __init__(self, data: Iterable[Batch], ranks: Ranks | None = None) -> None:
         self.data = data
         self.read = 0
+        self.epoch = -1
         self.start: dict[str, Any] = {}
+        self.ranks = ranks or Ranks()
+        self._sampler = _distributed(data) if self.ranks.count > 1 else None
+        self._shared = self.ranks.count > 1 and self._sampler is None
+        self._order: dict[str, Any] = {}  # random states that the order is drawn from, where it is shared
         self._iterator: Iterator[Batch] | None = None
 
     def next(self) -> Batch:
         """The next batch. Raises ArgumentError if the data is used up and cannot be begun again, or is empty."""
+        if not self._shared:
+            return self._next()
+        own = random_state(self._generator)
+        if not self._order:
+            self._order = self.ranks.from_first(own)
+        set_random_state(self._order, self._generator)
+        try:
+            return self._next()
+        finally:
+            self._order = random_state(self._generator)
+            set_random_state(own, self._generator)
+
+    def _next(self) -> Batch:
         if self._iterator is None:
             self._begin(random_state(self._generator))
+        iterator = cast("Iterator[Batch]", self._iterator)
         try:
-            batch = next(cast("Iterator[Batch]", self._iterator))
+            found = [next(iterator) for _ in range(self.ranks.count if self._shared else 1)]
+            batch = found[self.ranks.rank if self._shared else 0]
         except StopIteration:
             if self.read == 0 or isinstance(self.data, Iterator):
                 raise ArgumentError(
                     "the data ended before the steps did",
-                    found=f"{self.read} batches",
+                    found=f"{self.read} batches" + (f" for each of {self.ranks.count} ranks" if self._shared else ""),
                     do="pass something that can be read again (a list, a DataLoader), or ask for fewer steps",
                 ) from None
             self._iterator = None
-            return self.next()
+            return self._next()
         self.read += 1
         return batch
 
     def place(self) -> dict[str, Any]:
         """What `go` takes."""
-        return {"read": self.read, "start": self.start}
+        return {"read": self.read, "start": self.start, "epoch": self.epoch}
 
     def go(self, place: Mapping[str, Any]) -> None:
         """Continue where another stream over the same data stood; the random states are those after the last batch."""
         if not place["start"]:
             return
+        self.epoch = int(place.get("epoch", 0)) - 1
         set_random_state(place["start"], self._generator)
         self._begin(dict(place["start"]))
         for _ in range(place["read"]):
-            self.next()
+            self._next()
+        self._order = random_state(self._generator)
 
     def _begin(self, state: dict[str, Any]) -> None:
         self.start, self.read = state, 0
+        self.epoch += 1
+        if self._sampler is not None:
+            self._sampler.set_epoch(self.epoch)
         self._iterator = iter(self.data)
 
     @property
@@ -71,6 +101,12 @@ class Stream:
         """A DataLoader may draw its order from a generator of its own."""
         generator = getattr(self.data, "generator", None)
         return generator if isinstance(generator, torch.Generator) else None
+
+
+def _distributed(data: Any) -> Any:
+    """A sampler that gives each rank its own."""
+    sampler = getattr(data, "sampler", None)
+    return sampler if isinstance(sampler, DistributedSampler) else None
 
 
 def random_state(generator: torch.Generator | None = None) -> dict[str, Any]:

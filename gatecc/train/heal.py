@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from gatecc.errors import ArgumentError, TrainingError
+from gatecc.errors import ArgumentError, CheckpointError, TrainingError
 from gatecc.train.batches import Batch, Stream, device_of, random_state, set_random_state, tokens_in
 from gatecc.train.layers import layers_of
 from gatecc.train.peft import inject
 from gatecc.train.progress import Bar
+from gatecc.train.ranks import Ranks, clip
 from gatecc.train.resume import Folder, Stored, load_optimizers, load_tensors, settings_of
 from gatecc.train.stage import Optimizers, Stage, Transfer, Tune, hidden_matrices
 from gatecc.train.work import TransferWork, TuneWork, Work
@@ -78,6 +79,10 @@ def heal(
             of all steps: at step n of N that of an uninterrupted run of N steps.
         progress: show a bar; None: if stderr is a terminal.
 
+    Under torchrun, with a process group, each rank takes batches of its own, gradients are averaged, and the first rank
+    writes checkpoints and shows progress: W ranks take the steps of one that accumulates W batches. ``evaluate`` runs
+    on all ranks, and its mean is recorded. Experts may be sharded by `gatecc.parallel.expert_parallel`.
+
     Training and eval modes, and which parameters require gradients, are afterwards as they were before.
 
     Raises ArgumentError, CheckpointError, MissingPackageError; TrainingError if a loss is not finite, or an adapter
@@ -90,12 +95,14 @@ def heal(
         raise ArgumentError("this needs a teacher", found="teacher=None", do="pass the model before the rewrite")
     if teacher is student:
         raise ArgumentError("the teacher is the student", do="transform makes a copy unless inplace=True")
-    folder = None if checkpoint is None else Folder(checkpoint, [settings_of(s) for s in stages])
-    run = _Run(student, teacher, Stream(data), evaluate, every, folder, save_every)
+    ranks = Ranks()
+    ranks.alike(student, teacher)
+    folder = None if checkpoint is None else Folder(checkpoint, [settings_of(s) for s in stages], ranks)
+    run = _Run(student, teacher, Stream(data, ranks), evaluate, every, folder, save_every)
     modes = [(m, m.training) for model in (student, teacher) if model is not None for m in model.modules()]
     needs = {p: p.requires_grad for model in (student, teacher) if model is not None for p in model.parameters()}
     try:
-        with Bar(progress) as bar, torch.inference_mode(False), torch.enable_grad():
+        with Bar(progress if ranks.first else False) as bar, torch.inference_mode(False), torch.enable_grad():
             run.stages(stages, bar)
     finally:
         for module, training in modes:
@@ -121,6 +128,7 @@ class _Run:
         self.healed = Healed(student)
         self.teacher = teacher
         self.stream = stream
+        self.ranks = stream.ranks
         self.evaluate = evaluate
         self.every = every
         self.folder = folder
@@ -181,7 +189,9 @@ class _Run:
             batch = self.stream.next()
             with _autocast(stage, device):
                 loss += work.backward(batch, 1 / stage.accumulate) / stage.accumulate
-            self.healed.tokens += tokens_in(batch)
+            self.healed.tokens += int(self.ranks.total(tokens_in(batch), device))
+        self.ranks.average(list(work.trained.values()))
+        loss = self.ranks.mean(loss, device)
         if loss != loss or abs(loss) == float("inf"):
             raise TrainingError(
                 "the loss is not finite", found=f"{loss} at step {step + 1}", do="lower the rate, or autocast=None"
@@ -190,7 +200,7 @@ class _Run:
             work.check()
         for part in work.clipped():
             if stage.clip:
-                nn.utils.clip_grad_norm_(part, stage.clip)
+                clip(part, stage.clip)
         for optimizer in optimizers:
             optimizer.step()
         return loss
@@ -203,7 +213,7 @@ class _Run:
         student.eval()
         try:
             with torch.no_grad(), nullcontext() if work is None else work.evaluated():
-                return float(self.evaluate(student))
+                return self.ranks.mean(float(self.evaluate(student)), device_of(student))
         finally:
             for module, training in modes:
                 module.training = training
@@ -220,20 +230,28 @@ class _Run:
             "tokens": self.healed.tokens,
             "curve": [list(asdict(p).values()) for p in self.healed.curve],
             "stream": self.stream.place(),
-            "random": random_state(),
+            "random": self.ranks.all(random_state()),
         }
         self.folder.save(state, work.modules(), optimizers)
 
     def _restore(self, stored: Stored, work: Work, optimizers: Optimizers) -> int:
         """Put a stored state back; returns the number of steps that were done in its stage."""
         state, tensors = stored
+        random = state["random"] if isinstance(state["random"], list) else [state["random"]]
+        if len(random) != self.ranks.count:
+            raise CheckpointError(
+                "the run was begun on another number of ranks",
+                found=str(len(random)),
+                expected=str(self.ranks.count),
+                do="go on with as many, or begin anew from the weights",
+            )
         for name, module in work.modules().items():
             load_tensors(name, module, tensors)
         load_optimizers(optimizers, state["optimizers"])
         self.healed.curve = [Point(*values) for values in state["curve"]]
         self.healed.tokens = int(state["tokens"])
         self.stream.go(state["stream"])
-        set_random_state(state["random"])
+        set_random_state(random[self.ranks.rank])
         return int(state["step"])
 
 

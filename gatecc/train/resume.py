@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from gatecc.capture.tree import decode, encode
 from gatecc.errors import CheckpointError
 from gatecc.ir.store import read_head, read_tensors, write
+from gatecc.train.ranks import Ranks, placed, placed_state, whole
 
 HEAD = "heal.json"
 Stored = tuple[dict[str, Any], dict[str, Tensor]]
@@ -31,19 +32,27 @@ class Folder:
 
     path: str | os.PathLike[str]
     settings: list[dict[str, str]]
+    ranks: Ranks = field(default_factory=Ranks)
 
     def save(self, state: dict[str, Any], modules: Mapping[str, nn.Module], optimizers: Sequence[Optimizer]) -> None:
-        """Write a state, the tensors of some modules and of the optimizers. Raises CheckpointError."""
+        """Write a state, and the whole tensors of some modules and of the optimizers, once. Raises CheckpointError."""
         extra: dict[str, Tensor] = {}
-        values = {**state, "optimizers": [o.state_dict()["state"] for o in optimizers]}
-        data = {"format": 1, "settings": self.settings, "state": encode(values, extra)}
-        tensors = {f"{k}:{n}": t.detach().cpu() for k, m in modules.items() for n, t in tensors_of(m).items()}
+        values = whole({**state, "optimizers": [o.state_dict()["state"] for o in optimizers]})
+        held = whole({k: {n: t.detach() for n, t in tensors_of(m).items()} for k, m in modules.items()})
+        if self.ranks.first:
+            self._write(encode(values, extra), held, extra)
+        self.ranks.wait()
+
+    def _write(self, state: Any, held: Mapping[str, Mapping[str, Tensor]], extra: Mapping[str, Tensor]) -> None:
+        data = {"format": 1, "settings": self.settings, "state": state}
+        tensors = {f"{k}:{n}": t.cpu() for k, of_module in held.items() for n, t in of_module.items()}
         sets = {"weights": tensors, "state": {n: t.detach().cpu() for n, t in extra.items()}}
         write(self.path, HEAD, data, {s: {n: t.contiguous().clone() for n, t in v.items()} for s, v in sets.items()})
 
     def read(self) -> Stored | None:
         """The state in the folder and the modules' tensors; None if no run was kept there. Raises CheckpointError."""
         if not (Path(self.path) / HEAD).exists():
+            self.ranks.same_folder(None, self.path)
             return None
         data = read_head(self.path, HEAD)
         try:
@@ -51,6 +60,7 @@ class Folder:
             other = _differences(data["settings"], self.settings, int(state["stage"]), int(state["step"]))
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise CheckpointError("this is no state of a healing run", where=str(self.path), found=repr(e)) from e
+        self.ranks.same_folder((int(state["stage"]), int(state["step"])), self.path)
         if other:
             raise CheckpointError(
                 "the folder holds another healing run",
@@ -95,13 +105,14 @@ def load_tensors(name: str, module: nn.Module, tensors: Mapping[str, Tensor]) ->
         raise CheckpointError("it belongs to another model", where=name, found=f"{other[0]} differs")
     with torch.no_grad():
         for key, tensor in own.items():
-            tensor.copy_(kept[key])
+            tensor.copy_(placed(kept[key], tensor))
 
 
 def load_optimizers(optimizers: Sequence[Optimizer], states: Sequence[Mapping[int, Any]]) -> None:
     """Put back what each optimizer knows of its parameters; groups and rates are the run's."""
     for optimizer, state in zip(optimizers, states, strict=True):
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(state)})
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": placed_state(state, parameters)})
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:

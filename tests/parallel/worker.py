@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import combinations
 from pathlib import Path
 from typing import Any, cast
@@ -22,9 +22,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 import gatecc
 from gatecc.parallel import clip_grad_norm_, dispatch, expert_parallel, expert_parameters
+from gatecc.train import Transfer, Tune, heal
+from tests.train.lm import LENGTH, VOCABULARY, pair
 
 EXPERTS, SLOTS, WIDTH, TOKENS = 4, 2, 16, 20
 DISPATCHERS = ("all-to-all", "all-gather", "all-reduce")
@@ -171,6 +174,53 @@ class Rank:
             self.found[f"empty {combine}"] = (y - right).abs().sum().item(), tuple(y.shape)
             y.sum().backward()
 
+    def healing(self) -> None:
+        """Two stages on all ranks, cut off and resumed; and the task with sharded experts."""
+        folder = self.folder / "heal"
+        self.found["healed whole"] = healed(1)
+        with suppress(InterruptedError):
+            healed(1, cut_off_after=5, checkpoint=folder)
+        self.found["healed gone on"] = healed(1, checkpoint=folder)
+        self.found["written"] = sorted(p.name for p in folder.iterdir())
+        for name, steps in (("healed experts", 2), ("healed experts again", 3)):
+            spread = expert_parallel(copy.deepcopy(self.model), self.mesh("heal"))
+            self.found[name] = healed_experts(spread, steps, 1, self.folder / "spread")
+
+
+def healed(accumulate: int, cut_off_after: int = 99, **options: Any) -> dict[str, Any]:
+    """A student healed in two stages on batches in an order that is drawn. Every rank begins with a head of its own,
+    and draws numbers of its own: the first one's count."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    student, teacher = pair()
+    with torch.no_grad():
+        student.head.weight += rank
+    torch.manual_seed(5 + rank)
+    rows = torch.randint(0, VOCABULARY, (24, LENGTH), generator=torch.Generator().manual_seed(4))
+    loader = DataLoader(cast("Any", rows), batch_size=2, shuffle=True)
+    seen: list[float] = []
+
+    def evaluate(model: nn.Module) -> float:
+        seen.append(float(cast("Any", model).head.weight.sum()))
+        if len(seen) > cut_off_after:
+            raise InterruptedError
+        return seen[-1]
+
+    stages = {
+        "transfer": Transfer(steps=3, layers=("layers.*.attn",), accumulate=accumulate),
+        "tune": Tune(steps=4, distill=1.0, accumulate=accumulate),
+    }
+    result = heal(student, teacher, loader, evaluate=evaluate, every=1, save_every=1, **stages, **options)
+    found = {n: p.detach() for n, p in student.named_parameters()}
+    return {"weights": found, "curve": result.curve, "seen": len(seen), "random": torch.rand(3)}
+
+
+def healed_experts(model: nn.Module, steps: int, accumulate: int, folder: Path) -> Gradients:
+    """An upcycled model trained on a task, its experts on one rank or several."""
+    data = [(given(4)[0][4 * i : 4 * i + 4],) for i in range(4)]
+    stage = Tune(steps=steps, accumulate=accumulate, task=1.0, loss=lambda y, batch: (y - 1).square().mean(), clip=0.1)
+    heal(model, None, data, tune=stage, checkpoint=folder)
+    return {n: p.full_tensor() if isinstance(p, DTensor) else p.detach() for n, p in model.named_parameters()}
+
 
 @contextmanager
 def counted() -> Generator[dict[str, int]]:
@@ -219,6 +269,7 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     one.new_kinds_of_call()
     one.bytes()
     one.empty()
+    one.healing()
     torch.save(one.found, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
