@@ -17,7 +17,7 @@ from gatecc.engine.modes import holding
 from gatecc.errors import GateccError
 from gatecc.ir.weights import Effect
 from gatecc.scope.python_path import PythonPath
-from gatecc.scope.state import scopes
+from gatecc.scope.state import base_forward, scopes
 
 _CACHES = ("cache", "past_key_values")  # what models call a cache, the newer name first
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # relative to the largest output; others: 5 percent
@@ -32,10 +32,10 @@ def why_no_cache(model: nn.Module, effects: Collection[Effect], args: tuple[Any,
     the call without one. Noise on the new parameters lets each of them show. What fails is refused from then on.
     ``effects``: what was done to the model's weights.
     """
-    for fqn, _, state in scopes(model):
+    for fqn, module, state in scopes(model):
         if not fqn:
             return "the model runs as one graph, and a graph holds no cache"
-        if state.python.refused:
+        if state.python.refused and _may_take_one(module):
             return state.python.refused
     try:
         generator = torch.Generator().manual_seed(0)
@@ -51,6 +51,12 @@ def why_no_cache(model: nn.Module, effects: Collection[Effect], args: tuple[Any,
         for _, _, state in scopes(model):
             state.python = PythonPath(refused=reason)
     return reason
+
+
+def _may_take_one(module: nn.Module) -> bool:
+    """Whether calls of a scope may hold a cache; those of a feed-forward layer are graphs with and without one."""
+    takes = inspect.signature(base_forward(module)).parameters.values()
+    return any(p.name in _CACHES or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in takes)
 
 
 def caches_off(model: nn.Module) -> list[Setting]:

@@ -21,6 +21,7 @@ from gatecc.errors import GraphError, SiteRefusedError
 from gatecc.ir.boundary import Boundary, Slot, follow, held, within
 from gatecc.ir.effects import Effects
 from gatecc.ir.functions import entries
+from gatecc.ir.ops import mutates, writes_for_others
 from gatecc.ir.printer import window
 from gatecc.ir.program import META, Origin, Program, attribute, origin
 from gatecc.ir.site import Masking, Site
@@ -235,7 +236,7 @@ class Editor:
         stack = [node]
         while stack:
             dead = stack.pop()
-            if dead.op != "call_function" or dead.users or dead in kept | self.erased or _writes(dead):
+            if dead.op != "call_function" or dead.users or dead in kept | self.erased or writes_for_others(dead):
                 continue
             self.erased.add(dead)
             stack.extend(dead.all_input_nodes)
@@ -355,7 +356,7 @@ class Editor:
             node = todo.pop()
             if node < early or node in needed:
                 continue
-            if node is early or early in node.all_input_nodes or _mutates(node):
+            if node is early or early in node.all_input_nodes or mutates(node):
                 raise GraphError(
                     f"the rewrite {self.rewrite} reads a value that depends on the one it replaces",
                     where=f"{self.site.owner} {self.site.line}".strip(),
@@ -382,13 +383,3 @@ def check_gone(program: Program, editors: Sequence[Editor]) -> None:
                 found=f"{program.full_name(str(reader.target))}\n{window(user)}",
                 do="replace and discard every value that is computed from it; split a weight with one reader",
             )
-
-
-def _mutates(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
-
-
-def _writes(node: fx.Node) -> bool:
-    """Whether an operator changes one of its inputs."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable

@@ -44,6 +44,12 @@ SHAPE_ONLY = frozenset(
     "full_like empty_like size".split()
 )
 
+# Tensors of their own, however the arguments are laid out.
+_NEW = CONTRACTIONS | frozenset(
+    "empty_like zeros_like ones_like full_like new_empty new_zeros new_ones new_full "
+    "empty zeros ones full clone grouped_mm_fallback".split()
+)
+
 
 def opname(node: fx.Node) -> str:
     """The operator's name without namespace, overload and the underscore of the in-place form: "add", "getitem".
@@ -81,6 +87,22 @@ def operands(node: fx.Node) -> list[Any]:
 def mutates(node: fx.Node) -> bool:
     """Whether the operator writes to one of its arguments."""
     return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+
+def writes_for_others(node: fx.Node) -> bool:
+    """Whether an operator writes to what others may read: anything but a new tensor that only it uses."""
+    if not mutates(node):
+        return False
+    if [node.args[0]] != written(node):
+        return True
+    into, reader = node.args[0], node
+    while isinstance(into, fx.Node) and set(into.users) == {reader}:
+        if opname(into) in _NEW:
+            return False
+        if opname(into) not in VIEWS and not mutates(into):
+            return True
+        into, reader = into.args[0], into
+    return True
 
 
 def same_call(one: fx.Node, other: fx.Node) -> bool:

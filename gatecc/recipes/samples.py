@@ -125,6 +125,21 @@ def windows() -> Sample:
     return _weighted(model), (_noise(2, 3, 8, 8),)
 
 
+def mixture() -> Sample:
+    """A Mixtral of transformers: 2 of 4 experts in each layer. Raises MissingPackageError."""
+    try:
+        transformers: Any = import_module("transformers")
+    except ImportError as e:
+        raise MissingPackageError(
+            "this sample is a model of transformers", found=str(e), do="pip install 'gatecc[hf]'"
+        ) from e
+    shape = {"hidden_size": _WIDTH, "intermediate_size": _WIDTH, "num_hidden_layers": 1, "vocab_size": 32}
+    heads = {"num_attention_heads": _HEADS, "num_key_value_heads": _GROUPS}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**shape, **heads, num_local_experts=4))
+    ids = torch.randint(0, 32, (2, 8), generator=torch.Generator().manual_seed(3))
+    return _weighted(model), (ids,)
+
+
 def patches() -> Sample:
     """An encoder of 3 x 3 patches."""
     return _weighted(_Transformer(causal=False, vocabulary=0)), (_noise(2, 9, _WIDTH),)

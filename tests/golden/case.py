@@ -23,6 +23,7 @@ from gatecc.ir.select import Selector
 from gatecc.passes.branch.branch import Branch
 from gatecc.passes.bypass import Bypass
 from gatecc.passes.fuse import Fuse
+from gatecc.passes.fuse_experts import FuseExperts
 from gatecc.passes.gate import Gate
 from gatecc.passes.mix.mix import Mix
 from gatecc.pipeline import apply, prepare
@@ -34,7 +35,7 @@ from tests.golden.reader import Reader
 FOLDER = Path(__file__).parent
 GRAPHS = FOLDER / "graphs"
 LIMIT = 40  # every case has fewer lines: nobody reads longer ones
-PASSES: dict[str, type[Rewrite]] = {cls.name: cls for cls in (Gate, Branch, Fuse, Bypass, Mix)}
+PASSES: dict[str, type[Rewrite]] = {cls.name: cls for cls in (Gate, Branch, Fuse, Bypass, Mix, FuseExperts)}
 HEADINGS = ("pipeline", "before", "change", "weights", "contract")
 
 

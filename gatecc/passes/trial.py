@@ -1,0 +1,90 @@
+"""Trial: a part of a captured graph, run on numbers of one's own in float64, to see what formula it computes.
+
+However a model spells a layer, its numbers say what it is: what a pattern would have to know of views, casts and
+dispatch is run instead. Casts between floating-point types are left out and so is dropout, all on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from gatecc.ir.ops import CASTS, DROPOUTS, opname
+from gatecc.ir.program import Program
+from gatecc.ir.sizes import on_example
+
+
+class UntriedError(Exception):
+    """A part of a graph that cannot be run apart; the text says what it reads or calls."""
+
+
+class Trial:
+    """``known``: nodes with the numbers that they hold; ``weight``: numbers for a parameter, by its name and its fake
+    tensor, None for one that the part may not read. Sizes are those of the example."""
+
+    def __init__(
+        self, program: Program, known: Mapping[fx.Node, Tensor], weight: Callable[[str, Tensor], Tensor | None]
+    ) -> None:
+        self._program, self._weight = program, weight
+        self._known: dict[fx.Node, Any] = dict(known)
+
+    def run(self, out: fx.Node) -> Tensor:
+        """What a node holds. Raises UntriedError."""
+        for node in self._needed(out):
+            self._known[node] = self._value(node)
+        return cast("Tensor", self._known[out])
+
+    def _needed(self, out: fx.Node) -> list[fx.Node]:
+        """The nodes that the output needs, in order, up to those that are known; of writers before it, too."""
+        seen: set[fx.Node] = set()
+        todo = [out]
+        while todo:
+            node = todo.pop()
+            if node in seen or node in self._known:
+                continue
+            seen.add(node)
+            if not isinstance(node.meta.get("val"), int | torch.SymInt):
+                todo.extend(node.all_input_nodes)
+        return sorted(seen)
+
+    def _value(self, node: fx.Node) -> Any:
+        held = node.meta.get("val")
+        if isinstance(held, int | torch.SymInt):
+            return on_example(held) or 1
+        name = self._program.weight_name(node)
+        if name is not None and isinstance(held, Tensor) and (found := self._weight(name, held)) is not None:
+            return found
+        if node.op != "call_function":
+            raise UntriedError(f"it reads {name or node.name}")
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._known[n])
+        if opname(node) in DROPOUTS or _leaves_as_it_is(node, args):
+            return args[0]
+        try:
+            return _called(node, args, kwargs)
+        except (RuntimeError, TypeError, NotImplementedError) as e:
+            raise UntriedError(f"{opname(node)} cannot be tried: {e}"[:200]) from e
+
+
+def _leaves_as_it_is(node: fx.Node, args: Any) -> bool:
+    """A cast of a floating-point value."""
+    held = node.meta.get("val")
+    floats = isinstance(held, Tensor) and held.is_floating_point()
+    return opname(node) in CASTS and floats and isinstance(args[0], Tensor) and args[0].is_floating_point()
+
+
+def _called(node: fx.Node, args: Any, kwargs: dict[str, Any]) -> Any:
+    if opname(node) in ("_grouped_mm", "grouped_mm_fallback"):  # the kernels of few dtypes and shapes
+        return _grouped(*args[:3])
+    if "device" in kwargs:
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    return cast("Callable[..., Any]", node.target)(*args, **kwargs)
+
+
+def _grouped(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """Rows that are sorted by group, each times the matrix of its group: (S, K) and (G, K, N) -> (S, N)."""
+    bounds = [0, *ends.tolist()]
+    parts = [x[a:b] @ matrix for a, b, matrix in zip(bounds, bounds[1:], matrices, strict=False)]
+    return torch.cat([*parts, x.new_zeros(x.size(0) - bounds[-1], matrices.size(2))])
