@@ -21,7 +21,7 @@ from gatecc.recipes.registry import Case, recipe
     ],
 )
 def split_experts(
-    experts: int = 8, k: int = 0, by: str = "kmeans", sites: str = "mlp[...]", init: str = "similar"
+    experts: int = 8, k: int = 0, by: str | Partition = "kmeans", sites: str = "mlp[...]", init: str = "similar"
 ) -> tuple[Rewrite, ...]:
     """The hidden neurons of every feed-forward layer fall into ``experts`` parts of one size, ``k`` of which run.
 

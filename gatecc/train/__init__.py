@@ -6,6 +6,7 @@ from gatecc.train.heal import Healed, Point, heal
 from gatecc.train.labels import gate_bce, topk_mass
 from gatecc.train.lora import Adapters, Lora
 from gatecc.train.losses import kld, next_token_loss, topk_kld
+from gatecc.train.prefixes import train_counts, train_learners
 from gatecc.train.reward import set_reward
 from gatecc.train.stage import Transfer, Tune
 from gatecc.train.threshold import ThresholdTracker, move_threshold, threshold_from_costs
@@ -29,4 +30,6 @@ __all__ = [
     "threshold_from_costs",
     "topk_kld",
     "topk_mass",
+    "train_counts",
+    "train_learners",
 ]

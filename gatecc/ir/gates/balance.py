@@ -230,6 +230,25 @@ class Capacity(Balance, tag="capacity"):
         return Chosen(chosen.weights, torch.where(fits, chosen.indices, experts))
 
 
+@dataclass(frozen=True)
+class Budget(Balance, tag="budget"):
+    """weight · (mean n / E − share)²: of E experts in their order, tokens take ``share`` on average (ACM, 2023)."""
+
+    share: float = 0.5
+    weight: float = 1.0
+
+    def check(self) -> None:
+        self.require(0 <= self.share <= 1, "share", "a number from 0 to 1")
+        self.require(self.weight > 0, "weight", "a positive number")
+
+    def accepts(self, choice: Choice, trained: bool) -> str:
+        return super().accepts(choice, trained) if choice.tag == "prefix" else "choice=prefix, which chooses how many"
+
+    def loss(self, routed: Routed) -> Tensor:
+        taken = routed.mean(routed.decision.chosen.weights.mean(-1, keepdim=True))
+        return self.weight * (taken - self.share).square().sum()
+
+
 def importance(routed: Routed) -> Tensor:
     """The sum of each expert's weights, (E,), with their gradient."""
     weights, indices = routed.decision.chosen

@@ -32,16 +32,12 @@ class Prefix(Choice, tag="prefix"):
     def scores(self, experts: int) -> int:
         return experts + 1
 
-    def counts(self, logits: Tensor) -> Tensor:
-        """The probability of each count: (T, E + 1), in training and without its noise."""
-        return torch.softmax(self._led(logits), -1)
-
     def probabilities(self, logits: Tensor, buffers: Buffers) -> Tensor:
-        reached = _reaches(self.counts(logits))
+        reached = _reaches(torch.softmax(self.led(logits), -1))
         return reached / reached.sum(-1, keepdim=True).clamp_min(torch.finfo(reached.dtype).tiny)
 
     def __call__(self, logits: Tensor, buffers: Buffers, training: bool) -> Chosen:
-        logits, at = self._led(logits), torch.arange(logits.size(-1) - 1, device=logits.device)
+        logits, at = self.led(logits), torch.arange(logits.size(-1) - 1, device=logits.device)
         if not training:
             taken = at < logits.argmax(-1, keepdim=True)
             return Chosen(taken.to(logits.dtype), torch.where(taken, at, at.numel()))
@@ -50,7 +46,8 @@ class Prefix(Choice, tag="prefix"):
         hard = torch.nn.functional.one_hot(soft.argmax(-1), soft.size(-1)).to(soft.dtype)
         return Chosen(_reaches(hard - soft.detach() + soft), at.expand(logits.size(0), -1))
 
-    def _led(self, logits: Tensor) -> Tensor:
+    def led(self, logits: Tensor) -> Tensor:
+        """The scores of the counts with the lead: (T, E + 1)."""
         return torch.cat([logits[:, :-1], logits[:, -1:] + self.lead], -1)
 
 
