@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from gatecc.adapters.read import Adapter, Factors, read
 from gatecc.errors import ArgumentError, CheckpointError
+from gatecc.ir.router import Router
 from gatecc.ir.select import Selector
 from gatecc.passes.branch.low_rank import LowRanks
+from gatecc.recipes.phatgoose import VECTOR
 from gatecc.recipes.registry import build
 from gatecc.transform import transform
 
@@ -30,7 +32,8 @@ def load(
 ) -> nn.Module:
     """A model with adapters as experts: expert i of every bank is the i-th adapter.
 
-    ``adapters``: folders that peft wrote, PeftModels (all adapters of each), or what `read` gave. ``model`` is the
+    ``adapters``: folders that peft wrote, PeftModels (all adapters of each), models with branches of the body ``lora``,
+    or what `read` gave. ``model`` is the
     plain base. ``recipe`` weighs them, with ``options`` of its own; it takes the options sites, experts, rank and
     alpha, which are set here. ``how`` goes to `gatecc.transform`.
 
@@ -61,6 +64,7 @@ def load(
                 expected="a recipe whose body is loras",
             )
         _fill(banks[name], [one.factors.get(name) for one in found], scale)
+        _fill_vectors(made, f"{name}.{VECTOR}", [one.vectors.get(name) for one in found])
     return made
 
 
@@ -111,3 +115,14 @@ def _fill(bank: LowRanks, factors: Sequence[Factors | None], scale: float) -> No
         b: Tensor = own.b if own.scale == scale else own.b * (own.scale / scale)
         bank.a[number, :rank].copy_(own.a)
         bank.b[number, :rank].copy_(b.T)
+
+
+@torch.no_grad()
+def _fill_vectors(model: nn.Module, path: str, vectors: Sequence[Tensor | None]) -> None:
+    """Write gate vectors into a router that compares with them; 0 for an expert that adapts nothing here."""
+    router = dict(model.named_modules()).get(path)
+    if not isinstance(router, Router) or not any(v is not None for v in vectors):
+        return
+    rows = router.get_parameter("weight")
+    for number, vector in enumerate(vectors):
+        rows[number].zero_() if vector is None else rows[number].copy_(vector)

@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gatecc.errors import CheckpointError
+from gatecc.ir.gate import GateModule
+from gatecc.ir.router import is_router
+from gatecc.passes.branch.low_rank import LowRank
+from gatecc.recipes.phatgoose import VECTOR
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.weight)?")
@@ -39,10 +43,14 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter: its name, for messages, and its factors by the names of modules of the base model."""
+    """One adapter: its name, for messages, and its factors by the names of modules of the base model.
+
+    ``vectors`` (C,) by the same names are gate vectors that were trained with it (PHATGOOSE).
+    """
 
     name: str
     factors: Mapping[str, Factors]
+    vectors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     @property
     def rank(self) -> int:
@@ -53,11 +61,14 @@ class Adapter:
 def read(source: str | os.PathLike[str] | nn.Module) -> list[Adapter]:
     """The adapter in a folder that peft wrote, or all adapters of a PeftModel, in the order in which it got them.
 
+    Of a model with branches of the body ``lora`` it is these, with the gate vectors of `phatgoose` beside them.
+
     Raises CheckpointError for what is no LoRA of matrices and nothing else: DoRA, trained biases, saved modules, a
     start that changes the base model; the message names it.
     """
     if isinstance(source, nn.Module):
-        return _of_model(source)
+        own = _of_branches(source)
+        return [own] if own.factors else _of_model(source)
     folder = Path(source)
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
@@ -70,6 +81,19 @@ def read(source: str | os.PathLike[str] | nn.Module) -> list[Adapter]:
         )
     config = json.loads((folder / CONFIG).read_text())
     return [_adapter(str(folder), config, load_file(folder / WEIGHTS))]
+
+
+def _of_branches(model: nn.Module) -> Adapter:
+    """The single adapters of a rewritten model."""
+    factors: dict[str, Factors] = {}
+    vectors: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        name = path.rpartition(".")[0]
+        if isinstance(module, LowRank):
+            factors[name] = Factors(module.a.detach(), module.b.detach(), module.alpha / module.a.size(0))
+        elif isinstance(module, GateModule) and path.endswith(f".{VECTOR}") and not is_router(module):
+            vectors[name] = module.get_parameter("weight").detach()[0]
+    return Adapter(type(model).__name__, factors, {n: v for n, v in vectors.items() if n in factors})
 
 
 def _of_model(model: Any) -> list[Adapter]:
@@ -118,9 +142,9 @@ def _check(name: str, config: Mapping[str, Any]) -> None:
     start = config.get("init_lora_weights", True)
     if start not in _PLAIN_STARTS:
         raise _refusal(name, f"init_lora_weights={start!r}: it belongs to a changed base", "a start that leaves it")
-    for field, value in config.items():
-        if value and field not in _HARMLESS and field not in ("bias", "init_lora_weights"):
-            raise _refusal(name, f"{field}={value!r}"[:120], f"{field} not set")
+    for option, value in config.items():
+        if value and option not in _HARMLESS and option not in ("bias", "init_lora_weights"):
+            raise _refusal(name, f"{option}={value!r}"[:120], f"{option} not set")
 
 
 def _refusal(name: str, found: str, expected: str) -> CheckpointError:

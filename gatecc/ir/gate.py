@@ -299,7 +299,7 @@ class GateModule(nn.Module):
 
         Inputs of the model (a timestep, a mask) come in dtypes of their own, and so do values of mixed models.
         """
-        if not self._names or self.spec.scorer.reads_integers:
+        if not self._names or self.spec.scorer.reads_integers or ref.index:
             return x
         dtype = getattr(self, self._names[0]).dtype  # functional_call puts plain tensors in the place of parameters
         own = x.dtype == dtype or (ref.cond is None and torch.is_autocast_enabled(x.device.type))

@@ -61,21 +61,35 @@ class _Block(nn.Module):
 class _Transformer(nn.Module):
     """``vocabulary``: token ids (B, N) -> logits; 0: features (B, N, C) -> (B, N, C).
 
-    A timestep (B,) and a mark (B, N) of the tokens that belong to an image may be added.
+    A timestep (B,), a mark (B, N) of the tokens that belong to an image and a ``text`` (B, C) may be added. The other
+    inputs change nothing: they are what gates read.
     """
 
-    def __init__(self, causal: bool, vocabulary: int) -> None:
+    def __init__(self, causal: bool, vocabulary: int, text: int = 0) -> None:
         super().__init__()
+        self.text = nn.Linear(text, _WIDTH) if text else None
         self.embed = nn.Embedding(vocabulary, _WIDTH) if vocabulary else None
         self.blocks = nn.ModuleList(_Block(causal) for _ in range(2))
         self.head = nn.Linear(_WIDTH, vocabulary) if vocabulary else None
 
-    def forward(self, x: Tensor, timestep: Tensor | None = None, image: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor | None = None,
+        image: Tensor | None = None,
+        task: Tensor | None = None,
+        partner: Tensor | None = None,
+        segment: Tensor | None = None,
+        prompt: Tensor | None = None,
+        text: Tensor | None = None,
+    ) -> Tensor:
         x = x if self.embed is None else self.embed(x)
         if image is not None:
             x = x + image.to(x.dtype).unsqueeze(-1)
         if timestep is not None:
             x = x + torch.sin(timestep)[:, None, None]
+        if self.text is not None and text is not None:
+            x = x + self.text(text).unsqueeze(1)
         for block in self.blocks:
             x = block(x)
         return x if self.head is None else self.head(x)
@@ -112,6 +126,24 @@ def images() -> Sample:
     """The same with a mark on the tokens of an image."""
     marked = torch.tensor([[True, True, False, False, True, False], [False, True, True, False, False, False]])
     return _weighted(_Transformer(causal=False, vocabulary=0)), (_noise(2, 6, _WIDTH), None, marked)
+
+
+def conditioned() -> tuple[nn.Module, tuple[tuple[Any, ...], dict[str, Tensor]]]:
+    """The encoder with what gates may read: a task (B,) of 3, the row of a partner (B,), the segment (B, N) of a token,
+    the embedding (B, 8) of a text."""
+    others = {
+        "task": torch.tensor([1, 2]),
+        "partner": torch.tensor([1, 0]),
+        "segment": torch.tensor([[0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 2, 2]]),
+        "text": _noise(2, 8),
+    }
+    return _weighted(_Transformer(causal=False, vocabulary=0, text=8)), ((_noise(2, 6, _WIDTH),), others)
+
+
+def prompted() -> tuple[nn.Module, tuple[tuple[Any, ...], dict[str, Tensor]]]:
+    """The language model, with the number (B,) of the last token of each prompt."""
+    model, inputs = language()
+    return model, (inputs, {"prompt": torch.tensor([3, 5])})
 
 
 def windows() -> Sample:

@@ -219,6 +219,21 @@ class TopK(Activation, tag="topk"):
 
 
 @dataclass(frozen=True)
+class Normalized(Activation, tag="normalized"):
+    """σ(z) divided by its sum, in each of ``splits`` parts of the features (Poly, MHR)."""
+
+    many: ClassVar[bool] = True
+    splits: int = 1
+
+    def check(self) -> None:
+        self.require(self.splits > 0, "splits", "a positive integer")
+
+    def __call__(self, z: Tensor, training: bool = False) -> Tensor:
+        g = torch.sigmoid(z).unflatten(-1, (self.splits, -1))
+        return (g / g.sum(-1, keepdim=True)).flatten(-2)
+
+
+@dataclass(frozen=True)
 class Threshold(Activation, tag="threshold"):
     """1 where σ(z) > t, else exactly 0."""
 

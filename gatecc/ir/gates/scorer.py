@@ -119,21 +119,32 @@ class LowRank(Scorer, tag="lowrank"):
 
 @dataclass(frozen=True)
 class MLP(Scorer, tag="mlp"):
-    """One hidden layer."""
+    """Hidden layers of one width, one by default."""
 
     hidden: int
     activation: Literal["relu", "silu", "gelu", "tanh"] = "relu"
+    layers: int = 1
 
     def check(self) -> None:
         self.require(self.hidden > 0, "hidden", "a positive integer")
+        self.require(self.layers > 0, "layers", "a positive integer")
 
     def shapes(self, channels: int, features: int, at: str) -> Shapes:
-        inner: Shapes = {"hidden_weight": (self.hidden, channels), "hidden_bias": (self.hidden,)}
+        inner: Shapes = {}
+        for name in self._names:
+            inner |= {f"{name}_weight": (self.hidden, channels), f"{name}_bias": (self.hidden,)}
+            channels = self.hidden
         return inner | {"weight": (features, self.hidden), "bias": (features,)}
+
+    @property
+    def _names(self) -> list[str]:
+        return ["hidden", *(f"hidden_{layer}" for layer in range(1, self.layers))]
 
     def __call__(self, x: Features, params: Params, features: int) -> Features:
         act = {"relu": torch.relu, "silu": F.silu, "gelu": F.gelu, "tanh": torch.tanh}[self.activation]
-        h = act(F.linear(x.x, params["hidden_weight"], params["hidden_bias"]))
+        h = x.x
+        for name in self._names:
+            h = act(F.linear(h, params[f"{name}_weight"], params[f"{name}_bias"]))
         return Features(F.linear(h, params["weight"], params["bias"]), x.at)
 
 
@@ -165,11 +176,15 @@ class Attn(Scorer, tag="attn"):
 
 @dataclass(frozen=True)
 class Lookup(Scorer, tag="lookup"):
-    """Row i of a table of n, for an integer input i: a task, a step, a modality."""
+    """Row i of a table of n, for an integer input i: a task, a step, a modality.
+
+    With ``first_unknown`` row 0 is for what has no row of its own: its scores are 0, and it is not trained.
+    """
 
     constant: ClassVar[str] = "weight"
     reads_integers: ClassVar[bool] = True
     n: int
+    first_unknown: bool = False
 
     def check(self) -> None:
         self.require(self.n > 0, "n", "a positive integer")
@@ -185,7 +200,27 @@ class Lookup(Scorer, tag="lookup"):
         return {"weight": (self.n, features)}
 
     def __call__(self, x: Features, params: Params, features: int) -> Features:
-        return Features(F.embedding(x.x.squeeze(-1).long(), params["weight"]), x.at)
+        index = x.x.squeeze(-1).long()
+        found = F.embedding(index, params["weight"])
+        return Features(found * (index != 0).unsqueeze(-1) if self.first_unknown else found, x.at)
+
+
+@dataclass(frozen=True)
+class Index(Scorer, tag="index"):
+    """1 for feature i and 0 for the others, for an integer input i (a modality, a stream). Nothing is learned."""
+
+    constant: ClassVar[str] = ""
+    trained: ClassVar[bool] = False
+    reads_integers: ClassVar[bool] = True
+
+    def accepts(self, source: Source) -> str:
+        return "" if isinstance(source, Cond) else "an integer input: cond(NAME)"
+
+    def shapes(self, channels: int, features: int, at: str) -> Shapes:
+        return {}
+
+    def __call__(self, x: Features, params: Params, features: int) -> Features:
+        return Features((x.x.long() == torch.arange(features, device=x.x.device)).float(), x.at)
 
 
 @dataclass(frozen=True)

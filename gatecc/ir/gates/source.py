@@ -29,6 +29,7 @@ class Ref:
     stage: str | None = None
     cond: str | None = None
     at: str | None = None
+    index: bool = False  # an integer that says where something is: taken in the dtype that it comes in
 
     def __str__(self) -> str:
         if self.stage is not None:
@@ -188,6 +189,45 @@ class Pool(Source, tag="pool"):
 
 
 @dataclass(frozen=True)
+class Token(Source, tag="token"):
+    """A source at one token of each sample, whose number is an input of the model: ``token(in, at=prompt_end)``.
+
+    What is left varies over samples only. Tokens before that one see it, so such a gate is not causal for them.
+    """
+
+    of: Source
+    at: str
+
+    def check(self) -> None:
+        if not isinstance(self.of, (Stage, At)):
+            raise ArgumentError("token takes one value", found=str(self.of), expected="a stage or at(SELECTOR)")
+
+    @property
+    def refs(self) -> tuple[Ref, ...]:
+        return (*self.of.refs, Ref(cond=self.at, index=True))
+
+    @property
+    def tokens(self) -> bool:
+        return False
+
+    @property
+    def mixes_tokens(self) -> bool:
+        return True
+
+    def positions(self, shape: GateShape, shapes: Sequence[SourceShape]) -> str:
+        return "b"
+
+    def read(self, shape: GateShape, shapes: Sequence[SourceShape], value: Tensor, xs: Sequence[Tensor]) -> Features:
+        x, at = channels_last(xs[0], shapes[0].axes, shape.sizes)
+        if at == "b":  # the model has picked a token already
+            return Features(x, at)
+        if at not in ("bn", "bm"):
+            raise ArgumentError("token reads a sequence", found=f"positions {at}", expected="samples and tokens")
+        index = xs[1].long().view(-1, 1, 1).expand(-1, 1, x.size(-1))
+        return Features(x.gather(1, index).squeeze(1), "b")
+
+
+@dataclass(frozen=True)
 class LogitStatistics(Source, tag="logits"):
     """Confidence of a logits value, without gradient: largest probability, entropy, margin, entropy of p^power.
 
@@ -225,7 +265,7 @@ class Concat(Source, tag="concat"):
     def check(self) -> None:
         flat = tuple(part for source in self.of for part in source.parts)
         object.__setattr__(self, "of", flat)
-        if len(flat) < 2 or any(isinstance(part, Param) for part in flat):
+        if len(flat) < 2 or any(isinstance(part, (Param, Token)) for part in flat):
             raise ArgumentError(
                 "a concatenation takes two or more values", found=str(self), expected="for example skip+branch"
             )

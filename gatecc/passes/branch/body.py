@@ -53,6 +53,11 @@ class Bank(Body):
 
     experts: int
 
+    @property
+    def scores(self) -> int:
+        """How many numbers a gate gives for them: one for each expert, and more where parts are weighed apart."""
+        return self.experts
+
     def check(self) -> None:
         self.require(self.experts > 0, "experts", "a positive integer")
 

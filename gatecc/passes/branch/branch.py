@@ -69,7 +69,7 @@ class Branch(Rewrite):
             raise ArgumentError("a bank of experts is added", found='op="lerp"', expected='op="add"')
 
     def effects(self) -> Effects:
-        afar = any(reads_afar(spec) for spec in self._gates)
+        afar = any(reads_afar(spec) for spec in self._gates) or bool(self.router and self.router.mask)
         return replace(self.body.effects, whole_model=afar or self.body.effects.whole_model)
 
     def contract(self) -> Contract:
@@ -79,7 +79,8 @@ class Branch(Rewrite):
 
     def notes(self, site: Site) -> Iterable[str]:
         value = site.find(self.site.stage)
-        return () if value is None else self.body.notes(site, value)
+        routed = [f"{site.key}: {note}" for note in self.router.notes] if self.router else []
+        return routed if value is None else [*self.body.notes(site, value), *routed]
 
     def reads(self) -> Iterable[str]:
         return (self.site.stage, *self.body.reads, *(name for spec in self._gates for name in read_by(spec)))
@@ -101,7 +102,7 @@ class Branch(Rewrite):
             chosen = router_nodes(self.router, bank.experts, self.site, value, edit, self.label)
             return bank.mix(edit.site, value, edit, *chosen)
         assert self.gate is not None  # see __post_init__
-        weights, _ = gate_node(self.gate, self.site, value, edit, self.label, bank.experts)
+        weights, _ = gate_node(self.gate, self.site, value, edit, self.label, bank.scores)
         return bank.mix(edit.site, value, edit, weights)
 
     def _joined(self, value: Value, branch: fx.Node, edit: Editor) -> fx.Node:
