@@ -33,6 +33,7 @@ from gatecc.passes.mix.mix import Mix
 from gatecc.recipes.registry import build as recipe
 from gatecc.recipes.registry import recipes
 from gatecc.report import Report
+from gatecc.train.routing import aux_losses, routing
 from gatecc.transform import last_report, revert, transform
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "Selector",
     "Step",
     "adapters",
+    "aux_losses",
     "checks",
     "decoder",
     "diagnose",
@@ -73,6 +75,7 @@ __all__ = [
     "recipe",
     "recipes",
     "revert",
+    "routing",
     "save",
     "state_space",
     "train",

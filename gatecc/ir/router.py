@@ -79,13 +79,17 @@ class RouterSpec:
         return self.choice.mixes_tokens or self.source.mixes_tokens or self.scorer.mixes_tokens
 
     @property
+    def balances_by_bias(self) -> bool:
+        """Whether loads move a bias between steps."""
+        return any(isinstance(part, LossFreeBias) for part in self.balance.parts)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What a report should say of it."""
-        moved = "bias" if any(part.tag == "bias" for part in self.balance.parts) else ""
-        moved = moved or (str(self.choice) if self.choice.moves else "")
+        moved = "expert_bias" if self.balances_by_bias else str(self.choice) if self.choice.moves else ""
         callback = (
             f"{moved} moves once per step of the optimizer: call gatecc.train.routing.step(model) after it, or give "
-            "your trainer gatecc.train.routing.callback(); heal does it by itself"
+            "your trainer gatecc.train.trainer_callback() or lightning_callback(); heal does it by itself"
         )
         return tuple(note for note in (self.choice.note, callback if moved else "") if note)
 

@@ -1,7 +1,8 @@
 """Training what a rewrite inserted, and measuring what it does."""
 
-from gatecc.train import tasks
+from gatecc.train import routing, tasks
 from gatecc.train.calibration import coactivation
+from gatecc.train.callbacks import lightning_callback, trainer_callback
 from gatecc.train.heal import Healed, Point, heal
 from gatecc.train.labels import gate_bce, topk_mass
 from gatecc.train.lora import Adapters, Lora
@@ -23,8 +24,10 @@ __all__ = [
     "gate_bce",
     "heal",
     "kld",
+    "lightning_callback",
     "move_threshold",
     "next_token_loss",
+    "routing",
     "set_reward",
     "tasks",
     "threshold_from_costs",
@@ -32,4 +35,5 @@ __all__ = [
     "topk_mass",
     "train_counts",
     "train_learners",
+    "trainer_callback",
 ]

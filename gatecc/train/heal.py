@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from gatecc.errors import ArgumentError, CheckpointError, TrainingError
+from gatecc.train import routing
 from gatecc.train.batches import Batch, Stream, device_of, random_state, set_random_state, tokens_in
 from gatecc.train.layers import layers_of
 from gatecc.train.peft import inject
@@ -146,6 +147,8 @@ class _Run:
 
     def _stage(self, number: int, stage: Stage, stored: Stored | None, bar: Bar) -> None:
         work = self._work(stage)
+        if routing.aux_losses(self.healed.student):
+            routing.scale_losses(self.healed.student, 1 / stage.accumulate)
         optimizers = stage.optimizers(work.trained, self.new, hidden_matrices(self.healed.student))
         done = 0 if stored is None else self._restore(stored, work, optimizers)
         name = type(stage).__name__.lower()
@@ -203,6 +206,8 @@ class _Run:
                 clip(part, stage.clip)
         for optimizer in optimizers:
             optimizer.step()
+        if isinstance(stage, Tune):  # in the transfer routers are in eval mode
+            routing.step(self.healed.student)
         return loss
 
     def _value(self, work: Work | None = None) -> float | None:
