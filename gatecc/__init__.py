@@ -27,6 +27,9 @@ from gatecc.ir.site import (
 )
 from gatecc.passes.branch.branch import Branch
 from gatecc.passes.bypass import Bypass
+from gatecc.passes.ensemble.build import ensemble
+from gatecc.passes.ensemble.choose import Choose
+from gatecc.passes.ensemble.ensemble import Ensemble
 from gatecc.passes.fuse import Fuse
 from gatecc.passes.gate import Gate
 from gatecc.passes.mix.mix import Mix
@@ -44,10 +47,12 @@ __all__ = [
     "Block",
     "Branch",
     "Bypass",
+    "Choose",
     "Contract",
     "Conv",
     "Decoder",
     "Embedding",
+    "Ensemble",
     "Fuse",
     "Gate",
     "GateSpec",
@@ -68,6 +73,7 @@ __all__ = [
     "checks",
     "decoder",
     "diagnose",
+    "ensemble",
     "export",
     "inspect",
     "last_report",

@@ -11,11 +11,9 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
+from gatecc.capture.flops import counted
 from gatecc.capture.signature import map_tensors, split_inputs
 from gatecc.decoder import decoder
 from gatecc.engine.contracts import compare
@@ -147,11 +145,13 @@ def causality(subject: Subject) -> Result:
 def cost(subject: Subject) -> Result:
     """The operations that the report counts are those that torch counts while the rewritten model runs."""
     totals = last_report(subject.started).totals
-    with _Counter() as counter, sdpa_kernel(SDPBackend.MATH):  # torch has no formula for the others on a CPU
-        subject.call(subject.started)
+    _, ran = counted(lambda: subject.call(subject.started))
     reported = totals.flops_after or 0
-    found = f"{reported} FLOPs in the report and {counter.total} counted differ by a part of"
-    return abs(counter.total - reported) / max(counter.total, 1), 1e-9, found
+    return (
+        abs(ran - reported) / max(ran, 1),
+        1e-9,
+        f"{reported} FLOPs in the report and {ran} counted differ by a part of",
+    )
 
 
 def gradient(subject: Subject) -> Result:
@@ -209,19 +209,6 @@ CHECKS: dict[Check, Callable[[Subject], Result]] = {
     "reversible": reversible,
 }
 assert set(CHECKS) == set(get_args(Check))
-
-
-class _Counter(TorchDispatchMode):
-    """Adds up torch's formulas. Its own counter hooks into modules, and what hooks look at runs beside a rewrite."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=out)
-        return out
 
 
 def _first(output: Any) -> Tensor:

@@ -29,7 +29,8 @@ from gatecc.engine.analyse import (
 )
 from gatecc.engine.caches import caches_off, caches_on, why_no_cache
 from gatecc.engine.contracts import Checked, Reference, at_another_size, check, reference
-from gatecc.engine.install import Undo
+from gatecc.engine.in_python import in_graphs, install, without
+from gatecc.engine.install import Installer, Undo
 from gatecc.engine.other_size import one_more
 from gatecc.engine.place import Task, place
 from gatecc.errors import ArgumentError, CaptureError, EmptySelectionError, GraphError, SiteRefusedError
@@ -105,12 +106,12 @@ def rewritten(
     undo = Undo()
     old = {id(p) for p in model.parameters()}
     with evaluation(model):
-        before = reference(model, args, kwargs) if verify else None
+        before = reference(model, args, kwargs) if verify and in_graphs(wanted) else None
     target = model if inplace else _copy(model)
     undo.classes = [(m, type(m)) for m in target.modules() if is_served(m)]
     try:
         with evaluation(target):
-            analysis = analyse(target, args, kwargs)
+            analysis = analyse(target, args, kwargs) if in_graphs(wanted) else Analysis()
             if before is not None:
                 with evaluation(model):
                     at_another_size(before, model, one_more(analysis.programs, analysis.sites, args, kwargs))
@@ -215,20 +216,24 @@ def _transform(model: nn.Module, task: Task, analysis: Analysis, undo: Undo) -> 
     report = report_of(model, analysis)
     report.recipe = recipe.name
     parameters = parameter_count(model)
-    work, missed = place(model, task, analysis, undo, report)
-    report.notes = list(dict.fromkeys(report.notes))
-    if reason := why_no_cache(model, work.effects, args, kwargs):
-        _without_cache(model, reason, report, undo)
-    report.graphs = work.graphs()
-    report.passes = [*report.passes, *work.pass_rows()]
-    report.totals = replace(
-        report.totals, parameters_before=parameters, parameters_after=parameter_count(model), **work.cost_after(report)
-    )
+    work, missed, effects = Installer(model, recipe, undo, report), (), list[Effect]()
+    if in_graphs(recipe):
+        graphs = replace(task, recipe=without(recipe, in_python=True))
+        work, missed = place(model, graphs, analysis, undo, report)
+        report.notes = list(dict.fromkeys(report.notes))
+        if reason := why_no_cache(model, work.effects, args, kwargs):
+            _without_cache(model, reason, report, undo)
+        report.graphs = work.graphs()
+        report.passes = [*report.passes, *work.pass_rows()]
+        report.totals = replace(report.totals, **work.cost_after(report))
+    if rest := without(recipe, in_python=False).rewrites:
+        effects = install(model, task, rest, undo, report)
+    report.totals = replace(report.totals, parameters_before=parameters, parameters_after=parameter_count(model))
     return Step(
         recipe,
         scope,
         (args, kwargs),
-        tuple(work.effects),
+        (*work.effects, *effects),
         report,
         tuple(undo.caches),
         tuple(undo.switches),

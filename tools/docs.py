@@ -39,6 +39,7 @@ from gatecc.ir.rewrite import REWRITES, Rewrite  # noqa: E402
 from gatecc.ir.router import RouterSpec  # noqa: E402
 from gatecc.ir.site import KINDS  # noqa: E402
 from tools.checked import WORDS, checked, test_file  # noqa: E402
+from tools.recipe_examples import MODELS, OPTIONS  # noqa: E402
 from tools.refusal_examples import EXAMPLES  # noqa: E402
 
 DOCS = ROOT / "docs"
@@ -64,18 +65,6 @@ GUIDES = (
     ("extending.md", "a recipe, a rewrite, an operator, a site kind of your own, each in a file or package"),
     ("catalogue.md", "every mechanism: what it is built of, its contract, its checks"),
 )
-# Recipes with an option that has no default need one in their example.
-OPTIONS: dict[str, dict[str, str]] = {"context-gates": {"context": "activation[0].out", "sites": "activation[1]"}}
-# Recipes for another model than the tiny transformer.
-MODELS: dict[str, str] = {
-    "gated-swinrmt": """import timm
-
-shape = {"img_size": 8, "patch_size": 2, "embed_dim": 8, "depths": (1,), "num_heads": (2,), "window_size": 4}
-model, example_inputs = timm.create_model("swin_tiny_patch4_window7_224", **shape), (torch.randn(2, 3, 8, 8),)
-""",
-    **dict.fromkeys(("lina", "vig"), "example_inputs = torch.randn(2, 9, 16), example_inputs[1]  # 3 x 3 patches\n"),
-    "pgn": "model, example_inputs = nn.GRU(8, 16, batch_first=True), (torch.randn(2, 9, 8),)\n",
-}
 GATES = """
 The same gate in three forms:
 
@@ -247,8 +236,8 @@ def catalogue() -> str:
 
 
 def made_with(rewrite: Rewrite) -> str:
-    """The gate, mixer or body of a rewrite, as it is written."""
-    found = [getattr(rewrite, name, None) for name in ("gate", "mixer", "body")]
+    """The gate, mixer, body or router of a rewrite, as it is written."""
+    found = [getattr(rewrite, name, None) for name in ("gate", "mixer", "body", "router")]
     return "".join(f", `{part}`" for part in found if part is not None)
 
 

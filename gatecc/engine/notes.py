@@ -35,6 +35,8 @@ def again(recipe: Recipe, report: Report, earlier: Sequence[tuple[Recipe, Report
 def edits(recipe: Recipe, sites: Sequence[Site]) -> Iterator[str]:
     """What the rewrites say of their sites themselves."""
     for rewrite in recipe.rewrites:
+        if rewrite.effects().in_python:
+            continue
         for site in select(rewrite.site, sites):
             yield from rewrite.notes(site)
 

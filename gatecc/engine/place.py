@@ -14,6 +14,7 @@ from gatecc.engine.modes import acts
 from gatecc.engine.plan import Plan, called_modules, plans_of
 from gatecc.errors import CaptureError, SiteRefusedError
 from gatecc.ir.rewrite import Recipe
+from gatecc.passes.ensemble.ensemble import Ensemble, every_member
 from gatecc.report import PassRow, Report
 from gatecc.scope.fast_paths import fast_paths_off
 from gatecc.scope.state import base_class
@@ -38,11 +39,19 @@ def place(
 
     Raises EmptySelectionError, SiteRefusedError, CaptureError, GraphError, ContractError.
     """
+    with every_member(model):
+        return _place(model, task, analysis, undo, report)
+
+
+def _place(
+    model: nn.Module, task: Task, analysis: Analysis, undo: Undo, report: Report
+) -> tuple[Installer, tuple[str, ...]]:
     called = called_modules(model, task.args, task.kwargs)
     too_small: set[str] = set()
     missed = set(task.missed)
     while True:
         plans, left_out = plans_of(model, task.recipe, analysis, task.scope, called - missed, too_small)
+        _refuse_ensembles(model, plans)
         work = Installer(model, task.recipe, undo, report, analysis.programs)
         failed, unproved = _install(work, plans, {p.fqn for p in analysis.programs}, task.args, task.kwargs)
         more = set[str]() if failed else _seen_to_act(work, plans, analysis, task)
@@ -56,6 +65,19 @@ def place(
         report.rewrites.clear()
     report.refusals = [*report.refusals, *left_out]
     return work, tuple(sorted(missed))
+
+
+def _refuse_ensembles(model: nn.Module, plans: list[Plan]) -> None:
+    """The graph of an ensemble holds all of its members: what is not chosen would run from then on."""
+    for plan in plans:
+        for name, module in model.get_submodule(plan.fqn).named_modules():
+            if isinstance(module, Ensemble):
+                raise SiteRefusedError(
+                    "the rewrite needs a graph with a whole ensemble in it, and in a graph every member runs",
+                    where=f"{plan.fqn}.{name}".strip(".") or type(model).__name__,
+                    found=", ".join(str(a.rewrite) for a in plan.applied),
+                    do="select sites inside of the members, or rewrite each member before gatecc.ensemble",
+                )
 
 
 def _install(

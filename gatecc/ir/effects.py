@@ -25,6 +25,9 @@ class Effects:
     ``same_for_layers``: the edit reads nothing of its layer but the graph, and fills new modules by
     ``edit.module(..., fill=)`` alone; it is then done once for all layers that share a graph. A subclass that adds to a
     rewrite has to promise it for itself.
+
+    ``in_python``: the edit is one of control flow that no graph holds. `Rewrite.install` does it on the model itself,
+    and its sites are not captured.
     """
 
     loses_buffers: bool = False
@@ -34,3 +37,4 @@ class Effects:
     reads_mask: bool = False
     whole_model: bool = False
     same_for_layers: bool = False
+    in_python: bool = False

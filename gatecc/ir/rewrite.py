@@ -7,9 +7,11 @@ naming of parameters, verification and reporting belong to the engine.
 from __future__ import annotations
 
 from abc import ABCMeta, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, cast, get_args, get_type_hints
+
+from torch import nn
 
 from gatecc.errors import ArgumentError
 from gatecc.ir.contract import Contract
@@ -17,6 +19,7 @@ from gatecc.ir.edit import Editor
 from gatecc.ir.effects import Effects
 from gatecc.ir.select import Selector
 from gatecc.ir.site import Site
+from gatecc.ir.weights import Effect
 
 REWRITES: dict[str, type[Rewrite]] = {}
 
@@ -79,6 +82,14 @@ class Rewrite(metaclass=_Taking):
     @abstractmethod
     def rewrite(self, site: Site, edit: Editor) -> None:
         """Edit the graph at one site."""
+
+    def install(self, model: nn.Module) -> Sequence[Effect]:
+        """The effects on a model, of a rewrite that is done ``in_python``. Raises SiteRefusedError for other models."""
+        raise NotImplementedError
+
+    def remarks(self, model: nn.Module) -> Iterable[str]:
+        """What a report should say of a model after `install`."""
+        return ()
 
     def reads(self) -> Iterable[str]:
         """The values of a site that the edit needs: a site without one of them cannot take the rewrite.

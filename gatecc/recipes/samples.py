@@ -108,24 +108,24 @@ class _Series(nn.Module):
 
 def sequences() -> Sample:
     """An encoder of features, in both directions."""
-    return _weighted(_Transformer(causal=False, vocabulary=0)), (_noise(2, 6, _WIDTH),)
+    return weighted(_Transformer(causal=False, vocabulary=0)), (_noise(2, 6, _WIDTH),)
 
 
 def diffusion() -> Sample:
     """The same with a timestep."""
-    return _weighted(_Transformer(causal=False, vocabulary=0)), (_noise(2, 6, _WIDTH), torch.tensor([10, 500]))
+    return weighted(_Transformer(causal=False, vocabulary=0)), (_noise(2, 6, _WIDTH), torch.tensor([10, 500]))
 
 
 def language() -> Sample:
     """A causal language model of 32 tokens."""
     ids = torch.randint(0, 32, (2, 8), generator=torch.Generator().manual_seed(3))
-    return _weighted(_Transformer(causal=True, vocabulary=32)), (ids,)
+    return weighted(_Transformer(causal=True, vocabulary=32)), (ids,)
 
 
 def images() -> Sample:
     """The same with a mark on the tokens of an image."""
     marked = torch.tensor([[True, True, False, False, True, False], [False, True, True, False, False, False]])
-    return _weighted(_Transformer(causal=False, vocabulary=0)), (_noise(2, 6, _WIDTH), None, marked)
+    return weighted(_Transformer(causal=False, vocabulary=0)), (_noise(2, 6, _WIDTH), None, marked)
 
 
 def conditioned() -> tuple[nn.Module, tuple[tuple[Any, ...], dict[str, Tensor]]]:
@@ -154,7 +154,7 @@ def windows() -> Sample:
         raise MissingPackageError("this sample is a model of timm", found=str(e), do="pip install timm") from e
     shape = {"img_size": 8, "patch_size": 2, "embed_dim": 8, "depths": (1,), "num_heads": (2,), "window_size": 4}
     model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, **shape)
-    return _weighted(model), (_noise(2, 3, 8, 8),)
+    return weighted(model), (_noise(2, 3, 8, 8),)
 
 
 def mixture() -> Sample:
@@ -174,19 +174,20 @@ def mixture() -> Sample:
 
 def patches() -> Sample:
     """An encoder of 3 x 3 patches."""
-    return _weighted(_Transformer(causal=False, vocabulary=0)), (_noise(2, 9, _WIDTH),)
+    return weighted(_Transformer(causal=False, vocabulary=0)), (_noise(2, 9, _WIDTH),)
 
 
 def series() -> Sample:
     """A GRU over 9 steps."""
-    return _weighted(_Series()), (_noise(2, 9, 8),)
+    return weighted(_Series()), (_noise(2, 9, 8),)
 
 
 def _noise(*sizes: int) -> Tensor:
     return torch.randn(sizes, generator=torch.Generator().manual_seed(2))
 
 
-def _weighted(model: nn.Module) -> nn.Module:
+def weighted(model: nn.Module) -> nn.Module:
+    """A model in eval mode with random weights that hide no fault, the same each time."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():

@@ -3,6 +3,7 @@
 from gatecc.train import routing, tasks
 from gatecc.train.calibration import coactivation
 from gatecc.train.callbacks import lightning_callback, trainer_callback
+from gatecc.train.ensembles import expected_loss, member_losses, sweep, update_centres
 from gatecc.train.heal import Healed, Point, heal
 from gatecc.train.labels import gate_bce, topk_mass
 from gatecc.train.lora import Adapters, Lora
@@ -10,25 +11,32 @@ from gatecc.train.losses import kld, next_token_loss, topk_kld
 from gatecc.train.prefixes import train_counts, train_learners
 from gatecc.train.reward import set_reward
 from gatecc.train.stage import Transfer, Tune
+from gatecc.train.subset import Budget, choose_subset, restrict
 from gatecc.train.threshold import ThresholdTracker, move_threshold, threshold_from_costs
 
 __all__ = [
     "Adapters",
+    "Budget",
     "Healed",
     "Lora",
     "Point",
     "ThresholdTracker",
     "Transfer",
     "Tune",
+    "choose_subset",
     "coactivation",
+    "expected_loss",
     "gate_bce",
     "heal",
     "kld",
     "lightning_callback",
+    "member_losses",
     "move_threshold",
     "next_token_loss",
+    "restrict",
     "routing",
     "set_reward",
+    "sweep",
     "tasks",
     "threshold_from_costs",
     "topk_kld",
@@ -36,4 +44,5 @@ __all__ = [
     "train_counts",
     "train_learners",
     "trainer_callback",
+    "update_centres",
 ]

@@ -12,7 +12,10 @@ from gatecc.errors import ArgumentError, UnknownRecipeError
 from gatecc.ir.rewrite import rewrite_from_json
 from gatecc.recipes import resolve
 
-REQUIRED: dict[str, dict[str, Any]] = {"context-gates": {"context": "activation[0].out"}}
+REQUIRED: dict[str, dict[str, Any]] = {
+    "context-gates": {"context": "activation[0].out"},
+    "cosmo": {"seen": (0, 1), "unseen": (2,)},
+}
 
 
 @pytest.mark.parametrize("info", gatecc.recipes(), ids=lambda info: info.name)

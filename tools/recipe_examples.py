@@ -1,0 +1,26 @@
+"""What the example on a recipe's page needs: options without a default, and another model than the tiny transformer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gatecc
+from gatecc.recipes import ensembles
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "context-gates": {"context": "activation[0].out", "sites": "activation[1]"},
+    "cosmo": {"seen": (0, 1, 2), "unseen": (3, 4)},
+}
+MODELS: dict[str, str] = {
+    "gated-swinrmt": """import timm
+
+shape = {"img_size": 8, "patch_size": 2, "embed_dim": 8, "depths": (1,), "num_heads": (2,), "window_size": 4}
+model, example_inputs = timm.create_model("swin_tiny_patch4_window7_224", **shape), (torch.randn(2, 3, 8, 8),)
+""",
+    **dict.fromkeys(("lina", "vig"), "example_inputs = torch.randn(2, 9, 16), example_inputs[1]  # 3 x 3 patches\n"),
+    "pgn": "model, example_inputs = nn.GRU(8, 16, batch_first=True), (torch.randn(2, 9, 8),)\n",
+}
+ENSEMBLE = "from gatecc.recipes import ensembles\n\nmodel, example_inputs = ensembles.{}()  # a small gatecc.ensemble\n"
+for info in gatecc.recipes():
+    if (sample := info.cases[0].sample).__module__ == ensembles.__name__:
+        MODELS[info.name] = ENSEMBLE.format(sample.__name__)
