@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from gatecc.codegen.onnx.grouped import grouped_rows
 from gatecc.codegen.onnx.lowering import Lowering
+from gatecc.codegen.onnx.scalars import scalar
 from gatecc.ir.ops import named
 from gatecc.ops.moe_ffn.arguments import read
 
@@ -27,7 +28,10 @@ def moe_ffn(*tensors: Tensor | None, **options: Any) -> Tensor:
     order = torch.argsort(flat, stable=True)
     places = torch.arange(flat.size(0), device=flat.device)
     counts = (flat[:, None] == torch.arange(E + 1, device=flat.device)).sum(0)
-    given = a.x.index_select(0, torch.div(order, k, rounding_mode="trunc"))
+    # Div of ONNX: what torch.onnx writes for whole quotients is eight nodes that mend those of negative numbers.
+    factor = scalar(k, order.dtype, order.device)
+    tokens = torch.onnx.ops.symbolic("Div", [order, factor], dtype=order.dtype, shape=order.shape, version=14)
+    given = a.x.index_select(0, tokens)
     h = grouped_rows(given, counts, a.gate_up, a.gate_up_bias)
     y = grouped_rows(a.activation.hidden(h, a.layout), counts, a.down, a.down_bias)
     slots = y.index_select(0, torch.empty_like(order).scatter(0, order, places)).unflatten(0, (-1, k))

@@ -53,7 +53,7 @@ def test_every_form(tmp_path: Path) -> None:
     assert made.inputs == {"x": ["batch", "sequence", D]}
     assert {c.sizes["batch"] for c in made.compared} == {1, 3}
     assert made.operators["Gemm"] == 2 * E * len(FORMS)
-    assert not [name for name in made.operators if "::" in name]
+    assert not [name for name in made.operators if "::" in name or name in ("Mod", "Floor")]
 
 
 @pytest.mark.parametrize("opset", [18, 24])
