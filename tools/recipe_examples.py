@@ -10,6 +10,9 @@ from gatecc.recipes import ensembles
 OPTIONS: dict[str, dict[str, Any]] = {
     "context-gates": {"context": "activation[0].out", "sites": "activation[1]"},
     "cosmo": {"seen": (0, 1, 2), "unseen": (3, 4)},
+    "divcontrol": {"condition": "text"},
+    "mhr": {"tasks": 2},
+    "poly": {"tasks": 2},
 }
 MODELS: dict[str, str] = {
     "gated-swinrmt": """import timm
@@ -18,6 +21,16 @@ shape = {"img_size": 8, "patch_size": 2, "embed_dim": 8, "depths": (1,), "num_he
 model, example_inputs = timm.create_model("swin_tiny_patch4_window7_224", **shape), (torch.randn(2, 3, 8, 8),)
 """,
     **dict.fromkeys(("lina", "vig"), "example_inputs = torch.randn(2, 9, 16), example_inputs[1]  # 3 x 3 patches\n"),
+    **{
+        name: f"from gatecc.recipes import samples\n\nmodel, example_inputs = samples.{sample}()\n"
+        for names, sample in (
+            ("divcontrol mhr poly", "conditioned"),
+            ("armorm", "prompted"),
+            ("pill", "images"),
+            ("x-lora", "language"),
+        )
+        for name in names.split()
+    },
     "pgn": "model, example_inputs = nn.GRU(8, 16, batch_first=True), (torch.randn(2, 9, 8),)\n",
 }
 ENSEMBLE = "from gatecc.recipes import ensembles\n\nmodel, example_inputs = ensembles.{}()  # a small gatecc.ensemble\n"

@@ -29,12 +29,12 @@ def _made(recipe: str, **options: Any) -> tuple[nn.Module, Any, Any]:
 
 def _by_hand(plain: nn.Module, inputs: Any, deltas: list[Tensor]) -> Tensor:
     """Sample by sample: its q_proj has its task's delta added to the weight."""
-    (x,), _ = inputs
+    (x,), given = inputs
     rows: list[Tensor] = []
-    for sample, delta in zip(x, deltas, strict=True):
+    for sample, text, delta in zip(x, given["text"], deltas, strict=True):
         adapted = copy.deepcopy(plain)
         adapted.get_parameter("blocks.0.attn.q_proj.weight").data.add_(delta)
-        rows.append(adapted(sample.unsqueeze(0)))
+        rows.append(adapted(sample.unsqueeze(0), text=text.unsqueeze(0)))
     return torch.cat(rows)
 
 
