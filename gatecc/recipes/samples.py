@@ -137,7 +137,7 @@ def conditioned() -> tuple[nn.Module, tuple[tuple[Any, ...], dict[str, Tensor]]]
         "segment": torch.tensor([[0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 2, 2]]),
         "text": _noise(2, 8),
     }
-    return _weighted(_Transformer(causal=False, vocabulary=0, text=8)), ((_noise(2, 6, _WIDTH),), others)
+    return weighted(_Transformer(causal=False, vocabulary=0, text=8)), ((_noise(2, 6, _WIDTH),), others)
 
 
 def prompted() -> tuple[nn.Module, tuple[tuple[Any, ...], dict[str, Tensor]]]:
@@ -169,7 +169,7 @@ def mixture() -> Sample:
     heads = {"num_attention_heads": _HEADS, "num_key_value_heads": _GROUPS}
     model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**shape, **heads, num_local_experts=4))
     ids = torch.randint(0, 32, (2, 8), generator=torch.Generator().manual_seed(3))
-    return _weighted(model), (ids,)
+    return weighted(model), (ids,)
 
 
 def patches() -> Sample:
