@@ -62,7 +62,7 @@ class Chooser(Router):
         """How many members a sample has at most."""
         return self.slots
 
-    def features(self, rows: Tensor, *values: Tensor) -> Tensor:
+    def read_rows(self, rows: Tensor, *values: Tensor) -> Tensor:
         """What the scorer reads, (B, C)."""
         read = self.spec.source.read(self.shape, self.shape.sources, rows, values)
         return read.x.expand(rows.size(0), -1)
