@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import gatecc
 from gatecc.recipes import ensembles
 
-# Of recipes with an option that has no default, what their first case gives.
 OPTIONS: dict[str, dict[str, Any]] = {
     "context-gates": {"context": "activation[0].out", "sites": "activation[1]"},
     "cosmo": {"seen": (0, 1, 2), "unseen": (3, 4)},
     "divcontrol": {"condition": "text"},
     "mhr": {"tasks": 2},
     "poly": {"tasks": 2},
-    info.name: dict(info.cases[0].options)
-    for info in gatecc.recipes()
-    if any(default is inspect.Parameter.empty for default in info.options.values())
 }
 MODELS: dict[str, str] = {
     "gated-swinrmt": """import timm
