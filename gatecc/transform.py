@@ -20,6 +20,7 @@ from gatecc.engine import notes
 from gatecc.engine.analyse import (
     Analysis,
     Inputs,
+    active_count,
     analyse,
     check_in_place,
     check_model,
@@ -228,7 +229,10 @@ def _transform(model: nn.Module, task: Task, analysis: Analysis, undo: Undo) -> 
         report.totals = replace(report.totals, **work.cost_after(report))
     if rest := without(recipe, in_python=False).rewrites:
         effects = install(model, task, rest, undo, report)
-    report.totals = replace(report.totals, parameters_before=parameters, parameters_after=parameter_count(model))
+    active = active_count(model, analysis.sites)
+    report.totals = replace(
+        report.totals, parameters_before=parameters, parameters_after=parameter_count(model), active_after=active
+    )
     return Step(
         recipe,
         scope,

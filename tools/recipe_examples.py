@@ -24,7 +24,7 @@ model, example_inputs = timm.create_model("swin_tiny_patch4_window7_224", **shap
     **{
         name: f"from gatecc.recipes import samples\n\nmodel, example_inputs = samples.{sample}()\n"
         for names, sample in (
-            ("divcontrol easycontrol mhr poly unicon", "conditioned"),
+            ("divcontrol mhr poly", "conditioned"),
             ("armorm", "prompted"),
             ("pill", "images"),
             ("x-lora", "language"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from gatecc.ir.program import Program
 from gatecc.ir.refusals import fitted
 from gatecc.ir.site import MLP, Refusal, Site
 from gatecc.ir.weights import modules_of
+from gatecc.passes.route.experts import Experts
 from gatecc.pipeline import Stage, prepare
 from gatecc.pipeline.cost import cost
 from gatecc.report import GraphDump, GraphPair, PassRow, Report, RungRow, SiteRow, Totals
@@ -79,7 +80,7 @@ def report_of(model: nn.Module, analysis: Analysis) -> Report:
             parameters_before=parameter_count(model),
             flops_before=flops,
             bytes_before=traffic,
-            active_before=_active(model, analysis.sites),
+            active_before=active_count(model, analysis.sites),
         ),
     )
 
@@ -89,17 +90,27 @@ def parameter_count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _active(model: nn.Module, sites: Sequence[Site]) -> int | None:
-    """The number of parameter elements that a token meets; None where nothing chooses among experts."""
+def active_count(model: nn.Module, sites: Sequence[Site]) -> int | None:
+    """The number of parameter elements that a token meets; None where nothing chooses among experts.
+
+    ``sites``: those of the model, with experts that it has of itself; the experts of rewrites are found as modules.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     idle: dict[str, float] = {}
     for site in sites:
-        if not isinstance(site, MLP) or not site.chosen:
-            continue
-        stacks = [name for role, w in site.weights.items() if role != "router" for name in (w.fqn, w.bias) if name]
-        unused = 1 - min(site.chosen, site.experts) / site.experts
-        idle |= {name: unused * parameters[name].numel() for name in stacks if name in parameters}
+        if isinstance(site, MLP) and site.chosen:
+            stacks = [name for role, w in site.weights.items() if role != "router" for name in (w.fqn, w.bias) if name]
+            idle |= _idle(parameters, stacks, site.chosen, site.experts)
+    for fqn, module in model.named_modules():
+        if isinstance(module, Experts) and module.chosen:
+            stacks = [f"{fqn}.{n}".lstrip(".") for n, p in module.named_parameters() if n != "bias" and p.dim() > 1]
+            idle |= _idle(parameters, stacks, module.chosen, module.down_proj.size(0))
     return parameter_count(model) - round(sum(idle.values())) if idle else None
+
+
+def _idle(parameters: Mapping[str, nn.Parameter], names: Iterable[str], chosen: int, experts: int) -> dict[str, float]:
+    """The elements of stacked weights that a token does not meet."""
+    return {n: (1 - min(chosen, experts) / experts) * parameters[n].numel() for n in names if n in parameters}
 
 
 def check_model(model: object) -> None:

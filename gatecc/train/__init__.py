@@ -3,6 +3,8 @@
 from gatecc.train import routing, tasks
 from gatecc.train.calibration import coactivation
 from gatecc.train.callbacks import lightning_callback, trainer_callback
+from gatecc.train.contexts import expert_losses, fit_contexts
+from gatecc.train.contrast import TaskContrast
 from gatecc.train.ensembles import expected_loss, member_losses, sweep, update_centres
 from gatecc.train.heal import Healed, Point, heal
 from gatecc.train.labels import gate_bce, topk_mass
@@ -20,12 +22,15 @@ __all__ = [
     "Healed",
     "Lora",
     "Point",
+    "TaskContrast",
     "ThresholdTracker",
     "Transfer",
     "Tune",
     "choose_subset",
     "coactivation",
     "expected_loss",
+    "expert_losses",
+    "fit_contexts",
     "gate_bce",
     "heal",
     "kld",

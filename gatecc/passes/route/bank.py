@@ -26,12 +26,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class Bank:
-    """Experts behind one router. ``slots``: each slot's result is a part of the features, and they are not added."""
+    """Experts behind one router. ``chosen``: how many run for a token. ``slots``: each slot's result is a part of the
+    features, and they are not added.
+    """
 
     spec: ExpertsSpec
     ffn: FFN
     scale: float
     pieces: tuple[Piece, ...]
+    chosen: int
     slots: bool = False
 
     def build(self, like: Tensor | None) -> nn.Module:
@@ -40,6 +43,7 @@ class Bank:
         device, dtype = (None, None) if like is None else (like.device, like.dtype)
         made = self.spec.build(replace(self.ffn, out=features), device, dtype)
         made.combine = "slots" if self.slots else "sum"
+        made.chosen = self.chosen
         return made
 
     def fill(self, experts: Experts, dense: Stacked) -> None:

@@ -39,6 +39,7 @@ class Experts(nn.Module):
         self.activation = activation
         self.layout = "halves" if gated else "plain"
         self.combine = combine
+        self.chosen = 0  # how many of them a token takes, at most; 0 where nobody said
         rows, out = hidden * (2 if gated else 1), width if out is None else out
 
         def parameter(*sizes: int) -> nn.Parameter:

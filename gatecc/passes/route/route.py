@@ -130,7 +130,8 @@ class Route(Rewrite):
         error = max(c.error for c in found)
         kind = "exact" if error == 0 else "exact up to rounding"
         yield f"{site.key}: starts as the dense layer, {kind}: the weights of its parts are 1 within {error:.1e}"
-        if any(c.zero for c in found):
+        few = any(router.choice.slots(self.options) < self.options for router in self.routers)
+        if few and any(c.zero for c in found):
             yield (
                 f"{site.key}: the router starts at 0, so that all tokens take the same experts until it is trained; "
                 "weights that sum to 1 allow a random start"
@@ -159,7 +160,9 @@ class Route(Rewrite):
     def _bank(self, number: int, router: RouterSpec, ffn: FFN, value: Value, edit: Editor) -> fx.Node:
         """One router and its experts."""
         scale = self.coverage(router).scale
-        bank = Bank(self.experts, ffn, 1.0 if scale is None else scale, self._pieces(number, router, ffn), self._slots)
+        scale = 1.0 if scale is None else scale
+        chosen = router.choice.slots(self.options)
+        bank = Bank(self.experts, ffn, scale, self._pieces(number, router, ffn), chosen, self.combine == "slots")
         layer_weights = relative(ffn, edit.program)
         like = own_weight(edit.site, edit.program)
 
@@ -177,10 +180,6 @@ class Route(Rewrite):
         if self.combine == "slots":
             return of_slots(self.experts, ffn, router.choice.slots(self.options))
         return half(self.experts, ffn, number) if self.combine == "cat" else whole(self.experts, ffn)
-
-    @property
-    def _slots(self) -> bool:
-        return self.combine == "slots"
 
     def _shared(self, ffn: FFN, value: Value, out: Value, edit: Editor) -> fx.Node:
         """The dense layer as a module of its own, with its gate."""
