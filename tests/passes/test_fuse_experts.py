@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -101,3 +102,14 @@ def test_a_gated_mixture_is_made_fast_and_taken_back() -> None:
     assert "gatecc.moe_ffn.default" in [node.target for graph in afterwards for node in graph.nodes]
     back = gatecc.revert(gatecc.revert(fast))
     assert all(torch.equal(p, before[name]) for name, p in back.named_parameters())
+
+
+def test_a_gated_gpt_oss_in_onnx(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    mixture = block("gpt_oss", "grouped_mm")
+    rewrites = [FuseExperts(MLP[...]), gatecc.Gate(MLP[...].out, gatecc.GateSpec("in", init="random(0.5)"))]
+    gated = gatecc.transform(mixture, rewrites, (X,))
+    made = gatecc.export(gated, tmp_path / "out", (X,))
+    assert max(c.error for c in made.compared) <= 2e-6
+    assert made.operators["Gemm"] >= 2 * mixture.experts.num_experts
+    assert not [name for name in made.operators if "::" in name]
