@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
@@ -22,9 +21,8 @@ def whole_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     """Capture a model as it is called and canonicalize it; a transformed one with its rewrites done on this graph.
 
     Scopes that run inline would each see their own inputs only, and a mask that is one of them proves nothing there:
-    in the whole graph it is made of positions. Scopes whose weights were changed in form run inline nevertheless, for
-    the plain graph would not fit these weights. ``how`` is handed on to `capture`. Raises CaptureError,
-    SiteRefusedError, GraphError.
+    in the whole graph it is made of positions. What rewrites did to weights is taken back while they are done again.
+    ``how`` is handed on to `capture`. Raises CaptureError, SiteRefusedError, GraphError.
     """
     return whole_edits(model, args, kwargs, **how)[0].program
 
@@ -32,25 +30,15 @@ def whole_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 def whole_edits(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], **how: Any
 ) -> tuple[Prepared, list[Editor]]:
-    """`whole_program` with its sites, and the edits: none for scopes that run inline."""
-    prepared, states = _captured(model, args, kwargs, how)
-    if not states:
-        return prepared, []
-    whole = _merged(states)
-    prepared.found = [handed_down(site, prepared.program, whole.masks) for site in prepared.found]
-    editors = apply(prepared, whole.applied, own=whole.own)
-    return prepared, [editor for of_one in editors for editor in of_one]
-
-
-def _captured(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], how: dict[str, Any]
-) -> tuple[Prepared, dict[str, Scope]]:
-    """The prepared graph, and the scopes whose rewrites are still to be done on it."""
+    """`whole_program` with its sites, and the edits."""
     states = {fqn: state for fqn, _, state in scopes(model)}
-    inline = any(state.changes for state in states.values())
-    with nullcontext() if inline else plain(model), transformers_loops(model):
-        program = capture(model, args, kwargs, **how)
-    return prepare(program), {} if inline else states
+    whole = _merged(states)
+    with plain(model):
+        with transformers_loops(model):
+            prepared = prepare(capture(model, args, kwargs, **how))
+        prepared.found = [handed_down(site, prepared.program, whole.masks) for site in prepared.found]
+        editors = apply(prepared, whole.applied, own=whole.own)
+    return prepared, [editor for of_one in editors for editor in of_one]
 
 
 def reads_masks(model: nn.Module) -> bool:
