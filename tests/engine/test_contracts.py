@@ -84,6 +84,22 @@ def test_a_small_difference_is_looked_at_in_float64() -> None:
         checked(0.0)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("gated-attention", {"fuse_into": "q"}), ("upcycle", {})],
+)
+def test_float64_knows_the_weights_of_the_original(name: str, options: dict[str, Any]) -> None:
+    """Also where a rewrite has widened them or taken them out."""
+    x = torch.randn(2, 7, 16)
+    plain, recipe = tiny(layers=1), gatecc.recipe(name, **options)
+    changed = gatecc.transform(plain, recipe, (x,), verify=False)
+    before = reference(plain, (x,), {})
+    before.outputs = [out + 3e-5 for out in before.outputs]  # as if the original had rounded otherwise
+    (note,) = check(before, changed, recipe, (x,), {}).notes
+    assert note.endswith("in float64: rounding")
+    assert float(note.split(" by ")[-1].split()[0]) < 1e-7  # routers weigh in float32
+
+
 @dataclass(frozen=True)
 class Times(Rewrite):
     """Multiplies a value by a constant, and promises that it keeps the function, or not."""
