@@ -42,8 +42,9 @@ class Hooked:
     def _reads_through(self, reader: Item, boundary: Boundary, slot: int) -> bool:
         if reader in boundary.readers[slot]:
             return True
-        if boundary.place is None and boundary.leaving:  # of a module that an edit calls: nothing reads it inside
-            return True
+        if boundary.place is None and boundary.leaving:  # of a module that an edit calls: its own code reads inside
+            entry = boundary.entry
+            return entry is None or not any(reader in inside for inside in entry.readers)
         if isinstance(reader, fx.Node):
             if reader in self.program.captured or reader.op != "call_function":
                 return False

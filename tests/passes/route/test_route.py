@@ -82,6 +82,22 @@ def test_experts_differ_where_their_weights_do(routed: nn.Module) -> None:
     assert torch.allclose(mlp(x), expected.view(2, 5, 32), atol=1e-6)
 
 
+def test_a_hook_on_a_router_sees_and_changes_what_it_chose(dense: nn.Module, routed: nn.Module) -> None:
+    model = copy.deepcopy(routed)
+    mlp: Any = model.get_submodule("model.layers.0.mlp")
+    x, seen = torch.randn(2, 5, 32), list[Any]()
+    with torch.no_grad():
+        before = mlp(x)
+        handle = mlp.router.register_forward_hook(lambda module, given, chosen: seen.append(chosen))
+        assert torch.equal(mlp(x), before)
+        handle.remove()
+        weights, indices = torch.topk(torch.softmax(x.flatten(0, 1) @ mlp.router.weight.T, -1), 2)
+        torch.testing.assert_close(seen[0][0], weights / weights.sum(-1, keepdim=True))
+        assert torch.equal(seen[0][1], indices)
+        mlp.router.register_forward_hook(lambda module, given, chosen: chosen._replace(weights=chosen.weights * 2))
+        torch.testing.assert_close(mlp(x), before * 2)
+
+
 def test_reverts_bitwise(dense: nn.Module, routed: nn.Module) -> None:
     state = gatecc.revert(routed).state_dict()
     assert list(state) == list(dense.state_dict())
