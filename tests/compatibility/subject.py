@@ -20,6 +20,7 @@ RECIPES: dict[str, tuple[str, Literal["auto", "model"]]] = {
     "residual-gates": ("residual-gates", "auto"),
     "gla": ("gla", "auto"),
     "liger": ("liger", "auto"),
+    "upcycle": ("upcycle", "auto"),
     "gated-attention, whole model": ("gated-attention", "model"),
 }
 # What the wrappers put before or between the names of parameters.
