@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gatecc.errors import ArgumentError
 from gatecc.ir.contract import Contract, changes_function, exact, identity_at_init
 from gatecc.ir.gates import hashing as hashing  # its scorers, by name
+from gatecc.ir.gates import linear_by as linear_by
 from gatecc.ir.gates import rules
 from gatecc.ir.gates.activation import Activation, Start
 from gatecc.ir.gates.estimator import Estimator

@@ -177,6 +177,22 @@ def patches() -> Sample:
     return weighted(_Transformer(causal=False, vocabulary=0)), (_noise(2, 9, _WIDTH),)
 
 
+class _Points(nn.Module):
+    """A field over space. x: (B, N, 3) -> (B, N, 4)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.head = nn.Linear(3, 16), nn.Linear(16, 3), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.sin(x + self.down(torch.relu(self.up(x)))))
+
+
+def points() -> Sample:
+    """An MLP of points in space, with a head."""
+    return _weighted(_Points()), (_noise(2, 12, 3),)
+
+
 def series() -> Sample:
     """A GRU over 9 steps."""
     return weighted(_Series()), (_noise(2, 9, 8),)

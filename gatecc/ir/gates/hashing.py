@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -77,25 +76,23 @@ class HashGrid(Scorer, tag="hash_grid"):
         }
 
     def __call__(self, x: Features, params: Params, features: int) -> Features:
-        h = torch.cat([self._level(x.x, params["table"], level) for level in range(self.levels)], -1)
+        table, device, channels = params["table"], x.x.device, x.x.size(-1)
+        level = torch.arange(self.levels, device=device).unsqueeze(-1)
+        place = x.x.float().unsqueeze(-2) * (self.resolution * torch.pow(self.growth, level.float()))  # (*at, L, C)
+        cell = torch.floor(place)
+        bits = torch.full((channels,), 2, device=device).cumprod(0) // 2
+        corners = torch.arange(2**channels, device=device).unsqueeze(-1) // bits % 2  # (2^C, C) of 0 and 1
+        rows = hashed(cell.long().unsqueeze(-2) + corners, self.size, level) + level * self.size
+        part = (place - cell).to(table.dtype).unsqueeze(-2)
+        share = torch.where(corners == 1, part, 1 - part).prod(-1, keepdim=True)
+        h = (share * F.embedding(rows, table)).sum(-2).flatten(-2)
         return Features(F.linear(h, params["weight"], params["bias"]), x.at)
 
-    def _level(self, x: Tensor, table: Tensor, level: int) -> Tensor:
-        """x: (*at, C) -> (*at, features)."""
-        place = x.float() * (self.resolution * self.growth**level)
-        cell = torch.floor(place)
-        part = (place - cell).to(table.dtype)
-        total = x.new_zeros(())
-        for corner in itertools.product((0, 1), repeat=x.size(-1)):
-            rows = hashed(torch.stack([cell[..., i] + c for i, c in enumerate(corner)], -1).long(), self.size, level)
-            share = torch.stack([part[..., i] if c else 1 - part[..., i] for i, c in enumerate(corner)], -1).prod(-1)
-            total = total + share.unsqueeze(-1) * F.embedding(rows + level * self.size, table)
-        return total
 
-
-def hashed(x: Tensor, size: int, seed: int) -> Tensor:
+def hashed(x: Tensor, size: int, seed: int | Tensor) -> Tensor:
     """x: (*at, C) of integers -> (*at), numbers below ``size``: the same everywhere, in ONNX too."""
-    number = torch.arange(x.size(-1), device=x.device) + (1 + seed * _MOST)
+    start = seed.unsqueeze(-1) * _MOST if isinstance(seed, Tensor) else seed * _MOST
+    number = torch.arange(x.size(-1), device=x.device) + 1 + start
     factor = torch.remainder(number * _SPREAD, _PRIME)
     factor = torch.remainder(factor * factor, _PRIME)
     mixed = torch.remainder(torch.remainder(torch.remainder(x, _PRIME) * factor, _PRIME).sum(-1), _PRIME)
