@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import gatecc
 from gatecc.recipes import ensembles
 
+# Of recipes with an option that has no default, what their first case gives, unless the page shows something shorter.
 OPTIONS: dict[str, dict[str, Any]] = {
-    "context-gates": {"context": "activation[0].out", "sites": "activation[1]"},
-    "cosmo": {"seen": (0, 1, 2), "unseen": (3, 4)},
-    "divcontrol": {"condition": "text"},
-    "mhr": {"tasks": 2},
-    "poly": {"tasks": 2},
-}
+    info.name: dict(info.cases[0].options)
+    for info in gatecc.recipes()
+    if any(default is inspect.Parameter.empty for default in info.options.values())
+} | {"divcontrol": {"condition": "text"}, "mhr": {"tasks": 2}, "poly": {"tasks": 2}, "m3vit": {"tasks": 3}}
 MODELS: dict[str, str] = {
     "gated-swinrmt": """import timm
 
@@ -24,7 +24,8 @@ model, example_inputs = timm.create_model("swin_tiny_patch4_window7_224", **shap
     **{
         name: f"from gatecc.recipes import samples\n\nmodel, example_inputs = samples.{sample}()\n"
         for names, sample in (
-            ("divcontrol mhr poly", "conditioned"),
+            ("divcontrol easycontrol m3vit mhr poly unicon", "conditioned"),
+            ("hash-experts", "points"),
             ("armorm", "prompted"),
             ("pill", "images"),
             ("x-lora", "language"),

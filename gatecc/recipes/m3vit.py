@@ -38,8 +38,8 @@ def m3vit(
     """The feed-forward layer of every second block becomes ``experts`` copies, and the task decides who runs.
 
     ``per="router"``: each of ``tasks`` has a router of its own, chosen by the input ``task`` (B,), an integer.
-    ``per="embedding"``: one router reads the input ``task`` (B, C), an embedding of the task, beside the token. Noise of
-    a learned size explores the experts in training; CV² of importance and load, times ``weight``, balances them.
+    ``per="embedding"``: one router reads the input ``task`` (B, C), an embedding of the task, beside the token. Noise
+    of a learned size explores the experts in training; CV² of importance and load, times ``weight``, balances them.
     """
     scorer = f"linear_by({tasks})" if per == "router" else "linear(bias=False)"
     router = RouterSpec(("in", f"cond({task})"), scorer, NoisyTopK(k), init, Variation(weight))

@@ -190,7 +190,7 @@ class _Points(nn.Module):
 
 def points() -> Sample:
     """An MLP of points in space, with a head."""
-    return _weighted(_Points()), (_noise(2, 12, 3),)
+    return weighted(_Points()), (_noise(2, 12, 3),)
 
 
 def series() -> Sample:
