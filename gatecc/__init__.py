@@ -1,7 +1,7 @@
 """gatecc: a compiler that puts gates, experts and linear attention into PyTorch models."""
 
 from gatecc import adapters, checks, diagnose, state_space, train
-from gatecc.checkpoint import load, save
+from gatecc.checkpoint import load, materialise, save
 from gatecc.decoder import Decoder, decoder
 from gatecc.engine.analyse import inspect
 from gatecc.errors import GateccError
@@ -78,6 +78,7 @@ __all__ = [
     "inspect",
     "last_report",
     "load",
+    "materialise",
     "recipe",
     "recipes",
     "revert",

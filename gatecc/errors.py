@@ -87,13 +87,13 @@ class CaptureError(GateccError):
 
 
 class UnsupportedModelError(GateccError):
-    """The model is of a kind that gatecc cannot rewrite: scripted, wrapped, on the meta device, quantised weights.
+    """The model is of a kind that gatecc cannot rewrite: scripted, wrapped, half on the meta device, quantised weights.
 
     A wrapper (DDP, FSDP, DataParallel, ``fully_shard``, ``fabric.setup``) holds the parameters of the day on which it
     was put on, so those that a transform makes would be in none of its groups: transform first, then wrap.
 
     Fails: ``gatecc.transform(torch.jit.script(model), ...)``.
-    Mended: pass the Python module that the script was made from; load real weights before the transform.
+    Mended: pass the Python module that the script was made from; load all weights before the transform, or none.
     """
 
     code = "GCC005"

@@ -34,6 +34,7 @@ from gatecc.engine.in_python import in_graphs, install, without
 from gatecc.engine.install import Installer, Undo
 from gatecc.engine.other_size import one_more
 from gatecc.engine.place import Task, place
+from gatecc.engine.put_off import NOTE, buffers_on_meta, moved, on_meta
 from gatecc.errors import ArgumentError, CaptureError, EmptySelectionError, GraphError, SiteRefusedError
 from gatecc.ir.rewrite import Recipe, Rewrite
 from gatecc.ir.weights import Effect
@@ -77,7 +78,8 @@ def transform(
     positional, a dict is keyword arguments, ``(tuple, dict)`` is both. ``scope="auto"`` rewrites the smallest submodule
     that holds each site; ``"model"`` the model as one graph. ``verify=False`` skips the numerical check of contracts,
     graphs are always checked. The model itself is untouched unless ``inplace``; after an error it is untouched anyway.
-    Of a model that torch.compile was given, the model behind is rewritten, and compiled again in the same way.
+    Of a model that torch.compile was given, the model behind is rewritten, and compiled again in the same way. A model
+    on the meta device is rewritten without numbers: `materialise` gives it weights and checks it.
 
     Raises UnknownRecipeError, EmptySelectionError, ExampleInputsError, UnsupportedModelError, CaptureError, GraphError,
     ContractError. `last_report(result)` tells what was done.
@@ -97,18 +99,29 @@ def rewritten(
     missed: Collection[str] = (),
 ) -> nn.Module:
     """`transform`, told which modules some mode goes past: what a transform that is done again knows already."""
-    args, kwargs = split_inputs(example_inputs)
-    check_model(model)
+    args, kwargs = given = split_inputs(example_inputs)
+    check_model(model, empty=True)
     if inplace:
         check_in_place(model)
     if scope not in ("auto", "model"):
         raise ArgumentError("unknown scope", found=repr(scope), expected='"auto" or "model"')
+    target = model if inplace else _copy(model)
+    if on_meta(model):
+        with buffers_on_meta(target):
+            args, kwargs = moved(given, "meta")
+            task = Task(wanted, args, kwargs, scope, look=False, missed=frozenset(missed))
+            return _rewritten(model, target, task, given, verify=False)
     task = Task(wanted, args, kwargs, scope, look=verify, missed=frozenset(missed))
+    return _rewritten(model, target, task, given, verify=verify)
+
+
+def _rewritten(model: nn.Module, target: nn.Module, task: Task, given: Any, *, verify: bool) -> nn.Module:
+    """Rewrite ``target``, which is ``model`` or a copy of it; ``given`` are the inputs that the step is to hold."""
+    wanted, args, kwargs = task.recipe, task.args, task.kwargs
     undo = Undo()
     old = {id(p) for p in model.parameters()}
     with evaluation(model):
         before = reference(model, args, kwargs) if verify and in_graphs(wanted) else None
-    target = model if inplace else _copy(model)
     undo.classes = [(m, type(m)) for m in target.modules() if is_served(m)]
     try:
         with evaluation(target):
@@ -117,7 +130,7 @@ def rewritten(
                 with evaluation(model):
                     at_another_size(before, model, one_more(analysis.programs, analysis.sites, args, kwargs))
                 _check_apart(target, task, analysis, before)
-            step = _transform(target, task, analysis, undo)
+            step = replace(_transform(target, task, analysis, undo), inputs=given)
             if before is not None:
                 outcome = check(before, target, wanted, args, kwargs)
                 step = replace(step, report=_checked(step.report, outcome))
@@ -217,6 +230,8 @@ def _transform(model: nn.Module, task: Task, analysis: Analysis, undo: Undo) -> 
     report = report_of(model, analysis)
     report.recipe = recipe.name
     parameters = parameter_count(model)
+    if on_meta(model):
+        report.notes.append(NOTE)
     work, missed, effects = Installer(model, recipe, undo, report), (), list[Effect]()
     if in_graphs(recipe):
         graphs = replace(task, recipe=without(recipe, in_python=True))

@@ -246,6 +246,12 @@ class Quantised(nn.Module):
         return self.inner(x)
 
 
+def half_empty() -> nn.Module:
+    model = Model()
+    next(model.children()).to("meta")
+    return model
+
+
 BAD: dict[str, tuple[Callable[[Tensor], Any], type[GateccError], str]] = {
     "unknown recipe": (lambda x: (Model(), "gated-atention", (x,)), UnknownRecipeError, "gated-attention"),
     "empty selection": (
@@ -259,7 +265,7 @@ BAD: dict[str, tuple[Callable[[Tensor], Any], type[GateccError], str]] = {
     "a bare tensor": (lambda x: (Model(), RECIPE, x), ExampleInputsError, "tuple"),
     "no recipe": (lambda x: (Model(), [], (x,)), ArgumentError, "recipe"),
     "a number for a recipe": (lambda x: (Model(), 3, (x,)), ArgumentError, "recipe"),
-    "meta device": (lambda x: (Model().to("meta"), RECIPE, (x,)), UnsupportedModelError, "meta"),
+    "half on the meta device": (lambda x: (half_empty(), RECIPE, (x,)), UnsupportedModelError, "all of them, or none"),
     "scripted": (
         lambda x: (torch.jit.trace(Model().eval(), (x,), check_trace=False), RECIPE, (x,)),
         UnsupportedModelError,

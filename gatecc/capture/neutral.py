@@ -50,6 +50,12 @@ def _repeated(x: Any) -> torch.Tensor:
     return whole
 
 
+def _drawn(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Values for a weight that was never loaded, because a rewrite has taken it out of the layer."""
+    made = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)) * max(x.shape[-1:], default=1) ** -0.5
+    return made.to(device=device, dtype=x.dtype)
+
+
 def _has_tangent(x: torch.Tensor) -> bool:
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
@@ -60,13 +66,14 @@ def neutral_weights(module: nn.Module) -> Generator[None]:
     functional_call has put in the place of parameters are parameters meanwhile: torch.export takes no others."""
     swapped: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     made: dict[int, torch.Tensor] = {}  # tied weights stay tied
+    device = next((p.device for p in module.parameters() if not p.is_meta), None)
     try:
         for m in module.modules():
             for table in (m._parameters, m._buffers):
                 for name, tensor in list(table.items()):
                     if tensor is None:
                         continue
-                    plain = made.setdefault(id(tensor), _weight(tensor, table is m._parameters))
+                    plain = made.setdefault(id(tensor), _weight(tensor, table is m._parameters, device))
                     if plain is not tensor:
                         swapped.append((table, name, tensor))
                         table[name] = plain  # pyright: ignore[reportArgumentType]
@@ -76,8 +83,11 @@ def neutral_weights(module: nn.Module) -> Generator[None]:
             table[name] = tensor
 
 
-def _weight(tensor: torch.Tensor, parameter: bool) -> torch.Tensor:
+def _weight(tensor: torch.Tensor, parameter: bool, device: torch.device | None) -> torch.Tensor:
+    """``device``: where the module's weights are that hold something."""
     plain = _repeated(cast("Any", tensor)) if is_shard(tensor) else neutral(tensor)
+    if plain.is_meta and device is not None:
+        plain = _drawn(plain, device)
     if not parameter or isinstance(plain, nn.Parameter):
         return plain
     trained = tensor.requires_grad or functorch.is_functorch_wrapped_tensor(tensor)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 from gatecc.capture.adapters import adapted
 from gatecc.capture.shield import callers_device
@@ -38,13 +40,27 @@ def record_calls(
         if fqn in calls
     ]
     try:
-        with torch.no_grad(), adapted(model), callers_device():
-            args, kwargs = copied((args, kwargs))
+        with torch.no_grad(), adapted(model), callers_device(), of_shapes(model, (args, kwargs)) as (args, kwargs):
             output = model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
     return calls, output
+
+
+@contextmanager
+def of_shapes(
+    model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]
+) -> Generator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """A call with copies of its tensors; of a model on the meta device, fake ones while the context is open.
+
+    Models know fake tensors as those of a tracer, and take no decisions on values that are not there.
+    """
+    if not any(p.is_meta for p in model.parameters()):
+        yield copied(call)
+        return
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        yield map_tensors(lambda x: mode.from_tensor(x, static_shapes=True), call)
 
 
 def _hook(calls: list[RecordedCall], fqn: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
@@ -56,6 +72,13 @@ def _hook(calls: list[RecordedCall], fqn: str) -> Callable[[nn.Module, tuple[Any
 
 def _copied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     try:
-        return map_tensors(lambda x: x.detach().clone(), (args, kwargs))
+        return map_tensors(_copy, (args, kwargs))
     except OpaqueArgumentError:
         return args, kwargs
+
+
+def _copy(x: torch.Tensor) -> torch.Tensor:
+    if not isinstance(x, FakeTensor):
+        return x.detach().clone()
+    with unset_fake_temporarily():
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")

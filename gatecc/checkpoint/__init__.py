@@ -7,5 +7,6 @@ for). A folder of ``save_pretrained`` gets the recipe as well; its weights stay 
 """
 
 from gatecc.checkpoint import pretrained as pretrained
+from gatecc.checkpoint.materialise import materialise as materialise
 from gatecc.checkpoint.read import load as load
 from gatecc.checkpoint.write import save as save

@@ -29,6 +29,14 @@ def state_of(model: nn.Module, given: Mapping[str, torch.Tensor] | None = None) 
             raise CheckpointError(
                 "the state dict holds something that is no tensor", where=name, found=type(value).__name__
             )
+        if value.is_meta:
+            raise CheckpointError(
+                "a weight holds nothing",
+                where=name,
+                found="device meta",
+                do="gatecc.materialise(model, weights) before; a model whose rewritten weights were loaded at once has "
+                "none of those that the rewrite took out: save its state dict, or torch.distributed.checkpoint",
+            )
         if hasattr(value, "full_tensor"):
             raise CheckpointError(
                 "the weights are sharded over processes",

@@ -16,6 +16,7 @@ from gatecc.capture.record import RecordedCall, record_calls
 from gatecc.capture.shield import callers_device, shielded
 from gatecc.capture.signature import copied, split_inputs
 from gatecc.capture.wrappers import refuse_wrapped
+from gatecc.engine.put_off import buffers_on_meta, moved, on_meta
 from gatecc.errors import CaptureError, ExampleInputsError, UnsupportedModelError
 from gatecc.ir.program import Program
 from gatecc.ir.refusals import fitted
@@ -58,10 +59,12 @@ def inspect(model: nn.Module, example_inputs: Inputs) -> Report:
     """
     args, kwargs = split_inputs(example_inputs)
     model = behind(model)
-    check_model(model)
-    with evaluation(model):
-        analysis = analyse(model, args, kwargs)
-    return report_of(model, analysis)
+    check_model(model, empty=True)
+    if not on_meta(model):
+        with evaluation(model):
+            return report_of(model, analyse(model, args, kwargs))
+    with buffers_on_meta(model), evaluation(model):
+        return report_of(model, analyse(model, *moved((args, kwargs), "meta")))
 
 
 def report_of(model: nn.Module, analysis: Analysis) -> Report:
@@ -113,9 +116,9 @@ def _idle(parameters: Mapping[str, nn.Parameter], names: Iterable[str], chosen: 
     return {n: (1 - min(chosen, experts) / experts) * parameters[n].numel() for n in names if n in parameters}
 
 
-def check_model(model: object) -> None:
-    """Raise UnsupportedModelError for what gatecc cannot rewrite: scripted or wrapped modules, meta tensors, packed
-    weights."""
+def check_model(model: object, *, empty: bool = False) -> None:
+    """Raise UnsupportedModelError for what gatecc cannot rewrite: scripted or wrapped modules, packed weights, and
+    weights on the meta device unless the model may be ``empty``."""
     if isinstance(model, torch.jit.ScriptModule | torch.jit.ScriptFunction):
         raise UnsupportedModelError(
             "a scripted module has no Python forward",
@@ -128,7 +131,7 @@ def check_model(model: object) -> None:
     refuse_compiled(model)
     refuse_wrapped(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        _check_tensor(name, tensor)
+        _check_tensor(name, tensor, empty)
         if isinstance(tensor, nn.Parameter) and tensor.dtype in PACKED:
             raise _quantised(name, str(tensor.dtype))
     for name, module in model.named_modules():
@@ -150,7 +153,7 @@ def check_in_place(model: nn.Module) -> None:
             )
 
 
-def _check_tensor(name: str, tensor: torch.Tensor) -> None:
+def _check_tensor(name: str, tensor: torch.Tensor, empty: bool) -> None:
     if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
         raise UnsupportedModelError(
             "the model holds weights that are made on its first call",
@@ -166,12 +169,13 @@ def _check_tensor(name: str, tensor: torch.Tensor) -> None:
             expected="plain tensors, or quantised ones of torchao",
             do="transform the model first, then distribute it (parallelize_module, fully_shard)",
         )
-    if tensor.is_meta:
+    if tensor.is_meta and not empty:
         raise UnsupportedModelError(
-            "the model is on the meta device: it has no weights to verify a rewrite with",
+            "the model is on the meta device: it has no weights to compute with",
             where=name,
             found="device meta",
-            do="load the weights first (model.to_empty(device=...), then load_state_dict)",
+            do="load the weights first: gatecc.materialise(model, weights) for a transformed model, "
+            "load_state_dict(..., assign=True) for others",
         )
     if tensor.is_quantized or not (
         tensor.dtype.is_floating_point or tensor.dtype.is_complex or not tensor.requires_grad
@@ -219,7 +223,7 @@ class _InMode:
             for module, name, buffer, before in self.buffers:
                 if module._buffers.get(name) is not None:  # else it was taken out meanwhile
                     module._buffers[name] = buffer
-                if not torch.equal(buffer, before):
+                if not buffer.is_meta and not torch.equal(buffer, before):
                     buffer.copy_(before)
 
     def _restore(self, module: nn.Module, before: dict[int, bool], holder: bool) -> None:

@@ -14,6 +14,7 @@ from gatecc.capture.adapters import Setting, switch_caches
 from gatecc.capture.shield import callers_device
 from gatecc.capture.signature import TOKENS
 from gatecc.engine.modes import holding
+from gatecc.engine.put_off import on_meta
 from gatecc.errors import GateccError
 from gatecc.ir.weights import Effect
 from gatecc.scope.python_path import PythonPath
@@ -37,6 +38,8 @@ def why_no_cache(model: nn.Module, effects: Collection[Effect], args: tuple[Any,
             return "the model runs as one graph, and a graph holds no cache"
         if state.python.refused and _may_take_one(module):
             return state.python.refused
+    if on_meta(model):
+        return _refused(model, "it cannot be tried without weights")
     try:
         generator = torch.Generator().manual_seed(0)
         noisy = {p: x for effect in effects for p, x in effect.noisy(model, generator).items()}
@@ -46,10 +49,12 @@ def why_no_cache(model: nn.Module, effects: Collection[Effect], args: tuple[Any,
         reason = e.found or e.what
     except Exception as e:
         reason = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]}"
-    if reason:
-        reason = f"a call with one was tried: {reason}"
-        for _, _, state in scopes(model):
-            state.python = PythonPath(refused=reason)
+    return _refused(model, f"a call with one was tried: {reason}") if reason else ""
+
+
+def _refused(model: nn.Module, reason: str) -> str:
+    for _, _, state in scopes(model):
+        state.python = PythonPath(refused=reason)
     return reason
 
 

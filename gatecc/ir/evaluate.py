@@ -122,7 +122,7 @@ class Evaluator:
     def _table(self, node: fx.Node) -> Hashable:
         """A number for a parameter or buffer, the same for equal ones."""
         held = self._attribute(node)
-        if not isinstance(held, torch.Tensor):
+        if not isinstance(held, torch.Tensor) or held.is_meta:
             return str(self.program.path(node))
         for i, table in enumerate(self._tables):
             if table.dtype == held.dtype and torch.equal(table, held):
@@ -170,6 +170,8 @@ class Evaluator:
         def read(item: Any) -> Any:
             if isinstance(item, fx.Node):
                 return env[item] if item in env or not _is_size(item) else value(item.meta["val"], sizes)
+            if isinstance(item, torch.device):
+                return place(item)
             return constants.get(item, item) if type(item) is int else item
 
         args = map_aggregate(node.args, read)
@@ -181,6 +183,8 @@ class Evaluator:
         tensor = self.program.tensor(node)
         if tensor is None:
             return getattr(self.program.graph_module, str(node.target))
+        if tensor.is_meta:
+            raise UnprovableError(f"it depends on {self.program.path(node)}, which is on the meta device")
         return tensor.detach().clone() if node in self.flow.writers else tensor.detach()
 
     def _zeros(self, node: fx.Node, env: dict[fx.Node, Any], sizes: Sizes) -> torch.Tensor:
@@ -203,7 +207,12 @@ def _frozen(value: Any, number: Mapping[fx.Node, int]) -> Hashable:
 
 def _blank(node: fx.Node, sizes: Sizes) -> torch.Tensor:
     held = node.meta["val"]
-    return torch.empty([value(s, sizes) for s in held.shape], dtype=held.dtype, device=held.device)
+    return torch.empty([value(s, sizes) for s in held.shape], dtype=held.dtype, device=place(held.device))
+
+
+def place(device: torch.device) -> torch.device:
+    """Where a program on a device is evaluated: one on the meta device has values on the CPU."""
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def addends(node: fx.Node) -> list[fx.Node]:

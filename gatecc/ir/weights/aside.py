@@ -29,7 +29,10 @@ class Aside(nn.Module):
         vars(self)["box"] = nn.Module()  # past __setattr__: nobody who walks over modules finds it
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Aside:
-        self.box._apply(fn)
+        def kept(x: torch.Tensor) -> torch.Tensor:  # what holds nothing gets no memory when the model does: to_empty
+            return fn(x).to("meta") if x.is_meta else fn(x)
+
+        self.box._apply(kept)
         super()._apply(fn, recurse)
         return self
 

@@ -44,6 +44,15 @@ class Drop(Effect):
                 expected="the module that transform gave back",
                 do="make the model anew; wrap or swap modules of a transformed model with those that it has",
             )
+        with lent(layer, self.path):
+            gone = [n for n in self.changed(layer) if layer.get_parameter(n).is_meta]
+            if gone and not all(p.is_meta for p in layer.parameters()):
+                raise UnsupportedModelError(
+                    "what the rewrite took out of the model was never loaded",
+                    where=gone[0],
+                    found="device meta",
+                    do="gatecc.materialise(model, weights) loads the weights of the model before the rewrite",
+                )
 
     @contextmanager
     def suspended(self, layer: nn.Module) -> Generator[None]:

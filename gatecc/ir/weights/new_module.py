@@ -40,7 +40,9 @@ class NewModule(Effect):
                     found=type(new).__name__,
                     expected="a torch.nn.Module",
                 )
-            if self.fill is not None:
+            if any(p.is_meta for p in layer.parameters()):
+                new.to("meta")  # what fills it is still to come
+            elif self.fill is not None:
                 with torch.no_grad():
                     self.fill(new, layer)
             _refuse_shared(self.path, new, layer)

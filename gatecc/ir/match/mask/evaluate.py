@@ -15,7 +15,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from gatecc.ir.dataflow import Flow
-from gatecc.ir.evaluate import Evaluator, Slice, UnprovableError, addends
+from gatecc.ir.evaluate import Evaluator, Slice, UnprovableError, addends, place
 from gatecc.ir.mask import Mask
 from gatecc.ir.match.mask.pattern import View, agree, pattern, read
 from gatecc.ir.match.mask.probe import PROBED, effect, fills, judge, probes
@@ -271,7 +271,7 @@ class _Proof:
         kept = {held.ndim + self.graph.query_axis, held.ndim + self.graph.key_axis}
         shape = [value(s, sizes) if i in kept else 1 for i, s in enumerate(held.shape)]
         try:
-            thin = torch.zeros(shape, dtype=held.dtype, device=held.device)
+            thin = torch.zeros(shape, dtype=held.dtype, device=place(held.device))
             return self.evaluator.run(part, sizes, {**inputs, content: thin}, constants)
         except UnprovableError:
             return self.evaluator.run(part, sizes, inputs, constants)
@@ -282,7 +282,7 @@ class _Proof:
         given = dict(inputs)
         for node in self.graph.post_given:
             held = node.meta["val"]
-            given[node] = torch.ones([value(s, sizes) for s in held.shape], dtype=held.dtype, device=held.device)
+            given[node] = torch.ones([value(s, sizes) for s in held.shape], dtype=held.dtype, device=place(held.device))
         return self._square(self.evaluator.run(post, sizes, given, constants)) != 0
 
     def _square(self, tensor: torch.Tensor) -> torch.Tensor:
