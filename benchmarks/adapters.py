@@ -1,7 +1,7 @@
 """Mixtures of low-rank adapters on one Linear of 1024 by 1024: CPU time as a multiple of the Linear's, in one run.
 
-``python benchmarks/adapters.py [--check]``. All adapters run, in two products with stacked matrices; a router lets two of
-them run. The loop is the sum over adapters as peft computes it.
+``python benchmarks/adapters.py [--check]``. All adapters run, in two products with stacked matrices; with a router, two
+of them. The loop is the sum over adapters as peft computes it.
 """
 
 from __future__ import annotations

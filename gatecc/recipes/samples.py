@@ -78,6 +78,7 @@ class _Transformer(nn.Module):
         timestep: Tensor | None = None,
         image: Tensor | None = None,
         task: Tensor | None = None,
+        stream: Tensor | None = None,
         partner: Tensor | None = None,
         segment: Tensor | None = None,
         prompt: Tensor | None = None,
@@ -129,15 +130,21 @@ def images() -> Sample:
 
 
 def conditioned() -> tuple[nn.Module, tuple[tuple[Any, ...], dict[str, Tensor]]]:
-    """The encoder with what gates may read: a task (B,) of 3, the row of a partner (B,), the segment (B, N) of a token,
-    the embedding (B, 8) of a text."""
+    """The encoder with what gates may read: a task (B,) of 3, the stream (B,) of a sample and the row (B,) of its
+    partner in the other, the segment (B, N) of a token, the embedding (B, 8) of a text."""
     others = {
         "task": torch.tensor([1, 2]),
+        "stream": torch.tensor([0, 1]),
         "partner": torch.tensor([1, 0]),
         "segment": torch.tensor([[0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 2, 2]]),
         "text": _noise(2, 8),
     }
     return weighted(_Transformer(causal=False, vocabulary=0, text=8)), ((_noise(2, 6, _WIDTH),), others)
+
+
+def described() -> tuple[nn.Module, tuple[tuple[Any, ...], dict[str, Tensor]]]:
+    """The language model, and with each text the features (B, 8) of an image."""
+    return weighted(_Transformer(causal=True, vocabulary=32, text=8)), (language()[1], {"text": _noise(2, 8)})
 
 
 def prompted() -> tuple[nn.Module, tuple[tuple[Any, ...], dict[str, Tensor]]]:

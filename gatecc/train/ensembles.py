@@ -101,7 +101,7 @@ def update_centres(ensemble: Ensemble, *args: Any, decay: float = 0.99, iteratio
             "the router of this ensemble has no cluster centres", found=str(chooser.router), expected="adaptdhm"
         )
     values = ensemble.outputs(ensemble.inputs.bind(args, kwargs), chooser.reads)
-    x = F.normalize(chooser.features(*ensemble.given(values, chooser)).float(), dim=-1)
+    x = F.normalize(chooser.read_rows(*ensemble.given(values, chooser)).float(), dim=-1)
     centres = chooser.get_parameter("weight")
     moved = F.normalize(centres.float(), dim=-1)
     coefficients = torch.softmax(x @ moved.mT / scorer.T, -1)

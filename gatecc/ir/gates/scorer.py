@@ -207,11 +207,15 @@ class Lookup(Scorer, tag="lookup"):
 
 @dataclass(frozen=True)
 class Index(Scorer, tag="index"):
-    """1 for feature i and 0 for the others, for an integer input i (a modality, a stream). Nothing is learned."""
+    """1 for feature i and 0 for the others, for an integer input i (a modality, a stream). Nothing is learned.
+
+    Features are counted from ``first``: with 1, all features are 0 for the integer 0.
+    """
 
     constant: ClassVar[str] = ""
     trained: ClassVar[bool] = False
     reads_integers: ClassVar[bool] = True
+    first: int = 0
 
     def accepts(self, source: Source) -> str:
         return "" if isinstance(source, Cond) else "an integer input: cond(NAME)"
@@ -220,7 +224,8 @@ class Index(Scorer, tag="index"):
         return {}
 
     def __call__(self, x: Features, params: Params, features: int) -> Features:
-        return Features((x.x.long() == torch.arange(features, device=x.x.device)).float(), x.at)
+        numbers = torch.arange(self.first, self.first + features, device=x.x.device)
+        return Features((x.x.long() == numbers).float(), x.at)
 
 
 @dataclass(frozen=True)

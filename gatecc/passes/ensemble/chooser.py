@@ -50,7 +50,9 @@ class Chooser(Router):
         if spec.mask:
             raise ArgumentError("the router of an ensemble has no tokens to mask", found=f"mask={spec.mask}")
         self.reads = tuple(name_of(ref) for ref in spec.sources)
-        shapes = tuple(_shape(name, forms) for name in self.reads)
+        shapes = tuple(
+            _shape(name, forms, ref.cond is not None) for name, ref in zip(self.reads, spec.sources, strict=True)
+        )
         shape = GateShape("b", {}, shapes)
         _check_rows(spec, shape)
         super().__init__(spec, shape, experts)
@@ -62,7 +64,7 @@ class Chooser(Router):
         """How many members a sample has at most."""
         return self.slots
 
-    def features(self, rows: Tensor, *values: Tensor) -> Tensor:
+    def read_rows(self, rows: Tensor, *values: Tensor) -> Tensor:
         """What the scorer reads, (B, C)."""
         read = self.spec.source.read(self.shape, self.shape.sources, rows, values)
         return read.x.expand(rows.size(0), -1)
@@ -107,7 +109,8 @@ def _pooled(name: str, forms: Mapping[str, Form | None]) -> Source:
     return Pool(Stage(name)) if form is not None and len(form.shape) > 2 else Stage(name)
 
 
-def _shape(name: str, forms: Mapping[str, Form | None]) -> SourceShape:
+def _shape(name: str, forms: Mapping[str, Form | None], number: bool) -> SourceShape:
+    """``number``: the source is written as cond(NAME), which may be a whole number per sample, such as a task."""
     if name not in forms:
         raise ArgumentError(
             "the router reads something that the ensemble does not have",
@@ -122,6 +125,14 @@ def _shape(name: str, forms: Mapping[str, Form | None]) -> SourceShape:
             found="no tensor" if form is None else str(form),
             expected="a tensor of rank 1 to 4 with a row for each sample",
             do="take one part of the model's output: output={...}",
+        )
+    if not form.dtype.is_floating_point and not (number and len(form.shape) == 1):
+        raise ArgumentError(
+            "the router cannot read indices",
+            where=name,
+            found=str(form),
+            expected="features; or one number per sample, as cond(NAME)",
+            do='give a feature: features={"prompt": embedding}, inputs={"prompt": {"input": "input_ids"}}',
         )
     axes = Axes.of(form.axes)
     return SourceShape(axes, form.shape[axes.index("c")] if "c" in axes else 1)

@@ -1,0 +1,107 @@
+"""SegmentMask: tokens of a condition see their own condition only; all others see everything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gatecc.errors import SiteRefusedError
+from gatecc.ir.contract import Contract, changes_function
+from gatecc.ir.edit import Editor
+from gatecc.ir.effects import Effects
+from gatecc.ir.rewrite import Rewrite
+from gatecc.ir.site import Attention, Site
+from gatecc.passes.operands import condition, place, stage
+
+
+@dataclass(frozen=True)
+class SegmentMask(Rewrite):
+    """Hide from the queries of segment s > 0 the keys of all other segments; those of segment 0 see every key.
+
+    ``segment`` is an input of the model, an integer (B, N) for each token: 0 for the image, 1, 2, ... for conditions.
+    What a condition's tokens compute then does not depend on the image, nor on other conditions. Keys that the model
+    hides stay hidden. The site's value is that of ``Attention.heads``.
+    """
+
+    name = "segment_mask"
+
+    segment: str = "segment"
+
+    def contract(self) -> Contract:
+        return changes_function()
+
+    def effects(self) -> Effects:
+        return Effects(whole_model=True, same_for_layers=True, loses_cache=True)
+
+    def reads(self) -> Iterable[str]:
+        return ("heads", "q")
+
+    def rewrite(self, site: Site, edit: Editor) -> None:
+        scores = site.find("scores")
+        found = condition(self.segment, edit.program, stage(site, "q"))
+        if not isinstance(site, Attention) or site.cross or site.over != "tokens" or found.axes != "bn":
+            raise _refusal(site, f"{self.segment} with the axes {found.axes}")
+        if scores is not None and scores.axes == "bhnm":
+            edit.replace(scores.node, edit.call(hidden_scores, scores.node, found.node, name="seen"))
+            return
+        core = site.core
+        if core.target is not torch.ops.aten.scaled_dot_product_attention.default or stage(site, "q").axes != "bhnd":
+            raise _refusal(site, f"attention spelled as {core.target}")
+        names = [argument.name for argument in core.target._schema.arguments]
+        given: dict[str, Any] = dict(zip(names, core.args, strict=False)) | dict(core.kwargs)
+        options = [given.get(name, default) for name, default in _OPTIONS.items()]
+        operands = [given[name] for name in ("query", "key", "value")]
+        new = edit.call(attention_in_segments, *operands, found.node, given.get("attn_mask"), *options, name="heads")
+        edit.replace(core, new)
+        edit.discard(core)
+
+
+_OPTIONS = {"dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+
+
+def _refusal(site: Site, found: str) -> SiteRefusedError:
+    return SiteRefusedError(
+        "tokens of a condition can be hidden in self-attention over one sequence",
+        where=place(site),
+        found=found,
+        expected="an integer (B, N) for each token, and attention with samples, heads and tokens as axes",
+        do="leave this site out",
+    )
+
+
+def visible(segment: Tensor) -> Tensor:
+    """segment: (B, N) -> (B, 1, N, N), True where a query (the third axis) sees a key."""
+    query, key = segment.unsqueeze(-1), segment.unsqueeze(-2)
+    return ((query == 0) | (query == key)).unsqueeze(1)
+
+
+def hidden_scores(scores: Tensor, segment: Tensor) -> Tensor:
+    """scores: (B, H, N, N), -inf where a query does not see a key."""
+    return scores.masked_fill(~visible(segment), float("-inf"))
+
+
+def attention_in_segments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segment: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    causal: bool,
+    scale: float | None,
+    gqa: bool,
+) -> Tensor:
+    """Attention with what the model hides and what segments hide. q: (B, H, N, D)."""
+    seen = visible(segment)
+    if causal:
+        seen = seen & torch.ones(q.size(-2), k.size(-2), dtype=torch.bool, device=q.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        seen = seen & mask
+    elif mask is not None:
+        seen = mask.masked_fill(~seen, float("-inf"))
+    return F.scaled_dot_product_attention(q, k, v, seen, dropout, scale=scale, enable_gqa=gqa)
