@@ -50,9 +50,10 @@ class SegmentMask(Rewrite):
             edit.replace(scores.node, edit.call(hidden_scores, scores.node, found.node, name="seen"))
             return
         core = site.core
-        if core.target is not torch.ops.aten.scaled_dot_product_attention.default or stage(site, "q").axes != "bhnd":
+        fused = torch.ops.aten.scaled_dot_product_attention.default
+        if core.target is not fused or stage(site, "q").axes != "bhnd":
             raise _refusal(site, f"attention spelled as {core.target}")
-        names = [argument.name for argument in core.target._schema.arguments]
+        names = [argument.name for argument in fused._schema.arguments]
         given: dict[str, Any] = dict(zip(names, core.args, strict=False)) | dict(core.kwargs)
         options = [given.get(name, default) for name, default in _OPTIONS.items()]
         operands = [given[name] for name in ("query", "key", "value")]

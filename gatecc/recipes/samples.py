@@ -135,7 +135,7 @@ def conditioned() -> tuple[nn.Module, tuple[tuple[Any, ...], dict[str, Tensor]]]
     others = {
         "task": torch.tensor([1, 2]),
         "stream": torch.tensor([0, 1]),
-        "partner": torch.tensor([1, 0]),
+        "partner": torch.tensor([0, 0]),
         "segment": torch.tensor([[0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 2, 2]]),
         "text": _noise(2, 8),
     }

@@ -16,6 +16,7 @@ from tests.recipes.checks import new_parameters, randomise
 @torch.no_grad()
 def test_partners_attend_to_one_another_and_streams_have_their_adapters() -> None:
     plain, ((x,), given) = samples.conditioned()
+    given["partner"] = torch.tensor([1, 0])
     recipe = gatecc.recipe("unicon", sites="linear[*.0.*.q_proj]", attention="attention[0]", rank=2)
     model: Any = gatecc.transform(plain, recipe, ((x,), given), verify=False)
     randomise(new_parameters(model, plain).values(), 0.5)
