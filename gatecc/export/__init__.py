@@ -28,6 +28,7 @@ from gatecc.errors import ArgumentError, CaptureError, ExampleInputsError, Expor
 from gatecc.export.compare import Compared, Outcome, compare
 from gatecc.export.files import MANIFEST, Exported, describe, metadata, move, parent, write_manifest
 from gatecc.ops import registry
+from gatecc.passes.ensemble.ensemble import Ensemble
 from gatecc.scope.transformers_loops import transformers_loops
 
 __all__ = ["MANIFEST", "Compared", "Exported", "export"]
@@ -100,6 +101,9 @@ def _export(
     with evaluation(model), adapted(model), torch.no_grad(), random_states_kept():
         call = _call(model, *inputs, notes)
         notes.extend(f"not a tensor, left out of the outputs: {what}" for what in call.left_out)
+        notes.extend(
+            "every member of an ensemble runs in the graph" for m in model.modules() if isinstance(m, Ensemble)
+        )
         with transformers_loops(model), tempfile.TemporaryDirectory(dir=parent(folder), prefix=".gatecc-") as temporary:
             made = Path(temporary) / "made"
             capture = _capture(call)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gatecc
+from gatecc.capture.flops import counted
 from tests.passes.ensemble.models import MASK, PIXELS, TEXT, calls_of, images, texts
 
 INPUTS = {**TEXT, "pixel_values": PIXELS}
@@ -49,7 +50,8 @@ def test_only_the_path_of_a_sample_runs(model: Any) -> None:
             model.router.weight.zero_()
             model.router.bias.copy_(torch.eye(3)[number])
             with calls_of(model) as calls:
-                out = model(**INPUTS)
+                out, flops = counted(lambda: model(**INPUTS))
+            assert flops == 5 * model.path([name]).flops
             assert {n: sum(sizes) for n, sizes in calls.items() if sizes} == ran
             text, image = model.members["text"](**TEXT).logits, model.members["image"](PIXELS)
             alone = {"text": text, "image": image, "fusion": model.members["fusion"](text, image)}

@@ -105,8 +105,8 @@ def _check_used(names: Names, calls: Mapping[str, Call]) -> None:
         raise ArgumentError(
             "nothing in the ensemble takes an input",
             found=", ".join(unread),
-            do="name the parameter that it is for, inputs={member: {parameter: input}}; or leave it out; what the router "
-            "alone reads is a feature: features={name: nn.Identity()}, inputs={name: {'input': input}}",
+            do="name the parameter that it is for, inputs={member: {parameter: input}}; or leave it out; what only the "
+            "router reads is a feature: features={name: nn.Identity()}, inputs={name: {'input': input}}",
         )
 
 

@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 
 from gatecc.capture.flops import counted
 from gatecc.errors import ArgumentError
+from gatecc.ir.gates.choice import Chosen
 from gatecc.passes.ensemble.arguments import Call, Names
 from gatecc.passes.ensemble.chooser import Chooser, Form
 from gatecc.passes.ensemble.costs import Cost, parameters_of, table
@@ -157,7 +158,7 @@ class Ensemble(nn.Module):
     def _masked(self, values: dict[str, Any], chooser: Chooser) -> Any:
         rows = rows_of(list(values.values()))
         self.outputs(values, [*self.members, *chooser.reads])
-        weights, indices = self._choose(values, chooser)
+        weights, indices = chooser(*self.given(values, chooser))
         total = self._sum(rows, chooser)
         for number, name in enumerate(self.members):
             hit = _hit(weights, indices, number)
@@ -168,7 +169,7 @@ class Ensemble(nn.Module):
     def _skipping(self, values: dict[str, Any], chooser: Chooser) -> Any:
         rows = rows_of(list(values.values()))
         self.outputs(values, chooser.reads)
-        weights, indices = self._choose(values, chooser)
+        weights, indices = chooser(*self.given(values, chooser))
         _check_finite(weights)
         hits = [_hit(weights, indices, number) for number in range(len(self.members))]
         chosen = {name: hit.any(1) for name, hit in zip(self.members, hits, strict=True)}
@@ -183,10 +184,6 @@ class Ensemble(nn.Module):
                 weight = _weight(weights, hits[number])
                 total.add(number, output, weight if at is None else weight.index_select(0, at), at, None)
         return total.result()
-
-    def _choose(self, values: dict[str, Any], chooser: Chooser) -> tuple[Tensor, Tensor]:
-        """Weights and indices, (B, k). What the router reads ran on all samples."""
-        return chooser(*self.given(values, chooser))
 
     def _nothing(self, values: dict[str, Any], rows: int) -> Any:
         """Zeros for every sample. What shapes these have, the first member tells on one sample, made up if there is
@@ -211,10 +208,19 @@ class Ensemble(nn.Module):
 
         Raises ArgumentError if the ensemble has no router.
         """
+        chooser, given = self._asked(args, kwargs)
+        return chooser.logits(*given)
+
+    def chosen(self, *args: Any, **kwargs: Any) -> Chosen:
+        """Weights (B, k) and members (B, k), by number, E for an empty slot: for who calls members otherwise, such as
+        their ``generate``. Only what the router reads is run. Raises ArgumentError if the ensemble has no router."""
+        chooser, given = self._asked(args, kwargs)
+        return chooser(*given)
+
+    def _asked(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Chooser, list[Tensor]]:
         if (chooser := self.chooser) is None:
             raise ArgumentError("the ensemble has no router yet", do='gatecc.transform(ensemble, "tryage", inputs)')
-        values = self.outputs(self.inputs.bind(args, kwargs), chooser.reads)
-        return chooser.logits(*self.given(values, chooser))
+        return chooser, self.given(self.outputs(self.inputs.bind(args, kwargs), chooser.reads), chooser)
 
     def given(self, values: dict[str, Any], chooser: Chooser) -> list[Tensor]:
         """What the router is called with: a tensor (B,), and what it reads. Raises ArgumentError if that is missing."""

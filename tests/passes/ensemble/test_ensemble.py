@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +295,37 @@ def test_sites_inside_of_members_are_rewritten_and_the_whole_graph_is_refused() 
     assert calls == {"one": [2], "other": [2]}
     with pytest.raises(SiteRefusedError, match="every member runs"):
         gatecc.transform(model, gatecc.Gate(gatecc.Model[...].out, gatecc.GateSpec("self")), inputs, verify=False)
+
+
+def test_who_is_chosen_and_the_scores_run_only_what_the_router_reads(top1: gatecc.Ensemble) -> None:
+    sent_to(top1, [0, 1, 1, 0, 1])
+    with calls_of(top1) as calls:
+        weights, members = top1.chosen(**TEXT)
+        scores = top1.logits(**TEXT)
+    assert calls == {"bert": [], "distil": []}
+    assert members.squeeze(1).tolist() == scores.argmax(-1).tolist() == [0, 1, 1, 0, 1]
+    assert torch.equal(weights, torch.ones(5, 1))
+
+
+def test_balancing_sees_samples(top1: gatecc.Ensemble) -> None:
+    spec = RouterSpec("features", "linear", "softmax_topk(1, straight=True)", "random(1.0)", "aux(0.1)")
+    model = gatecc.transform(texts(), gatecc.Choose(gatecc.Model, spec), TEXT).train()
+    before = [gatecc.transform(texts(), gatecc.Choose(gatecc.Model, replace(spec, balance="none")), TEXT).train()]  # pyright: ignore[reportArgumentType] - a text of it will do
+    grads: list[Tensor] = []
+    for each in (model, *before):
+        with torch.no_grad():
+            each.get_parameter("router.weight").copy_(torch.linspace(-1, 1, 32).view(2, 16))
+        (each(**TEXT).logits * 0).sum().backward()
+        grads.append(each.get_parameter("router.weight").grad)  # pyright: ignore[reportArgumentType] - it has one
+    assert float(grads[0].abs().sum()) > 0
+    assert float(grads[1].abs().sum()) == 0
+
+
+def test_exported_with_every_member_in_it(top1: gatecc.Ensemble, tmp_path: Path) -> None:
+    sent_to(top1, [0, 1, 1, 0, 1])
+    made = gatecc.export(top1, tmp_path / "out", TEXT)
+    assert max(c.error for c in made.compared) < 1e-5
+    assert made.notes.count("every member of an ensemble runs in the graph") == 1
 
 
 def test_logits_and_the_tensor_of_a_model() -> None:
