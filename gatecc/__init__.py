@@ -6,6 +6,7 @@ from gatecc.decoder import Decoder, decoder
 from gatecc.engine.analyse import inspect
 from gatecc.errors import GateccError
 from gatecc.export import export
+from gatecc.handoff import to_transformers
 from gatecc.ir.contract import Contract
 from gatecc.ir.gate import GateSpec
 from gatecc.ir.rewrite import Recipe, Rewrite
@@ -85,6 +86,7 @@ __all__ = [
     "routing",
     "save",
     "state_space",
+    "to_transformers",
     "train",
     "transform",
 ]

@@ -238,6 +238,19 @@ class CheckFailedError(GateccError):
     code = "GCC017"
 
 
+class HandoffError(GateccError):
+    """No stock architecture of transformers computes what a rewritten model does. Nothing was written.
+
+    The message says of each architecture what does not fit: a bias or a norm that it lacks, experts in some layers
+    only, weights that it divides by their sum, a gate that it does not have, or outputs that differ.
+
+    Fails: ``gatecc.to_transformers(llama_with_gates_on_mlps, folder)``.
+    Mended: ``gatecc.to_transformers(gatecc.transform(llama, "upcycle", inputs), folder)``: a Mixtral.
+    """
+
+    code = "GCC018"
+
+
 class MaskFormError(GateccError, RuntimeError):
     """A call's attention mask has another form than the one that a rewrite was made for.
 

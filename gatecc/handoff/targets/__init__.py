@@ -1,0 +1,1 @@
+"""The architectures that rewritten models are handed to. Each is known by being here."""
