@@ -56,13 +56,14 @@ def test_every_form(tmp_path: Path) -> None:
     assert not [name for name in made.operators if "::" in name or name in ("Mod", "Floor")]
 
 
-@pytest.mark.parametrize("opset", [18, 24])
-def test_any_number_of_tokens(tmp_path: Path, opset: int) -> None:
-    model = Routed({"silu": {"activation": "silu"}}).eval()
-    gatecc.export(model, tmp_path / "out", (torch.randn(2, 3, D),), opset=opset, verify=opset == 18)
+@pytest.mark.parametrize(("opset", "dtype"), [(18, torch.float32), (24, torch.float16)])
+def test_any_number_of_tokens(tmp_path: Path, opset: int, dtype: torch.dtype) -> None:
+    model = Routed({"silu": {"activation": "silu"}}).to(dtype).eval()
+    gatecc.export(model, tmp_path / "out", (torch.randn(2, 3, D, dtype=dtype),), opset=opset, verify=opset == 18)
     session = ort.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
     for tokens in (1, 2, 29):
-        x = torch.randn(1, tokens, D)
+        x = torch.randn(1, tokens, D, dtype=dtype)
         (found,) = session.run(None, {"x": x.numpy()})
         with torch.no_grad():
-            torch.testing.assert_close(torch.from_numpy(found), model(x)[0])
+            bar = 8 * torch.finfo(dtype).eps
+            torch.testing.assert_close(torch.from_numpy(found), model(x)[0], rtol=bar, atol=bar)
