@@ -1,6 +1,7 @@
 // gatecc::moe_ffn, forwards: slots sorted by expert, then for a block of an expert's rows both products and what lies
 // between them, results weighted into slots, slots summed in their order.
 #pragma once
+#include "../../../../codegen/c/headers/pages.h"
 #include "../../../../codegen/c/headers/threads.h"
 #include "functions.h"
 #include "product.h"
@@ -266,21 +267,30 @@ static void first_job(const void *context, int64_t index) { work_on((struct run 
 static void second_job(const void *context, int64_t index) { work_on((struct run *)context, index, 2); }
 
 #define TOKENS 64  // of a job that sums slots
-static void sum_job(const void *context, int64_t index) {
-    const struct run *run = context;
-    const struct experts *p = run->p;
+static void sum_slots(const struct experts *p, const float *slots, int64_t columns, el *out, int64_t index) {
     for (int64_t t = index * TOKENS; t < p->T && t < (index + 1) * TOKENS; t++)
-        for (int64_t c = 0; c < p->o; c += LANES) {
-            const int64_t n = p->o - c;
+        for (int64_t c = 0; c < columns; c += LANES) {
+            const int64_t n = columns - c;
             vf sum = splat(0.0f);
             for (int64_t slot = t * p->k; slot < (t + 1) * p->k; slot++) {
                 if (p->indices[slot] == p->E) continue;
-                if (n >= LANES) sum += load(run->sums + slot * p->o + c);
+                if (n >= LANES) sum += load(slots + slot * columns + c);
                 else
-                    for (int64_t i = 0; i < n; i++) ((float *)&sum)[i] += run->sums[slot * p->o + c + i];
+                    for (int64_t i = 0; i < n; i++) ((float *)&sum)[i] += slots[slot * columns + c + i];
             }
-            store_els(p->out + t * p->o + c, sum, n);
+            store_els(out + t * columns + c, sum, n);
         }
+}
+static void sum_job(const void *context, int64_t index) {
+    const struct run *run = context;
+    sum_slots(run->p, run->sums, run->p->o, run->p->out, index);
+}
+
+// Memory for results of several megabytes.
+static void *room_for(int64_t bytes) {
+    void *const p = malloc((size_t)bytes);
+    expect(p, bytes);
+    return p;
 }
 
 enum { DONE, OUT_OF_RANGE, NO_MEMORY };
@@ -333,8 +343,9 @@ int forward(const struct experts *p) {
     int64_t *const offsets = malloc((size_t)(p->E + 2 + slots) * 8), *const order = offsets + p->E + 2;
     struct task *const tasks = malloc((size_t)(most_tasks < slots ? most_tasks : slots) * sizeof(struct task));
     num **const middle = calloc((size_t)(most_tasks < slots ? most_tasks : slots), sizeof(num *));
-    float *const sums = apart ? NULL : malloc((size_t)(slots * p->o) * 4);
+    float *const sums = apart ? NULL : room_for(slots * p->o * 4);
     int result = offsets && tasks && middle && (apart || sums) ? sort(p, offsets, order) : NO_MEMORY;
+    expect(p->hidden, slots * width(p) * (int64_t)sizeof(el));
     if (result == DONE) {
         struct run run = {.p = p, .order = order, .tasks = tasks, .splits = 1, .sums = sums, .middle = middle};
         result = run_all(&run, divide(p, offsets, tasks));

@@ -70,6 +70,12 @@ INLINE vf lanes_of(const el *p, int64_t n) {
     return x;
 }
 
+INLINE vf floats_of(const float *p, int64_t n) {
+    vf x = splat(0.0f);
+    memcpy(&x, p, (size_t)n * 4);
+    return x;
+}
+
 // LANES values to memory, or the first n.
 INLINE void store_floats(float *p, vf x, int64_t n) {
     if (n >= LANES) store(p, x);
@@ -84,15 +90,17 @@ INLINE vf load_els(const el *p, int64_t n) {
     const __mmask16 mask = n >= LANES ? 0xffff : (__mmask16)((1u << n) - 1);
     return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16);
 }
-#else
+#elif BF16
 INLINE void store_els(el *p, vf x, int64_t n) {
-    for (int64_t i = 0; i < (n < LANES ? n : LANES); i++) p[i] = narrow(((float *)&x)[i]);
+    if (n >= LANES)
+        for (int i = 0; i < LANES; i++) p[i] = narrow(((float *)&x)[i]);
+    else
+        for (int64_t i = 0; i < n; i++) p[i] = narrow(((float *)&x)[i]);
 }
-INLINE vf load_els(const el *p, int64_t n) {
-    vf x = splat(0.0f);
-    for (int64_t i = 0; i < (n < LANES ? n : LANES); i++) ((float *)&x)[i] = widen(p[i]);
-    return x;
-}
+INLINE vf load_els(const el *p, int64_t n) { return n >= LANES ? lanes(p) : lanes_of(p, n); }
+#else
+INLINE void store_els(el *p, vf x, int64_t n) { store_floats(p, x, n); }
+INLINE vf load_els(const el *p, int64_t n) { return n >= LANES ? load(p) : lanes_of(p, n); }
 #endif
 #if DIRECT
 INLINE void store_nums(num *p, vf x, int64_t n) { store_els((el *)p, x, n); }

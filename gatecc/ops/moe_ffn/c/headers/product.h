@@ -12,14 +12,46 @@
 #define BLOCK 240                           // rows of a block, a multiple of MR
 #define FEW 12                              // rows up to which dot products are faster than packing
 
-// What a panel is made of: its columns in the weight, NULL for none; numbers of a column are ``step`` apart.
+// What a panel is made of. Either its columns in a weight, NULL for none, their numbers ``step`` apart; or, with
+// ``lines``, K of them with a number for each column: those from ``column`` on, ``width`` in all.
 struct panel {
     const el *columns[NR];
     int64_t step, K;
+    const void *const *lines;
+    int64_t column, width;
+    int of_nums;  // whether lines hold num, not el
 };
+
+// Numbers of two lines side by side, lane by lane.
+INLINE vf paired(const struct panel *p, int64_t k, int64_t column, int64_t n) {
+    const int64_t size = p->of_nums ? sizeof(num) : sizeof(el);
+    const void *const at = (const char *)p->lines[k] + column * size;
+#if PAIR == 2
+    const __mmask16 mask = n >= LANES ? 0xffff : (__mmask16)((1u << n) - 1);
+    const __m512i x = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, at));
+    if (k + 1 == p->K) return (vf)x;
+    const void *const after = (const char *)p->lines[k + 1] + column * size;
+    return (vf)_mm512_or_si512(x, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, after)), 16));
+#else
+    if (!p->of_nums) return load_els(at, n);
+    return n >= LANES ? load(at) : floats_of(at, n);
+#endif
+}
+
+static void pack_lines(const struct panel *p, int64_t first, int64_t count, float *packed) {
+    for (int64_t k = 0; k < count; k++)
+        for (int v = 0; v < NV; v++) {
+            const int64_t column = p->column + v * LANES, n = p->width - column;
+            store(packed + k * NR + v * LANES, n > 0 ? paired(p, (first + k) * PAIR, column, n) : splat(0.0f));
+        }
+}
 
 // Lanes [first, first + count) of K into packed[count][NR].
 static void pack(const struct panel *p, int64_t first, int64_t count, float *packed) {
+    if (p->lines) {
+        pack_lines(p, first, count, packed);
+        return;
+    }
     const int64_t K = p->K - first * PAIR;  // numbers left
     if (p->step != 1) {
         for (int64_t k = 0; k < count; k++)
