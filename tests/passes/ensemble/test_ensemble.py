@@ -146,6 +146,38 @@ def test_a_member_that_reads_others_runs_them_for_its_own_samples_alone() -> Non
     assert torch.equal(out, torch.stack([2 * x[0], 6 * x[1] * x[1], 3 * x[2], 2 * x[3]]))
 
 
+class Doubled(nn.Module):
+    """Reads the output of another member. x: (B, 2), half: (B, 2)"""
+
+    def forward(self, x: Tensor, half: Tensor) -> Tensor:
+        return 2 * half + x[:, :2]
+
+
+@settings(max_examples=12)
+@given(st.integers(1, 4), st.integers(0, 5), st.integers(0, 1000))
+def test_any_number_of_members_and_samples(k: int, rows: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    members = {"a": nn.Linear(3, 2), "reader": Doubled(), "b": nn.Linear(3, 2), "c": nn.Linear(3, 2)}
+    x = torch.randn(2, 3)
+    reads = {name: {"input": "x"} for name in "abc"} | {"reader": {"half": "b"}}
+    ensemble = gatecc.ensemble(members, {"x": x}, inputs=reads)
+    spec = RouterSpec("x", "linear", f"softmax_topk({k})", "random(3.0)")
+    model: Any = gatecc.transform(ensemble, gatecc.Choose(gatecc.Model, spec), {"x": x}, verify=False)
+    x = torch.randn(rows, 3)
+    with torch.no_grad(), calls_of(model) as calls:
+        out = model(x)
+    weights, indices = model.chosen(x)
+    hand = torch.zeros(rows, 4).scatter(-1, indices, weights)
+    by_member = dict(zip(members, (hand > 0).T, strict=True))
+    by_member["b"] = by_member["b"] | by_member["reader"]
+    if rows:
+        assert {n: sum(sizes) for n, sizes in calls.items()} == {n: int(w.sum()) for n, w in by_member.items()}
+        assert torch.allclose(out, by_hand(ensemble, hand, x), atol=1e-5)
+        model.masked = True
+        assert torch.allclose(model(x), out, atol=1e-6)
+    assert out.shape == (rows, 2)
+
+
 def test_no_samples_and_no_chosen_members() -> None:
     model = routed("softmax_topk(1)")
     with torch.no_grad(), calls_of(model) as calls:
@@ -310,7 +342,7 @@ def test_who_is_chosen_and_the_scores_run_only_what_the_router_reads(top1: gatec
 def test_balancing_sees_samples(top1: gatecc.Ensemble) -> None:
     spec = RouterSpec("features", "linear", "softmax_topk(1, straight=True)", "random(1.0)", "aux(0.1)")
     model = gatecc.transform(texts(), gatecc.Choose(gatecc.Model, spec), TEXT).train()
-    before = [gatecc.transform(texts(), gatecc.Choose(gatecc.Model, replace(spec, balance="none")), TEXT).train()]  # pyright: ignore[reportArgumentType] - a text of it will do
+    before = [gatecc.transform(texts(), gatecc.Choose(gatecc.Model, replace(spec, balance="none")), TEXT).train()]
     grads: list[Tensor] = []
     for each in (model, *before):
         with torch.no_grad():
