@@ -201,9 +201,7 @@ class Editor:
         before = set(self.inserted)
         results = self._inline(traced, path or "", nodes, anchor, name)
         if path and path in self.program.hooked:
-            body = self.inserted - before
-            results = tuple(self._apart(result, body) for result in results)
-            self._call_hooks(path, nodes, results, spec, body)
+            self._call_hooks(path, nodes, results, spec, self.inserted - before)
         self.steps.append(Call(None if path else cast("Callable[..., Any]", function), path, arguments, results))
         return results[0] if spec.is_leaf() else results
 
@@ -339,15 +337,6 @@ class Editor:
         leaving = Boundary(path, True, out, leaves, entry, list(results), readers)
         self.called |= {entry, leaving}
         self.program.boundaries += [entry, leaving]
-
-    def _apart(self, result: fx.Node, body: set[fx.Node]) -> fx.Node:
-        """A result of a call that the called code itself reads again: hooks change it for readers outside alone."""
-        if not any(user in body for user in result.users):
-            return result
-        with self.program.graph.inserting_after(result):
-            alias = self.program.graph.call_function(torch.ops.aten.alias.default, (result,))
-        self._mark(alias, result, "")
-        return alias
 
     def _mark(self, copy: fx.Node, source: fx.Node, name: str) -> None:
         place = origin(self.site_node)
