@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gatecc.capture.shield import shielded
 from gatecc.capture.signature import split_inputs
 from gatecc.engine.analyse import Analysis, Inputs, analyse, check_model, evaluation
+from gatecc.engine.duplicates import Duplicates as Duplicates
+from gatecc.engine.duplicates import duplicates as duplicates
 from gatecc.engine.whole import whole_program
 from gatecc.errors import ArgumentError
 from gatecc.ir.ops import argument

@@ -16,7 +16,7 @@ from gatecc.capture.shield import shielded
 from gatecc.capture.signature import split_inputs
 from gatecc.capture.wrappers import refuse_wrapped
 from gatecc.decoder.runtime.serving import is_served, serve, stop_serving
-from gatecc.engine import notes
+from gatecc.engine import duplicates, notes
 from gatecc.engine.analyse import (
     Analysis,
     Inputs,
@@ -143,6 +143,7 @@ def _rewritten(model: nn.Module, target: nn.Module, task: Task, given: Any, *, v
         *notes.kept(wanted, step.report),
         *notes.edits(wanted, analysis.sites),
         *notes.optimizer(model, target, old),
+        *duplicates.notes(target, old),
     ]
     vars(target)[HISTORY] = (*history(model), step)
     for call in AFTER:
