@@ -24,6 +24,7 @@ from gatecc.scope.state import scopes
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 _ROUNDING = 1e-3  # a difference up to here may be that of float32, and is looked at again in float64
+_ROUNDING_OF_16_BITS = 0.1
 
 
 @dataclass
@@ -105,7 +106,7 @@ def check(
         if not gap <= tolerance:  # the original ran without gradients, and a model may compute otherwise there
             gap = min(gap, compare(expected, _called(model, call, gradients=False)))
         worst = max(worst, gap)
-    if tolerance < worst <= _ROUNDING:
+    if tolerance < worst <= _rounding(model):
         exact = _in_float64(model, before.calls)
         if exact <= tolerance:
             notes.append(f"outputs differ by {worst:.1e}, by {exact:.1e} in float64: rounding")
@@ -131,6 +132,12 @@ def _without_lost(expected: Any, got: Any, notes: list[str]) -> tuple[Any, Any]:
     note = f"the model shows no attention weights any more: its output has no {', '.join('.'.join(p) for p in lost)}"
     notes += [note] if note not in notes else []
     return {path: had[path] for path in has}, has
+
+
+def _rounding(model: nn.Module) -> float:
+    """How far outputs may differ for no other reason than the dtype of the model."""
+    short = any(p.is_floating_point() and p.element_size() < 4 for p in model.parameters())
+    return _ROUNDING_OF_16_BITS if short else _ROUNDING
 
 
 def _in_float64(model: nn.Module, calls: Sequence[Call]) -> float:

@@ -204,6 +204,13 @@ class Route(Rewrite):
 
 def _check(route: Route) -> None:
     """Options that do not go together. Raises ArgumentError."""
+    if route.site.kind == "block":
+        raise ArgumentError(
+            "experts do not take the place of a whole block, and tokens do not skip one",
+            found=str(route.site),
+            expected="mlp[...] or linear[...]: attention mixes tokens, so a block runs for all tokens of a sample",
+            do="route the MLP with skip=True: a token that skips keeps its residual alone, and nothing runs",
+        )
     if (route.combine == "cat") != (route.also is not None):
         raise ArgumentError(
             "two routers yield half of the features each, and only two do",

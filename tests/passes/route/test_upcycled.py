@@ -12,7 +12,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gatecc
-from gatecc.errors import ArgumentError
+from gatecc.errors import ArgumentError, ContractError
+from gatecc.ir.router import RouterSpec
+from gatecc.passes.route.copies import Copies
+from gatecc.passes.route.ffn import Stacked
+from gatecc.passes.route.route import Route
 from gatecc.recipes import samples
 
 
@@ -182,6 +186,28 @@ def _real(name: str) -> tuple[Any, dict[str, torch.Tensor]]:
         vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, feed_forward_proj="gated-gelu"
     )
     return T5ForConditionalGeneration(config), {"input_ids": ids, "decoder_input_ids": ids}
+
+
+def test_in_16_bits_the_promise_is_checked_in_float64() -> None:
+    model = samples.language()[0].bfloat16()
+    upcycled = gatecc.transform(model, gatecc.recipe("upcycle", experts=4), (IDS,))
+    report = gatecc.last_report(upcycled)
+    assert report.totals.contract_held
+    assert any("in float64: rounding" in note for note in report.notes)
+    assert {p.dtype for p in upcycled.parameters()} == {torch.bfloat16}
+
+
+class _Wrong(Copies):
+    """Experts that are not what they promise, by 1 %."""
+
+    def finish(self, experts: Stacked, dense: Stacked) -> None:
+        experts.down.mul_(1.01)
+
+
+def test_in_16_bits_a_promise_that_is_not_kept_is_seen() -> None:
+    route = Route("mlp[...]", RouterSpec(), _Wrong(4))
+    with pytest.raises(ContractError, match="outputs differ"):
+        gatecc.transform(samples.language()[0].bfloat16(), route, (IDS,))
 
 
 def test_options_that_do_not_go_together_are_refused() -> None:
