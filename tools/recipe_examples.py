@@ -27,6 +27,7 @@ model, example_inputs = timm.create_model("swin_tiny_patch4_window7_224", **shap
             ("divcontrol easycontrol m3vit mhr poly unicon", "conditioned"),
             ("hash-experts", "points"),
             ("armorm", "prompted"),
+            ("mocoop", "described"),
             ("pill", "images"),
             ("x-lora", "language"),
         )

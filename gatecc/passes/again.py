@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import fx
+from torch.utils._pytree import tree_map_only
 
 from gatecc.errors import GraphError
 from gatecc.ir.edit import Editor
@@ -35,6 +37,8 @@ def again(edit: Editor, values: Mapping[fx.Node, fx.Node], target: fx.Node) -> f
         with edit.program.graph.inserting_after(after):
             copy = edit.program.graph.node_copy(node, lambda n: copied.get(n, n))
         copy.meta = dict(node.meta)
+        if "val" in node.meta:  # a tensor of its own: a trace takes two arguments that are one tensor for one
+            copy.meta["val"] = tree_map_only(torch.Tensor, torch.Tensor.detach, node.meta["val"])
         copy.meta[META] = replace(origin(node), inserted_by=edit.rewrite)
         edit.inserted.add(copy)
         copied[node] = copy

@@ -9,7 +9,7 @@ from gatecc.train.ensembles import expected_loss, member_losses, sweep, update_c
 from gatecc.train.heal import Healed, Point, heal
 from gatecc.train.labels import gate_bce, topk_mass
 from gatecc.train.lora import Adapters, Lora
-from gatecc.train.losses import kld, next_token_loss, topk_kld
+from gatecc.train.losses import kld, next_token_loss, template_loss, topk_kld
 from gatecc.train.prefixes import train_counts, train_learners
 from gatecc.train.reward import set_reward
 from gatecc.train.stage import Transfer, Tune
@@ -43,6 +43,7 @@ __all__ = [
     "set_reward",
     "sweep",
     "tasks",
+    "template_loss",
     "threshold_from_costs",
     "topk_kld",
     "topk_mass",

@@ -35,6 +35,16 @@ def kld(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, keep: Ten
     return _mean((p.exp() * (p - q)).sum(-1), keep) * temperature**2
 
 
+def template_loss(scores: Tensor, similarity: Tensor, k: int = 2, raised: float = 10.0) -> Tensor:
+    """The gate loss of MoCoOp: cross entropy of a router's scores (B, E) with a softmax over similarities (B, E).
+
+    ``similarity`` is that of an image to the hand-written template of each group; the k largest are raised.
+    """
+    top = similarity.detach().float().topk(k, -1).indices
+    target = similarity.detach().float().scatter_add(-1, top, torch.full_like(top, raised, dtype=torch.float32))
+    return F.cross_entropy(scores.float(), torch.softmax(target, -1))
+
+
 def topk_kld(
     student: Tensor,
     teacher: Tensor,
