@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gatecc.codegen.c import build
 from gatecc.codegen.c.build import find_compiler
 from gatecc.ops.moe_ffn import moe_ffn, segments
 from gatecc.ops.moe_ffn.activations import names
 from gatecc.ops.moe_ffn.arguments import Arguments, arguments
-from gatecc.ops.moe_ffn.c.kernels import CpuKernels
+from gatecc.ops.moe_ffn.c.kernels import CpuKernels, library
 from tests.ops.moe_ffn.cases import operands, to
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C compiler")
@@ -131,6 +134,20 @@ def test_threads_change_no_bit(dtype: torch.dtype) -> None:
         out = moe_ffn(**case)
         found.append([out, *torch.autograd.grad(out.float().sum(), (case["x"], case["down"]))])
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86-64")
+@pytest.mark.parametrize("machine", ["haswell", "skylake-avx512"])
+def test_machines_without_products_of_bfloat16(machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if machine == "skylake-avx512" and "avx512f" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this CPU has no AVX-512")
+    monkeypatch.setattr(build, "FLAGS", ((f"-march={machine}", "-fopenmp"),))
+    library.cache_clear()
+    try:
+        for T in (2, 40):
+            check(operands(T=T, d=33, width=29, biased=True, activation="gelu"), torch.bfloat16)
+    finally:
+        library.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])

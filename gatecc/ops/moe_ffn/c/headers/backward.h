@@ -1,6 +1,6 @@
 // gatecc::moe_ffn, backwards. With u = g down of a slot's row g: <u, a> + <g, bias> is the gradient of its weight, w u
-// passes through the activation to dh, and dh gate_up is the gradient of x. Those of the weights are dh^T x and g^T (w a)
-// over the rows of an expert.
+// passes through the activation to dh, and dh gate_up is the gradient of x. Those of the weights are dh^T x and
+// g^T (w a) over the rows of an expert.
 #pragma once
 #include "experts.h"
 
@@ -149,7 +149,7 @@ static void rows_job(const void *context, int64_t index) {
         for (int64_t column = 0; column < p->F; column += NR) {
             t.column = column;
             panel_of(&panel, &p->down, task->expert, p->F, column, lines);
-            multiply(a, rows, &panel, room, partial, finish_through, &t);
+            multiply(a, rows, &panel, room, partial, finish_through, &t, nothing(room));
         }
         for (int64_t r = 0; r < rows; r++) {
             const int64_t slot = b->run.order[task->first + r];
@@ -173,7 +173,7 @@ static void rows_job(const void *context, int64_t index) {
             for (int64_t column = 0; column < p->d; column += NR) {
                 x.column = column;
                 panel_of(&panel, &p->gate_up, task->expert, p->d, column, lines);
-                multiply(h, rows, &panel, room, partial, finish_x, &x);
+                multiply(h, rows, &panel, room, partial, finish_x, &x, nothing(room));
             }
         }
     }
@@ -231,7 +231,7 @@ static int outer(struct panel left, int64_t M, struct panel right, el *to, float
         t.row = row;
         for (int64_t column = 0; column < right.width; column += NR) {
             t.column = right.column = column;
-            multiply(a, rows, &right, room, room + KC * NR, finish_weight, &t);
+            multiply(a, rows, &right, room, room + KC * NR, finish_weight, &t, nothing(room));
         }
     }
     free(turned);

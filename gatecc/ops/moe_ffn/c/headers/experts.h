@@ -36,7 +36,7 @@ struct run {
     const struct experts *p;
     const int64_t *order;    // slots by expert
     const struct task *tasks;
-    int64_t splits;          // of the columns of each task; 1: a job does both products
+    int64_t count, splits;          // of the columns of each task; 1: a job does both products
     float *sums;             // (T k, o), or NULL where results go to out at once
     num **middle;            // what the second product reads, of each task
     int failed;
@@ -113,6 +113,21 @@ static void finish_second(void *context, int64_t row, int rows, vf sum[MR][NV]) 
         }
 }
 
+// A panel as memory that comes next: half of it from ``row`` on, half from ``other``. ``rows`` are all.
+INLINE struct ahead coming(const struct weight *w, int64_t expert, int64_t row, int64_t other, int64_t rows) {
+    const el *const at = w->at + expert * w->expert;
+    if (w->step != 1 || other + NR / 2 > rows) return nothing(w->at);
+    const int64_t lines = NR / 2 * w->row * (int64_t)sizeof(el) / 64;
+    return (struct ahead){{(const char *)(at + row * w->row), (const char *)(at + other * w->row)}, lines, 0};
+}
+INLINE struct ahead first_ahead(const struct experts *p, int64_t expert, int64_t column) {
+    const int64_t row = row_of(p, column, 0);
+    return coming(&p->gate_up, expert, row, p->layout == HALVES ? p->F + column : row + NR / 2, width(p));
+}
+INLINE struct ahead second_ahead(const struct experts *p, int64_t expert, int64_t column) {
+    return coming(&p->down, expert, column, column + NR / 2, p->o);
+}
+
 // Both products of a task, columns [from, to) of F or of o.
 
 static void first_product(
@@ -134,13 +149,15 @@ static void first_product(
         }
         f.column = column;
         for (int v = 0; v < NV; v++) f.bias[v] = load(biases + v * LANES);
-        multiply(a, task->rows, &panel, packed, partial, finish_first, &f);
+        const int64_t next = column + columns;
+        const struct ahead ahead = next < to ? first_ahead(p, task->expert, next) : second_ahead(p, task->expert, 0);
+        multiply(a, task->rows, &panel, packed, partial, finish_first, &f, ahead);
     }
 }
 
 static void second_product(
     const struct run *run, const struct task *task, const num *const *a, int64_t from, int64_t to, float *packed,
-    float *partial
+    float *partial, int64_t after
 ) {
     const struct experts *p = run->p;
     const el *const w = p->down.at + task->expert * p->down.expert;
@@ -154,7 +171,9 @@ static void second_product(
             s.bias[v] = p->down_bias && n > 0 ? load_els(p->down_bias + task->expert * p->o + column + v * LANES, n)
                                               : splat(0.0f);
         }
-        multiply(a, task->rows, &panel, packed, partial, finish_second, &s);
+        const int64_t next = column + NR;
+        const struct ahead ahead = next < to ? second_ahead(p, task->expert, next) : first_ahead(p, after, 0);
+        multiply(a, task->rows, &panel, packed, partial, finish_second, &s, ahead);
     }
 }
 
@@ -232,7 +251,8 @@ static void work_on(struct run *run, int64_t index, int which) {
                                                          : malloc((size_t)(rows * pitch) * sizeof(num));
     const int copied = !DIRECT || K != p->d;
     num *const copy = which != 2 && copied ? calloc((size_t)(rows * K), sizeof(num)) : NULL;
-    float *const room = aligned_alloc(64, (size_t)(larger(KC * NR + BLOCK * NR, 2 * FEW * larger(p->F, p->o)) * 4 + 63) / 64 * 64);
+    const int64_t floats = larger(KC * NR + BLOCK * NR, 2 * FEW * larger(p->F, p->o));
+    float *const room = aligned_alloc(64, (size_t)(floats + 15) / 16 * 64);
     if (!middle || !room || (which != 2 && copied && !copy)) {
         __atomic_store_n(&run->failed, 1, __ATOMIC_RELAXED);
     } else {
@@ -251,10 +271,12 @@ static void work_on(struct run *run, int64_t index, int which) {
             else first_product(p, task, a, from, to, middle, pitch, room, room + KC * NR);
         }
         if (which != 1) {
+            const int last = run->splits > 1 || index + 1 == run->count;
+            const int64_t after = last ? task->expert : task[1].expert;
             for (int64_t r = 0; r < rows; r++) a[r] = middle + r * pitch;
             piece(p->o, run->splits, index % run->splits, &from, &to);
             if (few(task, p->down.step)) second_dots(run, task, a, from, to, room);
-            else second_product(run, task, a, from, to, room, room + KC * NR);
+            else second_product(run, task, a, from, to, room, room + KC * NR, after);
         }
     }
     free(room);
@@ -323,6 +345,7 @@ static int64_t divide(const struct experts *p, const int64_t *offsets, struct ta
 
 static int run_all(struct run *run, int64_t tasks) {
     const struct experts *p = run->p;
+    run->count = tasks;
     if (tasks >= p->threads || p->threads == 1) {
         parallel(both_job, run, tasks, p->threads);
         return run->failed ? NO_MEMORY : DONE;

@@ -124,7 +124,8 @@ INLINE vf gated_slopes(const struct function *f, vf gate, vf up, vf *of_gate, vf
         *of_up = y;
         return y * up;
     }
-    const vf zero = splat(0.0f), g = least(gate, splat(f->limit)), u = most(least(up, splat(f->limit)), splat(-f->limit));
+    const vf zero = splat(0.0f), limit = splat(f->limit);
+    const vf g = least(gate, limit), u = most(least(up, limit), -limit);
     const vf s = sigmoid(f->alpha * g);
     *of_gate = either(gate <= f->limit, (u + 1.0f) * s * (1.0f + f->alpha * g * (1.0f - s)), zero);
     *of_up = either((up <= f->limit) & (up >= -f->limit), g * s, zero);

@@ -1,5 +1,6 @@
-// Products of a few gathered rows with a weight, (rows, K) x (N, K)^T: packed in panels of columns for many rows, by dot
-// products for few.
+// Products of gathered rows with a weight, (rows, K) x (N, K)^T. For a few rows these are dot products. For more, panels
+// of the weight's columns are packed for the moment in which they are used: turning 16 x 16 numbers takes 64 shuffles,
+// 16 products of a number with each of 16 rows as many steps, so with 32 rows packing takes an eighth of the time.
 #pragma once
 #include "numbers.h"
 
@@ -10,7 +11,7 @@
 #define KC 512                              // lanes of K at once: a panel of 128 KB lies in the second cache
 #endif
 #define BLOCK 240                           // rows of a block, a multiple of MR
-#define FEW 12                              // rows up to which dot products are faster than packing
+#define FEW 3  // rows up to which dot products are faster than packing
 
 // What a panel is made of. Either its columns in a weight, NULL for none, their numbers ``step`` apart; or, with
 // ``lines``, K of them with a number for each column: those from ``column`` on, ``width`` in all.
@@ -80,7 +81,20 @@ static void pack(const struct panel *p, int64_t first, int64_t count, float *pac
         }
 }
 
-INLINE void tile(const num *const *a, int64_t first, int64_t count, const float *packed, vf sum[MR][NV], const int rows) {
+// Weights that come next, two pieces of memory in as many lines of 64 bytes each: they are asked for while a panel is
+// multiplied, a line a step, or few rows would wait for the memory at each panel.
+struct ahead {
+    const char *at[2];
+    int64_t lines, next;
+};
+
+INLINE void tile(
+    const num *const *a, int64_t first, int64_t count, const float *packed, vf sum[MR][NV], struct ahead *ahead,
+    const int rows
+) {
+    const int64_t left = ahead->lines - ahead->next, step = left > 0 ? 64 : 0, from = left > 0 ? ahead->next * 64 : 0;
+    const char *next = ahead->at[0] + from, *other = ahead->at[1] + from;
+    ahead->next += count;
     vf s[MR][NV];
     const num *p[MR];
     UNROLL for (int r = 0; r < rows; r++) {
@@ -89,6 +103,8 @@ INLINE void tile(const num *const *a, int64_t first, int64_t count, const float 
     }
     for (int64_t k = 0; k < count; k++) {
         vf b[NV];
+        __builtin_prefetch(next + k * step, 0, 2);
+        __builtin_prefetch(other + k * step, 0, 2);
         UNROLL for (int v = 0; v < NV; v++) b[v] = load(packed + k * NR + v * LANES);
         UNROLL for (int r = 0; r < rows; r++) {
             const vf x = same(p[r] + k * PAIR);
@@ -101,35 +117,38 @@ INLINE void tile(const num *const *a, int64_t first, int64_t count, const float 
 
 // Tiles of up to MR rows: each number of rows is a loop of its own.
 static void tile_of(
-    int rows, const num *const *a, int64_t first, int64_t count, const float *packed, vf sum[MR][NV]
+    int rows, const num *const *a, int64_t first, int64_t count, const float *packed, vf sum[MR][NV],
+    struct ahead *ahead
 ) {
     switch (rows) {
-    case 1: tile(a, first, count, packed, sum, 1); break;
-    case 2: tile(a, first, count, packed, sum, 2); break;
-    case 3: tile(a, first, count, packed, sum, 3); break;
-    case 4: tile(a, first, count, packed, sum, 4); break;
-    case 5: tile(a, first, count, packed, sum, 5); break;
-    default: tile(a, first, count, packed, sum, MR);
+    case 1: tile(a, first, count, packed, sum, ahead, 1); break;
+    case 2: tile(a, first, count, packed, sum, ahead, 2); break;
+    case 3: tile(a, first, count, packed, sum, ahead, 3); break;
+    case 4: tile(a, first, count, packed, sum, ahead, 4); break;
+    case 5: tile(a, first, count, packed, sum, ahead, 5); break;
+    default: tile(a, first, count, packed, sum, ahead, MR);
     }
 }
 
-// One panel against all rows. ``finish`` is given each finished tile: its first row, its rows and sums.
+// One panel against all rows, in tiles of as equal size as may be. ``finish`` is given each finished tile: its first row,
+// its rows and sums.
 typedef void (*finish_t)(void *context, int64_t row, int rows, vf sum[MR][NV]);
 static void multiply(
     const num *const *a, int64_t rows, const struct panel *p, float *packed, float *partial, finish_t finish,
-    void *context
+    void *context, struct ahead ahead
 ) {
-    const int64_t K = (p->K + PAIR - 1) / PAIR;
+    const int64_t K = (p->K + PAIR - 1) / PAIR, tiles = (rows + MR - 1) / MR;
     for (int64_t first = 0; first < K; first += KC) {
         const int64_t count = K - first < KC ? K - first : KC;
         pack(p, first, count, packed);
-        for (int64_t row = 0; row < rows; row += MR) {
-            const int n = rows - row < MR ? (int)(rows - row) : MR;
+        for (int64_t i = 0; i < tiles; i++) {
+            const int64_t row = rows * i / tiles;
+            const int n = (int)(rows * (i + 1) / tiles - row);
             vf sum[MR][NV];
             for (int r = 0; r < n; r++)
                 for (int v = 0; v < NV; v++)
                     sum[r][v] = first ? load(partial + (row + r) * NR + v * LANES) : splat(0.0f);
-            tile_of(n, a + row, first, count, packed, sum);
+            tile_of(n, a + row, first, count, packed, sum, &ahead);
             if (first + count == K) {
                 finish(context, row, n, sum);
                 continue;
@@ -139,6 +158,9 @@ static void multiply(
         }
     }
 }
+
+// Nothing: any address will do.
+INLINE struct ahead nothing(const void *p) { return (struct ahead){{p, p}, 0, 0}; }
 
 // LANES / R columns against R rows: one vector of sums, by row, then by column.
 INLINE vf dots_of(const num *const *a, const el *w, int64_t pitch, int64_t K, const int R) {
