@@ -120,7 +120,8 @@ def _trained(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
 @torch.no_grad()
 def against_transformers() -> Iterator[Row]:
     """The implementations of transformers on the same weights."""
-    from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralExperts
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
     d, hidden = 256, 704
     for dtype in DTYPES:
