@@ -63,10 +63,10 @@ class CpuKernels:
         if c is None:
             return None
         x, gate_up, down, *biases = (
-            torch.empty(t.shape, dtype=t.dtype) if need and t is not None else None
+            t.new_empty(t.shape) if need and t is not None else None
             for t, need in zip((a.x, *a[3:7]), (needs[0], *needs[2:]), strict=True)
         )
-        weights = torch.empty(a.weights.shape)
+        weights = a.weights.new_empty(a.weights.shape, dtype=torch.float32)
         given, grad, hidden = _Given(a), grad.contiguous(), hidden.contiguous()
         tensors = (grad, hidden, x, weights, gate_up, down, *biases)
         _check(c.backward(given.packed(None, None), _GRADIENTS.pack(*map(_pointer, tensors))), a)

@@ -123,6 +123,15 @@ def test_a_changed_weight_is_seen() -> None:
     torch.testing.assert_close(moe_ffn(**case), 2 * before)
 
 
+def test_results_are_where_their_tensors_are() -> None:
+    case = to(operands(), torch.float32)
+    leaves = [case[name].requires_grad_() for name in ("x", "weights", "down")]
+    with torch.device("meta"):
+        out = moe_ffn(**case)
+        grads = torch.autograd.grad(out.sum(), leaves, torch.ones((), device="cpu"))
+    assert {t.device.type for t in (out, *grads)} == {"cpu"}
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_threads_change_no_bit(dtype: torch.dtype) -> None:
     case = to(operands(T=30, d=40, width=90, E=3), dtype)
