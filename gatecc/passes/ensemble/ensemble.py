@@ -279,6 +279,8 @@ class _Run:
             return None
         if self.counts[name] == self.rows:
             return self.values[name], None
+        if self.need[name] is self.chosen[name] and self.at[name] is not None:  # no one else reads it
+            return self.values[name], self.at[name]
         at = self.chosen[name].nonzero().squeeze(1)
         return self._rows(name, at), at
 
