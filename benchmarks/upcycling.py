@@ -31,7 +31,13 @@ MODES = (  # experts, choice, init of the router
     ("split(8, by=random)", "softmax_topk(8)", "zero"),
     ("groups(4, 2)", "per_group(4)", "random(0.02)"),
 )
-SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 
 
 def architectures() -> dict[str, Callable[[], nn.Module]]:
@@ -40,15 +46,36 @@ def architectures() -> dict[str, Callable[[], nn.Module]]:
     import transformers as hf
 
     def vit() -> nn.Module:
-        sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 5}
+        sizes: dict[str, Any] = {
+            "img_size": 32,
+            "patch_size": 8,
+            "embed_dim": 32,
+            "depth": 2,
+            "num_heads": 4,
+            "num_classes": 5,
+        }
         return timm.create_model("vit_tiny_patch16_224", **sizes)
 
     def gpt2() -> nn.Module:
-        sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": 1}
+        sizes: dict[str, Any] = {
+            "vocab_size": 64,
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+        }
         return hf.GPT2LMHeadModel(hf.GPT2Config(**sizes))
 
     def t5() -> nn.Module:
-        sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+        sizes: dict[str, Any] = {
+            "vocab_size": 64,
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 64,
+            "num_layers": 2,
+            "num_heads": 4,
+        }
         return hf.T5ForConditionalGeneration(hf.T5Config(**sizes, feed_forward_proj="gated-gelu"))
 
     return {
