@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from _table import Row, best_of, main
 from torch import Tensor, nn
+from upcycling import rows as rows_of_upcycling
 
 import gatecc
 
@@ -195,8 +196,21 @@ def twice() -> Iterator[Row]:
         yield Row(f"{short(dtype)}: tensors that differ between two runs", different, 0)
 
 
+def upcycling() -> Iterator[Row]:
+    """Upcycled models against dense ones at step 0: benchmarks/upcycling.py."""
+    yield from rows_of_upcycling()
+
+
 # A section per concern. One that is added stands here, and is run by its name alone as well.
-SECTIONS: tuple[Callable[[], Iterator[Row]], ...] = (prefill, decode, training, against_transformers, compiled, twice)
+SECTIONS: tuple[Callable[[], Iterator[Row]], ...] = (
+    prefill,
+    decode,
+    training,
+    against_transformers,
+    compiled,
+    twice,
+    upcycling,
+)
 
 
 def measure(names: list[str]) -> Iterator[Row]:
