@@ -86,12 +86,17 @@ class RouterSpec:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a report should say of it."""
+        later = (
+            f"{self.choice} of {self.source} lets a token see later ones: the model is not causal any more, so that "
+            "calls with a KV cache and the decoder are refused"
+        )
         moved = "expert_bias" if self.balances_by_bias else str(self.choice) if self.choice.moves else ""
         callback = (
             f"{moved} moves once per step of the optimizer: call gatecc.train.routing.step(model) after it, or give "
             "your trainer gatecc.train.trainer_callback() or lightning_callback(); heal does it by itself"
         )
-        return tuple(note for note in (self.choice.note, callback if moved else "") if note)
+        found = (self.choice.note, callback if moved else "", later if self.mixes_tokens else "")
+        return tuple(note for note in found if note)
 
     @property
     def sources(self) -> tuple[Ref, ...]:

@@ -111,7 +111,11 @@ class Route(Rewrite):
 
     def effects(self) -> Effects:
         afar = any(reads_afar(router.gate) or router.mask for router in self.routers)
-        return Effects(same_for_layers=not self.experts.reads_names, whole_model=afar)
+        return Effects(
+            same_for_layers=not self.experts.reads_names,
+            whole_model=afar,
+            loses_cache=any(router.mixes_tokens for router in self.routers),
+        )
 
     def reads(self) -> Iterable[str]:
         return ("in", "out", *(name for router in self.routers for name in read_by(router.gate)))
