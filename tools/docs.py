@@ -41,6 +41,7 @@ from gatecc.ir.site import KINDS  # noqa: E402
 from tools.checked import WORDS, checked, test_file  # noqa: E402
 from tools.recipe_examples import MODELS, OPTIONS  # noqa: E402
 from tools.refusal_examples import EXAMPLES  # noqa: E402
+from tools.scale import with_tables  # noqa: E402
 
 DOCS = ROOT / "docs"
 GOLDEN = ROOT / "tests" / "golden"
@@ -51,6 +52,7 @@ GUIDES = (
     ("scopes.md", "what a transformed submodule does when it is called"),
     ("compatibility.md", "modes x wrappers x recipes: what works, what is refused with which code, what fails anyway"),
     ("saving.md", "checkpoints, save_pretrained, Trainer: what is written, and how it is loaded again"),
+    ("scale.md", "experts over many machines, models that fit into no memory, and what each way costs"),
     ("healing.md", "training after a rewrite: layer-wise transfer, distillation, adapters, and measures of the loss"),
     ("decoder.md", "prefill and step, derived from a causal model's graph: state, sampling, left padding, refusals"),
     ("sites.md", "the kinds of places that a rewrite can name, their values, and what the axes of these count"),
@@ -104,6 +106,7 @@ def pages() -> dict[Path, str]:
     readme = ROOT / "README.md"
     texts |= {DOCS / "gates.md": NOTE + gates_page(), DOCS / "README.md": NOTE + index()}
     texts |= {DOCS / "catalogue.md": NOTE + catalogue(), DOCS / "sites.md": NOTE + sites_page()}
+    texts[DOCS / "scale.md"] = with_tables((DOCS / "scale.md").read_text())
     return {**texts, readme: with_table(readme.read_text())}
 
 

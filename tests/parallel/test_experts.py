@@ -22,8 +22,9 @@ Ranks = list[dict[str, Any]]
 
 
 def difference(a: Tensor, b: Tensor) -> float:
+    """Relative to the largest number of the right one, if that is more than 1."""
     assert a.shape == b.shape
-    return float((a - b).abs().max())
+    return float((a - b).abs().max() / b.abs().max().clamp(min=1.0))
 
 
 def whole(grad: Tensor | None) -> Tensor:
@@ -55,10 +56,10 @@ def test_the_same_as_one_process(name: str, ranks: Ranks) -> None:
         assert len(of_experts(one["grads"])) == 8
         assert worst(of_experts(got["grads"]), of_experts(one["grads"])) <= 1e-6
         if name == "all-reduce":  # the same tokens everywhere: so are the gradients of the routers
-            assert worst(got["grads"], one["grads"]) <= 1e-5
+            assert worst(got["grads"], one["grads"]) <= 1e-6
     if name != "all-reduce":  # each rank has those of its own tokens
         both = {n: ranks[0][name]["grads"][n] + g for n, g in of_others(ranks[1][name]["grads"]).items()}
-        assert worst(both, of_others(ranks[0]["one"]["grads"])) <= 1e-5
+        assert worst(both, of_others(ranks[0]["one"]["grads"])) <= 1e-6
 
 
 @pytest.mark.parametrize("name", DISPATCHERS)
@@ -84,7 +85,7 @@ def test_any_mix_with_data_parallelism_averages_all_gradients(name: str, ranks: 
     for rank, found in enumerate(ranks):
         one, got = found["one"], found[name]
         assert difference(got["y"], one["y"][4 * rank : 4 * rank + 4]) <= 1e-6
-        assert worst(got["grads"], one["grads"], times=len(ranks)) <= 1e-5
+        assert worst(got["grads"], one["grads"], times=len(ranks)) <= 1e-6
 
 
 def test_gradients_are_clipped_by_the_norm_of_the_whole_model(ranks: Ranks) -> None:
@@ -106,6 +107,15 @@ def test_no_tokens_empty_slots_and_results_by_slot(ranks: Ranks) -> None:
             error, got = found[f"empty {combine}"]
             assert got == shape
             assert error <= 1e-4  # a sum over elements
+
+
+def test_a_model_without_weights_is_sharded_and_then_loaded(ranks: Ranks) -> None:
+    """What the rewrite took out of it stays on the meta device: it costs no rank any memory."""
+    for rank, found in enumerate(ranks):
+        one, got = found["one"], found["empty model"]
+        assert found["taken out"] == {"meta"}
+        assert difference(got["y"], one["y"][4 * rank : 4 * rank + 4]) <= 1e-6
+        assert worst(got["grads"], one["grads"], times=len(ranks)) <= 1e-6
 
 
 @pytest.fixture(scope="module")

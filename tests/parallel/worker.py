@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -25,6 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import gatecc
+from examples import expert_parallel as example
+from gatecc.ir.weights import modules_of
 from gatecc.parallel import clip_grad_norm_, dispatch, expert_parallel, expert_parameters
 from gatecc.train import Transfer, Tune, heal
 from tests.train.lm import LENGTH, VOCABULARY, pair
@@ -174,6 +176,28 @@ class Rank:
             self.found[f"empty {combine}"] = (y - right).abs().sum().item(), tuple(y.shape)
             y.sum().backward()
 
+    def example(self) -> None:
+        with counted() as sent:
+            found = example.train(6, 4, 2, "all-gather", self.folder / "example", batch=2)
+        tokens = 6 * 2 * example.LENGTH
+        exchanged = sum(sent.values())
+        self.found["example"] = {**vars(found), "counted": exchanged / tokens}
+
+    def empty_model(self) -> None:
+        """A model without weights is transformed and sharded; then every rank gets its part of the first one's."""
+        torch.manual_seed(0)
+        with torch.device("meta"):
+            model = nn.Sequential(Block(), Block()).eval()
+        recipe = gatecc.recipe("upcycle", experts=EXPERTS, k=SLOTS)
+        model = gatecc.transform(model, recipe, (torch.randn(4, 5, WIDTH),), inplace=True)
+        expert_parallel(model, self.mesh("empty model"))
+        fully_shard(model, mesh=self.mesh("empty rest"), ignored_params=set(expert_parameters(model)))
+        model.to_empty(device="cpu")
+        self.found["taken out"] = {p.device.type for m in modules_of(model) for p in m.parameters() if p.is_meta}
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(model, self.model.state_dict() if self.rank == 0 else {}, options=options)
+        self.found["empty model"] = run(model, self.x[self.mine], self.grad[self.mine])
+
     def healing(self) -> None:
         """Two stages on all ranks, cut off and resumed; and the task with sharded experts."""
         folder = self.folder / "heal"
@@ -270,6 +294,8 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     one.bytes()
     one.empty()
     one.healing()
+    one.example()
+    one.empty_model()
     torch.save(one.found, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
