@@ -80,6 +80,14 @@ def test_upcycled_models_are_mixtures_of_transformers(
     same(model, again)
 
 
+def test_gated_attention_is_that_of_qwen3_next(tmp_path: Path) -> None:
+    """One matrix yields query and gate in turn; norms hold what is added to 1; 2 sigma is in the output projection."""
+    model = rewritten("Qwen3", "gated-attention", (("granularity", "element"),), head_dim=8)
+    found, again = hand(model, tmp_path / "x")
+    assert found.architecture == "Qwen3NextForCausalLM"
+    same(model, again)
+
+
 def test_parts_of_a_layer_that_all_run_are_a_mixture(tmp_path: Path) -> None:
     model = rewritten("Llama", "split-experts", (("experts", 3),))
     found, again = hand(model, tmp_path / "x")
