@@ -15,11 +15,11 @@ from tests.recipes.checks import new_parameters, randomise, reverted
 SITES = "linear[blocks.0.attn.q_proj]"
 
 
-@pytest.mark.parametrize("recipe", [{"name": "lora-mixture", "k": 2}, {"name": "x-lora"}], ids=str)
-def test_saved_loaded_compiled_and_reverted(recipe: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("recipe", "extra"), [("lora-mixture", {"k": 2}), ("x-lora", {})])
+def test_saved_loaded_compiled_and_reverted(recipe: str, extra: dict[str, Any], tmp_path: Path) -> None:
     plain, inputs = samples.language()
-    options = {"sites": SITES, "experts": 3, "rank": 2} | recipe
-    model = gatecc.transform(plain, gatecc.recipe(options.pop("name"), **options), inputs, verify=False)
+    built = gatecc.recipe(recipe, sites=SITES, experts=3, rank=2, **extra)
+    model = gatecc.transform(plain, built, inputs, verify=False)
     randomise(new_parameters(model, plain).values(), 0.3)
     with torch.no_grad():
         expected = model(*inputs)
