@@ -26,6 +26,7 @@ from gatecc.passes.fuse import Fuse
 from gatecc.passes.fuse_experts import FuseExperts
 from gatecc.passes.gate import Gate
 from gatecc.passes.mix.mix import Mix
+from gatecc.passes.route.route import Route
 from gatecc.pipeline import apply, prepare
 from gatecc.scope.family import difference
 from gatecc.scope.variant import Variant
@@ -35,7 +36,7 @@ from tests.golden.reader import Reader
 FOLDER = Path(__file__).parent
 GRAPHS = FOLDER / "graphs"
 LIMIT = 40  # every case has fewer lines: nobody reads longer ones
-PASSES: dict[str, type[Rewrite]] = {cls.name: cls for cls in (Gate, Branch, Fuse, Bypass, Mix, FuseExperts)}
+PASSES: dict[str, type[Rewrite]] = {cls.name: cls for cls in (Gate, Branch, Fuse, Bypass, Mix, Route, FuseExperts)}
 HEADINGS = ("pipeline", "before", "change", "weights", "contract")
 
 

@@ -23,7 +23,7 @@ class Reader:
 
     def __init__(self, text: str) -> None:
         self.mode = FakeTensorMode(shape_env=ShapeEnv())
-        self.module = nn.Module()
+        self.module = nn.Module().eval()  # what is not drawn and not counted reads best
         self.graph = fx.Graph()
         self.nodes: dict[str, fx.Node] = {}
         self.sizes: dict[str, str] = {}
@@ -79,7 +79,7 @@ class Reader:
         module = self.module
         for part in filter(None, path.split(".")):
             if part not in module._modules:
-                module.add_module(part, nn.Module())
+                module.add_module(part, nn.Module().eval())
             module = module.get_submodule(part)
         return module
 
