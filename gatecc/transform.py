@@ -105,23 +105,28 @@ def rewritten(
         check_in_place(model)
     if scope not in ("auto", "model"):
         raise ArgumentError("unknown scope", found=repr(scope), expected='"auto" or "model"')
-    target = model if inplace else _copy(model)
     if on_meta(model):
+        target = model if inplace else _copy(model)
         with buffers_on_meta(target):
             args, kwargs = moved(given, "meta")
             task = Task(wanted, args, kwargs, scope, look=False, missed=frozenset(missed))
             return _rewritten(model, target, task, given, verify=False)
     task = Task(wanted, args, kwargs, scope, look=verify, missed=frozenset(missed))
-    return _rewritten(model, target, task, given, verify=verify)
+    return _rewritten(model, model if inplace else None, task, given, verify=verify)
 
 
-def _rewritten(model: nn.Module, target: nn.Module, task: Task, given: Any, *, verify: bool) -> nn.Module:
-    """Rewrite ``target``, which is ``model`` or a copy of it; ``given`` are the inputs that the step is to hold."""
+def _rewritten(model: nn.Module, target: nn.Module | None, task: Task, given: Any, *, verify: bool) -> nn.Module:
+    """Rewrite ``target``, which is ``model`` or a copy of it; ``given`` are the inputs that the step is to hold.
+
+    Without a target, a copy that is made once the model has run without gradients: what its forward leaves on it, such
+    as a weight that is computed from others, could not be copied with them.
+    """
     wanted, args, kwargs = task.recipe, task.args, task.kwargs
     undo = Undo()
     old = {id(p) for p in model.parameters()}
     with evaluation(model):
         before = reference(model, args, kwargs) if verify and in_graphs(wanted) else None
+    target = _copy(model) if target is None else target
     undo.classes = [(m, type(m)) for m in target.modules() if is_served(m)]
     try:
         with evaluation(target):
