@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,16 +12,16 @@ from torch.utils import _pytree as pytree
 from gatecc.capture.adapters import adapted
 from gatecc.capture.outputs import output_leaves
 from gatecc.capture.shield import callers_device, random_states_kept
-from gatecc.capture.signature import CONSTANTS, copied, map_tensors
+from gatecc.capture.signature import CONSTANTS, copied
 from gatecc.engine.blame import blame
+from gatecc.engine.parts import worst_part
 from gatecc.errors import ExampleInputsError, SiteRefusedError
 from gatecc.ir.rewrite import Recipe, Rewrite
 from gatecc.scope.family import difference
-from gatecc.scope.scope import plain
 from gatecc.scope.state import scopes
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-_ROUNDING = 1e-3  # a difference up to here may be that of float32, and is looked at again in float64
+_ROUNDING = 1e-3  # a difference up to here may be that of float32, and is looked for in the parts
 _ROUNDING_OF_16_BITS = 0.1
 
 
@@ -107,10 +105,10 @@ def check(
             gap = min(gap, compare(expected, _called(model, call, gradients=False)))
         worst = max(worst, gap)
     if tolerance < worst <= _rounding(model):
-        exact = _in_float64(model, before.calls)
-        if exact <= tolerance:
-            notes.append(f"outputs differ by {worst:.1e}, by {exact:.1e} in float64: rounding")
-            worst = exact
+        part = worst_part(model, before.calls, tolerance, _run, compare)
+        if part <= tolerance:
+            notes.append(f"outputs differ by {worst:.1e}, no part of the model by more than {part:.1e}: rounding")
+            worst = part
     if worst > tolerance or worst == float("inf") or worst != worst:
         raise blame(model, recipe, args, kwargs, worst, tolerance)
     return Checked(worst, "; ".join(dict.fromkeys(str(c) for c in contracts)), tuple(notes))
@@ -138,27 +136,6 @@ def _rounding(model: nn.Module) -> float:
     """How far outputs may differ for no other reason than the dtype of the model."""
     short = any(p.is_floating_point() and p.element_size() < 4 for p in model.parameters())
     return _ROUNDING_OF_16_BITS if short else _ROUNDING
-
-
-def _in_float64(model: nn.Module, calls: Sequence[Call]) -> float:
-    """The difference from the model without its rewrites where rounding does not matter; infinite if that cannot be.
-
-    Models that cannot be copied, or do not run in float64, have none: then the difference stands as it was found.
-    """
-    try:
-        wide = copy.deepcopy(model)
-        with plain(wide):
-            wide.double()  # also what rewrites took out of it
-        wide.double()
-        worst = 0.0
-        for call in calls:
-            args, kwargs = map_tensors(lambda x: x.double() if x.is_floating_point() else x, copied(call))
-            with plain(wide):
-                expected = _run(wide, args, kwargs)
-            worst = max(worst, compare(expected, _run(wide, args, kwargs)))
-    except Exception:
-        return float("inf")
-    return worst
 
 
 def _sites(model: nn.Module, rewrite: Rewrite) -> int:
