@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,12 +17,12 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
 from gatecc.errors import SiteRefusedError
-from gatecc.ir.ops import CASTS, DROPOUTS, opname
 from gatecc.ir.program import Program, attribute, shape
 from gatecc.ir.site import MLP, Site, Weight
 from gatecc.ir.sizes import on_example
 from gatecc.ops.moe_ffn.activations import Layout, activation, names
 from gatecc.passes.operands import place, stage
+from gatecc.passes.trial import Trial, UntriedError
 
 _TOLERANCE = 1e-6  # of the formula in float64, relative: other activations differ by 1e-4 and more
 Order = Literal["plain", "apart", "gate_up", "up_gate", "interleaved"]
@@ -138,64 +138,23 @@ class _Part:
     """The part of a graph between the input and the output of a site, on random numbers in float64."""
 
     def __init__(self, program: Program, site: MLP, given: fx.Node, out: fx.Node, names: set[str]) -> None:
-        self._program, self._site, self._names = program, site, names
-        self._generator = torch.Generator().manual_seed(0)
-        self.weights: dict[str, Tensor] = {}
-        self.x = self._random([_hint(s) for s in shape(given)], 1.0)
-        self._known: dict[fx.Node, Any] = {given: self.x}
-        self.y: Tensor = self._run(out)
+        generator = torch.Generator().manual_seed(0)
 
-    def _run(self, out: fx.Node) -> Tensor:
-        for node in self._needed(out):
-            self._known[node] = self._value(node)
-        return cast("Tensor", self._known[out])
+        def random(sizes: list[int], scale: float) -> Tensor:
+            return torch.randn(sizes, generator=generator, dtype=torch.float64) * scale
 
-    def _needed(self, out: fx.Node) -> list[fx.Node]:
-        """The nodes that the output needs, in order, up to the input."""
-        seen: set[fx.Node] = set()
-        todo = [out]
-        while todo:
-            node = todo.pop()
-            if node in seen or node in self._known:
-                continue
-            seen.add(node)
-            if not isinstance(node.meta.get("val"), (int, torch.SymInt)):
-                todo.extend(node.all_input_nodes)
-        return sorted(seen)
-
-    def _value(self, node: fx.Node) -> Any:
-        held = node.meta.get("val")
-        if isinstance(held, (int, torch.SymInt)):
-            return _hint(held)
-        name = self._program.weight_name(node)
-        if name in self._names:
-            assert isinstance(held, Tensor)
+        def weight(name: str, held: Tensor) -> Tensor | None:
+            if name not in names:
+                return None
             fan = held.shape[-1] if held.dim() > 1 else 4
-            self.weights[name] = self._random(list(held.shape), 1.5 * fan**-0.5)
-            return self.weights[name]
-        if node.op != "call_function":
-            raise _refused(
-                self._site,
-                f"it reads {name or node.name} beside its input",
-                "what depends on its input and weights alone",
-            )
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._known[n])
-        if opname(node) in DROPOUTS:
-            return args[0]
-        if opname(node) in CASTS and isinstance(held, Tensor) and held.is_floating_point():
-            return args[0]
+            return self.weights.setdefault(name, random(list(held.shape), 1.5 * fan**-0.5))
+
+        self.weights: dict[str, Tensor] = {}
+        self.x = random([on_example(s) or 1 for s in shape(given)], 1.0)
         try:
-            return cast("Callable[..., Any]", node.target)(*args, **kwargs)
-        except (RuntimeError, TypeError, NotImplementedError) as e:
-            raise _refused(self._site, f"{opname(node)} cannot be tried: {e}"[:200], "plain tensor operators") from e
-
-    def _random(self, sizes: list[int], scale: float) -> Tensor:
-        return torch.randn(sizes, generator=self._generator, dtype=torch.float64) * scale
-
-
-def _hint(size: int | torch.SymInt) -> int:
-    found = on_example(size)
-    return 1 if found is None else found
+            self.y = Trial(program, {given: self.x}, weight).run(out)
+        except UntriedError as e:
+            raise _refused(site, f"{e} beside its input and weights", "what depends on these alone") from e
 
 
 def _proved(site: MLP, part: _Part) -> FFN:
