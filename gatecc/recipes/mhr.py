@@ -58,5 +58,9 @@ def poly(
     rank: int = 8,
     alpha: float = 16.0,
 ) -> tuple[Rewrite, ...]:
-    """Adapters on each Linear that are mixed by a table with one row per task: `mhr` with one split."""
+    """Adapters on each Linear that are mixed by a table with one row per task: `mhr` with one split.
+
+    All channels of a layer share the mixture of a task, where `mhr` has one for each part of them. Adapters start at 0,
+    so that the model starts as it was; a task that the table does not know takes their mean.
+    """
     return mhr(tasks, task, sites, experts, 1, rank, alpha)

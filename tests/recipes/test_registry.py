@@ -12,15 +12,10 @@ from gatecc.errors import ArgumentError, UnknownRecipeError
 from gatecc.ir.rewrite import rewrite_from_json
 from gatecc.recipes import resolve
 
-REQUIRED: dict[str, dict[str, Any]] = {
-    "context-gates": {"context": "activation[0].out"},
-    "cosmo": {"seen": (0, 1), "unseen": (2,)},
-}
-
 
 @pytest.mark.parametrize("info", gatecc.recipes(), ids=lambda info: info.name)
 def test_every_recipe_is_data_with_a_source(info: Any) -> None:
-    recipe = gatecc.recipe(info.name, **REQUIRED.get(info.name, {}))
+    recipe = gatecc.recipe(info.name, **info.cases[0].options)  # some options have no default
     assert recipe.rewrites
     assert recipe.citation
     assert info.summary.endswith(".")
