@@ -49,7 +49,7 @@ def measure() -> Sequence[Row]:
         model = trained(gatecc.transform(dense, gatecc.recipe("upcycle", **options), {"input_ids": ids}))
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             seconds = cpu_seconds(lambda to=Path(folder) / "x", m=model: gatecc.to_transformers(m, to))
-            again = AutoModelForCausalLM.from_pretrained(Path(folder) / "x").eval()
+            again: Any = AutoModelForCausalLM.from_pretrained(Path(folder) / "x").eval()
             ours, theirs = (m(input_ids=ids).logits for m in (model, again))
             error = float((ours - theirs).abs().max() / ours.abs().max().clamp_min(1))
             made = [m.generate(ids, max_new_tokens=NEW, do_sample=False, pad_token_id=0) for m in (model, again)]
