@@ -27,7 +27,7 @@ def part(name: str, output: Any, path: str) -> Any:
 
 
 def check_alike(outputs: Mapping[str, Any], rows: int) -> None:
-    """Raise ArgumentError if outputs cannot be put together: other structures, shapes or dtypes, or no row per sample."""
+    """Raise ArgumentError if outputs cannot be joined: other structures, shapes or dtypes, or no row per sample."""
     do = 'take one part of each: output="logits", or {member: part}; or bring it to one shape: project={member: module}'
     (first, one), *others = outputs.items()
     leaves, spec = pytree.tree_flatten(one)
