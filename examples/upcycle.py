@@ -336,7 +336,7 @@ def main(
     budget: Annotated[int, typer.Option(help="Bytes that the language models are trained on with.")] = 750_000,
     lr: Annotated[float, typer.Option(help="Rate of the language models, which have learned much already.")] = 6e-5,
     teach: Annotated[int, typer.Option(help="Steps of 1024 bytes to train a language model, if none is given.")] = 1500,
-    epochs: Annotated[int, typer.Option(help="Epochs of the digits before and after.")] = 8,
+    epochs: Annotated[int, typer.Option(help="Epochs of the digits before and after.")] = 60,
     windows: Annotated[int, typer.Option(help="Held-out windows of 512 bytes to measure on.")] = 40,
 ) -> None:
     """Upcycle a ViT and a byte LM, train both beside their dense originals, compare."""
