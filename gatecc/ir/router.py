@@ -164,7 +164,7 @@ class Router(GateModule):
 
     With a mask in the spec its tensor comes after the sources. The parameters are those of the scorer, ``weight``
     (E, C) for a linear one; buffers are those of the choice and of balancing, in float32 whatever the model is cast to.
-    In training `_FIGURES` and a loss a part are added up in buffers that are not saved.
+    In training `_FIGURES` and one loss per part are added up in buffers that are not saved.
     """
 
     def __init__(

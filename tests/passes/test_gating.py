@@ -18,7 +18,7 @@ from tests.ir.match.test_routing import K, X, block
 
 
 def gated(implementation: str, site: Any) -> tuple[Any, nn.Parameter]:
-    """A mixture whose gate is one number an expert, and these numbers."""
+    """A mixture whose gate is one number per expert, and these numbers."""
     made: Any = gatecc.transform(
         block("mixtral", implementation), gatecc.Gate(site, GateSpec("param", "none", "expert", "linear")), (X,)
     )

@@ -67,10 +67,10 @@ def _stacks(facts: Facts) -> dict[str, list[fx.Node]]:
 
 
 def _experts(facts: Facts, region: Region, stacks: list[fx.Node]) -> MLP | Refusal | None:
-    bent = [facts.nonlinearities[node] for node in region.nodes if node in facts.nonlinearities]
+    activations = [facts.nonlinearities[node] for node in region.nodes if node in facts.nonlinearities]
     whole = next((node for node in region.nodes if opname(node) == _OPERATOR), None)
     products = _products(facts, region, stacks) if whole is None else _inside(facts, whole, stacks)
-    if not (bent or whole) or len({product.stack for product in products}) < 2:
+    if not (activations or whole) or len({product.stack for product in products}) < 2:
         return None  # stacked weights of another kind, such as one matrix per head
     outs = region.leaves(facts)
     pairs = [(given, out) for out in outs for given in region.enters(facts) if same_shape(given, out)]
@@ -86,7 +86,7 @@ def _experts(facts: Facts, region: Region, stacks: list[fx.Node]) -> MLP | Refus
         values={name: values[name] for name in MLP.stages if name in values} | routed.values,
         weights=_weights(facts, products, shape(given)[-1]) | routed.weights,
         form="experts",
-        activation=bent[0].function if whole is None else str(argument(whole, 7, "activation", "silu")),
+        activation=activations[0].function if whole is None else str(argument(whole, 7, "activation", "silu")),
         experts=count,
         chosen=routed.chosen,
     )

@@ -37,8 +37,8 @@ def routing(facts: Facts, region: Region, given: fx.Node, experts: int) -> Routi
     if len(found) != 1:
         return Routing()
     indices = found[0]
-    weighing = [n for n in entering if n is not given and _floats(n) and same_shape(n, indices)]
-    weights = weighing[0] if len(weighing) == 1 else None
+    candidates = [n for n in entering if n is not given and _floats(n) and same_shape(n, indices)]
+    weights = candidates[0] if len(candidates) == 1 else None
     values = {"weights": weights, "indices": indices}
     router = _router(facts, [node for node in values.values() if node is not None], experts)
     named = {name: Value(node, _AXES) for name, node in values.items() if node is not None}

@@ -72,6 +72,24 @@ class Bank(Body):
         raise NotImplementedError
 
 
+class Adapting:
+    """What adapters share: they read one value, ``of``, start at 0, and take nothing of their layer but the graph."""
+
+    of: str
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return () if self.of == "self" else (self.of,)
+
+    @property
+    def effects(self) -> Effects:
+        return Effects(same_for_layers=True)
+
+    @property
+    def starts_at_zero(self) -> bool:
+        return True
+
+
 def operand(site: Site, value: Value, of: str) -> tuple[Value, int, int]:
     """What a body reads (``self``, or a stage of the site), its channels, and those of the value.
 

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from gatecc.ir.edit import Editor
-from gatecc.ir.effects import Effects
 from gatecc.ir.site import Site, Value
-from gatecc.passes.branch.body import Bank, Body, operand
+from gatecc.passes.branch.body import Adapting, Bank, Body, operand
 from gatecc.passes.branch.weighted import ACTIVATIONS, weighted_sum
 from gatecc.passes.operands import beside
 
@@ -20,7 +19,7 @@ Pointwise = Literal["silu", "gelu", "relu", "tanh", "identity"]
 
 
 @dataclass(frozen=True)
-class Bottleneck(Body, tag="bottleneck"):
+class Bottleneck(Adapting, Body, tag="bottleneck"):
     """y <- y + U (act(G x) * D x), or U act(D x) where it is not ``gated`` (Houlsby et al., 2019). U starts at 0.
 
     ``width`` is that of the bottleneck. ``of`` is the stage that it reads, x: ``self`` puts it behind the value,
@@ -35,18 +34,6 @@ class Bottleneck(Body, tag="bottleneck"):
     def check(self) -> None:
         self.require(self.width > 0, "width", "a positive integer")
 
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return () if self.of == "self" else (self.of,)
-
-    @property
-    def effects(self) -> Effects:
-        return Effects(same_for_layers=True)
-
-    @property
-    def starts_at_zero(self) -> bool:
-        return True
-
     def build(self, site: Site, value: Value, edit: Editor) -> fx.Node:
         source, channels, width = operand(site, value, self.of)
         path = edit.module("adapter", lambda: beside(Adapter(self, channels, width), edit))
@@ -54,7 +41,7 @@ class Bottleneck(Body, tag="bottleneck"):
 
 
 @dataclass(frozen=True)
-class Bottlenecks(Bank, tag="bottlenecks"):
+class Bottlenecks(Adapting, Bank, tag="bottlenecks"):
     """y <- y + sum over experts e of g_e * U_e (act(G_e x) * D_e x): bottleneck adapters that are weighed.
 
     The options are those of ``bottleneck``. Every U starts at 0.
@@ -68,18 +55,6 @@ class Bottlenecks(Bank, tag="bottlenecks"):
     def check(self) -> None:
         super().check()
         self.require(self.width > 0, "width", "a positive integer")
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return () if self.of == "self" else (self.of,)
-
-    @property
-    def effects(self) -> Effects:
-        return Effects(same_for_layers=True)
-
-    @property
-    def starts_at_zero(self) -> bool:
-        return True
 
     def mix(self, site: Site, value: Value, edit: Editor, weights: fx.Node, indices: fx.Node | None = None) -> fx.Node:
         source, channels, width = operand(site, value, self.of)

@@ -10,15 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from gatecc.ir.edit import Editor
-from gatecc.ir.effects import Effects
 from gatecc.ir.site import Site, Value
-from gatecc.passes.branch.body import Bank, Body, operand
+from gatecc.passes.branch.body import Adapting, Bank, Body, operand
 from gatecc.passes.branch.weighted import weighted_sum
 from gatecc.passes.operands import beside
 
 
 @dataclass(frozen=True)
-class Lora(Body, tag="lora"):
+class Lora(Adapting, Body, tag="lora"):
     """y <- y + alpha/rank * B A x (Hu et al., 2021). B starts at 0. ``of`` is the stage that it reads: x."""
 
     rank: int = 8
@@ -28,18 +27,6 @@ class Lora(Body, tag="lora"):
     def check(self) -> None:
         self.require(self.rank > 0, "rank", "a positive integer")
 
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return () if self.of == "self" else (self.of,)
-
-    @property
-    def effects(self) -> Effects:
-        return Effects(same_for_layers=True)
-
-    @property
-    def starts_at_zero(self) -> bool:
-        return True
-
     def build(self, site: Site, value: Value, edit: Editor) -> fx.Node:
         source, channels, width = operand(site, value, self.of)
         path = edit.module("lora", lambda: beside(LowRank(channels, width, self.rank, self.alpha), edit))
@@ -47,7 +34,7 @@ class Lora(Body, tag="lora"):
 
 
 @dataclass(frozen=True)
-class Loras(Bank, tag="loras"):
+class Loras(Adapting, Bank, tag="loras"):
     """y <- y + sum over experts e of g_e * alpha/rank * B_e A_e x: low-rank adapters that are weighed.
 
     With a gate over experts all run, as two products with stacked matrices; with a router those that are chosen. All
@@ -61,18 +48,6 @@ class Loras(Bank, tag="loras"):
     def check(self) -> None:
         super().check()
         self.require(self.rank > 0, "rank", "a positive integer")
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return () if self.of == "self" else (self.of,)
-
-    @property
-    def effects(self) -> Effects:
-        return Effects(same_for_layers=True)
-
-    @property
-    def starts_at_zero(self) -> bool:
-        return True
 
     def mix(self, site: Site, value: Value, edit: Editor, weights: fx.Node, indices: fx.Node | None = None) -> fx.Node:
         source, channels, width = operand(site, value, self.of)

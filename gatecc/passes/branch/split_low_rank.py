@@ -10,15 +10,14 @@ from torch import Tensor, fx, nn
 
 from gatecc.errors import SiteRefusedError
 from gatecc.ir.edit import Editor
-from gatecc.ir.effects import Effects
 from gatecc.ir.program import shape
 from gatecc.ir.site import Site, Value
-from gatecc.passes.branch.body import Bank, operand
+from gatecc.passes.branch.body import Adapting, Bank, operand
 from gatecc.passes.operands import beside, place
 
 
 @dataclass(frozen=True)
-class SplitLoras(Bank, tag="split_loras"):
+class SplitLoras(Adapting, Bank, tag="split_loras"):
     """y <- y + alpha/rank * B A x, where A and B are themselves mixtures of those of the experts.
 
     A and B are cut into ``splits`` parts, A by its inputs and B by its outputs; part s is sum_e g_(s, e) times the
@@ -39,18 +38,6 @@ class SplitLoras(Bank, tag="split_loras"):
         super().check()
         self.require(self.splits > 0, "splits", "a positive integer")
         self.require(self.rank > 0, "rank", "a positive integer")
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return () if self.of == "self" else (self.of,)
-
-    @property
-    def effects(self) -> Effects:
-        return Effects(same_for_layers=True)
-
-    @property
-    def starts_at_zero(self) -> bool:
-        return True
 
     def mix(self, site: Site, value: Value, edit: Editor, weights: fx.Node, indices: fx.Node | None = None) -> fx.Node:
         source, channels, width = operand(site, value, self.of)

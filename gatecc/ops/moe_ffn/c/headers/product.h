@@ -82,7 +82,7 @@ static void pack(const struct panel *p, int64_t first, int64_t count, float *pac
 }
 
 // Weights that come next, two pieces of memory in as many lines of 64 bytes each: they are asked for while a panel is
-// multiplied, a line a step, or few rows would wait for the memory at each panel.
+// multiplied, one cache line per step, or few rows would wait for the memory at each panel.
 struct ahead {
     const char *at[2];
     int64_t lines, next;
