@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +13,10 @@ from torch._ops import OpOverload
 from torch.utils.checkpoint import checkpoint
 
 from gatecc import backend
+from gatecc.backend.options import Options, inductor_settings
 from gatecc.errors import ArgumentError
+from gatecc.ir.program import Program
+from gatecc.passes.lower import LOWERINGS, Lowering, Outcome
 
 
 class Block(nn.Module):
@@ -90,8 +93,7 @@ def lowered(function: Any, *args: Any) -> list[fx.GraphModule]:
     graphs: list[fx.GraphModule] = []
 
     def spy(graph_module: fx.GraphModule, example: Any) -> Callable[..., Any]:
-        program = backend.lower(graph_module, example)
-        graphs.append(graph_module if program is None else backend.compiled_graph(program))
+        graphs.append(backend.lower(graph_module, example).graph)
         return graphs[-1].forward
 
     expected = function(*args)
@@ -100,15 +102,58 @@ def lowered(function: Any, *args: Any) -> list[fx.GraphModule]:
     return graphs
 
 
-def test_the_graph_is_canonical_and_knows_its_owners() -> None:
-    (graph,) = lowered(Block().eval(), inputs())
+class Masked(nn.Module):
+    """Fused attention over x: (B, N, 8) whose mask is a tensor; ``offset`` keys after its own are seen by a query."""
+
+    def __init__(self, offset: int = 0) -> None:
+        super().__init__()
+        self.qkv, self.offset = nn.Linear(8, 24), offset
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        place = torch.arange(x.size(1))
+        mask = place[None] <= place[:, None] + self.offset
+        return nn.functional.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+
+
+def test_a_lowered_graph_is_canonical_and_knows_its_owners() -> None:
+    (graph,) = lowered(Masked().eval(), inputs())
     calls = [n for n in graph.graph.nodes if n.op not in ("placeholder", "output")]
-    assert all(n.op == "call_function" for n in calls)
     assert all(isinstance(n.target, OpOverload) or "getitem" in str(n.target) for n in calls)
     attention = next(n for n in calls if n.target is torch.ops.aten.scaled_dot_product_attention.default)
-    assert attention.args[3:] == (None, 0.0, False)
-    linear = [n for n in calls if n.target is torch.ops.aten.linear.default]
-    assert [[*n.meta["nn_module_stack"].values()][-1][1] for n in linear] == [nn.Linear] * 4
+    assert attention.args[3:] == (None, 0.0, True)
+    assert not any("arange" in str(n.target) for n in calls)
+    (linear,) = [n for n in calls if n.target is torch.ops.aten.linear.default]
+    assert [*linear.meta["nn_module_stack"].values()][-1][1] is nn.Linear
+
+
+@pytest.mark.parametrize("model", [Block().eval(), Masked(offset=1)])
+def test_a_graph_in_which_nothing_is_lowered_goes_on_as_it_came(model: nn.Module) -> None:
+    given: list[fx.GraphModule] = []
+    made: list[backend.Lowered] = []
+
+    def spy(graph_module: fx.GraphModule, example: Any) -> Callable[..., Any]:
+        given.append(graph_module)
+        made.append(backend.lower(graph_module, example))
+        return made[-1].graph.forward
+
+    torch.compile(model, backend=spy)(inputs())
+    assert made[0].graph is given[0]
+    assert all(outcome.reason and not outcome.became for outcome in made[0].outcomes)
+
+
+def test_a_lowering_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(Lowering):
+        def lower(self, program: Program, sites: Any, settings: Any) -> Iterator[Outcome]:
+            next(iter(program.calls())).target = torch.ops.aten.relu.default
+            raise ValueError("it cannot be")
+
+    Failing.name = "failing"  # afterwards, so that it is not registered for good
+    monkeypatch.setitem(LOWERINGS, "failing", Failing)
+    (graph,) = lowered(Masked().eval(), inputs())
+    assert "failing failed and is left out: it cannot be" in caplog.text
+    attention = next(n for n in graph.graph.nodes if "scaled_dot_product" in str(n.target))
+    assert attention.args[5] is True
 
 
 def no_grad_inside(x: torch.Tensor) -> torch.Tensor:
@@ -188,7 +233,16 @@ def test_no_more_recompilations_than_others() -> None:
 
 
 def test_modes() -> None:
-    assert backend._settings("max-autotune", {"compile_threads": 1})["max_autotune"]
-    assert backend._settings(None, {"compile_threads": 1}) == {"compile_threads": 1}
+    assert inductor_settings("max-autotune", {"compile_threads": 1})["max_autotune"]
+    assert inductor_settings(None, {"compile_threads": 1, "gatecc.freeze": True}) == {"compile_threads": 1}
     with pytest.raises(ArgumentError, match=r"(?s)'fastest'.*reduce-overhead.*aot_eager"):
-        backend._settings("fastest", {})
+        inductor_settings("fastest", {})
+
+
+def test_options() -> None:
+    assert Options.of({"gatecc.freeze": True, "compile_threads": 1}) == Options(freeze=True)
+    assert Options.of({"gatecc.lowerings": ["causal-mask"]}).lowerings == ("causal-mask",)
+    with pytest.raises(ArgumentError, match=r"(?s)gatecc.frozen.*gatecc.freeze"):
+        Options.of({"gatecc.frozen": True})
+    with pytest.raises(ArgumentError, match=r"(?s)casual-mask.*causal-mask"):
+        Options.of({"gatecc.lowerings": ["casual-mask"]})

@@ -1,0 +1,103 @@
+"""lower: a Dynamo graph through gatecc's lowerings."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import tracing
+
+from gatecc.backend.options import Options
+from gatecc.capture.dynamo import dynamo_program, has_nested_graphs
+from gatecc.ir.match import find_sites
+from gatecc.ir.program import Program
+from gatecc.ir.verify import Before, Suspect, verify
+from gatecc.passes.lower import LOWERINGS, Lowering, Outcome, Settings
+from gatecc.pipeline import canonical_form
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Lowered:
+    """What a Dynamo graph became. ``graph`` takes the inputs that Dynamo gives; it is the very graph that came in if no
+    lowering changed it. ``faults``: lowerings that failed, and why; they were left out."""
+
+    graph: fx.GraphModule
+    outcomes: tuple[Outcome, ...] = ()
+    faults: tuple[tuple[str, str], ...] = ()
+
+
+def lower(graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: Options | None = None) -> Lowered:
+    """Lower a Dynamo graph. No lowering makes it fail: one that does is left out, with a logged reason.
+
+    A graph with nested graphs (checkpointed regions, custom autograd functions, torch.cond) is compiled as it is:
+    tracing it through would undo what the nesting is for.
+    """
+    options = options or Options()
+    if has_nested_graphs(graph_module):
+        log.info("gatecc: a graph goes on to the compiler as it is, because it holds nested graphs")
+        return Lowered(graph_module)
+    learns = any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs)
+    settings = Settings(learns and torch.is_grad_enabled(), options.freeze, options.lowerings)
+    faults: dict[str, str] = {}
+    while True:
+        program = canonical_form(dynamo_program(graph_module, example_inputs))
+        names = [n for n in _order() if n not in faults and (settings.only is None or n in settings.only)]
+        try:
+            with tracing(None):  # its fake mode is that of the compiler behind us, not that of Dynamo's values
+                outcomes = _run(program, [LOWERINGS[name]() for name in names], settings)
+        except _FailedError as failed:
+            faults[failed.lowering] = f"{type(failed.cause).__name__}: {failed.cause}"
+            log.warning("gatecc: the lowering %s failed and is left out: %s", failed.lowering, failed.cause)
+            continue
+        changed = any(outcome.became for outcome in outcomes)
+        # A fresh module: Dynamo's own tables describe the nodes of its graph and would be held against ours.
+        graph = fx.GraphModule(program.graph_module, program.graph) if changed else graph_module
+        return Lowered(graph, tuple(outcomes), tuple(faults.items()))
+
+
+class _FailedError(Exception):
+    """A lowering that raised, or left the graph ill-formed; its edits are lost with the program."""
+
+    def __init__(self, lowering: str, cause: Exception) -> None:
+        super().__init__(lowering)
+        self.lowering, self.cause = lowering, cause
+
+
+def _run(program: Program, lowerings: Sequence[Lowering], settings: Settings) -> list[Outcome]:
+    outcomes: list[Outcome] = []
+    sites = None
+    for lowering in lowerings:
+        sites = find_sites(program).sites if sites is None else sites
+        before = Before.of(program)
+        try:
+            found = list(lowering.lower(program, sites, settings))
+            if any(outcome.became for outcome in found):
+                sites = None  # they have moved
+                program.graph.eliminate_dead_code()
+                made = set(program.graph.nodes) - set(before.arguments)
+                verify(program, before, Suspect(lowering.name, (), made))
+        except Exception as e:
+            raise _FailedError(lowering.name, e) from e
+        outcomes += found
+    return outcomes
+
+
+def _order() -> list[str]:
+    """The names of the lowerings, each behind those that it comes after."""
+    ordered: list[str] = []
+
+    def add(name: str) -> None:
+        for earlier in LOWERINGS[name].after:
+            add(earlier)
+        if name not in ordered:
+            ordered.append(name)
+
+    for name in sorted(LOWERINGS):
+        add(name)
+    return ordered

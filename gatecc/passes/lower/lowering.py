@@ -1,0 +1,66 @@
+"""Lowering: one kind of thing that a graph spells out, and the operator that it becomes.
+
+A lowering keeps the function. It looks at every place that might be meant, proves that the operator computes the same
+there (from the graph, or by running both in float64), judges that it gains, and only then edits. It says what it did
+and what it left alone: `Outcome`. Backend and export use the same lowerings.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from gatecc.ir.program import Program
+from gatecc.ir.site import Site
+
+LOWERINGS: dict[str, type[Lowering]] = {}  # by name, in the order in which they run
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a lowering says of one place.
+
+    ``place``: FQN of the module; ``line``: of its source; ``found``: what stands there ("softmax attention, causal");
+    ``became``: the operator that stands there now, empty if it was left alone; ``reason``: why it was left alone, or
+    what proved it; ``gain``: what it saves, in words and numbers, an estimate.
+    """
+
+    lowering: str
+    place: str
+    line: str
+    found: str
+    became: str = ""
+    reason: str = ""
+    gain: str = ""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a compilation is for. ``training``: autograd will differentiate the graph; ``freeze``: weights do not change
+    between calls, or it is noticed; ``only``: names of the lowerings that may run, None for all."""
+
+    training: bool = False
+    freeze: bool = False
+    only: tuple[str, ...] | None = None
+
+
+class Lowering(ABC):
+    """Register a subclass by giving it a ``name``. ``after``: names of lowerings that must have run before it."""
+
+    name: ClassVar[str]
+    after: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "name" in vars(cls):
+            LOWERINGS[cls.name] = cls
+
+    @abstractmethod
+    def lower(self, program: Program, sites: Sequence[Site], settings: Settings) -> Iterator[Outcome]:
+        """Edit a canonical program in place; one outcome for each place that was looked at.
+
+        ``sites`` are those of the program as it is now. What cannot be lowered is an Outcome with a reason, no
+        error: an exception stops this lowering for the whole graph, which is then compiled without it.
+        """
