@@ -12,24 +12,47 @@ from typing import Any
 
 import torch
 from _table import Row, cpu_seconds, main
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import gatecc
+from gatecc.passes.route.route import Route
 
 SIZES: dict[str, Any] = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
 NEW = 16
 
 
-def cases() -> dict[str, tuple[Any, dict[str, Any]]]:
-    """A dense model and the options of its upcycling, by what it becomes."""
+def cases() -> dict[str, tuple[Any, list[Any]]]:
+    """A dense model and what is done to it, by what it becomes."""
     llama = LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS)).eval()
     qwen = Qwen3ForCausalLM(Qwen3Config(**SIZES, **HEADS, head_dim=16)).eval()
+    olmo = Olmo2ForCausalLM(Olmo2Config(**SIZES, **HEADS, pad_token_id=0, eos_token_id=1)).eval()
+    gates = list(gatecc.recipe("gated-attention", granularity="element").rewrites)
+    choice = "in, linear(bias=False), sigmoid_topk(4, groups=4, limit=2, bias=True, scale=2.5)"
+    fine = Route(gatecc.MLP[...], choice, "shared(split(16))")
     return {
-        "Llama -> Mixtral": (llama, {"experts": 8, "k": 2}),
-        "Llama + shared -> Qwen2-MoE": (llama, {"experts": 8, "k": 2, "how": "gated-shared"}),
-        "Qwen3 -> Qwen3-MoE": (qwen, {"experts": 8, "k": 2}),
+        "Llama -> Mixtral": (llama, upcycled()),
+        "Llama + shared -> Qwen2-MoE": (llama, upcycled(how="gated-shared")),
+        "Qwen3 -> Qwen3-MoE": (qwen, upcycled()),
+        "OLMo 2 -> FlexOlmo": (olmo, upcycled()),
+        "Llama + sigmoid, shared -> GLM-4.5": (llama, upcycled(how="shared", scores="sigmoid")),
+        "Qwen3 + fine experts in groups, shared -> GLM-4.5": (qwen, [fine]),
+        "Qwen3 + gates -> Qwen3-Next": (qwen, gates),
+        "Qwen3 + gates, experts -> Qwen3-Next": (qwen, [*gates, *upcycled(how="gated-shared")]),
     }
+
+
+def upcycled(**options: Any) -> list[Any]:
+    """The rewrites of the recipe."""
+    return list(gatecc.recipe("upcycle", experts=8, k=2, **options).rewrites)
 
 
 def trained(model: Any) -> Any:
@@ -45,8 +68,8 @@ def measure() -> Sequence[Row]:
     torch.manual_seed(0)
     ids = torch.randint(SIZES["vocab_size"], (4, 32))
     rows: list[Row] = []
-    for name, (dense, options) in cases().items():
-        model = trained(gatecc.transform(dense, gatecc.recipe("upcycle", **options), {"input_ids": ids}))
+    for name, (dense, rewrites) in cases().items():
+        model = trained(gatecc.transform(dense, rewrites, {"input_ids": ids}))
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             seconds = cpu_seconds(lambda to=Path(folder) / "x", m=model: gatecc.to_transformers(m, to))
             again: Any = AutoModelForCausalLM.from_pretrained(Path(folder) / "x").eval()

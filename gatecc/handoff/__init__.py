@@ -24,6 +24,15 @@ from gatecc.handoff.write import HandedOff as HandedOff
 from gatecc.handoff.write import handed_off
 from gatecc.ir.discover import discover
 
+# Architectures that are asked for, and that no dense model with usual attention can become.
+_APART = {
+    "olmoe": "it normalises queries and keys over their full width before the heads are split, and no dense "
+    "architecture of transformers does so on the inputs of its layers: OLMo 2, which normalises results too, is "
+    "written as flex_olmo",
+    "deepseek_v3": "its keys and values come from one normalised latent (MLA), which no attention with k_proj and "
+    "v_proj computes: experts that a sigmoid chooses are written as glm4_moe",
+}
+
 discover("gatecc.handoff.targets", [str(Path(__file__).parent / "targets")])
 
 
@@ -80,6 +89,14 @@ def _nothing_fits(model: nn.Module, reasons: Sequence[str]) -> HandoffError:
 def _wanted(target: str | None) -> list[Target]:
     if target is None:
         return [TARGETS[name] for name in sorted(TARGETS)]
+    if target in _APART:
+        raise HandoffError(
+            "no rewritten model is this architecture; nothing was written",
+            where=target,
+            found=_APART[target],
+            expected=f"one of {', '.join(sorted(TARGETS))}",
+            do="ask for one of them, or leave target out: the first that fits is taken",
+        )
     if target not in TARGETS:
         raise ArgumentError("no such architecture to hand to", found=repr(target), expected=", ".join(sorted(TARGETS)))
     return [TARGETS[target]]

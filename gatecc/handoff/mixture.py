@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from gatecc.handoff.unfit import UnfitError
 from gatecc.ir.gates.choice import BIAS, Choice, SoftmaxTopK
+from gatecc.ir.gates.choices.sigmoid import SigmoidTopK
 from gatecc.ir.gates.choices.unweighted import Unweighted
 from gatecc.ir.gates.scorer import Linear
 from gatecc.ir.router import Router, RouterSpec
@@ -19,17 +20,38 @@ from gatecc.passes.route.shared import SharedExpert
 
 
 @dataclass(frozen=True)
+class SharedMatrices:
+    """An expert that every token takes: ``gate_proj``, ``up_proj`` (F, d), ``down_proj`` (d, F), scaled by
+    sigma(scale x) where there is a ``scale`` (1, d)."""
+
+    gate_proj: Tensor
+    up_proj: Tensor
+    down_proj: Tensor
+    scale: Tensor | None
+
+    @property
+    def hidden(self) -> int:
+        return self.up_proj.size(0)
+
+
+@dataclass(frozen=True)
 class Mixture:
     """``router`` (E, d), ``gate_up`` (E, 2F, d) with the rows of the gate first, ``down`` (E, d, F); the k largest of
-    softmax(router x) weigh the experts, divided by their sum with ``renorm``. ``shared``: gate (1, d), and the matrices
-    of an expert that every token takes, scaled by sigma(gate x)."""
+    softmax(router x), or of sigma(router x), weigh the experts, divided by their sum with ``renorm``, times ``factor``.
+
+    A sigmoid's experts are in ``groups``, of which ``limit`` may be chosen from, by score + ``bias`` (E,)."""
 
     router: Tensor
     gate_up: Tensor
     down: Tensor
     k: int
     renorm: bool
-    shared: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    groups: int = 1
+    limit: int = 1
+    factor: float = 1.0
+    bias: Tensor | None = None
+    shared: SharedMatrices | None = None
 
     @property
     def experts(self) -> int:
@@ -40,9 +62,10 @@ class Mixture:
         return self.down.size(2)
 
     @property
-    def shape(self) -> tuple[int, int, int, bool]:
+    def shape(self) -> tuple[int, int, int, bool, str, int, int, float]:
         """What layers of one architecture have in common."""
-        return self.experts, self.hidden, self.k, self.renorm
+        grouped = self.groups, self.limit, self.factor
+        return self.experts, self.hidden, self.k, self.renorm, self.scores, *grouped
 
 
 def mixture(layer: nn.Module, route: Route) -> Mixture:
@@ -72,13 +95,17 @@ def _rows(router: Router) -> Tensor:
 def _weighed(found: Mixture, choice: Choice, router: Router) -> Mixture:
     """With how experts are chosen and weighed."""
     bias = getattr(router, BIAS, None)
+    if isinstance(choice, SigmoidTopK):
+        groups = (choice.groups, choice.limit) if choice.limit < choice.groups else (1, 1)
+        found = replace(found, scores="sigmoid", k=choice.k, renorm=choice.renorm, factor=choice.scale, bias=bias)
+        return replace(found, groups=groups[0], limit=groups[1])
     if isinstance(bias, Tensor) and bool(bias.any()):
         raise UnfitError("a bias that selects experts (balance=bias) beside a softmax")
     if isinstance(choice, SoftmaxTopK) and choice.pre_activation == "none":
         return replace(found, router=_cooled(found.router, choice, router), k=choice.k, renorm=choice.sums_to_one)
     if isinstance(choice, Unweighted) and choice.k == found.experts:  # all of them, each whole: equal shares of E times
         return replace(found, router=torch.zeros_like(found.router), down=found.down * choice.k, k=choice.k)
-    raise UnfitError(f"the choice {choice}, in the place of the k largest of a softmax")
+    raise UnfitError(f"the choice {choice}, in the place of the k largest of a softmax or a sigmoid")
 
 
 def _cooled(rows: Tensor, choice: SoftmaxTopK, router: Any) -> Tensor:
@@ -89,8 +116,8 @@ def _cooled(rows: Tensor, choice: SoftmaxTopK, router: Any) -> Tensor:
     return rows if temperature is None else rows / temperature.to(rows.dtype)
 
 
-def _shared(layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """The dense layer that stays, with its gate; without one it is half of twice the layer."""
+def _shared(layer: Any) -> SharedMatrices | None:
+    """The dense layer that stays, with its gate if there is one."""
     dense = getattr(layer, "shared", None)
     if not isinstance(dense, SharedExpert):
         return None
@@ -98,6 +125,4 @@ def _shared(layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         raise UnfitError("a shared expert with biases, or without a gate projection")
     gate, up, down = (m.weight.detach() for m in (dense.gate_proj, dense.up_proj, dense.down_proj))
     sigma = getattr(layer, "shared_gate", None)
-    if sigma is None:
-        return torch.zeros_like(gate[:1]), gate, up, 2 * down
-    return sigma.weight.detach(), gate, up, down
+    return SharedMatrices(gate, up, down, None if sigma is None else sigma.weight.detach())

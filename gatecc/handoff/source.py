@@ -23,8 +23,9 @@ from gatecc.scope.state import Scope, scopes
 _SHARED = (
     "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act "
     "max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings rope_parameters attention_dropout "
-    "pad_token_id bos_token_id eos_token_id use_cache sliding_window use_sliding_window max_window_layers layer_types"
+    "use_cache sliding_window use_sliding_window max_window_layers layer_types"
 ).split()
+_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")  # None says that there is none, not that it is the usual one
 
 
 @dataclass
@@ -46,7 +47,8 @@ class Source:
     def shared(self) -> dict[str, Any]:
         """The options that every decoder's configuration has, as far as this one sets them."""
         config = self.config
-        return {name: getattr(config, name) for name in _SHARED if getattr(config, name, None) is not None}
+        found = {name: getattr(config, name) for name in _SHARED if getattr(config, name, None) is not None}
+        return found | {name: getattr(config, name, None) for name in _TOKENS}
 
     @property
     def layers(self) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -20,6 +20,7 @@ class Target(ABC):
 
     name: ClassVar[str]
     prefix: ClassVar[str]
+    windowed: ClassVar[bool] = False  # reads sliding_window of its configuration
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -35,11 +36,11 @@ class Target(ABC):
         bias or a norm that the class lacks need not be looked for here."""
 
 
-def alike(source: Source, *, dense: bool) -> Mixture:
-    """One of the mixtures of a model that all have one shape, in every layer if the class has no ``dense`` ones. Raises
-    UnfitError."""
-    if source.gates:
-        raise UnfitError("its attention has no gates")
+def alike(
+    source: Source, *, dense: bool, scores: Literal["softmax", "sigmoid"] = "softmax", shared: bool = False
+) -> Mixture:
+    """One of the mixtures of a model that all have one shape, in every layer if the class has no ``dense`` ones;
+    without a shared expert if the class has none. Raises UnfitError."""
     if not source.mixtures:
         raise UnfitError("the model has no experts")
     if source.dense and not dense:
@@ -47,12 +48,22 @@ def alike(source: Source, *, dense: bool) -> Mixture:
     first = next(iter(source.mixtures.values()))
     shapes = {mixture.shape for mixture in source.mixtures.values()}
     if len(shapes) > 1:
-        raise UnfitError(f"its layers are alike, the model's have (experts, width, k, renorm) {sorted(shapes)}")
+        raise UnfitError(f"its layers are alike, the model's have (experts, width, k, renorm, ...) {sorted(shapes)}")
+    if first.scores != scores:
+        raise UnfitError(f"it weighs experts by a {scores}, the model by a {first.scores}")
+    if not shared and any(mixture.shared for mixture in source.mixtures.values()):
+        raise UnfitError("it has no shared expert")
     if set(source.mixtures) != {f"{layer}.mlp" for layer in source.layers if source.mixture_of(layer)}:
         raise UnfitError(
             f"its experts take the place of each layer's mlp, the model's are in {', '.join(source.mixtures)}"
         )
     return first
+
+
+def ungated(source: Source) -> None:
+    """Raises UnfitError where attention has gates."""
+    if source.gates:
+        raise UnfitError(f"its attention has no gates, the model's has in {', '.join(sorted(source.gates))}")
 
 
 def stacked(source: Source) -> dict[str, Tensor]:

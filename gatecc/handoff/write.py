@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,11 @@ from gatecc.errors import HandoffError
 from gatecc.handoff.source import Source
 from gatecc.handoff.target import Target
 from gatecc.handoff.unfit import UnfitError
+from gatecc.handoff.windows import windows
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5}  # of logits, relative to max(1, largest); others: 5 percent
 _TOKENS, _NEW = 12, 6
+_NOT_MADE = (AssertionError, RuntimeError, TypeError, ValueError)  # what configurations and modules raise
 _TOO_MANY = 3  # names in a message
 
 
@@ -82,10 +84,14 @@ def _made(source: Source, target: Target, options: dict[str, Any]) -> Any:
     configuration, cls = (getattr(transformers, f"{target.prefix}{name}", None) for name in ("Config", source.name))
     if configuration is None or cls is None:
         raise UnfitError(f"transformers has no {target.prefix}{source.name}")
-    config = configuration(**{**source.shared, **options})
-    config.dtype = source.model.dtype
-    with torch.device("meta"):
-        made = cls(config)
+    try:
+        config = configuration(**{**source.shared, **options})
+        config.dtype = source.model.dtype
+        with torch.device("meta"):
+            made = cls(config)
+    except _NOT_MADE as e:
+        raise UnfitError(f"its class cannot be made with the model's sizes: {str(e).strip().splitlines()[0]}") from e
+    _check_windows(windows(source.config), windows(config) if target.windowed else ())
     state = target.state(source)
     _check_names({name: x.shape for name, x in made.state_dict().items()}, {name: x.shape for name, x in state.items()})
     made.load_state_dict({name: x.detach().contiguous() for name, x in state.items()}, strict=True, assign=True)
@@ -93,6 +99,12 @@ def _made(source: Source, target: Target, options: dict[str, Any]) -> Any:
     if getattr(source.model, "generation_config", None) is not None and made.can_generate():
         made.generation_config = source.model.generation_config
     return made
+
+
+def _check_windows(ours: Sequence[int | None], theirs: Sequence[int | None]) -> None:
+    if any(ours) if not theirs else tuple(ours) != tuple(theirs):
+        said = f"sliding windows of {list(theirs)} tokens" if any(theirs) else "no sliding window"
+        raise UnfitError(f"its attention has {said}, the model's layers have {list(ours)}")
 
 
 def _check_names(wanted: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> None:

@@ -68,6 +68,8 @@ def same(model: Any, again: Any) -> None:
         ("Llama", {"k": 1, "how": "shared", "sites": "mlp[model.layers.1.*]"}, "Qwen2MoeForCausalLM"),
         ("Qwen2", {"k": 2}, "Qwen2MoeForCausalLM"),  # biases of queries, keys and values
         ("Qwen3", {"k": 2, "sites": "mlp[model.layers.0.*]"}, "Qwen3MoeForCausalLM"),
+        ("Qwen3", {"k": 2, "how": "gated-shared"}, "Qwen3NextForCausalLM"),  # its gates are half of twice the heads
+        ("Olmo2", {"k": 2}, "FlexOlmoForCausalLM"),  # queries and keys normalised over their full width
     ],
 )
 def test_upcycled_models_are_mixtures_of_transformers(
@@ -88,6 +90,57 @@ def test_gated_attention_is_that_of_qwen3_next(tmp_path: Path) -> None:
     same(model, again)
 
 
+def test_gates_and_experts_are_a_mixture_of_qwen3_next(tmp_path: Path) -> None:
+    """Its layers have experts beside gated attention; one is dense, and one without a gate."""
+    gates = gatecc.recipe("gated-attention", granularity="element", sites="attention[model.layers.0.*]")
+    experts = gatecc.recipe("upcycle", experts=4, k=2, sites="mlp[model.layers.1.*]")
+    dense = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES, **MORE, head_dim=8)).eval()
+    model = noisy(gatecc.transform(dense, [*gates.rewrites, *experts.rewrites], {"input_ids": IDS}))
+    found, again = hand(model, tmp_path / "x")
+    assert (found.architecture, again.config.mlp_only_layers) == ("Qwen3NextForCausalLM", [0])
+    same(model, again)
+
+
+def sigmoid(architecture: str, choice: str, experts: str, sites: str = "mlp[...]", **config: Any) -> Any:
+    """Experts that a sigmoid chooses."""
+    from gatecc.passes.route.route import Route
+
+    made = getattr(transformers, f"{architecture}Config")(**SIZES, **MORE, **config)
+    dense = getattr(transformers, f"{architecture}ForCausalLM")(made).eval()
+    route = Route(gatecc.Selector.parse(sites), f"in, linear(bias=False), {choice}", experts)
+    model = noisy(gatecc.transform(dense, route, {"input_ids": IDS}))
+    for name, buffer in model.named_buffers():
+        if name.endswith("expert_bias"):
+            buffer.copy_(torch.linspace(-0.3, 0.3, buffer.numel()).roll(3))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("architecture", "choice", "experts", "sites", "shared"),
+    [
+        ("Llama", "sigmoid_topk(3, groups=3, limit=2, bias=True, scale=1.5)", "shared(split(6))", "mlp[...]", 6),
+        ("Qwen3", "sigmoid_topk(2, renorm=False)", "copies(4)", "mlp[model.layers.1.*]", 1),  # a shared one of zeros
+    ],
+)
+def test_experts_of_a_sigmoid_are_those_of_glm(
+    architecture: str, choice: str, experts: str, sites: str, shared: int, tmp_path: Path
+) -> None:
+    model = sigmoid(architecture, choice, experts, sites)
+    found, again = hand(model, tmp_path / "x")
+    assert (found.architecture, again.config.n_shared_experts) == ("Glm4MoeForCausalLM", shared)
+    same(model, again)
+
+
+def test_sliding_windows_that_twelve_tokens_do_not_show(tmp_path: Path) -> None:
+    """They are compared by configuration: kept where the class has them, and refused where it has none."""
+    config = {"sliding_window": 48}
+    _, again = hand(upcycled("Mistral", config, k=2, how="gated-shared"), tmp_path / "x")
+    assert again.config.layer_types == ["sliding_attention"] * 2
+    assert [layer.self_attn.sliding_window for layer in again.model.layers] == [48, 48]
+    with pytest.raises(HandoffError, match=r"no sliding window, the model's layers have \[48, 48\]"):
+        hand(upcycled("Mistral", config, k=2, scores="sigmoid"), tmp_path / "y")
+
+
 def test_parts_of_a_layer_that_all_run_are_a_mixture(tmp_path: Path) -> None:
     model = rewritten("Llama", "split-experts", (("experts", 3),))
     found, again = hand(model, tmp_path / "x")
@@ -104,6 +157,11 @@ def test_parts_of_a_layer_that_all_run_are_a_mixture(tmp_path: Path) -> None:
         (lambda: upcycled("Qwen2", k=2), "mixtral", "it has no model.layers.0.self_attn.k_proj.bias"),
         (lambda: upcycled(config={"mlp_bias": True}, k=2), None, "with biases"),
         (lambda: upcycled(k=2), "qwen3_moe", "the model has no .*k_norm"),
+        (lambda: upcycled(k=2), "olmoe", "over their full width"),
+        (lambda: upcycled(k=2), "deepseek_v3", "latent"),
+        (lambda: upcycled(k=2), "glm4_moe", "by a sigmoid, the model by a softmax"),
+        (lambda: sigmoid("Llama", "sigmoid_topk(2)", "shared(copies(4), gated=True)"), None, "no gate"),
+        (lambda: sigmoid("Llama", "sigmoid_topk(2)", "copies(4)", "mlp[model.layers.0.*]"), None, "the first ones"),
         (lambda: rewritten("Llama", "split-experts", (("experts", 3), ("k", 2))), None, "unweighted"),
         (lambda: rewritten("Llama", "value-gate"), None, "gate"),
     ],

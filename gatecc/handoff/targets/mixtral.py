@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from gatecc.handoff.source import Source
-from gatecc.handoff.target import Target, alike, stacked
+from gatecc.handoff.target import Target, alike, stacked, ungated
 from gatecc.handoff.unfit import UnfitError
 
 
@@ -16,11 +16,11 @@ class Mixtral(Target):
 
     name = "mixtral"
     prefix = "Mixtral"
+    windowed = True
 
     def options(self, source: Source) -> dict[str, Any]:
+        ungated(source)
         one = alike(source, dense=False)
-        if any(mixture.shared for mixture in source.mixtures.values()):
-            raise UnfitError("it has no shared expert")
         if not one.renorm:
             raise UnfitError(
                 "its weights are divided by their sum (norm), the model's are the probabilities themselves"

@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from gatecc.handoff.source import Source
-from gatecc.handoff.target import Target, alike, stacked
-from gatecc.handoff.unfit import UnfitError
+from gatecc.handoff.target import Target, alike, stacked, ungated
 
 
 class Qwen3Moe(Target):
@@ -16,11 +15,11 @@ class Qwen3Moe(Target):
 
     name = "qwen3_moe"
     prefix = "Qwen3Moe"
+    windowed = True
 
     def options(self, source: Source) -> dict[str, Any]:
+        ungated(source)
         one = alike(source, dense=True)
-        if any(mixture.shared for mixture in source.mixtures.values()):
-            raise UnfitError("it has no shared expert")
         return {
             "num_experts": one.experts,
             "num_experts_per_tok": one.k,

@@ -1,4 +1,5 @@
-"""Qwen3-Next: a Qwen3 whose heads are gated, element by element, before the output projection."""
+"""Qwen3-Next: a Qwen3 whose heads are gated, element by element, before the output projection; with experts beside a
+shared one, in some layers, in all or in none."""
 
 from __future__ import annotations
 
@@ -8,41 +9,44 @@ import torch
 from torch import Tensor
 
 from gatecc.handoff.attention import AttentionGate
+from gatecc.handoff.shared_expert import shared_options, shared_state
 from gatecc.handoff.source import Source, zeros_like
-from gatecc.handoff.target import Target
+from gatecc.handoff.target import Target, alike, stacked
 from gatecc.handoff.unfit import UnfitError
 
+_PARTS = ("q_proj.weight", "k_proj.weight", "q_norm.weight")
 _NORMS = ("norm.weight", "q_norm.weight", "k_norm.weight")  # they hold what is added to 1
 
 
 class Qwen3Next(Target):
-    """Dense layers of softmax attention alone. The query projection yields query and gate of a head in turn."""
+    """Layers of softmax attention alone. The query projection yields query and gate of a head in turn; where the model
+    has no gate, it is half of twice the heads."""
 
     name = "qwen3_next"
     prefix = "Qwen3Next"
 
     def options(self, source: Source) -> dict[str, Any]:
-        if source.mixtures:
-            raise UnfitError("gatecc hands gated attention to it in dense layers alone")
-        missing = [layer for layer in source.layers if f"{layer}.self_attn" not in source.gates]
-        if missing or len(source.gates) != len(source.layers):
-            raise UnfitError(f"its attention is gated in every layer, the model's not in {', '.join(missing)}")
-        config = source.config
-        if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
-            raise UnfitError("its attention has no sliding window")
+        mixed = bool(source.mixtures)
+        attentions = [f"{layer}.self_attn" for layer in source.layers]
+        if not attentions or not all(f"{name}.{part}" in source.rest for name in attentions for part in _PARTS):
+            raise UnfitError("its layers have self_attn.q_proj, k_proj and q_norm, the model's have not")
+        if not source.gates.keys() <= set(attentions):
+            raise UnfitError(f"it gates self_attn of a layer, the model has gates in {', '.join(sorted(source.gates))}")
         return {
-            "num_experts": 0,
+            **(shared_options(source, alike(source, dense=True, shared=True)) if mixed else {"num_experts": 0}),
             "layer_types": ["full_attention"] * len(source.layers),
             "partial_rotary_factor": 1.0,
-            "intermediate_size": config.intermediate_size,
+            "intermediate_size": source.config.intermediate_size,
             "attention_bias": _biased(source),
         }
 
     def state(self, source: Source) -> dict[str, Tensor]:
         found = {name: x - 1 if name.endswith(_NORMS) else x for name, x in source.rest.items()}
+        found |= stacked(source) | shared_state(source)
         for layer in source.layers:
             name = f"{layer}.self_attn"
-            found |= _attention(name, found, source.gates[name], source.config.head_dim, biased=_biased(source))
+            size = found[f"{name}.q_norm.weight"].size(0)
+            found |= _attention(name, found, source.gates.get(name), size, biased=_biased(source))
         return found
 
 
@@ -53,10 +57,11 @@ def _biased(source: Source) -> bool:
 
 
 def _attention(
-    name: str, state: dict[str, Tensor], gate: AttentionGate, size: int, *, biased: bool
+    name: str, state: dict[str, Tensor], gate: AttentionGate | None, size: int, *, biased: bool
 ) -> dict[str, Tensor]:
     """The projections of an attention with its gate: rows of a head's query, then of its gate."""
     query, out = state[f"{name}.q_proj.weight"], state[f"{name}.o_proj.weight"]
+    gate = gate or AttentionGate(torch.zeros_like(query), None, 2.0)
     made = {f"{name}.q_proj.weight": _in_turn(query, gate.weight, size), f"{name}.o_proj.weight": out * gate.scale}
     if not biased:
         return made
