@@ -44,10 +44,34 @@ def exact_bfloat16() -> Generator[None]:
     def _dot(self: Any, x: Any, y: Any, *rest: Any) -> Any:
         return dot(self, _wide(x), _wide(y), *rest)
 
-    with patch.multiple(
-        builder, cast_impl=_cast, create_fp_to_fp=_convert, unary_op=_unary, binary_op=_binary, create_dot=_dot
+    with (
+        patch.multiple(
+            builder, cast_impl=_cast, create_fp_to_fp=_convert, unary_op=_unary, binary_op=_binary, create_dot=_dot
+        ),
+        patch.object(interpreter.ReduceOps, "apply_impl", _widened(interpreter.ReduceOps.apply_impl)),
+        patch.object(interpreter.ScanOps, "apply_impl", _widened(interpreter.ScanOps.apply_impl)),
     ):
         yield
+
+
+def _widened(usual: Any) -> Any:
+    """A reduction or scan, which a GPU rounds at each step and this once."""
+
+    def _apply(self: Any, given: Any) -> Any:
+        narrow = [_is(x) for x in given]
+        if not any(narrow):
+            return usual(self, given)
+        found = usual(self, tuple(_as(x, _wide(x.handle)) for x in given))
+        parts = found if isinstance(found, (list, tuple)) else [found]
+        return tuple(_as(x, _narrow(x.handle.data)) if n else x for x, n in zip(parts, narrow, strict=False))
+
+    return _apply
+
+
+def _as(x: Any, handle: Any) -> Any:
+    """A tensor of the language with other numbers."""
+    kind = handle.dtype.scalar
+    return tl.core.tensor(handle, tl.block_type(kind, list(x.shape)) if x.type.is_block() else kind)
 
 
 def _is(x: Any) -> bool:

@@ -1,23 +1,17 @@
-"""Kernels in Triton's interpreter: which accesses leave the tensors that a kernel was given, which programs collide.
+"""Kernels in Triton's interpreter: which accesses leave the tensors that a kernel was given, which programs collide,
+how many bytes move.
 
 The interpreter itself reads garbage outside of tensors, in silence, and runs programs one after the other, so that
 races between them stay unseen. It says nothing of warps, barriers and shared memory inside a program.
-
-``TRITON_INTERPRET`` must be set before Triton is imported, and changes what it imports: ``in_own_process`` runs a
-module that way, which uses ``watched``.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -25,37 +19,46 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from gatecc.codegen.judge.bfloat16 import exact_bfloat16
+from gatecc.codegen.judge.swapped import swapped
 
 Function = Callable[..., Any]
 
 
 @dataclass
+class Traffic:
+    """Bytes that a kernel's launches load and store, and how many of them are different ones in their launch."""
+
+    moved: int = 0
+    ideal: int = 0
+
+    @property
+    def ratio(self) -> float:
+        """1 if nothing is read or written twice."""
+        return self.moved / max(1, self.ideal)
+
+
+@dataclass
 class Findings:
-    """``outside``: loads and stores outside of a kernel's arguments. ``raced``: addresses that two programs write."""
+    """``outside``: loads and stores outside of a kernel's arguments. ``raced``: addresses that one program writes and
+    another of the same launch reads or writes. ``traffic``: by kernel."""
 
     outside: list[str] = field(default_factory=list[str])
     raced: list[str] = field(default_factory=list[str])
-
-
-def in_own_process(module: str, folder: Path) -> Any:
-    """Run ``python -m module`` in a folder under the interpreter; what it prints is JSON, which is returned."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", module]
-    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    if run.returncode:
-        raise RuntimeError(run.stderr[-3000:])
-    return json.loads(run.stdout)
+    traffic: dict[str, Traffic] = field(default_factory=dict[str, Traffic])
 
 
 @contextmanager
-def watched() -> Generator[Findings]:
-    """Watch the launches in the block. bfloat16 is rounded, and TF32 loses the bits, as on a GPU."""
+def interpreting(*modules: ModuleType) -> Generator[Findings]:
+    """Kernels that ``modules`` name run in the interpreter and are watched; afterwards they compile again.
+
+    bfloat16 is rounded, and TF32 loses the bits, as on a GPU. Raises MissingPackageError if this Triton's interpreter
+    is not the one that is known here.
+    """
     builder: Any = interpreter.InterpreterBuilder
     executor: Any = interpreter.GridExecutor
     watch = _Watch()
     with (
-        exact_bfloat16(),
+        swapped(*modules),
         patch.multiple(
             builder,
             create_masked_load=watch.load(builder.create_masked_load),
@@ -67,9 +70,16 @@ def watched() -> Generator[Findings]:
             _init_args_hst=watch.arguments(executor._init_args_hst),
             __call__=watch.launch(executor.__call__),
         ),
-        patch.object(interpreter.InterpretedFunction, "__call__", watch.helper),
     ):
         yield watch.findings
+
+
+class _Access(NamedTuple):
+    """Places that a program reads or writes at once, elements of so many bytes."""
+
+    program: tuple[int, ...]
+    places: Any
+    width: int
 
 
 class _Watch:
@@ -78,27 +88,14 @@ class _Watch:
     def __init__(self) -> None:
         self.findings = Findings()
         self.ranges: list[tuple[int, int]] = []  # of bytes, of the arguments
-        self.stores: list[tuple[tuple[int, ...], Any]] = []  # program and addresses
-        self.patched: set[int] = set()
-
-    @property
-    def helper(self) -> Function:
-        """A call of a helper. Upstream patches the language anew for every call: half of the time."""
-
-        def _call(function: Any, *args: Any, **kwargs: Any) -> Any:
-            if id(function.fn.__globals__) not in self.patched:
-                self.patched.add(id(function.fn.__globals__))
-                interpreter._patch_lang(function.fn)
-            return function.rewrite()(*args, **kwargs)
-
-        return _call
+        self.loads: list[_Access] = []
+        self.stores: list[_Access] = []
 
     def arguments(self, usual: Function) -> Function:
         """The arguments of a launch."""
 
         def _init(executor: Any, args: Any, kwargs: Any) -> Any:
             ready = usual(executor, args, kwargs)
-            self.patched.clear()
             self.ranges = list(_storages(ready))
             return ready
 
@@ -108,11 +105,16 @@ class _Watch:
         """A launch, all of its programs."""
 
         def _call(executor: Any, *args: Any, **kwargs: Any) -> Any:
+            self.loads.clear()
             self.stores.clear()
             result = usual(executor, *args, **kwargs)
-            collision = _collision(self.stores)
-            if collision:
-                self.findings.raced.append(f"{executor.fn.__name__}: {collision}")
+            name = executor.fn.__name__
+            if collision := _collision(self.loads, self.stores):
+                self.findings.raced.append(f"{name}: {collision}")
+            traffic = self.findings.traffic.setdefault(name, Traffic())
+            for accesses in (self.loads, self.stores):
+                traffic.moved += sum(a.places.size * a.width for a in accesses)
+                traffic.ideal += _distinct(accesses)
             return result
 
         return _call
@@ -121,7 +123,9 @@ class _Watch:
         """A load."""
 
         def _load(builder: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-            return usual(builder, pointers, self._inside("load", pointers, mask), *rest)
+            mask = self._inside("load", pointers, mask)
+            self.loads.append(_access(builder, pointers, mask))
+            return usual(builder, pointers, mask, *rest)
 
         return _load
 
@@ -130,7 +134,7 @@ class _Watch:
 
         def _store(builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
             mask = self._inside("store", pointers, mask)
-            self.stores.append((builder.grid_idx, pointers.data[_lanes(pointers, mask)]))
+            self.stores.append(_access(builder, pointers, mask))
             return usual(builder, pointers, value, mask, *rest)
 
         return _store
@@ -163,16 +167,40 @@ def _lanes(pointers: Any, mask: Any) -> Any:
     return np.broadcast_to(mask.data, pointers.data.shape).astype(bool)
 
 
-def _collision(stores: list[tuple[tuple[int, ...], Any]]) -> str:
-    """How many addresses several programs of one launch have written; empty if none."""
-    of_program: dict[tuple[int, ...], list[Any]] = {}
-    for program, places in stores:
-        of_program.setdefault(program, []).append(places)
-    written = [np.unique(np.concatenate(places)) for places in of_program.values()]
-    if len(written) < 2:
-        return ""
-    _, times = np.unique(np.concatenate(written), return_counts=True)
-    return f"{int((times > 1).sum())} of {times.size} addresses" if (times > 1).any() else ""
+def _access(builder: Any, pointers: Any, mask: Any) -> _Access:
+    width = pointers.get_element_ty().primitive_bitwidth // 8
+    return _Access(builder.grid_idx, pointers.data[_lanes(pointers, mask)], width)
+
+
+def _collision(loads: list[_Access], stores: list[_Access]) -> str:
+    """How many addresses one program of a launch has written and another has met; empty if none."""
+    written, read = _by_program(stores), _by_program(loads)
+    places, times = _unique(list(written.values()))
+    twice = places[times > 1]
+    met = [np.intersect1d(read[a], written[b]) for a in read for b in written if a != b]
+    found = np.union1d(twice, np.concatenate(met)) if met else twice
+    return f"{found.size} of {places.size} addresses" if found.size else ""
+
+
+def _by_program(accesses: list[_Access]) -> dict[tuple[int, ...], Any]:
+    """The different places of each program."""
+    found: dict[tuple[int, ...], list[Any]] = {}
+    for access in accesses:
+        found.setdefault(access.program, []).append(access.places)
+    return {program: np.unique(np.concatenate(places)) for program, places in found.items()}
+
+
+def _unique(parts: list[Any]) -> tuple[Any, Any]:
+    """Values and how often each comes."""
+    return np.unique(np.concatenate(parts) if parts else np.zeros(0, np.uint64), return_counts=True)
+
+
+def _distinct(accesses: list[_Access]) -> int:
+    """Bytes of the different places."""
+    found: dict[int, list[Any]] = {}
+    for access in accesses:
+        found.setdefault(access.width, []).append(access.places)
+    return sum(np.unique(np.concatenate(places)).size * width for width, places in found.items())
 
 
 def _truncated(x: Any) -> Any:

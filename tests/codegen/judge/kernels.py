@@ -1,17 +1,9 @@
-"""Small kernels with a fault each, and one without: ``python -m`` runs them in the interpreter and prints findings."""
+"""Small kernels with a fault each, and some without."""
 
 from __future__ import annotations
 
-import json
-import sys
-from dataclasses import asdict
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-
-from gatecc.codegen.judge.interpreted import watched
 
 
 @triton.jit
@@ -44,27 +36,8 @@ def halves(x: tl.tensor, y: tl.tensor, out: tl.tensor, N: tl.constexpr) -> None:
     tl.store(out + 2 * N * N + at, tl.dot(a, b).to(tl.bfloat16))
 
 
-def _launched(kernel: Any) -> Any:
-    """A kernel as what is called: its annotations are those that it has inside."""
-    return kernel
-
-
-def main() -> None:
-    found, run = dict[str, Any](), _launched(copied)
-    for name, masked, step in (("right", True, 8), ("no mask", False, 8), ("overlap", True, 6)):
-        x = torch.arange(20.0)
-        with watched() as findings:
-            run[(3,)](x, torch.zeros(20), 20, BLOCK=8, MASKED=masked, STEP=step)
-        found[name] = asdict(findings)
-    torch.manual_seed(0)
-    x, y = torch.randn(16, 16).bfloat16(), torch.randn(16, 16).bfloat16()
-    out = x.new_empty(3, 16, 16)
-    with watched():
-        _launched(halves)[(1,)](x, y, out, N=16)
-    wanted = torch.stack([x * y, (x.float() * y + x).bfloat16(), x @ y])
-    found["bfloat16"] = [int((a != b).sum()) for a, b in zip(out, wanted, strict=True)]
-    json.dump(found, sys.stdout)
-
-
-if __name__ == "__main__":
-    main()
+@triton.jit
+def shifted(x: tl.tensor, BLOCK: tl.constexpr) -> None:
+    """x moves by one, in place, by blocks: a program reads what its neighbour writes."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x + at, tl.load(x + at + 1))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from triton.runtime import interpreter
+from triton.runtime.jit import JITFunction
 
+from gatecc.codegen.judge import bfloat16, swapped
 from gatecc.codegen.judge.compiled import TARGETS, Launch, Resources, compile_launch, faults, recorded
-from gatecc.codegen.judge.interpreted import in_own_process
+from gatecc.codegen.judge.interpreted import interpreting
+from gatecc.errors import MissingPackageError
 from tests.codegen.judge import kernels
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def launched(target: str, *, wide: bool = False) -> Launch:
@@ -50,9 +51,58 @@ def test_each_budget_is_held() -> None:
     assert faults(right._replace(matrix=0), "sm_80", matrix=False) == []
 
 
-def test_the_interpreter_is_watched() -> None:
-    found = in_own_process("tests.codegen.judge.kernels", ROOT)
-    assert found["right"] == {"outside": [], "raced": []}
-    assert found["no mask"]["outside"] == ["load: 4 of 8", "store: 4 of 8"]
-    assert found["bfloat16"] == [0, 0, 0]  # elements that differ from torch's
-    assert found["overlap"] == {"outside": [], "raced": ["copied: 4 of 20 addresses"]}
+@pytest.mark.parametrize(
+    ("masked", "step", "outside", "raced"),
+    [
+        (True, 8, [], []),
+        (False, 8, ["load: 4 of 8", "store: 4 of 8"], []),
+        (True, 6, [], ["copied: 4 of 20 addresses"]),
+    ],
+)
+def test_the_interpreter_is_watched(masked: bool, step: int, outside: list[str], raced: list[str]) -> None:
+    run: Any = kernels
+    with interpreting(kernels) as found:
+        run.copied[(3,)](torch.arange(20.0), torch.zeros(20), 20, BLOCK=8, MASKED=masked, STEP=step)
+    assert (found.outside, found.raced) == (outside, raced)
+    assert found.traffic["copied"].ideal == 160
+    assert found.traffic["copied"].moved == (160 if step == 8 else 192)
+
+
+def test_a_program_that_reads_what_another_writes() -> None:
+    run: Any = kernels
+    with interpreting(kernels) as found:
+        run.shifted[(2,)](torch.arange(17.0), BLOCK=8)
+    assert found.raced == ["shifted: 1 of 16 addresses"]
+
+
+def test_bfloat16_is_rounded_as_torch_does() -> None:
+    torch.manual_seed(0)
+    run: Any = kernels
+    x, y = torch.randn(16, 16).bfloat16(), torch.randn(16, 16).bfloat16()
+    out = x.new_empty(3, 16, 16)
+    with interpreting(kernels):
+        run.halves[(1,)](x, y, out, N=16)
+    assert torch.equal(out, torch.stack([x * y, (x.float() * y + x).bfloat16(), x @ y]))
+
+
+def test_compiling_goes_on_between_interpretations() -> None:
+    run: Any = kernels
+    x, out = torch.randn(32, 32).bfloat16(), torch.zeros(32, 32)
+    for _ in range(2):
+        with interpreting(kernels):
+            run.product[(1,)](x, x, out, 0.5, WIDE=True, N=32)
+        torch.testing.assert_close(out, 0.5 * (x.float() @ x.float()) + (0.5 * (x.float() @ x.float())).sum(1, True))
+        assert isinstance(kernels.product, JITFunction)
+        assert faults(compile_launch(launched("sm_80"), "sm_80"), "sm_80") == []
+
+
+def test_another_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "unary_op", None)
+    monkeypatch.setattr(bfloat16, "_narrow", lambda x: x)
+    swapped.check.cache_clear()
+    try:
+        with pytest.raises(MissingPackageError, match="the judge"), interpreting(kernels):
+            pass
+    finally:
+        monkeypatch.undo()
+        swapped.check.cache_clear()

@@ -1,27 +1,21 @@
-"""The kernels in Triton's interpreter, against float64: run by test_interpreter.py in a process of its own.
-
-``TRITON_INTERPRET`` must be set before Triton is imported, and changes what it imports. Prints one JSON object: for
-each case the errors of outputs and gradients, and what the judge has found.
-"""
+"""The kernels in Triton's interpreter, against float64: the cases of test_interpreter.py."""
 
 from __future__ import annotations
 
-import json
-import sys
-from dataclasses import asdict
+from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from gatecc.codegen.judge.interpreted import watched
+from gatecc.codegen.judge.interpreted import Findings, interpreting
 from gatecc.ops.linear_attention import bidirectional, linear_attention
 from gatecc.ops.linear_attention.kernels import KERNELS
+from gatecc.ops.linear_attention.triton import launch
 from gatecc.ops.linear_attention.triton.dispatch import GpuKernels
 from tests.ops.linear_attention.cases import decays, double, leaves, operands, relative
 
-# Triton waits for the first tensor on a GPU.
-LAUNCHER_WAS_IMPORTED = "gatecc.ops.linear_attention.triton.launch" in sys.modules
 KINDS = ("mild", "-3", "-12", "mixed", "zero", "one")
 Errors = dict[str, float]
 
@@ -154,16 +148,16 @@ def judged(given: dict[str, Any], **options: Any) -> Errors:
     return {name: relative(found[name], truth[name]) for name in found}
 
 
-def main() -> None:
-    assert not LAUNCHER_WAS_IMPORTED
-    KERNELS["cpu"] = GpuKernels()
-    found: dict[str, Any] = {}
-    for name, case in CASES.items():
-        torch.manual_seed(0)
-        with watched() as findings:
-            found[name] = {"errors": case(), **asdict(findings)}
-    json.dump(found, sys.stdout)
+@dataclass(frozen=True)
+class Run:
+    """The errors of a case by name, and what the judge has found."""
+
+    errors: Errors
+    findings: Findings
 
 
-if __name__ == "__main__":
-    main()
+def run(name: str) -> Run:
+    """One case, by the kernels."""
+    torch.manual_seed(0)
+    with interpreting(launch) as findings, patch.dict(KERNELS, {"cpu": GpuKernels()}):
+        return Run(CASES[name](), findings)

@@ -1,28 +1,22 @@
-"""The kernels in Triton's interpreter, against float64: run by test_interpreter.py in a process of its own.
-
-``TRITON_INTERPRET`` must be set before Triton is imported, and changes what it imports. Prints one JSON object: for
-each case the errors of results and gradients, and what the judge has found.
-"""
+"""The kernels in Triton's interpreter, against float64: the cases of test_interpreter.py."""
 
 from __future__ import annotations
 
-import json
-import sys
-from dataclasses import asdict
+from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from gatecc.codegen.judge.interpreted import watched
+from gatecc.codegen.judge.interpreted import Findings, interpreting
 from gatecc.ops.moe_ffn import moe_ffn
 from gatecc.ops.moe_ffn.activations import names
 from gatecc.ops.moe_ffn.kernels import KERNELS
+from gatecc.ops.moe_ffn.triton import launch
 from gatecc.ops.moe_ffn.triton.dispatch import GpuKernels
 from tests.ops.moe_ffn.cases import leaves, operands, to, wanted
 
-# Triton waits for the first tensor on a GPU.
-LAUNCHER_WAS_IMPORTED = "gatecc.ops.moe_ffn.triton.launch" in sys.modules
 Errors = dict[str, float]
 
 
@@ -104,18 +98,16 @@ CASES: dict[str, Any] = {
 }
 
 
-def main() -> None:
-    assert not LAUNCHER_WAS_IMPORTED
-    KERNELS["cpu"] = GpuKernels()
-    found: dict[str, Any] = {}
-    for name, case in CASES.items():
-        if len(sys.argv) > 1 and name not in sys.argv[1:]:
-            continue
-        torch.manual_seed(0)
-        with watched() as findings:
-            found[name] = {"errors": case(), **asdict(findings)}
-    json.dump(found, sys.stdout)
+@dataclass(frozen=True)
+class Run:
+    """The errors of a case by name, and what the judge has found."""
+
+    errors: Errors
+    findings: Findings
 
 
-if __name__ == "__main__":
-    main()
+def run(name: str) -> Run:
+    """One case, by the kernels."""
+    torch.manual_seed(0)
+    with interpreting(launch) as findings, patch.dict(KERNELS, {"cpu": GpuKernels()}):
+        return Run(CASES[name](), findings)
