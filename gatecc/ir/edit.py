@@ -8,7 +8,7 @@ call where no graph can be had (see gatecc.scope.python_path), and on every laye
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast, overload
 
@@ -20,7 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 from gatecc.errors import GraphError, SiteRefusedError
 from gatecc.ir.boundary import Boundary, Slot, follow, held, within
 from gatecc.ir.effects import Effects
-from gatecc.ir.functions import entries
+from gatecc.ir.functions import copies_of, entries
 from gatecc.ir.ops import mutates, writes_for_others
 from gatecc.ir.printer import window
 from gatecc.ir.program import META, Origin, Program, attribute, origin
@@ -160,10 +160,10 @@ class Editor:
         """
         into = self._free(name)
         self._prepare(Split(self.program.relative_name(fqn), into, axis, tuple(sizes)), into)
-        return [self._parameter(f"{into}.{number}") for number in range(len(sizes))]
+        return [self.parameter(f"{into}.{number}") for number in range(len(sizes))]
 
-    def _parameter(self, path: str) -> fx.Node:
-        """A node that reads a parameter of the program's module."""
+    def parameter(self, path: str) -> fx.Node:
+        """A node that reads a parameter or buffer of the program's module, such as of a new module."""
         mode = detect_fake_mode([n.meta["val"] for n in self.program.placeholders])
         assert mode is not None
         held = mode.from_tensor(cast("torch.Tensor", attribute(self.program.module, path)), static_shapes=True)
@@ -172,6 +172,17 @@ class Editor:
         node.meta["val"] = held
         self._mark(node, node, "")
         return node
+
+    def duplicate(self, nodes: Sequence[fx.Node], instead: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
+        """Copies of nodes, given in order, behind the last of them; they read ``instead`` of what is named there."""
+        copied, anchor = dict(instead), nodes[-1]
+        for node in nodes:
+            with self.program.graph.inserting_after(anchor):
+                copied[node] = anchor = self.program.graph.node_copy(node, lambda n: copied.get(n, n))
+            self._mark(anchor, node, "")
+        inside = [call for call in self.program.functions if call.inside & set(nodes)]
+        self.program.functions += copies_of(inside, {**{n: n for n in self.program.graph.nodes}, **copied})
+        return copied
 
     @property
     def gone(self) -> list[str]:

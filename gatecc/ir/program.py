@@ -30,6 +30,7 @@ class Origin:
     call: int = 0
     line: str = ""  # "modeling_llama.py:257", empty if unknown
     inserted_by: str = ""  # the name of the rewrite that made the node, empty for the model's own nodes
+    skips: bool = False  # where(condition, value, other), whose value is needed where the condition holds
 
 
 _NOWHERE = Origin("")

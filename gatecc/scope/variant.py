@@ -22,6 +22,7 @@ from gatecc.ir.program import Program, fake
 from gatecc.passes.autocast import casts_to, is_cast
 from gatecc.scope.hooked import HookCalls
 from gatecc.scope.printed_calls import PrintedCalls
+from gatecc.scope.printed_rows import PrintedRows
 
 
 class Variant:
@@ -73,6 +74,12 @@ def _function(program: Program, hooks: bool) -> tuple[str, Callable[..., Any], t
     held = [n for n in program.graph.nodes if n.op == "get_attr" and not _is_live(program, n)]
     after = program.placeholders[-1] if program.placeholders else None
     casts = _casts(program)
+
+    def emit(node: fx.Node, graph: fx.Graph, copied: dict[fx.Node, fx.Node]) -> None:
+        if not functions.printed(node, graph, copied):
+            copied[node] = _copied(graph, node, copied.__getitem__, casts.get(node))
+
+    rows = PrintedRows(program, emit) if calls is None else None  # hooks see all samples
     for node in program.graph.nodes if calls is None else calls.order():
         value = copied.__getitem__ if calls is None else calls.reader(node)
         if isinstance(node, Boundary):
@@ -83,7 +90,9 @@ def _function(program: Program, hooks: bool) -> tuple[str, Callable[..., Any], t
             spec = program.out_spec
             graph.output(pytree.tree_unflatten(flat, spec) if _is_plain(spec) else tuple(flat))
             continue
-        if node in held or functions.printed(node, graph, copied):
+        if node in held or (rows is not None and rows.printed(node, graph, copied)):
+            continue
+        if functions.printed(node, graph, copied):
             continue
         copied[node] = _copied(graph, node, value, casts.get(node))
         if node is after:
@@ -93,7 +102,7 @@ def _function(program: Program, hooks: bool) -> tuple[str, Callable[..., Any], t
     code = graph.python_code("self")
     names: dict[str, Any] = dict(code.globals)
     exec(compile(code.src, f"<gatecc {program.fqn or type(program.module).__name__}>", "exec"), names)
-    return code.src, names["forward"], tuple(values)
+    return "".join([code.src, *(rows.sources if rows else ())]), names["forward"], tuple(values)
 
 
 def _is_gone(path: str, gone: Collection[str]) -> bool:

@@ -21,7 +21,7 @@ from gatecc.ir.site import Site, Value
 from gatecc.passes.branch.body import Bank, Body
 from gatecc.passes.gating import blend, gate_node, read_by, reads_afar
 from gatecc.passes.operands import readers, stage
-from gatecc.passes.route.route import router_nodes
+from gatecc.passes.route.router_nodes import router_nodes
 
 
 def add_scaled(value: torch.Tensor, gate: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:

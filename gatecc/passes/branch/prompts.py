@@ -19,7 +19,7 @@ from gatecc.ir.select import Selector, select
 from gatecc.ir.site import Site, Value
 from gatecc.passes.again import again
 from gatecc.passes.operands import beside, place, stage, static_sizes
-from gatecc.passes.route.route import router_nodes
+from gatecc.passes.route.router_nodes import router_nodes
 
 
 @dataclass(frozen=True)

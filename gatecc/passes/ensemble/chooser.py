@@ -14,6 +14,7 @@ from gatecc.ir.axes import Axes
 from gatecc.ir.gates.layout import GateShape, SourceShape
 from gatecc.ir.gates.source import Concat, Pool, Source, Stage
 from gatecc.ir.router import Router, RouterSpec
+from gatecc.passes.samples import check_one_row
 
 FEATURES = "features"  # as a source: all features, or else all inputs that can be read
 MEMBERS = "members"  # as a source: the outputs of all members
@@ -47,14 +48,12 @@ class Chooser(Router):
     uniform: Tensor | None
 
     def __init__(self, spec: RouterSpec, forms: Mapping[str, Form | None], experts: int, combine: str) -> None:
-        if spec.mask:
-            raise ArgumentError("the router of an ensemble has no tokens to mask", found=f"mask={spec.mask}")
         self.reads = tuple(name_of(ref) for ref in spec.sources)
         shapes = tuple(
             _shape(name, forms, ref.cond is not None) for name, ref in zip(self.reads, spec.sources, strict=True)
         )
         shape = GateShape("b", {}, shapes)
-        _check_rows(spec, shape)
+        check_one_row(spec, shapes, "an ensemble")
         super().__init__(spec, shape, experts)
         self.combine = combine
         self.register_buffer("uniform", None)
@@ -136,14 +135,3 @@ def _shape(name: str, forms: Mapping[str, Form | None], number: bool) -> SourceS
         )
     axes = Axes.of(form.axes)
     return SourceShape(axes, form.shape[axes.index("c")] if "c" in axes else 1)
-
-
-def _check_rows(spec: RouterSpec, shape: GateShape) -> None:
-    """A source with tokens would give a row for each of them."""
-    for part, its in zip(spec.source.parts, shape.sources, strict=False):
-        if part.tokens and its.axes.positions.text != "b":
-            raise ArgumentError(
-                "the router of an ensemble needs one row for each sample",
-                found=f"{part}, which varies over {its.axes.positions}",
-                expected=f"pool({part}), or a feature that pools",
-            )

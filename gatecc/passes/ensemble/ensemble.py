@@ -33,6 +33,7 @@ from gatecc.passes.ensemble.arguments import Call, Names
 from gatecc.passes.ensemble.chooser import Chooser, Form
 from gatecc.passes.ensemble.costs import Cost, parameters_of, table
 from gatecc.passes.ensemble.outputs import Sum, part, rows_of, take
+from gatecc.passes.samples import weight_of
 
 ROUTER = "router"
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -162,7 +163,7 @@ class Ensemble(nn.Module):
         total = self._sum(rows, chooser)
         for number, name in enumerate(self.members):
             hit = _hit(weights, indices, number)
-            total.add(number, values[name], _weight(weights, hit), None, hit.any(1))
+            total.add(number, values[name], weight_of(weights, hit), None, hit.any(1))
         return total.result()
 
     @_eager
@@ -181,7 +182,7 @@ class Ensemble(nn.Module):
             found = run.of(name)
             if found is not None:
                 output, at = found
-                weight = _weight(weights, hits[number])
+                weight = weight_of(weights, hits[number])
                 total.add(number, output, weight if at is None else weight.index_select(0, at), at, None)
         return total.result()
 
@@ -308,10 +309,6 @@ def _hit(weights: Tensor, indices: Tensor, number: int) -> Tensor:
     """Which slots (B, k) hold a member. At inference a weight of 0 leaves it out; in training it has a gradient."""
     hit = indices == number
     return hit if torch.is_grad_enabled() else hit & (weights != 0)
-
-
-def _weight(weights: Tensor, hit: Tensor) -> Tensor:
-    return torch.where(hit, weights, torch.zeros_like(weights)).sum(1)
 
 
 @_eager

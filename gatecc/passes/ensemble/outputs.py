@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from gatecc.errors import ArgumentError
+from gatecc.passes.samples import over
 
 COMBINES = ("sum", "smooth", "unit")
 
@@ -102,13 +103,13 @@ class Sum:
 
     def _weighted(self, member: int, x: Tensor, weights: Tensor | float, mask: Tensor | None) -> Tensor:
         if mask is not None:
-            x = torch.where(_over(mask, x), x, torch.zeros_like(x))
+            x = torch.where(over(mask, x), x, torch.zeros_like(x))
         if not (x.is_floating_point() or x.is_complex()):
             return self._whole(member, x)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if not isinstance(weights, Tensor):
             return x * weights
-        w = _over(weights.to(x.dtype), x)
+        w = over(weights.to(x.dtype), x)
         if self.combine == "smooth" and self.uniform is not None:
             return w * (w * x + (1 - w) * self.uniform[member].to(x.dtype))
         return w * x
@@ -127,11 +128,6 @@ class Sum:
         if self.combine == "unit" and x.is_floating_point():
             x = torch.nn.functional.normalize(x, dim=-1)
         return x.to(dtype)
-
-
-def _over(weights: Tensor, x: Tensor) -> Tensor:
-    """(rows,) as (rows, 1, ...), to multiply rows of x by."""
-    return weights.reshape(-1, *[1] * (x.dim() - 1))
 
 
 def rows_of(values: Sequence[Any]) -> int:

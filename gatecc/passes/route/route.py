@@ -1,4 +1,4 @@
-"""Route: replace a feed-forward or linear layer by experts, k of which run for each token."""
+"""Route: replace a feed-forward or linear layer, or a whole block, by experts, k of which run."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ from gatecc.ir.effects import Effects
 from gatecc.ir.gate import GateSpec
 from gatecc.ir.gates.choices.per_group import PerGroup
 from gatecc.ir.gates.choices.prefix import Prefix
-from gatecc.ir.program import attribute
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.router import RouterSpec
-from gatecc.ir.select import Selector
-from gatecc.ir.site import Linear, Site, Value
+from gatecc.ir.site import Block, Linear, Site, Value
 from gatecc.passes.gating import gate_node, multiply, read_by, reads_afar
-from gatecc.passes.operands import check_positions, condition, gate_shape, own_weight, source, stage
+from gatecc.passes.operands import own_weight, stage
 from gatecc.passes.route.bank import Bank, Piece, half, joined, of_slots, smoothed, whole
+from gatecc.passes.route.block import route_block
 from gatecc.passes.route.copies import Copies, Drop
 from gatecc.passes.route.exactness import Coverage, coverage
 from gatecc.passes.route.experts import Experts
 from gatecc.passes.route.ffn import FFN, read_ffn, relative
 from gatecc.passes.route.linear import read_linear
+from gatecc.passes.route.router_nodes import router_nodes
 from gatecc.passes.route.shared import Shared, SharedExpert
-from gatecc.passes.route.similar import Similar, fill_similar
 from gatecc.passes.route.spec import ExpertsSpec
 
 _SHARED_GATE = GateSpec("in", "linear(bias=False)", "token", "sigmoid", init="identity(how=fold)")
@@ -55,7 +54,15 @@ class Route(Rewrite):
     of its own, and each yields half of the features (T2MIR); ``smooth``: to each result w (1 - w) / o is added, the
     uniform share of what the expert is not trusted with (COSMO). ``skip``: one more option, at which nothing runs.
 
-    New modules on the owner: ``router``, and ``label`` with the stacked weights.
+    At a Block the experts are ``copies`` of all of it, attention included, and the choice is one for each sample: the
+    router reads ``pool(in)``, or ``cond(NAME)`` with a value per sample: ``y <- sum_e w_e f_e(x) + (1 - sum_e w_e) x``.
+    Expert 0 is the block itself; ``copies(1)`` with ``skip`` is the block or nothing (SkipNet, 2018). A block runs on
+    the samples that chose it, and not at all if none did; the others keep what entered. Compiled and exported models
+    hold the masked form, the same function: every block for all samples. So do calls while modules inside have hooks,
+    and training calls of blocks with running statistics. A pooled router sees all tokens, so there is no KV cache.
+
+    New modules on the owner: ``router``, and ``label`` with the stacked weights (of a block: those of the copies 1, 2,
+    ... under their names).
     """
 
     name = "route"
@@ -105,12 +112,14 @@ class Route(Rewrite):
                     f"the weights of {router.choice} do not add up the same for all tokens, they differ by "
                     f"{found.error:.0%}; those that sum to 1 do (renorm=True), or a router that starts at 0 (init=zero)"
                 )
+            if self.site.kind == "block" and found.scale != 1:
+                return f"the weights of {router.choice} sum to {1 / (found.scale or 1):.3g}, the rest is what entered"
         if self.combine == "smooth" and self.router.choice.slots(self.options) > 1:
             return "smoothing adds to what several experts share"
         return ""
 
     def effects(self) -> Effects:
-        afar = any(reads_afar(router.gate) or router.mask for router in self.routers)
+        afar = self.site.kind == "block" or any(reads_afar(r.gate) or r.mask for r in self.routers)
         return Effects(
             same_for_layers=not self.experts.reads_names,
             whole_model=afar,
@@ -133,7 +142,8 @@ class Route(Rewrite):
         found = [self.coverage(router) for router in self.routers]
         error = max(c.error for c in found)
         kind = "exact" if error == 0 else "exact up to rounding"
-        yield f"{site.key}: starts as the dense layer, {kind}: the weights of its parts are 1 within {error:.1e}"
+        layer = "block" if isinstance(site, Block) else "dense layer"
+        yield f"{site.key}: starts as the {layer}, {kind}: the weights of its parts are 1 within {error:.1e}"
         few = any(router.choice.slots(self.options) < self.options for router in self.routers)
         if few and any(c.zero for c in found):
             yield (
@@ -142,6 +152,9 @@ class Route(Rewrite):
             )
 
     def rewrite(self, site: Site, edit: Editor) -> None:
+        if isinstance(self.experts, Copies) and isinstance(site, Block):
+            route_block(self.router, self.experts, self.options, self.site, self.label, edit)
+            return
         ffn = self._layer(site, edit)
         value, out = stage(site, "in"), stage(site, "out")
         parts = [self._bank(number, router, ffn, value, edit) for number, router in enumerate(self.routers)]
@@ -209,12 +222,7 @@ class Route(Rewrite):
 def _check(route: Route) -> None:
     """Options that do not go together. Raises ArgumentError."""
     if route.site.kind == "block":
-        raise ArgumentError(
-            "experts do not take the place of a whole block, and tokens do not skip one",
-            found=str(route.site),
-            expected="mlp[...] or linear[...]: attention mixes tokens, so a block runs for all tokens of a sample",
-            do="route the MLP with skip=True: a token that skips keeps its residual alone, and nothing runs",
-        )
+        _check_block(route)
     if (route.combine == "cat") != (route.also is not None):
         raise ArgumentError(
             "two routers yield half of the features each, and only two do",
@@ -245,38 +253,19 @@ def _check(route: Route) -> None:
         router.choice.slots(route.options)  # k > E
 
 
-def router_nodes(
-    spec: RouterSpec,
-    count: int,
-    selector: Selector,
-    value: Value,
-    edit: Editor,
-    label: str = "router",
-    experts: str = "",
-) -> tuple[fx.Node, fx.Node]:
-    """Insert a router among ``count`` experts for ``value``: its weights and indices, a row for each position of it.
-
-    ``experts``: the path of the module of experts that the router may start from.
-    """
-    sources = [source(ref, selector.in_, edit) for ref in spec.sources]
-    over_tokens = [part.tokens for part in spec.source.parts for _ in part.refs]
-    check_positions(value, [s for s, tokens in zip(sources, over_tokens, strict=True) if tokens], edit.site)
-    shape = gate_shape(spec.gate, value, sources, edit)
-    like = own_weight(edit.site, edit.program)
-
-    def build() -> nn.Module:
-        device, dtype = (None, None) if like is None else (like.device, like.dtype)
-        return spec.build(shape, count, device=device, dtype=dtype)
-
-    def fill(new: Any, layer: nn.Module) -> None:
-        spec.init.fill_from(new, layer)
-        if isinstance(spec.init, Similar):
-            fill_similar(spec.init, new, cast("Experts", attribute(layer, experts)))
-
-    path = edit.module(label, build, fill)
-    masks = [condition(spec.mask, edit.program, value).node] if spec.mask else []
-    weights, indices = edit.call(path, value.node, *(s.node for s in sources), *masks, shape, name=label)
-    return weights, indices
+def _check_block(route: Route) -> None:
+    if route.combine != "sum":
+        raise ArgumentError(
+            "blocks are chosen as a whole", found=f"combine={route.combine!r}", expected='combine="sum"'
+        )
+    copies = route.experts
+    if not isinstance(copies, Copies) or copies.keep < 1 or copies.extra:
+        raise ArgumentError(
+            "a block has no neurons to divide among experts",
+            found=str(copies),
+            expected="copies(n), or copies(n, noise=...); copies(1) with skip=True for the block or nothing",
+            do="route the MLPs or linear layers inside of it",
+        )
 
 
 def dropped(ffn: FFN, edit: Editor) -> list[str]:

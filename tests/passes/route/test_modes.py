@@ -233,11 +233,6 @@ def test_a_rewrite_is_the_same_after_json() -> None:
         assert rewrite_from_json(route.to_json()) == route
 
 
-def test_a_block_is_no_place_for_experts() -> None:
-    with pytest.raises(ArgumentError, match=r"block\[\.\.\.\](.|\n)*route the MLP with skip=True"):
-        Route("block[...]", RouterSpec("in", "linear", "softmax_topk(1)"), ExpertsSpec.parse("copies(1)"), skip=True)
-
-
 @pytest.mark.parametrize(
     ("experts", "choice", "options", "message"),
     [
