@@ -34,6 +34,7 @@ from gatecc.ir.weights import (
     NewModule,
     ScaleWeight,
     Split,
+    WidenColumns,
     WidenWeight,
     is_wrapped,
 )
@@ -266,6 +267,13 @@ class Editor:
             args = fx.map_arg(linear.args, lambda n: n.meta["val"])
             linear.meta["val"] = cast("Callable[..., Any]", linear.target)(*args)
 
+    def widen_input(self, linear: fx.Node, wide: fx.Node, columns: Rows, weight: Callable[[], Any]) -> None:
+        """Let ``linear`` read ``wide``, its operand with new features behind it; its weight grows at installation."""
+        own, matrix = cast("tuple[fx.Node, fx.Node]", linear.args[:2])
+        with detect_fake_mode([linear.meta["val"]]) or torch.no_grad():
+            self._widen(linear, matrix, columns, weight)
+        self.replace(own, wide, {linear})
+
     def _widen(self, linear: fx.Node, node: fx.Node, rows: Rows, fill: Callable[[], Any]) -> None:
         path = str(self.program.path(node))
         uses = self.program.readers(self.program.full_name(path))
@@ -276,15 +284,16 @@ class Editor:
         wrapped = live is not None and is_wrapped(live)
         if uses != [linear] or len(names) != 1 or taken or wrapped:
             used = f"it has {len(uses)} uses under the names {', '.join(names) or 'of a constant'}"
-            used = f"it is a {type(live).__name__}, which takes no rows" if wrapped else used
+            used = f"it is a {type(live).__name__}, which cannot grow" if wrapped else used
+            do = "leave fuse_into out: the gate then has a matrix of its own"
             raise SiteRefusedError(
-                f"the matrix {path} cannot take rows of a gate",
+                f"the matrix {path} cannot take {'columns of a branch' if rows.axis else 'rows of a gate'}",
                 where=f"{self.site.owner} {self.site.line}".strip(),
-                found="it holds those of another gate already" if taken else used,
-                do="leave fuse_into out: the gate then has a matrix of its own",
+                found=f"it was widened already, to {tuple(size)}" if taken else used,
+                do='merge with op="add", or leave this site out' if rows.axis else do,
             )
-        node.meta["val"] = node.meta["val"].new_empty((rows.groups * (rows.old + rows.new), *size[1:]))
-        self.weights.append(WidenWeight(path, rows, fill))
+        node.meta["val"] = node.meta["val"].new_empty((*size[: rows.axis], rows.size, *size[rows.axis + 1 :]))
+        self.weights.append((WidenColumns if rows.axis else WidenWeight)(path, rows, fill))
 
     def pin(self, node: fx.Node, axis: int) -> int:
         """Let the graph hold for the present size of an axis only; other sizes are captured anew."""

@@ -1,11 +1,12 @@
-"""WidenWeight: new rows in a weight of the model, so that one matrix product yields a further value as well."""
+"""WidenWeight, WidenColumns: new rows or columns in a weight of the model, so that one matrix product yields or reads a
+further value as well."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -17,6 +18,8 @@ from gatecc.ir.widen import Rows, narrow, widen
 @dataclass(frozen=True, eq=False)
 class WidenWeight(Effect):
     """Give a parameter new rows; ``fill`` makes their values: (groups*new, ...)."""
+
+    axis: ClassVar[int] = 0
 
     rows: Rows
     fill: Callable[[], torch.Tensor] | None = None
@@ -32,7 +35,7 @@ class WidenWeight(Effect):
         narrow(layer, self.path, self.rows)
 
     def describe(self, layer: nn.Module | None = None) -> str:
-        groups, old, new = self.rows
+        groups, old, new = self.rows[:3]
         return f"widen {self.path}: {groups} times [{old} rows | {new} rows of the gate]"
 
     def note(self, ledger: Ledger) -> None:
@@ -51,18 +54,33 @@ class WidenWeight(Effect):
 
     def noisy(self, layer: nn.Module, generator: torch.Generator) -> Values:
         parameter = layer.get_parameter(self.path)
-        new = parameter.detach().unflatten(0, (self.rows.groups, -1))[:, self.rows.old :]
-        return {parameter: noisy_part(new, generator, new.flatten(0, 1).shape)}
+        new, axis = self.rows.more(parameter.detach()), self.rows.axis
+        return {parameter: noisy_part(new, generator, new.flatten(axis, axis + 1).shape)}
 
     def before(self, state: Tensors, same: Mapping[str, str]) -> Tensors:
         return changed_in(self.path, state, same, self.rows.narrow)
 
     def to_json(self) -> list[Any]:
-        return [*super().to_json(), list(self.rows)]
+        return [*super().to_json(), list(self.rows[:3])]
 
     @classmethod
     def of(cls, path: str, *numbers: Any) -> WidenWeight:
-        return cls(path, Rows(*numbers[0]))
+        return cls(path, Rows(*numbers[0], axis=cls.axis))
 
     def placed(self, fqn: str) -> Effect:
-        return WidenWeight(super().placed(fqn).path, self.rows)
+        return type(self)(super().placed(fqn).path, self.rows)
+
+
+@dataclass(frozen=True, eq=False)
+class WidenColumns(WidenWeight):
+    """Give a parameter new columns, for a value that is concatenated to what it read; ``fill``: (..., groups*new).
+
+    The layer's own code hands it the value alone, so that it cannot run any more.
+    """
+
+    axis: ClassVar[int] = 1
+    keeps_forward: ClassVar[bool] = False
+
+    def describe(self, layer: nn.Module | None = None) -> str:
+        groups, old, new = self.rows[:3]
+        return f"widen {self.path}: {groups} times [{old} columns | {new} columns of the branch]"

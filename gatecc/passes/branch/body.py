@@ -35,6 +35,11 @@ class Body(Option, slot="body"):
         """Whether the sub-graph yields exactly 0 when it is fresh."""
         return False
 
+    @property
+    def ops(self) -> tuple[str, ...]:
+        """How its result may meet the value: ``add``, ``lerp`` or ``cat``, see `Branch`."""
+        return ("add", "lerp", "cat")
+
     def build(self, site: Site, value: Value, edit: Editor) -> fx.Node:
         """Insert the sub-graph; its result broadcasts against ``value``."""
         raise NotImplementedError
@@ -60,6 +65,10 @@ class Bank(Body):
 
     def check(self) -> None:
         self.require(self.experts > 0, "experts", "a positive integer")
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        return ("add",)
 
     def build(self, site: Site, value: Value, edit: Editor) -> fx.Node:
         raise TypeError("experts are weighed: call mix")

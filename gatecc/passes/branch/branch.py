@@ -1,4 +1,4 @@
-"""Branch: add a parallel sub-graph to a value of a site, or put it in the value's place; a gate may scale it."""
+"""Branch: a parallel sub-graph that is added to a value of a site, takes its place, or is concatenated to it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.router import RouterSpec
 from gatecc.ir.site import Site, Value
 from gatecc.passes.branch.body import Bank, Body
-from gatecc.passes.gating import blend, gate_node, read_by, reads_afar
+from gatecc.passes.branch.concatenation import concatenate
+from gatecc.passes.gating import blend, gate_node, multiply, read_by, reads_afar
 from gatecc.passes.operands import readers, stage
 from gatecc.passes.route.router_nodes import router_nodes
 
@@ -44,6 +45,10 @@ class Branch(Rewrite):
     With ``op="lerp"`` the body takes the value's place: ``y <- y + g * (body - y)``, the body itself without a gate. A
     gate that starts at 0 (``init=zero`` and an activation that is 0 at 0), or a body that does and is added, makes it
     the identity at init. ``label`` names the gate's module on the owner.
+
+    With ``op="cat"`` the result comes behind the value's channels, ``[y, g * body]``. All readers of the value have to
+    be Linears; their weights get columns for it, so that a KV cache object cannot be passed any more. The columns start
+    at 0, or at random where the body or the gate does, which is the identity at init as well.
     """
 
     name = "branch"
@@ -51,7 +56,7 @@ class Branch(Rewrite):
     body: Body
     gate: GateSpec | None = None
     label: str = "branch"
-    op: Literal["add", "lerp"] = "add"
+    op: Literal["add", "lerp", "cat"] = "add"
 
     router: RouterSpec | None = None
 
@@ -65,17 +70,21 @@ class Branch(Rewrite):
                 expected='a bank, and a gate of the granularity "expert" ("in, linear, expert, softmax") or a router '
                 '("in, linear, softmax_topk(2)")',
             )
-        if weighed and self.op == "lerp":
-            raise ArgumentError("a bank of experts is added", found='op="lerp"', expected='op="add"')
+        if self.op not in self.body.ops:
+            expected = ", ".join(f'op="{op}"' for op in self.body.ops)
+            raise ArgumentError(f"{self.body} meets the value otherwise", found=f'op="{self.op}"', expected=expected)
 
     def effects(self) -> Effects:
         afar = any(reads_afar(spec) for spec in self._gates) or bool(self.router and self.router.mask)
         return replace(self.body.effects, whole_model=afar or self.body.effects.whole_model)
 
     def contract(self) -> Contract:
-        zero = self.body.starts_at_zero or (self.gate is not None and starts_at_zero(self.gate))
-        stays = zero if self.op == "add" else self.gate is not None and starts_at_zero(self.gate)
-        return identity_at_init() if stays else changes_function()
+        stays = {"add": self._zero, "lerp": self.gate is not None and starts_at_zero(self.gate), "cat": True}
+        return identity_at_init() if stays[self.op] else changes_function()
+
+    @property
+    def _zero(self) -> bool:
+        return self.body.starts_at_zero or (self.gate is not None and starts_at_zero(self.gate))
 
     def notes(self, site: Site) -> Iterable[str]:
         value = site.find(self.site.stage)
@@ -91,6 +100,9 @@ class Branch(Rewrite):
 
     def rewrite(self, site: Site, edit: Editor) -> None:
         value = stage(site, self.site.stage)
+        if self.op == "cat":
+            concatenate(value, self._scaled(value, edit), self.site.stage, self._zero, edit)
+            return
         if isinstance(self.body, Bank):
             joined = edit.call(add, value.node, self._mixed(self.body, value, edit), name=f"with_{self.label}")
         else:
@@ -113,6 +125,14 @@ class Branch(Rewrite):
         if self.op == "lerp":
             return edit.call(blend, branch, value.node, gate, name=name)
         return edit.call(add_scaled, value.node, gate, branch, name=name)
+
+    def _scaled(self, value: Value, edit: Editor) -> fx.Node:
+        """The branch alone, times its gate."""
+        branch = self.body.build(edit.site, value, edit)
+        if self.gate is None:
+            return branch
+        gate, _ = gate_node(self.gate, self.site, value, edit, self.label)
+        return edit.call(multiply, branch, gate, name=self.label)
 
 
 def starts_at_zero(spec: GateSpec) -> bool:
