@@ -1,7 +1,7 @@
 """Trial: a part of a captured graph, run on numbers of one's own in float64, to see what formula it computes.
 
 However a model spells a layer, its numbers say what it is: what a pattern would have to know of views, casts and
-dispatch is run instead. Casts between floating-point types are left out and so is dropout, all on the CPU.
+dispatch is run instead. All floating-point numbers are float64, on the CPU; dropout is left out.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_aggregate
 
 from gatecc.ir.ops import CASTS, DROPOUTS, opname
 from gatecc.ir.program import Program
@@ -23,12 +24,17 @@ class UntriedError(Exception):
 
 class Trial:
     """``known``: nodes with the numbers that they hold; ``weight``: numbers for a parameter, by its name and its fake
-    tensor, None for one that the part may not read. Sizes are those of the example."""
+    tensor, None for one that the part may not read. Sizes are those of the example, but for those of ``sizes``, which
+    are replaced by others wherever they stand in the graph."""
 
     def __init__(
-        self, program: Program, known: Mapping[fx.Node, Tensor], weight: Callable[[str, Tensor], Tensor | None]
+        self,
+        program: Program,
+        known: Mapping[fx.Node, Tensor],
+        weight: Callable[[str, Tensor], Tensor | None],
+        sizes: Mapping[int, int] | None = None,
     ) -> None:
-        self._program, self._weight = program, weight
+        self._program, self._weight, self._sizes = program, weight, sizes or {}
         self._known: dict[fx.Node, Any] = dict(known)
 
     def run(self, out: fx.Node) -> Tensor:
@@ -53,19 +59,27 @@ class Trial:
     def _value(self, node: fx.Node) -> Any:
         held = node.meta.get("val")
         if isinstance(held, int | torch.SymInt):
-            return on_example(held) or 1
+            return self._size(on_example(held) or 1)
         name = self._program.weight_name(node)
         if name is not None and isinstance(held, Tensor) and (found := self._weight(name, held)) is not None:
             return found
         if node.op != "call_function":
             raise UntriedError(f"it reads {name or node.name}")
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._known[n])
+        args, kwargs = map_aggregate((node.args, node.kwargs), self._argument)
         if opname(node) in DROPOUTS or _leaves_as_it_is(node, args):
             return args[0]
         try:
-            return _called(node, args, kwargs)
+            return _wide(_called(node, args, kwargs))
         except (RuntimeError, TypeError, NotImplementedError) as e:
             raise UntriedError(f"{opname(node)} cannot be tried: {e}"[:200]) from e
+
+    def _argument(self, item: Any) -> Any:
+        if isinstance(item, torch.dtype):
+            return torch.float64 if item.is_floating_point else item
+        return self._known[item] if isinstance(item, fx.Node) else self._size(item)
+
+    def _size(self, item: Any) -> Any:
+        return self._sizes.get(item, item) if type(item) is int else item
 
 
 def _leaves_as_it_is(node: fx.Node, args: Any) -> bool:
@@ -73,6 +87,11 @@ def _leaves_as_it_is(node: fx.Node, args: Any) -> bool:
     held = node.meta.get("val")
     floats = isinstance(held, Tensor) and held.is_floating_point()
     return opname(node) in CASTS and floats and isinstance(args[0], Tensor) and args[0].is_floating_point()
+
+
+def _wide(value: Any) -> Any:
+    """What an operator makes in the default type, in float64."""
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _called(node: fx.Node, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -1,0 +1,53 @@
+"""replace: readers of a value read another one, and what only the old value needed goes."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from gatecc.ir.ops import opname, writes_for_others
+from gatecc.ir.program import Program
+
+_ASSERTIONS = frozenset("_assert_scalar _assert_async sym_constrain_range sym_constrain_range_for_size".split())
+
+
+def replace(program: Program, old: fx.Node, new: fx.Node) -> None:
+    """Let the readers of ``old`` read ``new``, and erase ``old`` with what only it needed: writes into tensors of its
+    own too, which the elimination of dead code leaves alone, and assertions about sizes that nobody uses any more."""
+    old.replace_all_uses_with(new)
+    _erase(program.graph, [old])
+    for node in [n for n in program.calls() if _has_free_size(n)]:
+        sinks = [n for n in _after(node) if not n.users]
+        if sinks and all(opname(n) in _ASSERTIONS for n in sinks):
+            for sink in sinks:
+                sources = sink.all_input_nodes
+                program.graph.erase_node(sink)
+                _erase(program.graph, sources)
+
+
+def _erase(graph: fx.Graph, stack: list[fx.Node]) -> None:
+    while stack:
+        dead = stack.pop()
+        if dead.op != "call_function" or dead._erased or dead.users or writes_for_others(dead):
+            continue
+        stack.extend(dead.all_input_nodes)
+        graph.erase_node(dead)
+
+
+def _has_free_size(node: fx.Node) -> bool:
+    """Whether an operator yields as many elements as its data says."""
+    if opname(node) == "where":
+        return len(node.args) == 1
+    return isinstance(node.target, OpOverload) and torch.Tag.dynamic_output_shape in node.target.tags
+
+
+def _after(node: fx.Node) -> set[fx.Node]:
+    """The nodes that depend on a node."""
+    seen: set[fx.Node] = set()
+    todo = [node]
+    while todo:
+        new = [n for n in todo.pop().users if n not in seen]
+        seen.update(new)
+        todo += new
+    return seen

@@ -1,0 +1,238 @@
+"""experts: every spelling of a dispatch to stacked experts becomes one operator, and what only looks like it stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+from torch._dynamo.exc import Unsupported, UserError
+
+from gatecc import backend
+from gatecc.passes.lower import Outcome
+
+D, H, E, K = 16, 24, 4, 2
+
+
+class Mixture(nn.Module):
+    """x: (B, N, 16) through 2 of 4 gated experts in stacks. Subclasses dispatch in one way each."""
+
+    def __init__(self, experts: int = E, chosen: int = K, activation: Callable[[Tensor], Tensor] = F.silu) -> None:
+        super().__init__()
+        self.experts, self.chosen, self.activation = experts, chosen, activation
+        self.gate = nn.Linear(D, experts, bias=False)
+        self.up = nn.Parameter(torch.randn(experts, 2 * H, D) * 0.3)
+        self.down = nn.Parameter(torch.randn(experts, D, H) * 0.3)
+
+    def routed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, indices = self.gate(x).softmax(-1).topk(self.chosen, -1)
+        return weights / weights.sum(-1, keepdim=True), indices
+
+    def expert(self, x: Tensor, e: int) -> Tensor:
+        gate, up = F.linear(x, self.up[e]).chunk(2, -1)
+        return F.linear(self.activation(gate) * up, self.down[e])
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.view(-1, D)
+        return self.dispatched(rows, *self.routed(rows)).view(x.shape)
+
+    def dispatched(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        """x: (T, 16), weights and indices: (T, k)."""
+        raise NotImplementedError
+
+
+class Masks(Mixture):
+    """All experts see all tokens."""
+
+    def dispatched(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        share = torch.einsum("tke,tk->te", F.one_hot(indices, self.experts).to(x.dtype), weights)
+        y = torch.zeros_like(x)
+        for e in range(self.experts):
+            y = y + share[:, e : e + 1] * self.expert(x, e)
+        return y
+
+
+class Scattered(Mixture):
+    """All at once, in einsums."""
+
+    def dispatched(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        share = torch.zeros(x.size(0), self.experts, device=x.device).scatter(-1, indices, weights)
+        gate, up = torch.einsum("td,efd->tef", x, self.up).chunk(2, -1)
+        y = torch.einsum("tef,edf->ted", self.activation(gate) * up, self.down)
+        return (y * share.unsqueeze(-1)).sum(1)
+
+
+class Gathered(Mixture):
+    """The matrices that each token needs."""
+
+    def dispatched(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        gate, up = torch.einsum("td,tkfd->tkf", x, self.up[indices]).chunk(2, -1)
+        y = torch.einsum("tkf,tkdf->tkd", self.activation(gate) * up, self.down[indices])
+        return (y * weights.unsqueeze(-1)).sum(1)
+
+
+class Loop(Mixture):
+    """The tokens of each expert, added where they came from."""
+
+    def dispatched(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for e in range(self.experts):
+            rows, slots = torch.where(indices == e)
+            y.index_add_(0, rows, self.expert(x[rows], e) * weights[rows, slots, None])
+        return y
+
+
+class Dropping(Masks):
+    """Experts that take no more than their share and a bit; what a token loses shows in its weights."""
+
+    def dispatched(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        hit = F.one_hot(indices.reshape(-1), self.experts)
+        kept = (hit.cumsum(0) <= int(1.2 * indices.numel() / self.experts)) * hit
+        kept = kept.view(*indices.shape, -1).gather(-1, indices.unsqueeze(-1)).squeeze(-1)
+        return super().dispatched(x, weights * kept, indices)
+
+
+class Capacity(Mixture):
+    """The same, said per expert, and with so much room that random choices fill no expert."""
+
+    def dispatched(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        hit = F.one_hot(indices, self.experts).sum(1)
+        share = torch.einsum("tke,tk->te", F.one_hot(indices, self.experts).to(x.dtype), weights)
+        share = share * (hit.cumsum(0) <= indices.size(0) - 1)
+        return sum((share[:, e : e + 1] * self.expert(x, e) for e in range(self.experts)), torch.zeros_like(x))
+
+
+class Different(Masks):
+    """One expert has another activation."""
+
+    def expert(self, x: Tensor, e: int) -> Tensor:
+        gate, up = F.linear(x, self.up[e]).chunk(2, -1)
+        return F.linear((gate.relu() if e == 2 else self.activation(gate)) * up, self.down[e])
+
+
+def compiled(model: nn.Module, x: Tensor) -> tuple[Any, list[Outcome], list[fx.GraphModule]]:
+    """What the compiled model yields, what was said of it, and its graphs, which run operator by operator."""
+    outcomes: list[Outcome] = []
+    graphs: list[fx.GraphModule] = []
+
+    def spy(graph_module: fx.GraphModule, example: Any) -> Callable[..., Any]:
+        found = backend.lower(graph_module, example)
+        assert not found.faults
+        outcomes.extend(o for o in found.outcomes if o.lowering == "experts")
+        graphs.append(found.graph)
+        return found.graph.forward
+
+    torch._dynamo.reset()
+    return torch.compile(model, backend=spy)(x), outcomes, graphs
+
+
+def operators(graphs: list[fx.GraphModule]) -> list[str]:
+    return [str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
+
+
+def assert_the_same(model: nn.Module, x: Tensor, found: Any) -> None:
+    """Result and all gradients."""
+    expected = model(x)
+    expected, found = (y[0] if isinstance(y, tuple) else y for y in (expected, found))
+    assert (expected - found).abs().max() <= 3e-6 * expected.abs().max()
+    parameters = list(model.parameters())
+    ours, theirs = (torch.autograd.grad(y.square().sum(), parameters) for y in (found, expected))
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+def input_(tokens: int = 9) -> Tensor:
+    return torch.randn(2, tokens, D, generator=torch.Generator().manual_seed(tokens))
+
+
+@pytest.mark.parametrize("spelling", [Masks, Scattered, Gathered, Loop, Dropping])
+def test_spellings_by_hand(spelling: type[Mixture]) -> None:
+    torch.manual_seed(0)
+    model, x = spelling(), input_()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        y, (outcome,), graphs = compiled(model, x)
+    assert outcome.became == "gatecc::moe_ffn"
+    assert "silu, halves" in outcome.reason
+    names = str(operators(graphs))
+    assert "moe_ffn" in names
+    assert not any(name in names for name in ("chunk", "where", "index", "scatter", "assert", "sym_size"))
+    assert_the_same(model, x, y)
+
+
+@pytest.mark.parametrize("spelling", [Capacity, Different])
+def test_what_only_looks_like_it_stays(spelling: type[Mixture]) -> None:
+    torch.manual_seed(0)
+    model, x = spelling(), input_()
+    y, (outcome,), graphs = compiled(model, x)
+    assert outcome.became == ""
+    assert "differs" in outcome.reason
+    assert "moe_ffn" not in str(operators(graphs))
+    assert torch.equal(y, model(x))
+
+
+@settings(max_examples=4)
+@given(st.integers(1, 12), st.integers(2, 6), st.data(), st.sampled_from([F.silu, F.gelu, torch.tanh, F.relu]))
+def test_any_sizes(tokens: int, experts: int, data: st.DataObject, activation: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(tokens)
+    model, x = Scattered(experts, data.draw(st.integers(1, experts)), activation), input_(tokens)
+    y, (outcome,), _ = compiled(model, x)
+    assert outcome.became, outcome.reason
+    assert (y - model(x)).abs().max() <= 3e-6 * y.abs().max()
+
+
+def test_wide_experts_are_tried_as_narrow_ones() -> None:
+    """Else the proof takes longer than the model runs."""
+    from gatecc.passes import expert_formula
+
+    sizes: list[dict[int, int]] = []
+    narrow = expert_formula._narrow
+    model = Masks()
+    model.gate = nn.Linear(640, E, bias=False)
+    model.up, model.down = nn.Parameter(torch.randn(E, 400, 640) * 0.1), nn.Parameter(torch.randn(E, 640, 200) * 0.1)
+    x = torch.randn(5, 640)
+    model.forward = lambda x: model.dispatched(x, *model.routed(x))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(expert_formula, "_narrow", lambda *args: sizes.append(narrow(*args)) or sizes[-1])
+        y, (outcome,), _ = compiled(model, x)
+    assert outcome.became, outcome.reason
+    assert sizes[-1] == {640: 24, 200: 40, 400: 80}
+    assert_the_same(model, x, y)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "implementation"),
+    [("mixtral", "grouped_mm"), ("gpt_oss", "batched_mm"), ("deepseek_v3", "grouped_mm"), ("gpt_oss", "eager")],
+)
+def test_transformers(architecture: str, implementation: str) -> None:
+    pytest.importorskip("transformers")
+    from tests.ir.match.test_routing import X, block
+
+    mixture, found = block(architecture, implementation), []
+    lower = backend.lower
+
+    def spy(*args: Any) -> Any:
+        found.append(lower(*args))
+        return found[-1]
+
+    torch._dynamo.reset()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gatecc.backend.compile.lower", spy)
+        y = torch.compile(mixture, backend="gatecc", mode="aot_eager", fullgraph=True)(X)
+    (outcome,) = [o for o in found[0].outcomes if o.lowering == "experts"]
+    assert outcome.became == "gatecc::moe_ffn"
+    assert_the_same(mixture, X, y)
+
+
+def test_other_backends_run_the_loop_of_transformers() -> None:
+    pytest.importorskip("transformers")
+    from tests.ir.match.test_routing import X, block
+
+    mixture = block("mixtral", "eager")
+    torch._dynamo.reset()
+    with pytest.raises((Unsupported, UserError)):
+        torch.compile(mixture, backend="aot_eager", fullgraph=True)(X)
