@@ -1,6 +1,7 @@
 """gatecc: a compiler that puts gates, experts and linear attention into PyTorch models."""
 
 from gatecc import adapters, checks, diagnose, state_space, train
+from gatecc.backend.explain import explain
 from gatecc.checkpoint import load, materialise, save
 from gatecc.decoder import Decoder, decoder
 from gatecc.engine.analyse import inspect
@@ -75,6 +76,7 @@ __all__ = [
     "decoder",
     "diagnose",
     "ensemble",
+    "explain",
     "export",
     "inspect",
     "last_report",

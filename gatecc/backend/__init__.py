@@ -6,7 +6,8 @@ share a compiled graph keep their own, and nothing is baked in. A graph in which
 """
 
 from gatecc.backend.compile import gatecc
+from gatecc.backend.explain import explain
 from gatecc.backend.lower import Lowered, lower
 from gatecc.backend.options import Options
 
-__all__ = ["Lowered", "Options", "gatecc", "lower"]
+__all__ = ["Lowered", "Options", "explain", "gatecc", "lower"]

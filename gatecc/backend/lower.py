@@ -17,7 +17,8 @@ from gatecc.ir.match import find_sites
 from gatecc.ir.program import Program
 from gatecc.ir.verify import Before, Suspect, verify
 from gatecc.passes.lower import LOWERINGS, Lowering, Outcome, Settings
-from gatecc.pipeline import canonical_form
+from gatecc.pipeline import Observer, canonical_form
+from gatecc.pipeline.stage import step
 
 log = logging.getLogger(__name__)
 
@@ -25,32 +26,44 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, eq=False)
 class Lowered:
     """What a Dynamo graph became. ``graph`` takes the inputs that Dynamo gives; it is the very graph that came in if no
-    lowering changed it. ``faults``: lowerings that failed, and why; they were left out."""
+    lowering changed it. ``faults``: lowerings that failed, and why; they were left out. ``untouched``: why the graph
+    was not looked at, empty if it was. ``training``: autograd will differentiate it."""
 
     graph: fx.GraphModule
     outcomes: tuple[Outcome, ...] = ()
     faults: tuple[tuple[str, str], ...] = ()
+    untouched: str = ""
+    training: bool = False
 
 
-def lower(graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: Options | None = None) -> Lowered:
-    """Lower a Dynamo graph. No lowering makes it fail: one that does is left out, with a logged reason.
+def lower(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options | None = None,
+    observer: Observer | None = None,
+) -> Lowered:
+    """Lower a Dynamo graph. Nothing makes it fail: a lowering that does is left out, a graph that cannot be read goes
+    on as it is, each with a logged reason.
 
-    A graph with nested graphs (checkpointed regions, custom autograd functions, torch.cond) is compiled as it is:
-    tracing it through would undo what the nesting is for.
+    So does a graph with nested graphs (checkpointed regions, custom autograd functions, torch.cond): tracing it through
+    would undo what the nesting is for. ``observer`` is told of the canonical program and of each lowering.
     """
     options = options or Options()
-    if has_nested_graphs(graph_module):
-        log.info("gatecc: a graph goes on to the compiler as it is, because it holds nested graphs")
-        return Lowered(graph_module)
     learns = any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs)
     settings = Settings(learns and torch.is_grad_enabled(), options.freeze, options.lowerings)
+    if has_nested_graphs(graph_module):
+        return _as_it_is(graph_module, settings, "it holds graphs of its own (checkpointing, autograd.Function, cond)")
     faults: dict[str, str] = {}
     while True:
-        program = canonical_form(dynamo_program(graph_module, example_inputs))
+        try:
+            program = canonical_form(dynamo_program(graph_module, example_inputs), observer)
+        except Exception as e:
+            log.warning("gatecc: a graph could not be read", exc_info=e)
+            return _as_it_is(graph_module, settings, f"it could not be read: {type(e).__name__}: {e}")
         names = [n for n in _order() if n not in faults and (settings.only is None or n in settings.only)]
         try:
             with tracing(None):  # its fake mode is that of the compiler behind us, not that of Dynamo's values
-                outcomes = _run(program, [LOWERINGS[name]() for name in names], settings)
+                outcomes = _run(program, [LOWERINGS[name]() for name in names], settings, observer)
         except _FailedError as failed:
             faults[failed.lowering] = f"{type(failed.cause).__name__}: {failed.cause}"
             log.warning("gatecc: the lowering %s failed and is left out: %s", failed.lowering, failed.cause)
@@ -58,7 +71,12 @@ def lower(graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: 
         changed = any(outcome.became for outcome in outcomes)
         # A fresh module: Dynamo's own tables describe the nodes of its graph and would be held against ours.
         graph = fx.GraphModule(program.graph_module, program.graph) if changed else graph_module
-        return Lowered(graph, tuple(outcomes), tuple(faults.items()))
+        return Lowered(graph, tuple(outcomes), tuple(faults.items()), training=settings.training)
+
+
+def _as_it_is(graph_module: fx.GraphModule, settings: Settings, why: str) -> Lowered:
+    log.info("gatecc: a graph goes on to the compiler as it is: %s", why)
+    return Lowered(graph_module, untouched=why, training=settings.training)
 
 
 class _FailedError(Exception):
@@ -69,19 +87,24 @@ class _FailedError(Exception):
         self.lowering, self.cause = lowering, cause
 
 
-def _run(program: Program, lowerings: Sequence[Lowering], settings: Settings) -> list[Outcome]:
+def _run(
+    program: Program, lowerings: Sequence[Lowering], settings: Settings, observer: Observer | None
+) -> list[Outcome]:
     outcomes: list[Outcome] = []
     sites = None
     for lowering in lowerings:
-        sites = find_sites(program).sites if sites is None else sites
+        if sites is None:
+            with step("match", program, observer):
+                sites = find_sites(program).sites
         before = Before.of(program)
         try:
-            found = list(lowering.lower(program, sites, settings))
-            if any(outcome.became for outcome in found):
-                sites = None  # they have moved
-                program.graph.eliminate_dead_code()
-                made = set(program.graph.nodes) - set(before.arguments)
-                verify(program, before, Suspect(lowering.name, (), made))
+            with step("lower", program, observer, lowering=lowering.name):
+                found = list(lowering.lower(program, sites, settings))
+                if any(outcome.became for outcome in found):
+                    sites = None  # they have moved
+                    program.graph.eliminate_dead_code()
+                    made = set(program.graph.nodes) - set(before.arguments)
+                    verify(program, before, Suspect(lowering.name, (), made))
         except Exception as e:
             raise _FailedError(lowering.name, e) from e
         outcomes += found

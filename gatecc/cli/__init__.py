@@ -1,3 +1,3 @@
-"""The ``gatecc`` command: inspect, transform, export, heal, recipes, doctor."""
+"""The ``gatecc`` command: inspect, explain, transform, export, heal, recipes, doctor."""
 
 from gatecc.cli.commands import app as app

@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import typer
 from rich import box
 from rich.console import Console
@@ -102,6 +103,29 @@ def inspect(
             loaded, example = load_model(model, inputs)
         with _status("capturing and matching"):
             found = gatecc.inspect(loaded, example)
+        _show(found, reports or [], as_json)
+
+
+@app.command()
+def explain(
+    model: Model,
+    inputs: Inputs = None,
+    training: Annotated[bool, typer.Option("--training", help="Explain a step of training, not inference.")] = False,
+    dynamic: Annotated[bool, typer.Option("--dynamic", help="With sizes that may vary.")] = False,
+    freeze: Annotated[bool, typer.Option("--freeze", help="With gatecc.freeze: weights may be packed.")] = False,
+    reports: Reports = None,
+    as_json: AsJson = False,
+    traceback: Traceback = False,
+) -> None:
+    """Say what torch.compile(model, backend="gatecc") makes of a model: graphs, breaks, what is lowered, what not and
+    why."""
+    with _errors(traceback):
+        _check_suffixes(reports or [])
+        with _status("loading the model"):
+            loaded, example = load_model(model, inputs)
+        options = {"gatecc.freeze": True} if freeze else None
+        with _status("tracing and lowering"), torch.set_grad_enabled(training):
+            found = gatecc.explain(loaded.train(training), example, options=options, dynamic=dynamic or None)
         _show(found, reports or [], as_json)
 
 

@@ -204,16 +204,21 @@ def in_mode(model: nn.Module, training: bool) -> _InMode:
     return _InMode(model, training)
 
 
+def as_it_is(model: nn.Module) -> _InMode:
+    """A context in which the model keeps the modes that its modules have."""
+    return _InMode(model, None)
+
+
 class _InMode:
-    def __init__(self, model: nn.Module, training: bool) -> None:
+    def __init__(self, model: nn.Module, training: bool | None) -> None:
         self.model = model
         self.wanted = training
 
     def __enter__(self) -> None:
         self.modules = [(m, m.training) for m in modules_of(self.model)]
         self.buffers = [(m, n, b, b.clone()) for m, _ in self.modules for n, b in m._buffers.items() if b is not None]
-        for m, _ in self.modules:
-            m.training = self.wanted
+        for m, was in self.modules:
+            m.training = was if self.wanted is None else self.wanted
 
     def __exit__(self, *error: object) -> None:
         self._restore(self.model, {id(m): was for m, was in self.modules}, self.model.training)
@@ -251,7 +256,7 @@ def _analyse(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     try:
         program = capture(model, args, kwargs, hooked=())
     except CaptureError as whole:
-        _check_runs(model, args, kwargs)
+        check_runs(model, args, kwargs)
         analysis.rungs.append(RungRow("", "python", whole.found))
         _descend(model, args, kwargs, whole, analysis)
         analysis.refusals.extend(_unseen(row) for row in analysis.rungs if row.rung == "python")
@@ -284,7 +289,8 @@ def add_program(analysis: Analysis, program: Program) -> None:
     analysis.refusals.extend(prepared.refusals)
 
 
-def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise ExampleInputsError if the model does not run on the inputs."""
     try:
         with torch.no_grad(), callers_device():
             args, kwargs = copied((args, kwargs))

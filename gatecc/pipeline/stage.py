@@ -12,7 +12,7 @@ from gatecc.ir.program import Program
 from gatecc.ir.rewrite import Rewrite
 from gatecc.pipeline import debug
 
-Name = Literal["canonicalize", "match", "rewrite", "clean"]
+Name = Literal["canonicalize", "match", "rewrite", "clean", "lower"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,10 +24,16 @@ class Stage:
     nodes: int  # in the graph before the step
     seconds: float  # of CPU time
     rewrite: Rewrite | None = None  # of a step "rewrite"
+    lowering: str = ""  # of a step "lower"
+
+    @property
+    def now(self) -> int:
+        """The number of nodes in the graph now."""
+        return len(self.program.graph.nodes)
 
     def __str__(self) -> str:
-        what = f"{self.name} {self.rewrite}" if self.rewrite is not None else self.name
-        size = f"{self.nodes} -> {len(self.program.graph.nodes)} nodes"
+        what = f"{self.name} {self.rewrite or self.lowering}".rstrip()
+        size = f"{self.nodes} -> {self.now} nodes"
         return f"{self.program.fqn or type(self.program.module).__name__}: {what}: {size}, {self.seconds * 1e3:.1f} ms"
 
 
@@ -35,11 +41,13 @@ Observer = Callable[[Stage], None]
 
 
 @contextmanager
-def step(name: Name, program: Program, observer: Observer | None, rewrite: Rewrite | None = None) -> Generator[None]:
+def step(
+    name: Name, program: Program, observer: Observer | None, rewrite: Rewrite | None = None, *, lowering: str = ""
+) -> Generator[None]:
     """Do one step inside; afterwards the observer is told, and the one of ``GATECC_DEBUG``."""
     nodes, clock = len(program.graph.nodes), time.process_time()
     yield
-    stage = Stage(name, program, nodes, time.process_time() - clock, rewrite)
+    stage = Stage(name, program, nodes, time.process_time() - clock, rewrite, lowering)
     if observer is not None:
         observer(stage)
     debug.show(str(stage), name, program)

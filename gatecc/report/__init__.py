@@ -2,9 +2,11 @@
 
 from gatecc.report.report import Report
 from gatecc.report.rows import (
+    BreakRow,
     EffectRow,
     GraphDump,
     GraphPair,
+    LoweringRow,
     NodeRow,
     PassRow,
     RewriteRow,
@@ -15,9 +17,11 @@ from gatecc.report.rows import (
 )
 
 __all__ = [
+    "BreakRow",
     "EffectRow",
     "GraphDump",
     "GraphPair",
+    "LoweringRow",
     "NodeRow",
     "PassRow",
     "Report",

@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from gatecc.ir.site import Refusal
-from gatecc.report.rows import GraphPair, PassRow, RewriteRow, RungRow, SiteRow, Totals, environment
+from gatecc.report.rows import (
+    BreakRow,
+    GraphPair,
+    LoweringRow,
+    PassRow,
+    RewriteRow,
+    RungRow,
+    SiteRow,
+    Totals,
+    environment,
+)
 
 VERSION = 1  # of the JSON form; a reader refuses any other
 
@@ -16,10 +26,13 @@ class Findings:
 
     model: str = ""  # the class of the model
     recipe: str = ""  # empty for an inspection
+    compiled: str = ""  # "inference" or "training": what `explain` compiled it for
     sites: list[SiteRow] = field(default_factory=list[SiteRow])
     refusals: list[Refusal] = field(default_factory=list[Refusal])
     rungs: list[RungRow] = field(default_factory=list[RungRow])
     rewrites: list[RewriteRow] = field(default_factory=list[RewriteRow])
+    lowered: list[LoweringRow] = field(default_factory=list[LoweringRow])
+    breaks: list[BreakRow] = field(default_factory=list[BreakRow])
     passes: list[PassRow] = field(default_factory=list[PassRow])
     graphs: list[GraphPair] = field(default_factory=list[GraphPair])
     totals: Totals = field(default_factory=Totals)

@@ -7,7 +7,8 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from gatecc.report.rows import EffectRow, RewriteRow
+from gatecc.report.findings import Findings
+from gatecc.report.rows import EffectRow, LoweringRow, RewriteRow
 
 Row = TypeVar("Row")
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.#@])")  # a whole component of an FQN or key
@@ -19,6 +20,10 @@ class Group(Generic[Row]):
 
     place: str
     rows: tuple[Row, ...]
+
+    @property
+    def size(self) -> int:
+        return len(self.rows)
 
 
 def group(rows: Iterable[Row], place: Callable[[Row], str], like: Callable[[Row], Hashable]) -> list[Group[Row]]:
@@ -33,6 +38,20 @@ def effects_of(rewrites: Iterable[RewriteRow]) -> list[Group[EffectRow]]:
     """What rewrites did to weights; ``place`` is the whole text."""
     rows = [effect for row in rewrites for effect in row.effects]
     return group(rows, lambda effect: effect.text, lambda _: None)
+
+
+def grouped_lowerings(report: Findings, *, lowered: bool) -> list[Group[LoweringRow]]:
+    """The places that a compilation lowered, or those that it left alone."""
+    rows = [row for row in report.lowered if bool(row.became) is lowered]
+    return group(rows, lambda r: r.owner, lambda r: (r.lowering, r.found, r.became, r.reason, r.gain))
+
+
+def compiled_text(report: Findings) -> str:
+    """A compilation in one line: ``2 graphs, 1 break; 4 places lowered, 1 left alone``."""
+    lowered = sum(bool(row.became) for row in report.lowered)
+    graphs, breaks = len(report.graphs), len(report.breaks)
+    parts = f"{graphs} graph{'s' * (graphs != 1)}, {breaks} break{'s' * (breaks != 1)}"
+    return f"{parts}; {lowered} place{'s' * (lowered != 1)} lowered, {len(report.lowered) - lowered} left alone"
 
 
 def _together(places: list[str]) -> str:

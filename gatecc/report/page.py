@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from gatecc.report.drawing import picture
 from gatecc.report.findings import Findings
-from gatecc.report.grouping import effects_of, group
+from gatecc.report.grouping import compiled_text, effects_of, group, grouped_lowerings
 from gatecc.report.units import change, error_text, si, worst
 
 
@@ -22,6 +22,9 @@ def render(report: Findings) -> str:
         kinds=Counter(site.kind for site in report.sites),
         refusals=group(report.refusals, lambda r: r.owner, lambda r: (r.code, r.kind, r.reason, r.remedy)),
         rungs=group(report.rungs, lambda r: r.fqn, lambda r: (r.rung, r.reason)),
+        compiled=compiled_text(report) if report.compiled else "",
+        lowered=grouped_lowerings(report, lowered=True),
+        alone=grouped_lowerings(report, lowered=False),
         effects=effects_of(report.rewrites),
         pictures=[picture(pair) for pair in report.graphs],
         sizes=_sizes(report),

@@ -79,6 +79,32 @@ class RewriteRow:
 
 
 @dataclass(frozen=True)
+class LoweringRow:
+    """What the compile backend says of one place.
+
+    ``became``: the operator that stands there now, empty if it was left alone; ``reason``: why it was left alone, or
+    what proved that both are the same; ``gain``: what it saves, an estimate.
+    """
+
+    lowering: str
+    owner: str
+    line: str
+    found: str
+    became: str = ""
+    reason: str = ""
+    gain: str = ""
+
+
+@dataclass(frozen=True)
+class BreakRow:
+    """Where torch.compile ends a graph and begins another one, and why; between them Python runs."""
+
+    line: str
+    reason: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
 class PassRow:
     """The time of one pass, and the number of nodes that it met and left."""
 

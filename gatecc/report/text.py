@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gatecc.report.findings import Findings
-from gatecc.report.grouping import effects_of, group
+from gatecc.report.grouping import compiled_text, effects_of, group, grouped_lowerings
 from gatecc.report.units import change, error_text, si, worst
 
 WIDE = 112  # columns; a narrower terminal does not show source lines of sites
@@ -26,7 +26,8 @@ def render(report: Findings, width: int) -> RenderableType:
 def _parts(report: Findings, width: int) -> Iterator[RenderableType]:
     yield _headline(report)
     sites = _sites(report, with_line=width >= WIDE)
-    for table in (sites, *(part(report) for part in (_refusals, _rewrites, _weights, _totals, _rungs, _passes))):
+    parts = (_lowered, _alone, _breaks, _refusals, _rewrites, _weights, _totals, _rungs, _passes)
+    for table in (sites, *(part(report) for part in parts)):
         if table.row_count:
             yield Text()
             yield table
@@ -40,6 +41,8 @@ def _headline(report: Findings) -> Text:
     words = Text(report.model or "model", style="bold")
     if report.recipe:
         words.append(f" after {report.recipe}", style="bold cyan")
+    if report.compiled:
+        return words.append(f" compiled for {report.compiled}\n{compiled_text(report)}", style="not bold")
     kinds = Counter(site.kind for site in report.sites)
     found = ", ".join(f"{number} {kind}" for kind, number in kinds.items()) or "none"
     return words.append(f"\n{len(report.sites)} sites: {found}; {len(report.refusals)} refused", style="not bold")
@@ -69,10 +72,39 @@ def _refusals(report: Findings) -> Table:
     table = _table("Refused", "code", "owner", "n", "found", "do", numbers=("n",))
     for like in group(report.refusals, lambda r: r.owner, lambda r: (r.code, r.kind, r.reason, r.remedy)):
         refusal = like.rows[0]
-        place = Text(like.place or "(model)").append(f"\n{refusal.kind} {refusal.line}".rstrip(), style="dim")
+        place = _place(like.place, refusal.kind, refusal.line)
         cells = (str(len(like.rows)), refusal.reason, refusal.remedy)
         table.add_row(Text(refusal.code, style="yellow"), place, *map(Text, cells))
     return table
+
+
+def _lowered(report: Findings) -> Table:
+    table = _table("Lowered", "place", "n", "found", "became", "proof", "gain", numbers=("n",))
+    for like in grouped_lowerings(report, lowered=True):
+        row = like.rows[0]
+        cells = (_place(like.place, row.lowering, row.line), str(len(like.rows)))
+        table.add_row(*cells, *map(Text, (row.found, row.became, row.reason, row.gain)))
+    return table
+
+
+def _alone(report: Findings) -> Table:
+    table = _table("Left alone", "place", "n", "found", "why", numbers=("n",))
+    for like in grouped_lowerings(report, lowered=False):
+        row = like.rows[0]
+        cells = (_place(like.place, row.lowering, row.line), str(len(like.rows)))
+        table.add_row(*cells, *map(Text, (row.found, row.reason)))
+    return table
+
+
+def _breaks(report: Findings) -> Table:
+    table = _table("Graph breaks", "line", "why", "do")
+    for row in report.breaks:
+        table.add_row(*map(Text, (row.line, row.reason, row.remedy)))
+    return table
+
+
+def _place(owner: str, kind: str, line: str) -> Text:
+    return Text(owner or "(model)").append(f"\n{kind} {line}".rstrip(), style="dim")
 
 
 def _rewrites(report: Findings) -> Table:

@@ -85,6 +85,16 @@ def test_inspect_prints_tables_and_writes_the_report(model: str, tmp_path: Path)
     assert sum(site.kind == "attention" for site in found.sites) == 2
 
 
+def test_explain_says_what_the_backend_does(model: str, tmp_path: Path) -> None:
+    html = tmp_path / "r.html"
+    out, _ = run("explain", model, "--training", "--dynamic", "--report", str(html))
+    assert "Sequential compiled for training" in out
+    assert "compiled for training" in html.read_text()
+    out, _ = run("explain", model, "--json", "--freeze")
+    assert Report.from_json(out).compiled == "inference"
+    run("explain", model.replace(":make", ":wrong"), code=2)
+
+
 def test_json_on_standard_output_is_only_json(model: str, tmp_path: Path) -> None:
     html, dot = tmp_path / "r.html", tmp_path / "g.dot"
     out, _ = run("inspect", model, "--json", "--report", str(html), "--report", str(dot))

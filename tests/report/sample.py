@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 
 from gatecc.ir.site import Refusal
 from gatecc.report import (
+    BreakRow,
     EffectRow,
     GraphDump,
     GraphPair,
+    LoweringRow,
     NodeRow,
     PassRow,
     Report,
@@ -72,6 +76,21 @@ def full_report(layers: int = 3) -> Report:
     return report
 
 
+def compiled_report(layers: int = 3) -> Report:
+    """A report of `explain` with something in every field that it has."""
+    report = Report(model="TinyDecoder", compiled="training", environment={"torch": "2.14.1"})
+    for i in range(layers):
+        row = LoweringRow(
+            "causal-mask", f"layers.{i}.attn", "model.py:12", "a causal <mask>", "is_causal=True", "proved"
+        )
+        report.lowered.append(replace(row, gain="half of the scores"))
+    report.lowered.append(LoweringRow("causal-mask", "cross", "model.py:30", "a mask", "", "it is an input"))
+    report.breaks.append(BreakRow("model.py:41", "a branch depends on the value of a tensor", "torch.where"))
+    report.graphs += [gated_layer(layers), GraphPair(("graph 2",), gated_layer(1).before)]
+    report.passes.append(PassRow("lower causal-mask", 1.5, 40, 31))
+    return report
+
+
 TEXT = st.text(max_size=24)
 COUNT = st.none() | st.integers(0, 10**15)
 ERROR = st.none() | st.floats()
@@ -117,6 +136,9 @@ def reports() -> st.SearchStrategy[Report]:
             ),
             max_size=3,
         ),
+        compiled=TEXT,
+        lowered=st.lists(st.builds(LoweringRow, TEXT, TEXT, TEXT, TEXT, TEXT, TEXT, TEXT), max_size=3),
+        breaks=st.lists(st.builds(BreakRow, TEXT, TEXT, TEXT), max_size=2),
         passes=st.lists(
             st.builds(PassRow, TEXT, st.floats(0, 1e6), st.integers(0, 99), st.integers(0, 99)), max_size=3
         ),

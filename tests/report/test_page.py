@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gatecc.ir.site import Refusal
 from gatecc.report import EffectRow, GraphDump, GraphPair, Report, RewriteRow, SiteRow
-from tests.report.sample import full_report, node, reports
+from tests.report.sample import compiled_report, full_report, node, reports
 
 VOID = {"meta", "input", "br", "link", "img", "path", "rect"}
 
@@ -69,6 +69,16 @@ def test_the_page_says_everything() -> None:
     assert page.count("svg") == 3  # two drawings and the arrow head
     rows = [attrs for tag, attrs in page.tags if tag == "tr" and "data-kind" in attrs]
     assert len(rows) == 3
+
+
+def test_the_page_of_a_compilation() -> None:
+    page = Page(compiled_report().to_html())
+    for word in ("compiled for training", "layers.[0-2].attn", "a causal <mask>", "half of the scores", "model.py:41"):
+        assert word in page.text, word
+    ids = {attrs.get("id") for _, attrs in page.tags}
+    targets = {(attrs.get("href") or "")[1:] for tag, attrs in page.tags if tag == "a"}
+    assert targets == {"lowered", "alone", "breaks", "graphs", "time"}
+    assert targets <= ids
 
 
 def test_nothing_is_fetched() -> None:

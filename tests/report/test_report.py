@@ -13,7 +13,7 @@ from rich.console import Console
 
 from gatecc.errors import ArgumentError
 from gatecc.report import GraphPair, Report
-from tests.report.sample import full_report, reports
+from tests.report.sample import compiled_report, full_report, reports
 
 
 def test_json_keeps_everything() -> None:
@@ -47,6 +47,17 @@ def test_json_is_strict_even_with_nan() -> None:
 def test_other_json_is_refused(text: str) -> None:
     with pytest.raises(ArgumentError):
         Report.from_json(text)
+
+
+def test_a_compilation_as_text_and_json() -> None:
+    report = compiled_report(layers=64)
+    assert Report.from_json(report.to_json()) == report
+    text = str(report)
+    assert "TinyDecoder compiled for training\n2 graphs, 1 break; 64 places lowered, 1 left alone" in text
+    assert "layers.[0-63].attn" in text
+    assert "sites" not in text
+    for words in ("half of the scores", "it is an input", "model.py:41", "torch.where"):
+        assert words in text
 
 
 def test_text_groups_layers_but_data_does_not() -> None:
