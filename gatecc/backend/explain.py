@@ -57,8 +57,8 @@ def explain(
     with as_it_is(model), random_states_kept(), _breaks_noted(found.breaks):
         own_args, own_kwargs = copied((args, kwargs))
         try:
-            options: dict[str, Any] = {"dynamic": dynamic, **_apart()}
-            torch.compile(model, backend=found.backend, **options)(*own_args, **own_kwargs)
+            how: dict[str, Any] = {"dynamic": dynamic, **_apart()}
+            torch.compile(model, backend=found.backend, **how)(*own_args, **own_kwargs)
         except Exception:
             check_runs(model, args, kwargs)
             raise
