@@ -124,7 +124,8 @@ def test_nested_graphs_are_said() -> None:
 
 def test_as_often_as_one_likes() -> None:
     """More often than Dynamo compiles anew, and a compiled model is the model behind it."""
-    model, x = torch.compile(nn.Linear(8, 8), backend="eager"), torch.randn(2, 8)
+    model: Any = torch.compile(nn.Linear(8, 8), backend="eager")
+    x = torch.randn(2, 8)
     assert all(len(gatecc.explain(model, (x,)).graphs) == 1 for _ in range(12))
 
 
