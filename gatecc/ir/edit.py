@@ -387,19 +387,3 @@ class Editor:
             todo.extend(node.all_input_nodes)
         for node in sorted(needed):
             early.prepend(node)
-
-
-def check_gone(program: Program, editors: Sequence[Editor]) -> None:
-    """Raise GraphError if a rewritten graph reads something that its own edits take out of the layer."""
-    for editor in editors:
-        for path in editor.gone:
-            reader = next((n for n in program.graph.find_nodes(op="get_attr") if within(str(n.target), path)), None)
-            if reader is None:
-                continue
-            user = next(iter(reader.users), reader)
-            raise GraphError(
-                f"the rewrite {editor.rewrite} takes out of the model what the graph still reads",
-                where=f"{editor.site.owner} {editor.site.line}".strip(),
-                found=f"{program.full_name(str(reader.target))}\n{window(user)}",
-                do="replace and discard every value that is computed from it; split a weight with one reader",
-            )

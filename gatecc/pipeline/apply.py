@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from gatecc.capture.guards import LaterGuards
 from gatecc.errors import CaptureError, GateccError, GraphError
-from gatecc.ir.boundary import held
-from gatecc.ir.edit import Editor, check_gone
+from gatecc.ir.boundary import held, within
+from gatecc.ir.edit import Editor
 from gatecc.ir.functions import entries
 from gatecc.ir.printer import window
 from gatecc.ir.program import Program
@@ -55,7 +55,7 @@ def apply(
         seen = held(program.boundaries) | entries(program.functions)
         program.graph.eliminate_dead_code(lambda node: node in seen or node.is_impure())
         program.guards += [guard for guard in sizes.found() if guard not in program.guards]
-        check_gone(program, [edit for of_one in editors for edit in of_one])
+        _check_gone(program, [edit for of_one in editors for edit in of_one])
     return editors
 
 
@@ -106,3 +106,19 @@ def replaced_by(program: Program, sites: Sequence[Site]) -> set[str]:
     weights = [w for site in sites for w in site.weights.values()]
     names = {site.owner for site in sites} | {n for w in weights for n in (w.fqn, w.bias) if n}
     return {program.relative_name(name) for name in names}
+
+
+def _check_gone(program: Program, editors: Sequence[Editor]) -> None:
+    """Raise GraphError if a rewritten graph reads something that its own edits take out of the layer."""
+    for editor in editors:
+        for path in editor.gone:
+            reader = next((n for n in program.graph.find_nodes(op="get_attr") if within(str(n.target), path)), None)
+            if reader is None:
+                continue
+            user = next(iter(reader.users), reader)
+            raise GraphError(
+                f"the rewrite {editor.rewrite} takes out of the model what the graph still reads",
+                where=f"{editor.site.owner} {editor.site.line}".strip(),
+                found=f"{program.full_name(str(reader.target))}\n{window(user)}",
+                do="replace and discard every value that is computed from it; split a weight with one reader",
+            )
