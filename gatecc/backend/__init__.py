@@ -6,8 +6,11 @@ share a compiled graph keep their own, and nothing is baked in. A graph in which
 """
 
 from gatecc.backend.compile import gatecc
+from gatecc.backend.eager_experts import install
 from gatecc.backend.explain import explain
 from gatecc.backend.lower import Lowered, lower
 from gatecc.backend.options import Options
 
 __all__ = ["Lowered", "Options", "explain", "gatecc", "lower"]
+
+install()

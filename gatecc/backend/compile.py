@@ -7,7 +7,6 @@ from typing import Any, cast
 
 from torch import fx
 
-from gatecc.backend import eager_experts
 from gatecc.backend.lower import lower
 from gatecc.backend.options import Options, inductor_settings
 
@@ -25,7 +24,6 @@ def gatecc(
     the lowered graph operator by operator. ``options``: those called ``gatecc.*`` are `Options`, the others Inductor's.
     Raises ArgumentError for an unknown mode or option.
     """
-    eager_experts.watch()
     settings = inductor_settings(mode, options or {})
     graph = lower(graph_module, example_inputs, Options.of(options or {})).graph
     if mode == "eager":

@@ -9,28 +9,52 @@ model says.
 from __future__ import annotations
 
 import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch._dynamo.callback import callback_handler
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
-_NAME = "gatecc"
+_BACKEND = "gatecc.backend"  # explain, too
+_MODULE = "transformers.integrations.moe"
 _OPEN = "grouped_mm"  # the implementation that a graph can show
 
 
-def watch() -> None:
-    """Let the experts of transformers ask who compiles them: now, or when a compilation begins after transformers was
-    loaded. Called with every graph, for ``torch._dynamo.reset`` forgets who waits for compilations."""
-    _install()
-    if _install not in callback_handler.start_callbacks:
-        callback_handler.register_start_callback(_install)
+def install() -> None:
+    """Let the experts of transformers ask who compiles them, as soon as transformers is loaded."""
+    module = sys.modules.get(_MODULE)
+    if module is None:
+        sys.meta_path.insert(0, _Later())
+    else:
+        _open(module)
 
 
-def _install(*_: object) -> None:
-    moe = sys.modules.get("transformers.integrations.moe")
-    interface = getattr(moe, "ExpertsInterface", None)
-    if interface is None or hasattr(interface.get_interface, "_gatecc"):
+class _Later(MetaPathFinder):
+    """Sees the module being imported, once."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if fullname != _MODULE:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            loader = spec.loader
+            run = loader.exec_module
+
+            def run_and_open(module: ModuleType) -> None:
+                run(module)
+                _open(module)
+
+            loader.exec_module = run_and_open
+        return spec
+
+
+def _open(module: ModuleType) -> None:
+    interface = getattr(module, "ExpertsInterface", None)
+    if interface is None:  # a transformers before version 5 has no such choice
         return
     get_interface = interface.get_interface
 
@@ -39,7 +63,6 @@ def _install(*_: object) -> None:
             experts_implementation = _OPEN
         return get_interface(self, experts_implementation, default)
 
-    asking._gatecc = True  # pyright: ignore[reportFunctionMemberAccess]  a mark, so that it is done once
     interface.get_interface = asking
 
 
@@ -49,7 +72,5 @@ def _is_ours() -> bool:
     compiler = InstructionTranslator.current_tx().output.compiler_fn
     while (inner := getattr(compiler, "_torchdynamo_orig_backend", None)) is not None:
         compiler = inner
-    return str(getattr(compiler, "compiler_name", getattr(compiler, "__name__", ""))).startswith(_NAME)
-
-
-watch()
+    function = getattr(compiler, "compiler_fn", compiler)  # torch.compile wraps it, with its options
+    return str(getattr(function, "__module__", "")).startswith(_BACKEND)

@@ -236,3 +236,12 @@ def test_other_backends_run_the_loop_of_transformers() -> None:
     torch._dynamo.reset()
     with pytest.raises((Unsupported, UserError)):
         torch.compile(mixture, backend="aot_eager", fullgraph=True)(X)
+
+
+def test_explain_sees_what_is_compiled() -> None:
+    pytest.importorskip("transformers")
+    from tests.ir.match.test_routing import X, block
+
+    report = backend.explain(block("mixtral", "eager"), (X,))
+    assert not report.breaks
+    assert [row.became for row in report.lowered if row.lowering == "experts"] == ["gatecc::moe_ffn"]
