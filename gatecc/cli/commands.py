@@ -22,6 +22,7 @@ from torch import nn
 
 import gatecc
 from gatecc.cli.doctor import Finding, diagnose
+from gatecc.cli.kernels import kernels
 from gatecc.cli.reference import load_batches, load_model, load_recipe, parse_options
 from gatecc.errors import ArgumentError, GateccError
 from gatecc.report import Report
@@ -34,6 +35,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(kernels, name="kernels")
 
 Model = Annotated[
     str,

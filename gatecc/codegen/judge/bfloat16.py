@@ -44,7 +44,11 @@ def exact_bfloat16() -> Generator[None]:
     def _dot(self: Any, x: Any, y: Any, *rest: Any) -> Any:
         return dot(self, _wide(x), _wide(y), *rest)
 
+    def _constant(self: Any, value: float) -> Any:
+        return _narrow(np.array([value]))
+
     with (
+        patch.object(builder, "get_bf16", _constant, create=True),
         patch.multiple(
             builder, cast_impl=_cast, create_fp_to_fp=_convert, unary_op=_unary, binary_op=_binary, create_dot=_dot
         ),

@@ -10,8 +10,9 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ import triton.backends.nvidia
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 _BIN = Path(triton.backends.nvidia.__file__).parent / "bin"
 _POINTERS = {
@@ -32,6 +34,8 @@ _POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
+_AMD_BYTES = {"dwordx2": 8, "dwordx3": 12, "dwordx4": 16, "b64": 8, "b96": 12, "b128": 16}
+WIDE = 16  # bytes, the widest access there is
 _THREADS = 1024  # of a program; compilers accept more, GPUs do not
 
 _Place = tuple[int, ...]  # of an argument, or of a field of one
@@ -55,28 +59,40 @@ TARGETS = {
 
 
 class Launch(NamedTuple):
-    """One launch: the kernel and its name, its arguments by name, how it is compiled."""
+    """One launch: the kernel and its name, the programs, its arguments by name, how it is compiled."""
 
     name: str
     kernel: Any
+    grid: tuple[int, ...]
     given: dict[str, Any]
     options: dict[str, Any]
 
+    @property
+    def specialised(self) -> str:
+        """What decides of how it is compiled."""
+        return str((self.name, self.options, [_kept(x) for x in self.given.values()]))
+
 
 class Resources(NamedTuple):
-    """What a compiled kernel takes. matrix: instructions of matrix units; double: instructions in float64."""
+    """What a compiled kernel takes.
+
+    dots: products of matrices that it asks for; matrix: instructions of matrix units; double: instructions in float64;
+    vector: bytes of its widest access to global memory.
+    """
 
     registers: int
     spills: int
     shared: int
     threads: int
+    dots: int
     matrix: int
     double: int
+    vector: int
 
 
 @contextmanager
-def recorded(target: str, launcher: ModuleType, kernels: Iterable[str]) -> Generator[list[Launch]]:
-    """Launches are listed instead of run. ``kernels`` are the names under which a launcher's module holds them."""
+def recorded(target: str, launcher: ModuleType) -> Generator[list[Launch]]:
+    """Launches of the kernels that a launcher's module names are listed instead of run."""
     found: list[Launch] = []
 
     class Recorder:
@@ -85,15 +101,16 @@ def recorded(target: str, launcher: ModuleType, kernels: Iterable[str]) -> Gener
             self.arg_names = self.kernel.arg_names
 
         def __getitem__(self, grid: Any) -> Any:
-            return self._call
+            return partial(self._call, grid)
 
-        def _call(self, *args: Any, **kwargs: Any) -> None:
+        def _call(self, grid: Any, *args: Any, **kwargs: Any) -> None:
             options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
             given = dict(zip(self.arg_names, args, strict=False)) | kwargs
-            found.append(Launch(self.name, self.kernel, given, options))
+            programs: Any = grid({**given, **options}) if callable(grid) else grid
+            found.append(Launch(self.name, self.kernel, tuple(programs), given, options))
 
     hip = "7.0" if TARGETS[target].gpu.backend == "hip" else None
-    recorders: dict[str, Any] = {name: Recorder(name) for name in kernels}
+    recorders: dict[str, Any] = {name: Recorder(name) for name in kernel_names(launcher)}
     with patch.multiple(launcher, **recorders), patch.object(torch.version, "hip", hip):
         yield found
 
@@ -115,17 +132,36 @@ def compile_launch(made: Launch, target: str) -> Resources:
     return read(found, made.options.get("num_warps", 4) * TARGETS[target].gpu.warp_size)
 
 
-def faults(found: Resources, target: str, *, matrix: bool = True) -> list[str]:
-    """What keeps a kernel from its speed, or from running at all. ``matrix``: it multiplies matrices."""
+def kernel_names(launcher: ModuleType) -> list[str]:
+    """The names under which a module holds kernels."""
+    return [name for name, value in vars(launcher).items() if isinstance(value, JITFunction)]
+
+
+def faults(found: Resources, target: str, *, spills: float = 0, vector: float = WIDE, matrix: float = 1) -> list[str]:
+    """What keeps a kernel from its speed, or from running at all, within what is allowed it.
+
+    ``spills``: how many accesses to spilled registers it may have; ``vector``: how many bytes it must access at once;
+    ``matrix``: how many instructions of matrix units it must have if it multiplies matrices.
+    """
     most = TARGETS[target].shared
     said = {
-        f"{found.spills} accesses to spilled registers": found.spills > 0,
+        f"{found.spills} accesses to spilled registers, {spills:g} at most": found.spills > spills,
         f"{found.double} instructions in float64": found.double > 0,
         f"{found.shared} bytes of shared memory, {most} at most": found.shared > most,
         f"{found.threads} threads, {_THREADS} at most": found.threads > _THREADS,
-        "no instruction of matrix units": matrix and not found.matrix,
+        f"{found.matrix} instructions of matrix units": found.dots > 0 and found.matrix < matrix,
+        f"{found.vector} bytes at once from global memory, {vector:g} at least": found.vector < vector,
     }
     return [what for what, holds in said.items() if holds]
+
+
+def _kept(value: Any) -> Any:
+    """What a launch is specialised by, of an argument."""
+    if isinstance(value, tuple):
+        return tuple(map(_kept, value))
+    if isinstance(value, Tensor):
+        return value.dtype
+    return _kind(value, (), {}, {}), value if not isinstance(value, int) or value == 1 else value % 16 == 0
 
 
 def _kind(value: Any, path: _Place, constants: dict[_Place, Any], attributes: dict[_Place, Any]) -> Any:
@@ -151,18 +187,39 @@ def _nvidia(found: Any, threads: int) -> Resources:
         file.flush()
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
         code = _tool("nvdisasm", "-c", file.name)
+    text = found.asm["ptx"]
     registers = int(re.findall(r"REG:(\d+)", usage)[0])
     spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
-    matrix = len(re.findall(r"\bHG?MMA\b", code)) + len(re.findall(r"\btcgen05\.mma\b", found.asm["ptx"]))
-    double = len(re.findall(r"\.f64", found.asm["ptx"]))
-    return Resources(registers, spills, found.metadata.shared, threads, matrix, double)
+    matrix = len(re.findall(r"\bHG?MMA\b", code)) + len(re.findall(r"\btcgen05\.mma\b", text))
+    accesses = re.findall(r"\b(?:ld|st)\.global[\w:.]*?(?:\.v(\d))?\.[bfsu](\d+)", text)
+    widths = [int(count or 1) * int(bits) // 8 for count, bits in accesses]
+    widths += [int(size, 16) for size in re.findall(r"\bcp\.async\.c[ag]\.[^;]*?\], (?:0x)?(\d+)", text)]
+    return Resources(
+        registers,
+        spills,
+        found.metadata.shared,
+        threads,
+        len(re.findall(r"\btt\.dot\b", found.asm["ttir"])),
+        matrix,
+        len(re.findall(r"\.f64", text)),
+        max(widths, default=0),
+    )
 
 
 def _amd(found: Any, threads: int) -> Resources:
     text = found.asm["amdgcn"]
     registers, spills = (int(re.findall(rf"\.{key}:\s+(\d+)", text)[0]) for key in ("vgpr_count", "vgpr_spill_count"))
-    matrix, double = len(re.findall(r"\bv_mfma", text)), len(re.findall(r"\bv_\w+_f64", text))
-    return Resources(registers, spills, found.metadata.shared, threads, matrix, double)
+    accesses = re.findall(r"\b(?:global|buffer)_(?:load|store)_(?:lds_)?(\w+)", text)
+    return Resources(
+        registers,
+        spills,
+        found.metadata.shared,
+        threads,
+        len(re.findall(r"\btt\.dot\b", found.asm["ttir"])),
+        len(re.findall(r"\bv_mfma", text)),
+        len(re.findall(r"\bv_\w+_f64", text)),
+        max((_AMD_BYTES.get(kind, 4 if "dword" in kind else 2) for kind in accesses), default=0),
+    )
 
 
 def _tool(name: str, *arguments: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from gatecc.codegen.judge import family as judge
 from gatecc.ir.ops import named
 from gatecc.ops.linear_attention import cost
 from gatecc.ops.linear_attention.kernels import KERNELS
@@ -61,3 +62,4 @@ register(
 )
 register(Operator(overload=_ops.linear_attention_backward.default, flops=cost.backward))
 register(Operator(overload=_ops.linear_attention_step.default, flops=cost.step))
+judge.register("gatecc.ops.linear_attention.triton.judged")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from gatecc.codegen.judge import family as judge
 from gatecc.ops.moe_ffn import cost
 from gatecc.ops.moe_ffn.kernels import KERNELS
 from gatecc.ops.moe_ffn.onnx import LOWERING
@@ -22,3 +23,4 @@ register(
 )
 register(Operator(overload=_ops.moe_ffn_training.default, flops=cost.forward))
 register(Operator(overload=_ops.moe_ffn_backward.default, flops=cost.backward))
+judge.register("gatecc.ops.moe_ffn.triton.judged")

@@ -20,7 +20,7 @@ def launched(target: str, *, wide: bool = False) -> Launch:
     """A launch of a product of 32 x 32, recorded on tensors without data."""
     x = torch.empty(32, 32, dtype=torch.bfloat16, device="meta")
     launcher: Any = kernels
-    with recorded(target, kernels, ["product"]) as found:
+    with recorded(target, kernels) as found:
         launcher.product[(1,)](x, x, torch.empty(32, 32, device="meta"), 0.5, WIDE=wide, N=32, num_warps=4)
     (made,) = found
     return made
@@ -38,17 +38,19 @@ def test_double_precision_is_found() -> None:
 
 
 def test_each_budget_is_held() -> None:
-    right = Resources(registers=64, spills=0, shared=1024, threads=128, matrix=4, double=0)
+    right = Resources(registers=64, spills=0, shared=1024, threads=128, dots=1, matrix=4, double=0, vector=16)
     assert faults(right, "sm_80") == []
     for change, word in (
         ({"spills": 3}, "spilled"),
         ({"shared": 164 * 1024}, "shared memory"),
         ({"threads": 2048}, "threads"),
         ({"matrix": 0}, "matrix units"),
+        ({"vector": 8}, "at once"),
     ):
         (fault,) = faults(right._replace(**change), "sm_80")
         assert word in fault
-    assert faults(right._replace(matrix=0), "sm_80", matrix=False) == []
+    assert faults(right._replace(matrix=0, dots=0), "sm_80") == []
+    assert faults(right._replace(matrix=0, spills=3, vector=2), "sm_80", matrix=0, spills=3, vector=2) == []
 
 
 @pytest.mark.parametrize(

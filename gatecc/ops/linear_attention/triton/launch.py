@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gatecc.codegen.triton.sizes import cdiv
 from gatecc.ops.linear_attention.problem import Gradients, Problem
 from gatecc.ops.linear_attention.triton.kernels.corrections import solve, strengths
 from gatecc.ops.linear_attention.triton.kernels.delta import delta_scan, delta_scan_backward
@@ -94,7 +95,7 @@ class _Run:
         """States before each chunk (backward: gradients after), (chunks, H, Dk, Dv), and the last, (S, H, Dk, Dv)."""
         states, final = self.new_states()
         block = self.blocks("scan")
-        grid = (self.sequences(), _cdiv(self.Dk, block.keys), _cdiv(self.Dv, block.values))
+        grid = (self.sequences(), cdiv(self.Dk, block.keys), cdiv(self.Dv, block.values))
         operands = self.operands(x, y, self.p.log_decay)
         buffers = (start, states, final, self.chunks.table, self.chunks.sequences)
         self.start(
@@ -105,7 +106,7 @@ class _Run:
     def mix(self, y: Tensor, out: Tensor, states: Tensor | None, *, backward: bool = False) -> None:
         """Fill ``out``."""
         p, block = self.p, self.blocks("mix")
-        grid = (self.chunks.number, self.heads, _cdiv(self.Dv, block.values))
+        grid = (self.chunks.number, self.heads, cdiv(self.Dv, block.values))
         operands = self.operands(p.q, p.k, y, p.log_decay, out)
         self.start(mix, block, grid, *operands, states, self.chunks.table, self.heads, p.scale, BACKWARD=backward)
 
@@ -114,7 +115,7 @@ class _Run:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Gradients of queries, keys and log decays. Without ``grads`` q are keys that read, with a minus."""
         p, block = self.p, self.blocks("differentiate")
-        parts = _cdiv(self.Dk, block.keys)
+        parts = cdiv(self.Dk, block.keys)
         per_head = p.log_decay is not None and p.log_decay.size(3) == 1
         dq, dk = self.room(self.Dk), self.room(self.Dk)
         dg = None if p.log_decay is None else self.room(parts if per_head else self.Dk)
@@ -148,7 +149,7 @@ class _Run:
         block = self.blocks("delta_scan")
         keys, operands = self.operands(s.reads, s.writes), self.operands(self.p.v, s.beta, missing)
         buffers = (self.p.state, states, final, s.inverses, self.chunks.table, self.chunks.sequences)
-        grid = (self.sequences(), _cdiv(self.Dv, block.values))
+        grid = (self.sequences(), cdiv(self.Dv, block.values))
         self.start(delta_scan, block, grid, *keys, s.kept, *operands, *buffers, self.heads)
         return states, final, missing
 
@@ -160,7 +161,7 @@ class _Run:
         block = self.blocks("delta_scan")
         keys, operands = self.operands(s.asks, s.reads, s.writes), self.operands(s.beta, grad_o, du, dmissing)
         buffers = (grad_state, grads, dstate, s.inverses, self.chunks.table, self.chunks.sequences)
-        grid = (self.sequences(), _cdiv(self.Dv, block.values))
+        grid = (self.sequences(), cdiv(self.Dv, block.values))
         self.start(delta_scan_backward, block, grid, *keys, s.kept, *operands, *buffers, self.heads, s.scale)
         return grads, dstate
 
@@ -208,10 +209,6 @@ class _Run:
     def spread(self, beta: Tensor) -> Tensor:
         """beta in float32 with every head."""
         return beta.float().repeat_interleave(self.heads // beta.size(1), 1)
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def _ungroup(grad: Tensor, heads: int) -> Tensor:

@@ -8,6 +8,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from gatecc.codegen.triton.configs import config, width
+from gatecc.codegen.triton.sizes import block_of, cdiv
+
 LEVELS = 5
 CHUNK = 1 << LEVELS  # tokens
 
@@ -41,32 +44,16 @@ class Blocks(NamedTuple):
     warps: int
 
 
-# Chosen ahead of time by what compilers report: no register is spilled (gatecc.codegen.judge).
-# For 16-bit inputs and for float32, whose products take three times the registers, on NVIDIA; for both on AMD. What is
-# left is delta_scan: in float32 a few registers, and with 256 key channels hundreds.
-BLOCKS: dict[Kernel, tuple[Blocks, Blocks, Blocks]] = {
-    "scan": (Blocks(64, 64, 4), Blocks(32, 64, 4), Blocks(32, 64, 4)),
-    "mix": (Blocks(64, 64, 8), Blocks(32, 64, 8), Blocks(32, 64, 4)),
-    "differentiate": (Blocks(64, 64, 8), Blocks(16, 32, 4), Blocks(32, 64, 4)),
-    "solve": (Blocks(32, 64, 4), Blocks(32, 64, 4), Blocks(32, 64, 4)),
-    "strengths": (Blocks(64, 64, 4), Blocks(64, 64, 4), Blocks(64, 64, 4)),
-    "delta_scan": (Blocks(256, 64, 8), Blocks(256, 32, 8), Blocks(256, 32, 4)),
-}
-STATE = (4096, 2048, 2048)  # elements of a state that a program of delta_scan holds, whose blocks have every key
-
-
 def blocks(kernel: Kernel, dtype: torch.dtype, Dk: int, Dv: int) -> Blocks:
-    """The blocks of a kernel for heads of these sizes: powers of two, 16 at least, as tensor cores ask for."""
-    which = 2 if torch.version.hip else int(dtype == torch.float32)
-    most = BLOCKS[kernel][which]
-    keys, values = min(most.keys, _power(Dk)), min(most.values, _power(Dv))
-    if kernel == "delta_scan":
-        values = max(16, min(values, STATE[which] // keys))
-    return Blocks(keys, values, most.warps)
+    """The blocks of a kernel for heads of these sizes, on this machine's make of GPU.
 
-
-def _power(width: int) -> int:
-    return max(16, 1 << (width - 1).bit_length())
+    ``state`` of an entry: elements of a state that a program holds, whose blocks have every key.
+    """
+    most = config(__package__ or "", kernel, width(dtype))
+    keys, values = block_of(Dk, most["keys"]), block_of(Dv, most["values"])
+    if "state" in most:
+        values = max(16, min(values, most["state"] // keys))
+    return Blocks(keys, values, most["warps"])
 
 
 def operand(x: Tensor | None, heads: int) -> Operand | None:
@@ -84,7 +71,7 @@ def chunks(segments: tuple[tuple[int, int, int], ...], reverse: bool, device: to
     table: list[tuple[int, int, int]] = []
     sequences: list[tuple[int, int]] = []
     for row, first, length in segments:
-        sequences.append((len(table), -(-length // CHUNK)))
+        sequences.append((len(table), cdiv(length, CHUNK)))
         for done in range(0, length, CHUNK):
             start = first + length - 1 - done if reverse else first + done
             table.append((row, start, min(CHUNK, length - done)))

@@ -7,12 +7,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from gatecc.codegen.triton.sizes import block_of, cdiv
 from gatecc.ops.moe_ffn.arguments import Arguments
 from gatecc.ops.moe_ffn.segments import Gradients
 from gatecc.ops.moe_ffn.triton.kernels.gradients import outer
 from gatecc.ops.moe_ffn.triton.kernels.projections import activate, add_slots, project
 from gatecc.ops.moe_ffn.triton.plan import plan
-from gatecc.ops.moe_ffn.triton.tables import BLOCKS, SUM, Blocks, Kernel, family, load, matrices, rows
+from gatecc.ops.moe_ffn.triton.tables import Blocks, Kernel, blocks, load, matrices, rows
 
 By = Literal["place", "slot", "token"]  # of the order, of all slots, of all tokens: what an operand has its rows by
 
@@ -67,7 +68,6 @@ class _Run:
     def __init__(self, a: Arguments) -> None:
         self.a, self.k = a, a.slots
         self.S = a.tokens * a.slots
-        self.table = BLOCKS[family(a.x.dtype)]
         self.load = load(self.S, a.experts)
         self.weights = a.weights.reshape(-1)
         self.plan = plan(a.indices, a.experts, self.blocks("project").rows)
@@ -86,7 +86,7 @@ class _Run:
         """Fill y. w: (E, N, K)."""
         E, N, K = w.shape
         block = self.blocks("project", N, K)
-        grid = (self.plan.number, _cdiv(N, block.columns))
+        grid = (self.plan.number, cdiv(N, block.columns))
         given = (rows(x), matrices(w), rows(bias), weights, rows(y), self.plan.order, self.plan.table, self.k)
         self.start(project, block, grid, *given, E=E, N=N, K=K, READ=read, WRITE=write)
 
@@ -98,7 +98,7 @@ class _Run:
         E, N, K = w.shape
         y = self.room(N, a.x.dtype)
         block = self.blocks("activate", N, K)
-        grid = (self.plan.number, _cdiv(N, block.columns))
+        grid = (self.plan.number, cdiv(N, block.columns))
         given = (rows(a.x), matrices(w), matrices(w_up), rows(bias), rows(bias_up), rows(y))
         rest = (self.plan.order, self.plan.table, self.k)
         A, B = _options(a)
@@ -123,8 +123,9 @@ class _Run:
         """(S, N) -> (T, N), in the dtype of the call."""
         N = x.size(1)
         y = x.new_empty(self.a.tokens, N, dtype=self.a.x.dtype)
-        grid = (_cdiv(self.a.tokens, SUM.rows), _cdiv(N, SUM.columns))
-        self.start(add_slots, SUM, grid, rows(x), rows(y), self.a.tokens, self.k, N=N)
+        block = self.blocks("add_slots")
+        grid = (cdiv(self.a.tokens, block.rows), cdiv(N, block.columns))
+        self.start(add_slots, block, grid, rows(x), rows(y), self.a.tokens, self.k, N=N)
         return y
 
     def outer(
@@ -142,7 +143,7 @@ class _Run:
         E, N, K = w.shape
         out, sums = w.new_empty(w.shape), None if bias is None else bias.new_empty(bias.shape)
         block = self.blocks("outer", N, K)
-        grid = (_cdiv(K, block.inner), _cdiv(N, block.columns), E)
+        grid = (cdiv(K, block.inner), cdiv(N, block.columns), E)
         weights = self.weights if weighted else None
         given = (rows(x), rows(y), weights, matrices(out), rows(sums), self.plan.order, self.plan.edges, self.k)
         self.start(outer, block, grid, *given, N=N, K=K, READ_A=left, READ_B=right)
@@ -167,8 +168,8 @@ class _Run:
 
     def blocks(self, kernel: Kernel, N: int = 1 << 30, K: int = 1 << 30) -> Blocks:
         """The blocks of a kernel for results of N columns and sums over K, of as many rows as the plan has."""
-        most = self.table[kernel][self.load]
-        return most._replace(columns=min(most.columns, _power(N)), inner=min(most.inner, _power(K)))
+        most = blocks(kernel, self.a.x.dtype, self.load)
+        return most._replace(columns=block_of(N, most.columns), inner=block_of(K, most.inner))
 
     def room(self, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """(S, width), not filled."""
@@ -187,11 +188,3 @@ def _options(a: Arguments) -> tuple[float | None, float | None]:
         limit = given["limit"]
         return given["alpha"], None if limit == float("inf") else limit
     return next(iter(given.values()), None), None
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _power(width: int) -> int:
-    return max(16, 1 << (width - 1).bit_length())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from typing import Any
 
 import pytest
@@ -35,8 +34,8 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> Fake:
     """CPU tensors go to the GPU's kernels, which are fakes."""
     fake = Fake()
     monkeypatch.setitem(KERNELS, "cpu", gpu.GpuKernels())
-    monkeypatch.setattr(gpu, "_launch", lambda: fake)
-    monkeypatch.setattr(gpu, "_missing", lambda _: None)
+    monkeypatch.setattr(gpu.LAUNCHER, "module", lambda: fake)
+    monkeypatch.setattr(gpu.LAUNCHER, "missing", lambda _: None)
     say_once.cache_clear()
     return fake
 
@@ -92,30 +91,3 @@ def test_the_reason_is_said_once(launcher: Fake, caplog: pytest.LogCaptureFixtur
         "a delta rule with 257 key channels has no kernel (256 at most)"
     ]
     assert not launcher.given
-
-
-def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "gatecc.ops.linear_attention.triton.launch", raising=False)
-    for name in ("corrections", "delta", "gradients", "outputs", "states", "blocks"):
-        monkeypatch.delitem(sys.modules, f"gatecc.ops.linear_attention.triton.kernels.{name}", raising=False)
-    gpu._launch.cache_clear()
-    gpu._missing.cache_clear()
-    try:
-        problem = prepare(arguments(**operands("gated", N=2)))
-        assert "Triton cannot be imported" in str(gpu.refusal(problem))
-    finally:
-        gpu._launch.cache_clear()
-        gpu._missing.cache_clear()
-
-
-def test_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu._missing.cache_clear()
-    monkeypatch.setattr(gpu, "_launch", Fake)
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla V100")
-    for capability, reason in (((7, 0), "Tesla V100 is older than the kernels ask for"), ((8, 0), None)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
-        gpu._missing.cache_clear()
-        assert gpu._missing(torch.device("cuda", 0)) == reason
-    gpu._missing.cache_clear()

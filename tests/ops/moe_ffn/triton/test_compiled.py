@@ -1,7 +1,6 @@
-"""Each GPU kernel compiled for GPUs, without one, and held to what they can give it.
+"""Each GPU kernel compiled for GPUs, without one, and held to its budgets; here each on one or two targets.
 
-Here each on one or two targets, for experts of 1024 x 2816: compiling takes seconds. The rest is printed by
-``python -m tests.ops.moe_ffn.triton.compiled``.
+The rest is what ``gatecc kernels check`` compiles.
 """
 
 from __future__ import annotations
@@ -9,40 +8,44 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gatecc.codegen.judge.compiled import compile_launch, faults
-from tests.ops.moe_ffn.triton.compiled import KERNELS, LOADS, launches
+from gatecc.codegen.judge.binaries import judge_launch, launches
+from gatecc.codegen.judge.compiled import kernel_names, recorded
+from gatecc.ops.moe_ffn.triton import launch
+from gatecc.ops.moe_ffn.triton.judged import FAMILY, LOADS, start
 
-BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 CASES = [
-    ("sm_90", BFLOAT16, "many", "activate"),
-    ("sm_80", BFLOAT16, "few", "project"),
-    ("sm_80", FLOAT32, "some", "project"),
-    ("gfx942", BFLOAT16, "many", "outer"),
-    ("sm_90", BFLOAT16, "few", "add_slots"),
+    ("sm_90", "bf16", "many", "activate"),
+    ("sm_80", "bf16", "few", "project"),
+    ("sm_80", "fp32", "some", "project"),
+    ("gfx942", "bf16", "many", "outer"),
+    ("sm_90", "bf16", "few", "add_slots"),
 ]
 
 
 @pytest.mark.parametrize(("target", "dtype", "load", "kernel"), CASES)
-def test_it_fits(target: str, dtype: torch.dtype, load: str, kernel: str) -> None:
-    made = next(x for x in launches(target, dtype, LOADS[load]) if x.name == kernel)
-    assert faults(compile_launch(made, target), target, matrix=kernel != "add_slots") == []
+def test_it_fits(target: str, dtype: str, load: str, kernel: str) -> None:
+    made = next(x for x in launches(FAMILY, load, dtype, target) if x.name == kernel)
+    found = judge_launch(FAMILY, made, load, dtype, target)
+    assert found.faults == ()
+    assert found.exempt == ()
 
 
 def test_every_kernel_is_compiled() -> None:
-    assert {kernel for *_, kernel in CASES} == set(KERNELS)
+    assert {kernel for *_, kernel in CASES} == set(kernel_names(launch))
 
 
 @pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_what_is_launched(target: str, load: str) -> None:
     """Blocks have as many rows as the plan's, and one row of an expert needs no more than 16."""
-    for dtype in (FLOAT32, torch.float16):
-        made = launches(target, dtype, LOADS[load], layout="interleaved", activation="swiglu(alpha=1.5, limit=3.0)")
+    for dtype in (torch.float32, torch.float16):
+        with recorded(target, launch) as made:
+            start(LOADS[load], dtype, layout="interleaved", activation_text="swiglu(alpha=1.5, limit=3.0)")
         assert len({x.given["BM"] for x in made if x.name in ("project", "activate")}) == 1
         for x in made:
             if x.name == "add_slots":
                 continue
-            assert x.given["PRECISION"] == ("tf32x3" if dtype == FLOAT32 and target == "sm_90" else "ieee")
+            assert x.given["PRECISION"] == ("tf32x3" if dtype == torch.float32 and target == "sm_90" else "ieee")
             assert x.given["BM"] == 16 or load != "few" or x.name == "outer"
             if x.name == "activate":
                 assert (x.given["NAME"], x.given["A"], x.given["B"]) == ("swiglu", 1.5, 3.0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from typing import Any
 
 import pytest
@@ -34,8 +33,8 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> Fake:
     """CPU tensors go to the GPU's kernels, which are fakes."""
     fake = Fake()
     monkeypatch.setitem(KERNELS, "cpu", gpu.GpuKernels())
-    monkeypatch.setattr(gpu, "_launch", lambda: fake)
-    monkeypatch.setattr(gpu, "_missing", lambda _: None)
+    monkeypatch.setattr(gpu.LAUNCHER, "module", lambda: fake)
+    monkeypatch.setattr(gpu.LAUNCHER, "missing", lambda _: None)
     say_once.cache_clear()
     return fake
 
@@ -78,7 +77,7 @@ def test_a_matrix_beyond_32_bits(launcher: Fake) -> None:
 
 
 def test_the_reason_is_said_once(launcher: Fake, caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
-    monkeypatch.setattr(gpu, "_missing", lambda _: "Triton is asleep")
+    monkeypatch.setattr(gpu.LAUNCHER, "missing", lambda _: "Triton is asleep")
     given = to(operands(), torch.float32)
     with caplog.at_level(logging.WARNING, "gatecc"):
         moe_ffn(**given)
@@ -87,28 +86,3 @@ def test_the_reason_is_said_once(launcher: Fake, caplog: pytest.LogCaptureFixtur
         "experts run in ATen and not by a GPU kernel: Triton is asleep"
     ]
     assert not launcher.given
-
-
-def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "triton", None)
-    for name in [n for n in sys.modules if n.startswith("gatecc.ops.moe_ffn.triton.") and "dispatch" not in n]:
-        monkeypatch.delitem(sys.modules, name)
-    gpu._launch.cache_clear()
-    gpu._missing.cache_clear()
-    try:
-        given = to(operands(), torch.float32)
-        assert "Triton cannot be imported" in str(gpu.refusal(arguments(*given.values())))
-    finally:
-        gpu._launch.cache_clear()
-        gpu._missing.cache_clear()
-
-
-def test_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "_launch", Fake)
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla V100")
-    for capability, reason in (((7, 0), "Tesla V100 is older than the kernels ask for"), ((8, 0), None)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
-        gpu._missing.cache_clear()
-        assert gpu._missing(torch.device("cuda", 0)) == reason
-    gpu._missing.cache_clear()
