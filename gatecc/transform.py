@@ -32,6 +32,7 @@ from gatecc.engine.caches import caches_off, caches_on, why_no_cache
 from gatecc.engine.contracts import Checked, Reference, at_another_size, check, reference
 from gatecc.engine.in_python import in_graphs, install, without
 from gatecc.engine.install import Installer, Undo
+from gatecc.engine.measured import measured
 from gatecc.engine.other_size import one_more
 from gatecc.engine.place import Task, place
 from gatecc.engine.put_off import NOTE, buffers_on_meta, moved, on_meta
@@ -238,7 +239,7 @@ def _transform(model: nn.Module, task: Task, analysis: Analysis, undo: Undo) -> 
     parameters = parameter_count(model)
     if on_meta(model):
         report.notes.append(NOTE)
-    work, missed, effects = Installer(model, recipe, undo, report), (), list[Effect]()
+    work, missed, effects, ran = Installer(model, recipe, undo, report), (), list[Effect](), None
     if in_graphs(recipe):
         graphs = replace(task, recipe=without(recipe, in_python=True))
         work, missed = place(model, graphs, analysis, undo, report)
@@ -248,9 +249,12 @@ def _transform(model: nn.Module, task: Task, analysis: Analysis, undo: Undo) -> 
         report.graphs = work.graphs()
         report.passes = [*report.passes, *work.pass_rows()]
         report.totals = replace(report.totals, **work.cost_after(report))
+        ran = measured(model, [], args, kwargs) if task.look else None
+        if ran is not None and ran.flops is not None:
+            report.totals = replace(report.totals, flops_after=ran.flops)
     if rest := without(recipe, in_python=False).rewrites:
         effects = install(model, task, rest, undo, report)
-    active = active_count(model, analysis.sites)
+    active = active_count(model, analysis.sites, ran)
     report.totals = replace(
         report.totals, parameters_before=parameters, parameters_after=parameter_count(model), active_after=active
     )

@@ -16,6 +16,7 @@ from gatecc.capture.record import RecordedCall, record_calls
 from gatecc.capture.shield import callers_device, shielded
 from gatecc.capture.signature import copied, split_inputs
 from gatecc.capture.wrappers import refuse_wrapped
+from gatecc.engine.measured import Measured, measured, shares
 from gatecc.engine.put_off import buffers_on_meta, moved, on_meta
 from gatecc.errors import CaptureError, ExampleInputsError, UnsupportedModelError
 from gatecc.ir.program import Program
@@ -62,13 +63,14 @@ def inspect(model: nn.Module, example_inputs: Inputs) -> Report:
     check_model(model, empty=True)
     if not on_meta(model):
         with evaluation(model):
-            return report_of(model, analyse(model, args, kwargs))
+            analysis = analyse(model, args, kwargs)
+            return report_of(model, analysis, measured(model, analysis.programs, args, kwargs))
     with buffers_on_meta(model), evaluation(model):
         return report_of(model, analyse(model, *moved((args, kwargs), "meta")))
 
 
-def report_of(model: nn.Module, analysis: Analysis) -> Report:
-    """The report of an analysis alone."""
+def report_of(model: nn.Module, analysis: Analysis, ran: Measured | None = None) -> Report:
+    """The report of an analysis alone. ``ran``: what ran on the example inputs, where that depends on data."""
     costs = [cost(p) for p in analysis.programs]
     flops = sum(c.flops for c in costs)
     traffic = sum(c.bytes for c in costs)
@@ -81,9 +83,9 @@ def report_of(model: nn.Module, analysis: Analysis) -> Report:
         graphs=[GraphPair((p.fqn,), GraphDump.of(p)) for p in analysis.programs],
         totals=Totals(
             parameters_before=parameter_count(model),
-            flops_before=flops,
+            flops_before=flops if ran is None or ran.flops is None else ran.flops,
             bytes_before=traffic,
-            active_before=active_count(model, analysis.sites),
+            active_before=active_count(model, analysis.sites, ran),
         ),
     )
 
@@ -93,10 +95,11 @@ def parameter_count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def active_count(model: nn.Module, sites: Sequence[Site]) -> int | None:
+def active_count(model: nn.Module, sites: Sequence[Site], ran: Measured | None = None) -> int | None:
     """The number of parameter elements that a token meets; None where nothing chooses among experts.
 
-    ``sites``: those of the model, with experts that it has of itself; the experts of rewrites are found as modules.
+    ``sites``: those of the model, with experts that it has of itself; the experts of rewrites are found as modules. As
+    many count as have a slot, and where it ran, as many as tokens met on average.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     idle: dict[str, float] = {}
@@ -108,6 +111,8 @@ def active_count(model: nn.Module, sites: Sequence[Site]) -> int | None:
         if isinstance(module, Experts) and module.chosen:
             stacks = [f"{fqn}.{n}".lstrip(".") for n, p in module.named_parameters() if n != "bias" and p.dim() > 1]
             idle |= _idle(parameters, stacks, module.chosen, module.down_proj.size(0))
+    met = dict(shares(model, ran)) if ran is not None else {}
+    idle |= {name: (1 - share) * parameters[name].numel() for name, share in met.items()}
     return parameter_count(model) - round(sum(idle.values())) if idle else None
 
 

@@ -70,6 +70,10 @@ class Operator:
     ``portable`` serves all. ``flops`` is a formula as torch's counter knows them: it takes the operator's arguments,
     shapes in the place of tensors. ``bytes`` takes tensors without storage, and is needed only where an operator does
     not read all of its inputs once and write its outputs once.
+
+    ``served`` is of an operator whose work depends on values: given the arguments of a call, the stacked weights of its
+    experts, how many of them tokens met in all, and how many there would be if each token met every one. ``flops``
+    then takes the number of slots that are not empty as ``slots``, where it is known.
     """
 
     overload: OpOverload
@@ -78,6 +82,7 @@ class Operator:
     flops: Callable[..., int] | None = None
     bytes: Callable[..., int] | None = None
     kernels: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    served: Callable[..., tuple[tuple[Any, ...], int, int]] | None = None
 
 
 _OPERATORS: dict[Any, Operator] = {}
@@ -92,8 +97,18 @@ def register(operator: Operator) -> None:
         )
     _OPERATORS[operator.overload] = operator
     packet, formula = operator.overload.overloadpacket, operator.flops
-    if formula is not None and operator.overload.namespace != "aten":  # torch's counter takes its own operators apart
+    if formula is None or operator.overload.namespace == "aten":  # torch's counter takes its own operators apart
+        return
+    served = operator.served
+    if served is None:
         register_flop_formula(packet)(lambda *args, out_shape, **options: formula(*args, **options))
+        return
+
+    def by_slots(*args: Any, out_val: Any, **options: Any) -> int:
+        shapes = [a.shape if isinstance(a, torch.Tensor) else a for a in args]
+        return formula(*shapes, **options, slots=served(*args, **options)[1])
+
+    register_flop_formula(packet, get_raw=True)(by_slots)
 
 
 def register_later(name: str, entry: Callable[[OpOverload], Operator]) -> None:

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from gatecc.ir.program import Program
+from gatecc.ir.skipped import skipped
 from gatecc.ops import registry
 
 _GATHERS = frozenset({"aten::embedding", "aten::index", "aten::index_select", "aten::gather", "aten::take_along_dim"})
@@ -73,6 +74,12 @@ def _body_cost(node: fx.Node, owner: fx.GraphModule) -> Cost:
     if node.target is torch.ops.higher_order.cond:
         return max(costs, key=lambda c: (c.flops, c.bytes), default=Cost())
     return _total(costs) if costs else Cost(uncounted=frozenset({str(node.target)}))
+
+
+def by_data(program: Program) -> bool:
+    """Whether what runs depends on data: experts with empty slots, or values that samples skip."""
+    entries = (registry.find(node.target) for node in program.calls())
+    return any(entry is not None and entry.served is not None for entry in entries) or any(skipped(program))
 
 
 # FLOPs: torch's own counter, on tensors without storage

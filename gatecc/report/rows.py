@@ -172,7 +172,7 @@ class Totals:
     parameters_before: int | None = None
     parameters_after: int | None = None
     flops_before: int | None = None
-    flops_after: int | None = None
+    flops_after: int | None = None  # where what runs depends on data (experts, skipped blocks), those of a run
     bytes_before: int | None = None
     bytes_after: int | None = None
     max_error: float | None = None

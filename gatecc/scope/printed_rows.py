@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,9 @@ from gatecc.ir.program import Program
 from gatecc.ir.skipped import Skipped, skipped
 from gatecc.scope.traced import is_traced
 
+Watcher = Callable[[Sequence[Tensor], int, int], None]
+"""``watcher(parameters, some, every)``: of so many samples, some run the body that reads these parameters."""
+_WATCHERS: list[Watcher] = []
 Emit = Callable[[fx.Node, fx.Graph, dict[fx.Node, fx.Node]], None]
 
 
@@ -66,6 +70,8 @@ def _on_rows(body: Callable[..., Tensor], axes: Sequence[int | None], number: in
             return torch.where(condition, body(None, *given), other)
         hit = condition.reshape(-1)
         count = int(hit.sum())
+        for watcher in _WATCHERS:
+            watcher([x for x in given if isinstance(x, torch.nn.Parameter)], count, hit.numel())
         if not count:
             return other
         if count == hit.numel():
@@ -76,6 +82,16 @@ def _on_rows(body: Callable[..., Tensor], axes: Sequence[int | None], number: in
 
     call.__name__ = call.__qualname__ = f"on_rows_{number}"
     return call
+
+
+@contextmanager
+def watched(watcher: Watcher) -> Generator[None]:
+    """Tell a watcher of every body that is run for some samples, or for none."""
+    _WATCHERS.append(watcher)
+    try:
+        yield
+    finally:
+        _WATCHERS.remove(watcher)
 
 
 def masked(*tensors: Tensor) -> bool:

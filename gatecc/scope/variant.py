@@ -20,6 +20,7 @@ from gatecc.capture.reads import Read, Ties, grouped
 from gatecc.ir.boundary import Boundary
 from gatecc.ir.program import Program, fake
 from gatecc.passes.autocast import casts_to, is_cast
+from gatecc.pipeline.cost import by_data
 from gatecc.scope.hooked import HookCalls
 from gatecc.scope.printed_calls import PrintedCalls
 from gatecc.scope.printed_rows import PrintedRows
@@ -35,6 +36,7 @@ class Variant:
         """
         self.accepts: Check = compile_guards(program.guards)
         self.guards = tuple(program.guards)
+        self.by_data = by_data(program)
         self.reads, self.groups = reads, grouped(reads)
         self.ties = ties
         self.source, self._function, self._extra = _function(program, hooks)

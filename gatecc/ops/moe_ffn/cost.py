@@ -1,7 +1,7 @@
 """What ``gatecc::moe_ffn`` costs: floating-point operations for torch's counter, and bytes.
 
-Empty slots are not seen in shapes: each slot counts as one that an expert serves. An expert is read once, and no more
-of them than there are slots.
+Empty slots are not seen in shapes: there each slot counts as one that an expert serves. In a run they are counted
+(`served`). An expert is read once, and no more of them than there are slots.
 """
 
 from __future__ import annotations
@@ -10,21 +10,47 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 Shape = Sequence[int]
 
 
-def forward(x: Shape, weights: Shape, indices: Shape, gate_up: Shape, down: Shape, *_: Any, **__: Any) -> int:
+def forward(
+    x: Shape, weights: Shape, indices: Shape, gate_up: Shape, down: Shape, *_: Any, slots: int | None = None, **__: Any
+) -> int:
     """FLOPs: both products of each slot, two operations per multiply-add."""
-    return 2 * indices[0] * indices[1] * (gate_up[1] * gate_up[2] + down[1] * down[2])
+    slots = indices[0] * indices[1] if slots is None else slots
+    return 2 * slots * (gate_up[1] * gate_up[2] + down[1] * down[2])
 
 
-def backward(grad: Shape, hidden: Shape, *rest: Any, needs: Sequence[bool] = (True,) * 6, **_: Any) -> int:
+def backward(
+    grad: Shape,
+    hidden: Shape,
+    *rest: Any,
+    needs: Sequence[bool] = (True,) * 6,
+    slots: int | None = None,
+    **_: Any,
+) -> int:
     """Gradients of rows pass through down always, through gate_up for x; each weight has one product of its own."""
     indices, gate_up, down = rest[2:5]
     first, second = gate_up[1] * gate_up[2], down[1] * down[2]
     per_slot = second * (1 + needs[3]) + first * (needs[0] + needs[2])
-    return 2 * indices[0] * indices[1] * per_slot
+    return 2 * (indices[0] * indices[1] if slots is None else slots) * per_slot
+
+
+def served(
+    x: Tensor, weights: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor, *biases: Tensor | None, **_: Any
+) -> tuple[tuple[Tensor, ...], int, int]:
+    """The experts' weights, the slots that hold an expert, and how many there are if every token takes every expert."""
+    experts = tuple(t for t in (gate_up, down, *biases) if t is not None)
+    numbers = indices.device.type != "meta" and not isinstance(indices, FakeTensor)
+    slots = int((indices < gate_up.size(0)).sum()) if numbers else indices.numel()
+    return experts, slots, indices.size(0) * gate_up.size(0)
+
+
+def served_backward(grad: Tensor, hidden: Tensor, *rest: Any, **_: Any) -> tuple[tuple[Tensor, ...], int, int]:
+    """The same of the operator's gradient."""
+    return served(*rest)
 
 
 def moved_bytes(

@@ -17,10 +17,11 @@ register(
         step=StepRule(operand="x", axis=None),  # each token by itself
         onnx={"portable": LOWERING},
         flops=cost.forward,
+        served=cost.served,
         bytes=cost.moved_bytes,
         kernels=KERNELS,
     )
 )
-register(Operator(overload=_ops.moe_ffn_training.default, flops=cost.forward))
-register(Operator(overload=_ops.moe_ffn_backward.default, flops=cost.backward))
+register(Operator(overload=_ops.moe_ffn_training.default, flops=cost.forward, served=cost.served))
+register(Operator(overload=_ops.moe_ffn_backward.default, flops=cost.backward, served=cost.served_backward))
 judge.register("gatecc.ops.moe_ffn.triton.judged")

@@ -144,6 +144,11 @@ def test_what_a_sample_does_not_take_is_not_computed(net: Any, mixing: Any, skip
         runs = sum(e < options - 1 for of_layer in taken for e in of_layer)
         router = 2 * 6 * 2 * D * options
         assert counted(lambda model=model: model(**inputs))[1] == rest + router + runs * block
+        if options == 2:
+            totals = gatecc.inspect(model, inputs).totals
+            own = sum(p.numel() for n, p in model.layers[0].named_parameters() if "router" not in n)
+            assert totals.flops_before == rest + router + runs * block
+            assert totals.active_before == sum(p.numel() for p in model.parameters()) - round(own * (2 - runs / 6))
     nobody: Any = copy.deepcopy(skipping)
     with torch.no_grad():
         for layer in nobody.layers:
