@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gatecc
+from gatecc.capture.flops import counted
 from gatecc.errors import ArgumentError
 from gatecc.ir.gates.balance import Budget, Routed
 from gatecc.ir.gates.choices.prefix import Prefix
@@ -114,3 +115,28 @@ def test_other_models_are_refused(models: tuple[nn.Module, nn.Module]) -> None:
         other.mlp.down.bias.fill_(9.0)
     with pytest.raises(ArgumentError, match="mlp: the layer is something else in the teacher"):
         gatecc.train.train_learners(copy.deepcopy(student), other, [inputs(0)], steps=1)
+
+
+@pytest.mark.parametrize("budget", [0.75, 0.3])
+def test_end_to_end_the_budget_is_reached_and_what_is_not_taken_does_not_run(budget: float) -> None:
+    torch.manual_seed(0)
+    dense: Any = Model().eval()
+    student = gatecc.transform(dense, gatecc.recipe("acm", scorer="mlp(8)", share=budget), (inputs(0),))
+    data = [(inputs(seed),) for seed in range(4)]
+    gatecc.train.train_counts(student, dense, data, steps=20, lr=2e-2, factor=1.05)
+
+    def loss(output: Tensor, batch: Any) -> Tensor:
+        return F.mse_loss(output, dense(batch[0]).detach())
+
+    gatecc.train.heal(student, None, data, tune=gatecc.train.Tune(steps=80, lr=2e-2, loss=loss))
+    [layer] = prefix_layers(student)
+    x = inputs(9)
+    flat = x.flatten(0, 1)
+    with torch.no_grad():
+        counts = (layer.router(x, x)[1] < 4).sum(-1)
+        assert float(counts.float().mean()) / 4 == pytest.approx(budget, abs=0.1)
+        masked = prefix_outputs(layer.experts, flat)[counts, torch.arange(len(flat))]  # every learner ran
+        assert torch.allclose(student(x).flatten(0, 1), flat + masked, atol=1e-5)
+        assert float((student(x) - dense(x)).norm() / dense(x).norm()) < 0.05
+    gate = counted(lambda: layer.router(x, x))[1]
+    assert counted(lambda: student(x))[1] == gate + int(counts.sum()) * 2 * 2 * 8 * 4
