@@ -45,8 +45,8 @@ def fused_scores(spec: GateSpec, value: Value, hidden: Value, edit: Editor) -> V
         raise _refused(site, role, "it has no bias, and this gate starts at 1 through its bias")
     rows = Rows(groups, width // groups, gate.width // groups)
     edit.widen(linear, rows, lambda: _parameter(alone, at, "weight"), lambda: _parameter(alone, at, "bias"))
-    own = edit.call(own_features, linear, *rows, name=role)
-    scores = edit.call(new_features, linear, *rows, name=f"{edit.rewrite}_scores")
+    own = edit.call(own_features, linear, *rows[:3], name=role)
+    scores = edit.call(new_features, linear, *rows[:3], name=f"{edit.rewrite}_scores")
     edit.replace(linear, own, set(linear.users) - {own, scores} - edit.inserted, same=True)
     return Value(scores, hidden.axes)
 

@@ -17,7 +17,8 @@ from gatecc.recipes.registry import Case, recipe
 
 @recipe(
     "hash-experts",
-    citation="Switch-NeRF++: Neural radiance fields of large scenes with heterogeneous hash experts (2025)",
+    citation="Switch-NeRF++: Learning Heterogeneous Mixture of Scene Experts for Large-scale Neural Radiance Fields "
+    "(2025)",
     cases=[Case(samples.points, ("identity", "cost", "gradient", "state", "reversible"))],
 )
 def hash_experts(

@@ -17,7 +17,8 @@ from gatecc.recipes.registry import Case, recipe
 
 @recipe(
     "m3vit",
-    citation="M³ViT: Mixture-of-Experts Vision Transformer for Efficient Multi-task Learning (2022)",
+    citation="M³ViT: Mixture-of-Experts Vision Transformer for Efficient Multi-task Learning with Model-Accelerator "
+    "Co-design (2022)",
     cases=[
         Case(samples.conditioned, ("identity", "cost", "gradient", "reversible"), {"experts": 4, "k": 2, "tasks": 3}),
         Case(

@@ -81,10 +81,10 @@ def test_a_small_difference_is_looked_for_in_the_parts() -> None:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("gated-attention", {"fuse_into": "q"}), ("upcycle", {})],
+    [("gated-attention", {"fuse_into": "q"}), ("gated-attention", {"init": "identity(how=fold)"}), ("upcycle", {})],
 )
 def test_float64_knows_the_weights_of_the_original(name: str, options: dict[str, Any]) -> None:
-    """Also where a rewrite has widened them or taken them out."""
+    """Also where a rewrite has widened or scaled them or taken them out."""
     x = torch.randn(2, 7, 16)
     plain, recipe = tiny(layers=1), gatecc.recipe(name, **options)
     changed = gatecc.transform(plain, recipe, (x,), verify=False)

@@ -91,7 +91,7 @@ def test_a_scope_remembers_what_it_must() -> None:
     for effect, _, _ in EFFECTS.values():
         effect.note(ledger)
     assert ledger.own == {"extra", "parts"}
-    assert [type(effect) for effect in ledger.changes] == [WidenWeight, Drop, Drop, Split]
+    assert [type(effect) for effect in ledger.changes] == [ScaleWeight, WidenWeight, Drop, Drop, Split]
     pickle.dumps(ledger.changes)  # a scope is pickled with its module
 
 
