@@ -36,6 +36,8 @@ def cases() -> dict[str, tuple[Any, list[Any]]]:
     qwen = Qwen3ForCausalLM(Qwen3Config(**SIZES, **HEADS, head_dim=16)).eval()
     olmo = Olmo2ForCausalLM(Olmo2Config(**SIZES, **HEADS, pad_token_id=0, eos_token_id=1)).eval()
     gates = list(gatecc.recipe("gated-attention", granularity="element").rewrites)
+    kept = list(gatecc.recipe("gated-attention", granularity="element", sites="attention[model.layers.1.*]").rewrites)
+    delta = list(gatecc.recipe("gated-delta-net", form="qwen3-next", keep="1").rewrites)
     choice = "in, linear(bias=False), sigmoid_topk(4, groups=4, limit=2, bias=True, scale=2.5)"
     fine = Route(gatecc.MLP[...], choice, "shared(split(16))")
     return {
@@ -46,6 +48,8 @@ def cases() -> dict[str, tuple[Any, list[Any]]]:
         "Llama + sigmoid, shared -> GLM-4.5": (llama, upcycled(how="shared", scores="sigmoid")),
         "Qwen3 + fine experts in groups, shared -> GLM-4.5": (qwen, [fine]),
         "Qwen3 + gates -> Qwen3-Next": (qwen, gates),
+        "Qwen3 + gated delta rules -> Qwen3-Next": (qwen, delta),
+        "Qwen3 + delta rules, gates, experts -> Qwen3-Next": (qwen, [*delta, *kept, *upcycled(how="gated-shared")]),
         "Qwen3 + gates, experts -> Qwen3-Next": (qwen, [*gates, *upcycled(how="gated-shared")]),
     }
 
@@ -66,7 +70,7 @@ def trained(model: Any) -> Any:
 def measure() -> Sequence[Row]:
     """Logits, tokens and time of each case."""
     torch.manual_seed(0)
-    ids = torch.randint(SIZES["vocab_size"], (4, 32))
+    ids = torch.randint(SIZES["vocab_size"], (4, 80))
     rows: list[Row] = []
     for name, (dense, rewrites) in cases().items():
         model = trained(gatecc.transform(dense, rewrites, {"input_ids": ids}))
@@ -75,7 +79,8 @@ def measure() -> Sequence[Row]:
             again: Any = AutoModelForCausalLM.from_pretrained(Path(folder) / "x").eval()
             ours, theirs = (m(input_ids=ids).logits for m in (model, again))
             error = float((ours - theirs).abs().max() / ours.abs().max().clamp_min(1))
-            made = [m.generate(ids, max_new_tokens=NEW, do_sample=False, pad_token_id=0) for m in (model, again)]
+            options: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+            made = [m.generate(ids, attention_mask=torch.ones_like(ids), **options) for m in (model, again)]
         other = float(made[0].ne(made[1]).sum()) if made[0].shape == made[1].shape else float("inf")
         rows += [Row(f"{name}: logits", error, 1e-5), Row(f"{name}: other tokens in generate", other, 0)]
         rows += [Row(f"{name}: to_transformers", seconds, unit="s of CPU")]

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from gatecc.handoff.attention import AttentionGate, attention_gate
+from gatecc.handoff.delta import DeltaNet, delta_net, with_gate
 from gatecc.handoff.mixture import Mixture, mixture
 from gatecc.handoff.unfit import UnfitError
 from gatecc.ir.weights import joined
 from gatecc.passes.fuse_experts import FuseExperts
 from gatecc.passes.gate import Gate
+from gatecc.passes.mix.mix import Mix
 from gatecc.passes.route.route import Route
 from gatecc.scope.state import Scope, scopes
 
@@ -30,13 +32,14 @@ _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")  # None says that the
 
 @dataclass
 class Source:
-    """``mixtures`` and ``gates``: by the name of the module that they belong to. ``rest``: the state dict without what
-    is in them. ``name``: what transformers calls the class without its architecture: "ForCausalLM"."""
+    """``mixtures``, ``gates`` and ``deltas``: by the name of the module that they belong to. ``rest``: the state dict
+    without what is in them. ``name``: what transformers calls the class without its architecture: "ForCausalLM"."""
 
     model: Any
     name: str
     mixtures: dict[str, Mixture] = field(default_factory=dict[str, Mixture])
     gates: dict[str, AttentionGate] = field(default_factory=dict[str, AttentionGate])
+    deltas: dict[str, DeltaNet] = field(default_factory=dict[str, DeltaNet])
     rest: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     @property
@@ -73,11 +76,11 @@ def read(model: Any) -> Source:
     prefix = type(model.config).__name__.removesuffix("Config")
     source = Source(model, next((n.removeprefix(prefix) for n in names if n.startswith(prefix)), ""))
     taken: list[str] = []
-    for fqn, _, state in scopes(model):
-        for owner, rewrite in _applied(fqn, state):
-            taken += _read(source, owner, rewrite)
-    if not source.mixtures and not source.gates:
-        raise UnfitError("it has no experts and no gates that gatecc made: save_pretrained writes what it is")
+    applied = [found for fqn, _, state in scopes(model) for found in _applied(fqn, state)]
+    for owner, rewrite in sorted(applied, key=lambda found: not isinstance(found[1], Mix)):  # a gate may be a mixer's
+        taken += _read(source, owner, rewrite)
+    if not source.mixtures and not source.gates and not source.deltas:
+        raise UnfitError("it has no experts, gates or mixers that gatecc made: save_pretrained writes what it is")
     state = model.state_dict()
     source.rest = {n: t for n, t in state.items() if not any(n.startswith(f"{prefix}.") for prefix in taken)}
     return source
@@ -99,6 +102,12 @@ def _read(source: Source, owner: str, rewrite: Any) -> list[str]:
         if isinstance(rewrite, Route) and owner not in source.mixtures:
             source.mixtures[owner] = mixture(module, rewrite)
             return [f"{owner}.{name}" for name in ("router", rewrite.label, "shared", "shared_gate")]
+        if isinstance(rewrite, Mix) and owner not in source.deltas:
+            source.deltas[owner] = delta_net(module, rewrite)
+            return [f"{owner}.{rewrite.label}"]
+        if isinstance(rewrite, Gate) and owner in source.deltas:
+            source.deltas[owner] = with_gate(source.deltas[owner], module, rewrite)
+            return [f"{owner}.{rewrite.label}"]
         if isinstance(rewrite, Gate) and owner not in source.gates:
             source.gates[owner] = attention_gate(module, rewrite)
             return [f"{owner}.{rewrite.label}"]

@@ -61,7 +61,11 @@ def alike(
 
 
 def ungated(source: Source) -> None:
-    """Raises UnfitError where attention has gates."""
+    """Raises UnfitError where attention has gates, or is no softmax attention any more."""
+    if source.deltas:
+        raise UnfitError(
+            f"its attention is softmax attention, the model's is none in {', '.join(sorted(source.deltas))}"
+        )
     if source.gates:
         raise UnfitError(f"its attention has no gates, the model's has in {', '.join(sorted(source.gates))}")
 

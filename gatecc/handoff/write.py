@@ -80,6 +80,7 @@ def _quiet() -> Generator[None]:
 def _made(source: Source, target: Target, options: dict[str, Any]) -> Any:
     """The class with the model's weights. Raises UnfitError where it has others."""
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
     configuration, cls = (getattr(transformers, f"{target.prefix}{name}", None) for name in ("Config", source.name))
     if configuration is None or cls is None:
@@ -89,7 +90,7 @@ def _made(source: Source, target: Target, options: dict[str, Any]) -> Any:
         config.dtype = source.model.dtype
         with torch.device("meta"):
             made = cls(config)
-    except _NOT_MADE as e:
+    except (StrictDataclassError, *_NOT_MADE) as e:
         raise UnfitError(f"its class cannot be made with the model's sizes: {str(e).strip().splitlines()[0]}") from e
     _check_windows(windows(source.config), windows(config) if target.windowed else ())
     state = target.state(source)
@@ -165,7 +166,12 @@ def _generated(model: Any, again: Any) -> bool:
         return False
     ids = _ids(model)
     options: dict[str, Any] = {"max_new_tokens": _NEW, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    ours, theirs = (m.generate(ids, attention_mask=torch.ones_like(ids), **options) for m in (model, again))
+    options["attention_mask"] = torch.ones_like(ids)
+    ours = model.generate(ids, **options)
+    try:
+        theirs = again.generate(ids, **options)
+    except (RuntimeError, ValueError) as e:
+        raise UnfitError(f"its class does not generate with these sizes: {str(e).strip().splitlines()[0]}") from e
     if not torch.equal(ours, theirs):
         raise UnfitError("it generates other tokens")
     return True

@@ -165,7 +165,8 @@ class Attention(Site):
 
     Values (those that exist): hidden (b, n, c) what the query projection reads; hidden_kv likewise for keys; q, k, v
     after the head split and any rotary embedding (b, h, n, d); q_raw and k_raw before the rotary embedding (q and k
-    themselves where there is none); mask and bias: what hides keys and what is learned and added to the scores, over
+    themselves where there is none); q_linear and k_linear (b, n, c) as a projection of their own yields them, before
+    the split and any norm; mask and bias: what hides keys and what is learned and added to the scores, over
     (b or 1, h or 1, n, m) or their last axes (of several the last; mask0, mask1, ... those before it); scores before
     softmax and weights after it (b, h, n, m), only when spelled out; heads = weights @ v (b, h, n, d); out = after the
     output projection (b, n, c).
@@ -176,7 +177,7 @@ class Attention(Site):
     """
 
     kind = "attention"
-    stages = tuple("hidden hidden_kv q_raw k_raw q k v mask bias scores weights heads out".split())
+    stages = tuple("hidden hidden_kv q_linear k_linear q_raw k_raw q k v mask bias scores weights heads out".split())
     main_stage = "heads"
     numbered = ("mask", "bias")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from gatecc.ir.gate import GateSpec
 from gatecc.ir.gates.init import Random
 from gatecc.ir.rewrite import Rewrite
@@ -91,14 +93,28 @@ def retention(sites: str = "attention[...]", keep: str = "", gate: bool = True) 
     cases=[Case(samples.language, ("causality", "cost", "gradient", "state", "reversible"))],
 )
 def gated_delta_net(
-    sites: str = "attention[...]", keep: str = "", conv: int = 4, gate: bool = True, start: str = "published"
+    sites: str = "attention[...]",
+    keep: str = "",
+    conv: int = 4,
+    gate: bool = True,
+    start: str = "published",
+    form: Literal["published", "qwen3-next"] = "published",
+    eps: float = 1e-6,
 ) -> tuple[Rewrite, ...]:
     """The gated delta rule: S <- a S + k (beta (v - a S^T k))^T, with unit queries and keys.
 
     a = exp(-exp(A) softplus(W x + b)) and beta = sigmoid(W x), one number per head. ``conv`` taps of a causal
     convolution run over q, k and v first, the identity at first; ``start="slow"`` begins with hardly any decay.
+
+    ``form="qwen3-next"``: as the linear layers of Qwen3-Next compute it, for `gatecc.to_transformers`: a SiLU after the
+    convolution, no norms of queries and keys before it, and ``eps`` in the norm of the output: the model's
+    rms_norm_eps.
     """
     where = chosen(sites, keep)
+    if form == "qwen3-next":
+        unit, decay = UnitMap(smooth=True), Scalar("slow" if start == "slow" else "published")
+        qwen = Linear(unit, decay, rule="delta", norm="rms", conv=conv, activation="silu", linear=True, norm_eps=eps)
+        return (Mix(where, qwen), *((output_gate(where),) if gate else ()))
     mixer = Linear(UnitMap(), Scalar("slow" if start == "slow" else "published"), rule="delta", norm="rms", conv=conv)
     return (Mix(where, mixer), *((output_gate(where),) if gate else ()))
 

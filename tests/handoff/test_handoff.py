@@ -101,6 +101,20 @@ def test_gates_and_experts_are_a_mixture_of_qwen3_next(tmp_path: Path) -> None:
     same(model, again)
 
 
+def test_gated_delta_rules_are_the_linear_layers_of_qwen3_next(tmp_path: Path) -> None:
+    """Its rule runs in chunks of 64 tokens. The attention that is kept has no gate: half of twice its heads."""
+    dense = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES, **MORE, head_dim=8)).eval()
+    delta = gatecc.recipe("gated-delta-net", form="qwen3-next", keep="1")
+    model = noisy(gatecc.transform(dense, delta, {"input_ids": IDS}))
+    found, again = hand(model, tmp_path / "x")
+    assert (found.architecture, found.generates) == ("Qwen3NextForCausalLM", True)
+    assert again.config.layer_types == ["linear_attention", "full_attention"]
+    ids = torch.randint(29, (2, 70), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        ours, theirs = (m(ids, use_cache=False).logits for m in (model, again))
+    assert (ours - theirs).abs().max() <= 1e-5 * ours.abs().max().clamp_min(1)
+
+
 def sigmoid(architecture: str, choice: str, experts: str, sites: str = "mlp[...]", **config: Any) -> Any:
     """Experts that a sigmoid chooses."""
     from gatecc.passes.route.route import Route

@@ -1,5 +1,5 @@
-"""Qwen3-Next: a Qwen3 whose heads are gated, element by element, before the output projection; with experts beside a
-shared one, in some layers, in all or in none."""
+"""Qwen3-Next: a Qwen3 whose heads are gated, element by element, before the output projection, or whose attention is a
+gated delta rule; with experts beside a shared one, in some layers, in all or in none."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gatecc.handoff.attention import AttentionGate
+from gatecc.handoff.linear_layers import delta_options, with_deltas
 from gatecc.handoff.shared_expert import shared_options, shared_state
 from gatecc.handoff.source import Source, zeros_like
 from gatecc.handoff.target import Target, alike, stacked
@@ -19,7 +20,7 @@ _NORMS = ("norm.weight", "q_norm.weight", "k_norm.weight")  # they hold what is 
 
 
 class Qwen3Next(Target):
-    """Layers of softmax attention alone. The query projection yields query and gate of a head in turn; where the model
+    """In layers of softmax attention the query projection yields query and gate of a head in turn; where the model
     has no gate, it is half of twice the heads."""
 
     name = "qwen3_next"
@@ -27,14 +28,14 @@ class Qwen3Next(Target):
 
     def options(self, source: Source) -> dict[str, Any]:
         mixed = bool(source.mixtures)
-        attentions = [f"{layer}.self_attn" for layer in source.layers]
-        if not attentions or not all(f"{name}.{part}" in source.rest for name in attentions for part in _PARTS):
-            raise UnfitError("its layers have self_attn.q_proj, k_proj and q_norm, the model's have not")
-        if not source.gates.keys() <= set(attentions):
+        kept = _kept(source)
+        if not all(f"{name}.{part}" in source.rest for name in kept for part in _PARTS):
+            raise UnfitError("its softmax attention is q_proj, k_proj and q_norm in self_attn, the model's is not")
+        if not source.gates.keys() <= set(kept):
             raise UnfitError(f"it gates self_attn of a layer, the model has gates in {', '.join(sorted(source.gates))}")
         return {
+            **delta_options(source),
             **(shared_options(source, alike(source, dense=True, shared=True)) if mixed else {"num_experts": 0}),
-            "layer_types": ["full_attention"] * len(source.layers),
             "partial_rotary_factor": 1.0,
             "intermediate_size": source.config.intermediate_size,
             "attention_bias": _biased(source),
@@ -43,11 +44,19 @@ class Qwen3Next(Target):
     def state(self, source: Source) -> dict[str, Tensor]:
         found = {name: x - 1 if name.endswith(_NORMS) else x for name, x in source.rest.items()}
         found |= stacked(source) | shared_state(source)
-        for layer in source.layers:
-            name = f"{layer}.self_attn"
+        found = with_deltas(source, found)
+        for name in _kept(source):
             size = found[f"{name}.q_norm.weight"].size(0)
             found |= _attention(name, found, source.gates.get(name), size, biased=_biased(source))
         return found
+
+
+def _kept(source: Source) -> list[str]:
+    """The modules of softmax attention. Raises UnfitError where something else was replaced."""
+    attentions = [f"{layer}.self_attn" for layer in source.layers]
+    if not attentions or not source.deltas.keys() <= set(attentions):
+        raise UnfitError("its mixers take the place of self_attn of a layer")
+    return [name for name in attentions if name not in source.deltas]
 
 
 def _biased(source: Source) -> bool:

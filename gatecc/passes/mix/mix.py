@@ -22,7 +22,7 @@ from gatecc.passes.mix.attention_maps import forget, readers
 from gatecc.passes.mix.mixers import Mixer, Place
 from gatecc.passes.mix.padding import token_mask
 from gatecc.passes.mix.rnn import replace_rnn
-from gatecc.passes.mix.windows import biases, grid, prove_regions, seen
+from gatecc.passes.mix.windows import biases, grid, passed_by, prove_regions, seen
 from gatecc.passes.operands import beside, condition, stage, static_sizes
 from gatecc.passes.operands import place as where
 
@@ -91,7 +91,7 @@ class Mix(Rewrite):
         values += [_input(name, found, edit) for name in self.mixer.inputs]
         values = [_in_its_dtype(v, attribute(edit.program.module, path), edit) for v in values]
         mask = self._hidden(found, values[0], edit)
-        edit.lost |= biases(found, edit.program)
+        edit.lost |= biases(found, edit.program) | passed_by(found, self.mixer.reads, edit.program)
         mixed = edit.call(path, *values, mask) if mask is not None else edit.call(path, *values)
         target = stage(site, self.mixer.stage)
         mixed = _cast(mixed, target, edit)
@@ -254,10 +254,12 @@ def _in_its_dtype(value: fx.Node, module: nn.Module, edit: Editor) -> fx.Node:
 def _laid(value: Value, site: Attention, name: str, edit: Editor) -> fx.Node:
     """A stage as (B, H, N, D), or (B, N, C) for those without heads."""
     axes = value.axes.renamed("m", "n")
+    heads = site.kv_heads if name.startswith(("k", "v")) else site.heads
+    if name.endswith("_linear"):
+        return edit.call(arranged, value.node, axes.text, "bhnd", heads, name=name)
     wanted = "bnc" if "c" in axes else "bhnd"
     if axes == wanted:
         return value.node
-    heads = site.kv_heads if name.startswith(("k", "v")) else site.heads
     if sorted(axes.apart.renamed("r", "")) != sorted(wanted):
         raise SiteRefusedError(
             f"{name} is laid out in a way that a mixer does not know",

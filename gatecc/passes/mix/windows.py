@@ -60,6 +60,15 @@ def biases(site: Attention, program: Program) -> set[str]:
     return {name for addend in added for name in learned(addend, program)}
 
 
+def passed_by(site: Attention, reads: Sequence[str], program: Program) -> set[str]:
+    """The parameters of norms that lie behind the linear stages that a mixer reads."""
+    found: set[str] = set()
+    for name in reads:
+        if name.endswith("_linear") and (later := site.find(f"{name[0]}_raw")) is not None:
+            found |= learned(later.node, program) - learned(site.values[name].node, program)
+    return found
+
+
 def masks(site: Attention, program: Program) -> list[fx.Node]:
     """The addends that may hide keys. Raises SiteRefusedError if they cannot be told from learned biases."""
     added = addends(site, program)

@@ -19,7 +19,7 @@ from gatecc.ir.match.attention.output import find_output
 from gatecc.ir.match.attention.rows import row_numbers, rows_of, weight_of
 from gatecc.ir.match.attention.scores import Scores, scalar_factor, scale_of, soft_cap, unshifted
 from gatecc.ir.match.attention.stream import same_stream
-from gatecc.ir.match.attention.streams import Operand, before_rotary, streams
+from gatecc.ir.match.attention.streams import Operand, before_rotary, made_alone, streams
 from gatecc.ir.match.attention.values import WeightedSum, dropout_of
 from gatecc.ir.match.axes import permutation
 from gatecc.ir.match.maps import LinearMaps
@@ -81,7 +81,7 @@ class Assembler:
         values = {"q": Value(q.node, q.axes), "k": Value(k.node, k.axes), "v": Value(v.node, v.axes), "heads": heads}
         found, whole = _met(parts, flow)
         values |= self.names.values(found, Axes(_named(product.axes, roles, over)))
-        values |= self._raw(q, k) | self._inner(parts, roles, over)
+        values |= self._raw(q, k) | self._linear(q, k, count, kv_count) | self._inner(parts, roles, over)
         values |= streams((q, k, v), output, heads, (count, kv_count), parts.core, flow)
         return Attention(
             owner=parts.owner,
@@ -227,6 +227,15 @@ class Assembler:
         """Queries and keys before the rotary embedding."""
         found = {"q_raw": before_rotary(q), "k_raw": before_rotary(k)}
         return {name: value for name, value in found.items() if value is not None}
+
+    def _linear(self, q: Operand, k: Operand, count: int, kv_count: int) -> dict[str, Value]:
+        """Queries and keys as their projections yield them, before any norm."""
+        found = {"q_linear": (q, count), "k_linear": (k, kv_count)}
+        return {
+            name: Value(one.origins.projection.out, "bnc")
+            for name, (one, heads) in found.items()
+            if one.origins is not None and made_alone(one, heads, self.masks.evaluator, self.sizes)
+        }
 
     def _weights(
         self, q: Operand, k: Operand, v: Operand, output: Projection | None, heads: int, kv_heads: int

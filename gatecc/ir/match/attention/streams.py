@@ -9,13 +9,15 @@ import torch
 from torch import fx
 
 from gatecc.ir.dataflow import Flow
+from gatecc.ir.evaluate import Evaluator
 from gatecc.ir.match.attention.origins import Origins
 from gatecc.ir.match.attention.output import unflattened
+from gatecc.ir.match.attention.rows import row_numbers
 from gatecc.ir.match.projection import Projection
 from gatecc.ir.ops import opname
 from gatecc.ir.program import META, Origin, origin
 from gatecc.ir.site import Value
-from gatecc.ir.sizes import node_shape, on_example, same
+from gatecc.ir.sizes import Sizes, node_shape, numel, on_example, same
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +121,21 @@ def before_rotary(operand: Operand) -> Value | None:
     orders = (operand.axes, b + n + h + d)
     fitting = [order for order in orders if all(map(same, shape, (by_letter[a] for a in order)))]
     return Value(node, fitting[0]) if len(fitting) == 1 else None
+
+
+def made_alone(operand: Operand, heads: int, evaluator: Evaluator, sizes: Sizes) -> bool:
+    """Whether a projection of (b, n, c) yields these heads and nothing else, one after the other."""
+    origins, letters = operand.origins, dict(zip(operand.axes, node_shape(operand.node) or (), strict=False))
+    if origins is None or origins.others or not heads or not origins.projection.pointwise or origins.projection.conv:
+        return False
+    out, width, tokens = node_shape(origins.projection.out) or (), letters.get("d"), letters.get("n", letters.get("m"))
+    if len(out) != 3 or width is None or tokens is None or not same(out[1], tokens):
+        return False
+    if not same(out[2], numel([heads, width])):
+        return False
+    numbers = row_numbers(origins, evaluator, sizes)
+    count = origins.projection.out_width
+    return numbers is not None and bool(torch.equal(numbers[1].reshape(-1)[:count], torch.arange(count)))
 
 
 def named(node: fx.Node, operand: Operand, token: str) -> Value:

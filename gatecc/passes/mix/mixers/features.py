@@ -64,13 +64,18 @@ class EluMap(FeatureMap, tag="elu"):
 
 @dataclass(frozen=True)
 class UnitMap(FeatureMap, tag="unit"):
-    """x / |x|, which the delta rules need to be stable (DeltaNet)."""
+    """x / |x|, which the delta rules need to be stable (DeltaNet); ``smooth``: x / sqrt(|x|² + 1e-6), in float32
+    (flash-linear-attention, Qwen3-Next)."""
 
     silu: bool = False
+    smooth: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
         x = F.silu(x) if self.silu else x
-        return F.normalize(x, dim=-1, eps=1e-6)
+        if not self.smooth:
+            return F.normalize(x, dim=-1, eps=1e-6)
+        wide = x.float() if x.dtype != torch.float64 else x
+        return wide * torch.rsqrt((wide * wide).sum(-1, keepdim=True) + 1e-6)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatecc.errors import ArgumentError
@@ -24,7 +25,8 @@ class Linear(Mixer, tag="linear"):
     ``feature`` is phi, ``decay`` g. ``rule="delta"`` writes beta (v - S^T k) with beta = sigmoid(W hidden), not v.
     ``rope`` keeps the rotary embedding of q and k. ``scale`` is Dk^-0.5 where it is 0. ``normalize`` divides by
     phi(q) · sum phi(k). ``norm="rms"`` normalises each head of the output, its weight starting at ``norm_weight``.
-    ``conv`` taps of a causal depthwise convolution run over q, k and v first, the identity at init.
+    ``conv`` taps of a causal depthwise convolution run over q, k and v first, the identity at init, then
+    ``activation``. ``linear`` reads q and k as their projections yield them: norms of queries and keys are left out.
 
     Under a bidirectional mask both directions run and are averaged; each has a decay of its own (ViG). Without a decay
     every token reads one state of all.
@@ -41,16 +43,24 @@ class Linear(Mixer, tag="linear"):
     norm: Literal["none", "rms"] = "none"
     norm_weight: float = 1.0
     conv: int = 0
+    activation: Literal["none", "silu"] = "none"
+    linear: bool = False
+    norm_eps: float = 1e-5
 
     def check(self) -> None:
         self.require(not (self.normalize and self.rule == "delta"), "normalize", "False with the delta rule")
         same = self.feature.width(1) == 1 or not isinstance(self.decay, FromKeys)
         self.require(same, "feature", "a map that keeps the width of keys, for decays are read from them")
         self.require(self.conv >= 0, "conv", "a number of taps, or 0")
+        self.require(
+            not (self.linear and self.rope), "linear", "False with rope, which reads q and k after their norms"
+        )
 
     @property
     def operands(self) -> tuple[str, ...]:
         """The stages of q, k and v."""
+        if self.linear:
+            return "q_linear", "k_linear", "v"
         return ("q", "k", "v") if self.rope else ("q_raw", "k_raw", "v")
 
     @property
@@ -77,7 +87,7 @@ class LinearMixer(MixerModule):
         decays = [] if isinstance(spec.decay, NoDecay) else [spec.decay.module(features) for _ in range(directions)]
         self.decays = nn.ModuleList(decays)
         self.beta = nn.Linear(place.dim, place.heads, bias=False) if spec.rule == "delta" else None
-        self.norm = nn.RMSNorm(place.value, eps=1e-5) if spec.norm == "rms" else None
+        self.norm = nn.RMSNorm(place.value, eps=spec.norm_eps) if spec.norm == "rms" else None
         if self.norm is not None:
             nn.init.constant_(self.norm.weight, spec.norm_weight)
         widths = (place.heads * place.key, place.kv_heads * place.key, place.kv_heads * place.value)
@@ -114,6 +124,8 @@ class LinearMixer(MixerModule):
             q, k, v = (x * keep[:, None, :, None] for x in (q, k, v))
         if self.convs:
             q, k, v = (conv(x, mask) for conv, x in zip(self.convs, (q, k, v), strict=True))
+        if self.spec.activation == "silu":
+            q, k, v = F.silu(q), F.silu(k), F.silu(v)
         q, k = self.feature_q(q), self.feature_k(k)
         v = v.to(q.dtype)
         return q, k.to(q.dtype), v

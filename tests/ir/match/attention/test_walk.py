@@ -56,7 +56,13 @@ def test_every_spelling_is_found(how: Spelling) -> None:
     assert site.spelling == ("softmax" if how.softmax in ("method", "cast") else "manual")
     masks = {name for name, value in site.values.items() if value in site.maskings}
     assert masks <= {"mask"}
-    assert set(site.values) - masks == {"hidden", "q_raw", "k_raw", "q", "k", "v", "scores", "weights", "heads", "out"}
+    linear = {"q_linear", "k_linear"} & set(site.values)
+    expected = {"hidden", "q_raw", "k_raw", "q", "k", "v", "scores", "weights", "heads", "out"}
+    assert set(site.values) - masks - linear == expected
+    for name in linear:  # (b, n, c) before the split
+        made = projected(site, program, tensors, name[0])
+        assert made is not None
+        torch.testing.assert_close(tensors[site.values[name].node], made)
     assert check(site, tensors)
     weights, v = (ordered(site.values[name], tensors, axes) for name, axes in (("weights", "bhnm"), ("v", "bhmd")))
     torch.testing.assert_close(
