@@ -28,7 +28,7 @@ from gatecc.errors import ArgumentError, CaptureError, ExampleInputsError, Expor
 from gatecc.export.compare import Compared, Outcome, compare
 from gatecc.export.files import MANIFEST, Exported, describe, metadata, move, parent, write_manifest
 from gatecc.ops import registry
-from gatecc.passes.ensemble.ensemble import Ensemble
+from gatecc.passes.ensemble.ensemble import in_branches
 from gatecc.scope.transformers_loops import transformers_loops
 
 __all__ = ["MANIFEST", "Compared", "Exported", "export"]
@@ -101,11 +101,11 @@ def _export(
     with evaluation(model), adapted(model), torch.no_grad(), random_states_kept():
         call = _call(model, *inputs, notes)
         notes.extend(f"not a tensor, left out of the outputs: {what}" for what in call.left_out)
-        notes.extend(
-            "every member of an ensemble runs in the graph" for m in model.modules() if isinstance(m, Ensemble)
-        )
-        with transformers_loops(model), tempfile.TemporaryDirectory(dir=parent(folder), prefix=".gatecc-") as temporary:
-            made = Path(temporary) / "made"
+        temporary = tempfile.TemporaryDirectory(dir=parent(folder), prefix=".gatecc-")
+        with in_branches(model) as branches, transformers_loops(model), temporary as inside:
+            made = Path(inside) / "made"
+            if branches:
+                notes.append("a member of an ensemble runs on all samples of a batch if one of them chose it, else not")
             capture = _capture(call)
 
             def make(free: Freedom, limit: float | None) -> Graph:

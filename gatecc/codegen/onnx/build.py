@@ -28,6 +28,7 @@ from gatecc.capture.export import quiet
 from gatecc.capture.exported import exported_program
 from gatecc.capture.guards import Check, compile_guards, size_guards
 from gatecc.codegen.onnx.attention import ATTENTION, attention
+from gatecc.codegen.onnx.branches import put_in_branches
 from gatecc.codegen.onnx.clean import clean, hold_constants, name_ends
 from gatecc.codegen.onnx.dims import Dims, fixed
 from gatecc.codegen.onnx.grouped import split_groups
@@ -251,6 +252,7 @@ def _convert(program: ExportedProgram, call: Call, opset: int) -> ir.Model:
     hold_constants(made.model.graph)
     split_groups(made.model)
     fold_padded_weights(made.model.graph)
+    put_in_branches(made.model.graph)
     name_ends(made.model.graph, call)
     return made.model
 

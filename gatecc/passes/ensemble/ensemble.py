@@ -20,12 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from gatecc import ops as ops  # registers gatecc::only_if
 from gatecc.capture.flops import counted
 from gatecc.errors import ArgumentError
 from gatecc.ir.gates.choice import Chosen
@@ -51,7 +53,8 @@ class Ensemble(nn.Module):
     router and other members read, ``projections`` bring an output to the common form.
 
     ``masked``: every member runs on all samples, and what was not chosen is masked: the same outputs and gradients, for
-    wrappers that want to see each parameter in each step (DDP), and for compilers. Exports do that by themselves.
+    wrappers that want to see each parameter in each step (DDP), and for compilers. Exports do that by themselves; in
+    ONNX each member stands in a branch that runs if a sample of the batch chose it.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Ensemble(nn.Module):
         self.parts = dict(parts)
         self.order = tuple(order)  # features and members, each behind what it reads
         self.masked = False
+        self.branches = False  # see `in_branches`
         self.forms: dict[str, Form | None] = {}  # of inputs and outputs on the example
         self.costs: dict[str, Cost] = {}  # of features and members
         self.whole = False  # whether outputs hold whole numbers, which cannot be weighted
@@ -158,13 +162,45 @@ class Ensemble(nn.Module):
 
     def _masked(self, values: dict[str, Any], chooser: Chooser) -> Any:
         rows = rows_of(list(values.values()))
-        self.outputs(values, [*self.members, *chooser.reads])
+        self.outputs(values, chooser.reads)
         weights, indices = chooser(*self.given(values, chooser))
+        hits = [_hit(weights, indices, number) for number in range(len(self.members))]
+        chosen = {name: hit.any(1) for name, hit in zip(self.members, hits, strict=True)}
+        need = self.need(chosen)
+        read = {name for call in self.calls.values() for name in call.reads}
+        for name in self.closure(self.members):
+            if name not in values:
+                made = self.output_of(name, values)
+                values[name] = self._only_if(made, need[name], name) if name in read else made
         total = self._sum(rows, chooser)
-        for number, name in enumerate(self.members):
-            hit = _hit(weights, indices, number)
-            total.add(number, values[name], weight_of(weights, hit), None, hit.any(1))
+        for number, (name, hit) in enumerate(zip(self.members, hits, strict=True)):
+            only = partial(self._only_if, chosen=chosen[name], label=f"{name}_weighted")
+            total.add(number, values[name], weight_of(weights, hit), None, chosen[name], only)
         return total.result()
+
+    def need(self, chosen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Which samples (B,) need the output of each member and of what members read, given who chose them."""
+        need = dict(chosen)
+        for name in reversed(self.order):
+            if name in need:
+                for read in self.calls[name].reads:
+                    if read in self.calls:
+                        need[read] = need[read] | need[name] if read in need else need[name]
+        return need
+
+    def _only_if(self, value: Any, chosen: Tensor, label: str) -> Any:
+        """What an exported graph computes only if some sample needs it; zeros, or a value that nobody reads, else."""
+        if not self.branches:
+            return value
+        condition = chosen.any()
+
+        def one(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            zeros = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+            return torch.ops.gatecc.only_if(x, zeros, condition, label)
+
+        return pytree.tree_map(one, value)
 
     @_eager
     def _skipping(self, values: dict[str, Any], chooser: Chooser) -> Any:
@@ -248,6 +284,22 @@ def every_member(model: nn.Module) -> Generator[None]:
             module.masked = masked
 
 
+@contextmanager
+def in_branches(model: nn.Module) -> Generator[bool]:
+    """Every ensemble with a router marks for a while, in graphs, what is to be computed only if a sample chose it.
+
+    Yields whether there is one.
+    """
+    found = [module for module in model.modules() if isinstance(module, Ensemble) and module.chooser is not None]
+    try:
+        for module in found:
+            module.branches = True
+        yield bool(found)
+    finally:
+        for module in found:
+            module.branches = False
+
+
 class _Run:
     """One call in which each feature and member runs on the samples that need it, and on no others."""
 
@@ -256,12 +308,7 @@ class _Run:
         self.values = values
         self.rows = rows
         self.chosen = chosen
-        self.need = dict(chosen)
-        for name in reversed(ensemble.order):
-            if name in self.need:
-                for read in ensemble.calls[name].reads:
-                    if read in ensemble.calls:
-                        self.need[read] = self.need[read] | self.need[name] if read in self.need else self.need[name]
+        self.need = ensemble.need(chosen)
         members = list(chosen)
         both = torch.stack([*chosen.values(), *(self.need[n] for n in self.need)]).sum(1).tolist()
         self.counts = dict(zip(members, both, strict=False))  # of samples that chose it

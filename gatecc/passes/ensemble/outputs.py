@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,14 +75,22 @@ class Sum:
         self.dtypes: list[torch.dtype | None] = []
         self.totals: list[Any] = []
 
-    def add(self, member: int, output: Any, weights: Tensor | float, at: Tensor | None, mask: Tensor | None) -> None:
+    def add(
+        self,
+        member: int,
+        output: Any,
+        weights: Tensor | float,
+        at: Tensor | None,
+        mask: Tensor | None,
+        only: Callable[[Any], Any] = lambda parts: parts,
+    ) -> None:
         """Add one member's output. ``weights``: (rows of the output,); ``at``: which rows these are, None for all.
 
         ``mask``: (rows,), of a member that ran on all rows, the ones that chose it: nothing of the others comes
-        through, not even a NaN.
+        through, not even a NaN. ``only`` marks what is added as 0 for all samples unless one chose the member.
         """
         leaves, self.spec = pytree.tree_flatten(output)
-        parts = [self._weighted(member, x, weights, mask) if isinstance(x, Tensor) else x for x in leaves]
+        parts = only([self._weighted(member, x, weights, mask) if isinstance(x, Tensor) else x for x in leaves])
         if not self.totals:
             self.dtypes = [x.dtype if isinstance(x, Tensor) else None for x in leaves]
             self.totals = [self._start(x, at) for x in parts]

@@ -353,15 +353,6 @@ def test_balancing_sees_samples(top1: gatecc.Ensemble) -> None:
     assert float(grads[1].abs().sum()) == 0
 
 
-def test_exported_with_every_member_in_it(tmp_path: Path) -> None:
-    plain, inputs = ensembles.classifiers()
-    made = gatecc.export(
-        gatecc.transform(plain, gatecc.recipe("tabledart", hidden=4), inputs), tmp_path / "out", inputs
-    )
-    assert max(c.error for c in made.compared) < 1e-5
-    assert made.notes.count("every member of an ensemble runs in the graph") == 1
-
-
 def test_logits_and_the_tensor_of_a_model() -> None:
     assert torch.equal(tensor_of(texts().members["bert"](**TEXT)), texts().members["bert"](**TEXT).logits)
     with pytest.raises(ArgumentError, match="no router yet"):
