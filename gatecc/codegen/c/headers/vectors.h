@@ -46,6 +46,15 @@ INLINE vf broadcast(float x) {
     return y;
 }
 INLINE vf either(vi mask, vf x, vf y) { return (vf)(((vi)x & mask) | ((vi)y & ~mask)); }
+// x between two bounds; NaN stays.
+INLINE vf between(vf low, vf x, vf high) {
+#if defined(__AVX__) && LANES == 8
+    return __builtin_ia32_minps256(high, __builtin_ia32_maxps256(low, x));
+#else
+    x = either(x < low, low, x);
+    return either(x > high, high, x);
+#endif
+}
 
 // e^x, exactly 1 at 0, 0 far below 0 and at -inf, inf above 88, NaN for NaN.
 #if defined(__AVX512DQ__)
@@ -64,19 +73,17 @@ INLINE vf exponential(vf x) {
     return result;
 }
 #else
-// To 1e-7, 0 from -88 on (Cephes' polynomial).
+// To 1e-7 (and 1e-7 |x|), 0 from -88 on: 2^y as a power of two and a polynomial in what is left of y, at most a half.
 INLINE vf exponential(vf x) {
-    const vf shifted = x * 1.44269504088896341f + 12582912.0f;  // the nearest integer, in the low bits
-    const vf n = shifted - 12582912.0f;
-    const vf t = x - n * 0.693359375f + n * 2.12194440e-4f;
-    vf p = t * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * t + 8.3334519073e-3f;
-    p = p * t + 4.1665795894e-2f;
-    p = p * t + 1.6666665459e-1f;
-    p = p * t + 5.0000001201e-1f;
-    const vf power = (vf)(((vi)shifted - 0x4b400000 + 127) << 23);
-    const vf y = (p * t * t + t + 1.0f) * power;
-    return either(x < -87.3f, splat(0.0f), either(x > 88.3f, splat(INFINITY), y));
+    x = between(splat(-88.0f), x, splat(89.0f));  // there the exponent alone gives 0 and inf
+    const vf y = x * 1.44269504088896341f, shifted = y + 12582912.0f;  // the nearest integer, in the low bits
+    const vf rest = y - (shifted - 12582912.0f);
+    vf p = rest * 1.32647e-3f + 9.67151e-3f;
+    p = p * rest + 5.550734e-2f;
+    p = p * rest + 2.4022242e-1f;
+    p = p * rest + 6.9314698e-1f;
+    p = p * rest + 1.0f;
+    return p * (vf)(((vi)shifted - 0x4b400000 + 127) << 23);
 }
 #endif
 

@@ -14,7 +14,8 @@ static void forward_job(const void *context, int64_t job) {
     const struct problem *p = context;
     const struct sequence s = sequence_of(p, job);
     static __thread struct forward_scratch room __attribute__((aligned(64)));  // kept: fresh pages are dear
-    struct forward_scratch *const w = &room;
+    struct forward_scratch *w = &room;
+    __asm__("" : "+r"(w));  // else its address is asked for again in every loop that is not inlined
     const int64_t size = (int64_t)DK * DV;
     read_state(w->S, p->state ? p->state + job * size : NULL);
     for (int d = 0; d < DKP; d++) w->decay[d] = 1;

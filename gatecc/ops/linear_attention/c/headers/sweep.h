@@ -29,7 +29,7 @@ INLINE void sweep(float *S, const struct chunk *c, float *v, float *o, const flo
     UNROLL for (int i = 0; o && i < M; i++) UNROLL for (int j = 0; j <= i; j++) UNROLL for (int n = 0; n < cols; n++)
         y[i][n] += u[j][n] * c->qk[i * M + j];
     struct ahead *const ahead = c->ahead && c->ahead->next < 4 * M * LINES ? c->ahead : NULL;
-    int line = ahead ? ahead->next : 0;
+    unsigned line = ahead ? ahead->next : 0;
     for (int r = 0; r < DK; r += ROWS) {
         vf s[ROWS][2], written[ROWS][2];
         for (int i = 0; ahead && i < ASKED; i++) ask(ahead, line++);

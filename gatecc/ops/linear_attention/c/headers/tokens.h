@@ -180,10 +180,10 @@ APART void read_tokens(
 #define AHEAD (4 * M + (STEPS * ASKED + LINES - 1) / LINES)
 struct ahead {
     const char *row[AHEAD];
-    int next;  // line
+    unsigned next;  // line
 };
 
-INLINE void ask(const struct ahead *a, int line) { __builtin_prefetch(a->row[line / LINES] + line % LINES * 64); }
+INLINE void ask(const struct ahead *a, unsigned line) { __builtin_prefetch(a->row[line / LINES] + line % LINES * 64); }
 
 INLINE void list_rows(
     struct ahead *a, int n, const struct operand *x, const struct problem *p, const struct sequence *s, int64_t t
