@@ -73,7 +73,7 @@ INLINE vf exponential(vf x) {
     return result;
 }
 #else
-// To 1e-7 (and 1e-7 |x|), 0 from -88 on: 2^y as a power of two and a polynomial in what is left of y, at most a half.
+// To 2e-7 (and 1e-7 |x|), 0 from -88 on: 2^y as a power of two and a polynomial in what is left of y, at most a half.
 INLINE vf exponential(vf x) {
     x = between(splat(-88.0f), x, splat(89.0f));  // there the exponent alone gives 0 and inf
     const vf y = x * 1.44269504088896341f, shifted = y + 12582912.0f;  // the nearest integer, in the low bits

@@ -26,7 +26,20 @@ struct backward_scratch {
     float X[M][DKP], Y[M][DKP], Z[M][DKP], W[DKP];
     float dq[M][DKP], dk[M][DKP], dg[M][DKP], e[M][DVP], dbeta[LANES];  // e: dv, too
     struct chunk chunk;
+    struct ahead ahead;
+    unsigned lines;  // to ask for
 };
+
+// Lists the rows of the M tokens from t on for `write_values` to ask for, into the second cache: a span is too much for
+// the first. ``all``: the rows of q and of the outputs' gradients as well. A fifth of the time was spent on waiting.
+APART void expect_tokens(struct backward_scratch *w, const struct problem *p, const struct sequence *s, int64_t t, int all) {
+    w->lines = 0;
+    if (t < 0 || t + M > s->length) return;
+    look_ahead(&w->ahead, p, s, t, all);
+    if (!GATED) list_rows(&w->ahead, 2 * M, &p->k, p, s, t);
+    if (all) list_rows(&w->ahead, 4 * M, &p->grad_o, p, s, t);
+    w->lines = (all ? 5 : 3) * M * LINES;
+}
 
 // x_j = S^T k_j for M rows.
 APART void look_up(float (*x)[DVP], const float *S, const float (*k)[DKP]) {
@@ -43,16 +56,21 @@ APART void look_up(float (*x)[DVP], const float *S, const float (*k)[DKP]) {
 }
 
 // The state ``to`` after a chunk that wrote u, from that before it.
-APART void write_values(float *to, const float *S, const struct chunk *c, const float (*u)[DVP]) {
+APART void write_values(struct backward_scratch *w, float *to, const float *S, const float (*u)[DVP]) {
+    const struct chunk *c = &w->chunk;
+    unsigned line = 0;
     for (int d = 0; d < DKP; d += LANES) {
         const vf all = load(c->all + d);
         vf k[M];
         UNROLL for (int j = 0; j < M; j++) k[j] = load(c->kr[j] + d);
-        for (int n = 0; n < DVL; n++) {
-            vf s = load(S + AT(d, n));
-            if (GATED) s *= all;
-            UNROLL for (int j = 0; j < M; j++) s += k[j] * u[j][n];
-            store(to + AT(d, n), s);
+        for (int n = 0; n < DVL; n += 4) {
+            if (line < w->lines) ask_far(&w->ahead, line++);
+            UNROLL for (int i = n; i < n + 4; i++) {
+                vf s = load(S + AT(d, i));
+                if (GATED) s *= all;
+                UNROLL for (int j = 0; j < M; j++) s += k[j] * u[j][i];
+                store(to + AT(d, i), s);
+            }
         }
     }
 }
@@ -168,7 +186,7 @@ APART void correct(const float *S, const struct chunk *c, float (*v)[DVP], float
 APART void chunk_forward(struct backward_scratch *w, float *to, const float *S, int t) {
     prepare(&w->chunk, NULL, w->k + t, w->a + t);
     if (DELTA) correct(S, &w->chunk, w->v + t, w->u + t, w->beta + t);
-    write_values(to, S, &w->chunk, DELTA ? w->u + t : w->v + t);
+    write_values(w, to, S, DELTA ? w->u + t : w->v + t);
 }
 
 // The gradients of the M tokens from t on, S being the state before them.
@@ -261,15 +279,22 @@ static void backward_job(const void *context, int64_t job) {
     populate(p->dk + first * DK, s.length * 4 * DK);
     populate(p->dv + first * DV, s.length * 4 * DV);
     if (GATED) populate(p->dg + first * p->g.width, s.length * 4 * p->g.width);
+    for (int i = 0; i < AHEAD; i++) w->ahead.row[i] = (const char *)w;
     take_state(S, p->state ? p->state + job * size : NULL);
     take_state(w->D, p->grad_final ? p->grad_final + job * size : NULL);
     for (int64_t n = 0; n + 1 < spans; n++, S += STATE) {
         read_span(p, &s, w, n * SPAN, 0);
-        for (int m = 0; m < CHUNKS; m++) chunk_forward(w, m + 1 < CHUNKS ? w->S : S + STATE, m ? w->S : S, m * M);
+        for (int m = 0; m < CHUNKS; m++) {
+            expect_tokens(w, p, &s, (n + 1) * SPAN + m * M, n + 2 == spans);
+            chunk_forward(w, m + 1 < CHUNKS ? w->S : S + STATE, m ? w->S : S, m * M);
+        }
     }
     for (int64_t n = spans - 1; n >= 0; n--, S -= STATE) {
         const int count = read_span(p, &s, w, n * SPAN, 1), chunks = (count + M - 1) / M;
-        for (int m = 0; m < chunks; m++) chunk_forward(w, w->after[m], m ? w->after[m - 1] : S, m * M);
+        for (int m = 0; m < chunks; m++) {
+            expect_tokens(w, p, &s, (n - 1) * SPAN + m * M, 1);
+            chunk_forward(w, w->after[m], m ? w->after[m - 1] : S, m * M);
+        }
         for (int m = chunks - 1; m >= 0; m--) {
             const int64_t t = n * SPAN + m * M;
             chunk_backward(w, m ? w->after[m - 1] : S, m * M, p->scale);

@@ -177,13 +177,16 @@ APART void read_tokens(
 #define SWEEPS (LANES == 16 ? (DVP + 31) / 32 : DVP / LANES)  // over a state in a chunk, each in so many steps:
 #define STEPS ((DK + ROWS - 1) / ROWS)
 #define ASKED ((4 * M * LINES + SWEEPS * STEPS - 1) / (SWEEPS * STEPS))  // lines a step, until there are none
-#define AHEAD (4 * M + (STEPS * ASKED + LINES - 1) / LINES)
+#define AHEAD (5 * M + (STEPS * ASKED + LINES - 1) / LINES)
 struct ahead {
     const char *row[AHEAD];
     unsigned next;  // line
 };
 
 INLINE void ask(const struct ahead *a, unsigned line) { __builtin_prefetch(a->row[line / LINES] + line % LINES * 64); }
+INLINE void ask_far(const struct ahead *a, unsigned line) {
+    __builtin_prefetch(a->row[line / LINES] + line % LINES * 64, 0, 2);
+}
 
 INLINE void list_rows(
     struct ahead *a, int n, const struct operand *x, const struct problem *p, const struct sequence *s, int64_t t
