@@ -26,6 +26,7 @@ from torch import Tensor
 from gatecc.codegen.c import build
 from gatecc.ops.linear_attention import linear_attention, linear_attention_step
 from gatecc.ops.linear_attention.c.kernels import STEP, Part, Spec, has_matrix_units, library
+from gatecc.ops.linear_attention.registration import bound
 
 D = 64
 FORWARD = {torch.float32: {512: 5, 2048: 12, 8192: 40, 32768: 130}, torch.bfloat16: {512: 8, 2048: 15, 8192: 54}}
@@ -69,6 +70,28 @@ def proportions() -> Iterator[Row]:
     yield Row("hard goal: float32 / bfloat16", one / other, HARD["float32 / bfloat16"], at_most=False)
     if LONGEST > 2048:
         yield Row(f"time a token, {LONGEST} / 2048", (longest / (4 * LONGEST)) / (one / (8 * 2048)), 1.1)
+
+
+def arithmetic() -> Iterator[Row]:
+    """The rate of the forward pass, in multiply-adds of the plain recurrence (3 Dk Dv per token and head), against that
+    of a product of 1536 x 1536 matrices, which is about what the CPU can do."""
+    a, b, out = (torch.randn(1536, 1536) for _ in range(3))
+    for N in (512, 2048, 8192, 32768):
+        if N > LONGEST:
+            continue
+        H = 4 if N > 8192 else 8
+        x = inputs(N, H)
+        # Each by itself for a while: the product leaves nothing of the others' operands in the caches.
+        rounds = [
+            (
+                best_of(lambda: torch.mm(a, b, out=out), repeats=4)[0],
+                best_of(lambda x=x: linear_attention(*x), repeats=max(3, 40960 // N))[0],
+            )
+            for _ in range(4)
+        ]
+        product, ours = (min(times) for times in zip(*rounds, strict=True))
+        share = 3 * D * D * N * H / ours / (1536**3 / product)
+        yield Row(f"float32 N={N}: share of its own arithmetic", share, 0.8, at_most=False)
 
 
 def backward() -> Iterator[Row]:
@@ -128,16 +151,31 @@ def decoding() -> Iterator[Row]:
     state, o = torch.zeros(1, 8, D, D), torch.empty(1, 8, D)
     c = library(Spec("forward", True, False, D, D))
     assert c is not None
-    pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), g.data_ptr(), 0, state.data_ptr(), o.data_ptr())
+    pointers = (
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        g.data_ptr(),
+        0,
+        state.data_ptr(),
+        state.data_ptr(),
+        o.data_ptr(),
+    )
     packed = STEP.pack(*pointers, 8, D, 1, 1, 1, 1, D**-0.5, 1)
     many = range(2000)
-    kernel, call = best_of(
+    step, operator = bound(), torch.ops.gatecc.linear_attention_step.default
+    token = [x.unsqueeze(2) for x in (q, k, v, g)]
+    kernel, call, through, in_decoder = best_of(
         lambda: [c.step(packed) for _ in many],
         lambda: [linear_attention_step(q, k, v, g, None, state) for _ in many],
+        lambda: [operator(q, k, v, g, None, state) for _ in many],
+        lambda: [step(*token, None, state) for _ in many],
         repeats=20,
     )
     yield Row("decode step, kernel", 1e6 * kernel / len(many), 5, unit="µs")
-    yield Row("decode step, call from Python", 1e6 * call / len(many), 5, unit="µs")
+    yield Row("decode step, call from Python", 1e6 * call / len(many), 15, unit="µs")
+    yield Row("decode step, through torch.ops", 1e6 * through / len(many), 15, unit="µs")
+    yield Row("decode step, the decoder's bound call", 1e6 * in_decoder / len(many), 8, unit="µs")
 
 
 def accuracy() -> Iterator[Row]:
@@ -205,7 +243,7 @@ def _build_seconds(source: str) -> float:
 def measure() -> Iterator[Row]:
     """The rows of the benchmark."""
     torch.manual_seed(0)
-    for part in (building, forward, proportions, backward, against_onnxruntime, decoding, accuracy):
+    for part in (building, forward, arithmetic, proportions, backward, against_onnxruntime, decoding, accuracy):
         yield from part()
 
 

@@ -31,10 +31,15 @@ def has_tangents(tensors: Iterable[Any]) -> bool:
     return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
-def is_plain() -> bool:
-    """Whether no derivative is taken and no transform of torch.func runs."""
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+def reaches_kernel(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a call on these would come to its kernel with nothing to do on the way: they are plain tensors of which
+    none is differentiated, and no mode and no transform looks on."""
+    if forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack():
         return False
+    learns = torch.is_grad_enabled()
+    for x in tensors:
+        if x is not None and (type(x) is not Tensor or (learns and x.requires_grad)):
+            return False
     return not torch._C._are_functorch_transforms_active()
 
 

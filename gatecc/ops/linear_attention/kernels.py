@@ -6,6 +6,7 @@ Then the ATen form runs. Operators stand below code generation, so this file kno
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -14,6 +15,11 @@ from torch import Tensor
 from gatecc.ops.linear_attention.chunk import chunked
 from gatecc.ops.linear_attention.problem import Body, Gradients, Problem
 from gatecc.ops.linear_attention.reference import token_by_token
+
+# (q, k, v, log_decay, beta, state, scale) -> (o, the state after the token); None if it is declined.
+Step = Callable[
+    [Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor, float | None], tuple[Tensor, Tensor] | None
+]
 
 
 class Kernels(Protocol):
@@ -37,12 +43,20 @@ class Kernels(Protocol):
         log_decay: Tensor | None,
         beta: Tensor | None,
         state: Tensor,
+        after: Tensor,
         scale: float,
     ) -> Tensor | None:
-        """One token, q: (B, H, Dk), k: (B, Hk, Dk), v: (B, Hv, Dv), ``state`` updated in place.
+        """One token, q: (B, H, Dk), k: (B, Hk, Dk), v: (B, Hv, Dv), or with a third axis of 1 each, as the result then
+        has. The state after it is written to ``after``, which may be ``state``.
 
         May be declined unless every tensor has H heads, the state's dtype and is contiguous.
         """
+        ...
+
+    def one_token(self) -> Step | None:
+        """A step for one place in a program, where operands of the same shapes come again and again; None if there is
+        nothing to be gained. Each operand has an axis of 1 for the token: q (B, H, 1, Dk), beta (B, Hb, 1). The state
+        that it is given stays as it is."""
         ...
 
 

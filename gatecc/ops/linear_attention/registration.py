@@ -27,25 +27,37 @@ def _unfit(node: fx.Node) -> Unfit | None:
 def _one_token(node: fx.Node) -> Callable[..., Any] | None:
     """The step kernel knows no padding, no normaliser and no logits of gates."""
     plain = named(node, "mask") is None and not named(node, "normalize") and named(node, "gate_normalizer") is None
-    return one_token if plain else None
+    return bound() if plain else None
 
 
-def one_token(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    beta: Tensor | None,
-    initial_state: Tensor,
-    *_: Any,
-    scale: float | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """``linear_attention`` of one token from a state, which stays as it is. q: (B, H, 1, Dk) -> o: (B, H, 1, Dv)"""
-    state = initial_state.clone()
-    decay, strength = (None if x is None else x.select(2, 0) for x in (log_decay, beta))
-    o = linear_attention_step(q.select(2, 0), k.select(2, 0), v.select(2, 0), decay, strength, state, scale=scale)
-    return o.unsqueeze(2), state
+def bound() -> Callable[..., tuple[Tensor, Tensor]]:
+    """``linear_attention`` of one token for one place in a program: what it finds out of a call holds for the next."""
+    steps = {name: step for name, kernels in KERNELS.items() if (step := kernels.one_token()) is not None}
+    on_cpu = steps.get("cpu")  # the name of a device takes longer to ask for
+
+    def one_token(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        beta: Tensor | None,
+        initial_state: Tensor,
+        *_: Any,
+        scale: float | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """From a state, which stays as it is. q: (B, H, 1, Dk) -> o: (B, H, 1, Dv), the state after the token."""
+        strength = beta.squeeze(3) if beta is not None and beta.dim() == 4 else beta
+        step = on_cpu if q.is_cpu else steps.get(q.device.type)
+        found = step(q, k, v, log_decay, strength, initial_state, scale) if step is not None else None
+        if found is not None:
+            return found
+        state = initial_state.clone()
+        decay, strength = (None if x is None else x.select(2, 0) for x in (log_decay, beta))
+        o = linear_attention_step(q.select(2, 0), k.select(2, 0), v.select(2, 0), decay, strength, state, scale=scale)
+        return o.unsqueeze(2), state
+
+    return one_token
 
 
 _ops = torch.ops.gatecc

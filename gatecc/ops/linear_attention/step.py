@@ -10,7 +10,7 @@ from torch import Tensor
 from gatecc.errors import ArgumentError
 from gatecc.ops.linear_attention import kernels
 from gatecc.ops.linear_attention.reference import token_by_token
-from gatecc.ops.transforms import LIBRARY, UNDER_FUNC, has_tangents, is_plain
+from gatecc.ops.transforms import LIBRARY, UNDER_FUNC, has_tangents, reaches_kernel
 
 LIBRARY.define(
     "linear_attention_step(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? beta, Tensor(a!) state, "
@@ -37,8 +37,7 @@ def linear_attention_step(
     is asked for.
     """
     # A plain call on plain tensors goes past the dispatcher, which takes longer than the step.
-    own = type(q) is Tensor and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
-    if own and is_plain():
+    if not torch.compiler.is_compiling() and reaches_kernel((q, k, v, log_decay, beta, state)):
         return _step(q, k, v, log_decay, beta, state, scale=scale)
     return torch.ops.gatecc.linear_attention_step(q, k, v, log_decay, beta, state, scale=scale)
 
@@ -55,7 +54,7 @@ def _step(
 ) -> Tensor:
     factor = state.size(2) ** -0.5 if scale is None else scale
     device = kernels.KERNELS.get(state.device.type)
-    o = device.step(q, k, v, log_decay, beta, state, factor) if device else None
+    o = device.step(q, k, v, log_decay, beta, state, state, factor) if device else None
     return _step_of_any(q, k, v, log_decay, beta, state, factor) if o is None else o
 
 
@@ -74,7 +73,7 @@ def _step_of_any(
     if beta is not None:
         beta = _fit("beta", beta, (B, H), dtype)
     device = kernels.KERNELS.get(state.device.type)
-    o = device.step(q, k, v, log_decay, beta, state, scale) if device else None
+    o = device.step(q, k, v, log_decay, beta, state, state, scale) if device else None
     if o is None:
         decay = None if log_decay is None else log_decay.unsqueeze(2)
         strength = None if beta is None else beta[:, :, None, None]
@@ -107,6 +106,8 @@ def _fake(
 
 
 def _autograd(keys: Any, *tensors: Tensor | None, **options: Any) -> Tensor:
+    if reaches_kernel(tensors):  # the rest of the way through the dispatcher takes longer than the step
+        return _step(*tensors, **options)
     if has_tangents(tensors) or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)):
         _refuse(*tensors)
     with torch._C._AutoDispatchBelowAutograd():

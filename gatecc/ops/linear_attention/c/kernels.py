@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from gatecc.codegen.c.build import load
 from gatecc.codegen.c.source import amalgamated
 from gatecc.ops.linear_attention import kernels
 from gatecc.ops.linear_attention.c.split import outermost, parts_of, split, split_gradient
+from gatecc.ops.linear_attention.kernels import Step
 from gatecc.ops.linear_attention.problem import Gradients, Problem
 
 HEADERS = Path(__file__).parent / "headers"
@@ -27,7 +28,7 @@ LARGEST = 512  # channels of a head; beyond it the scratch leaves the caches and
 _OPERAND = struct.Struct("@Pqqqqiiq")
 _TAIL = struct.Struct("@Pqqq10Pfii")
 POINTERS = ("final", "decay", "grad_final", "dq", "dk", "dv", "dg", "dbeta", "dstate")
-STEP = struct.Struct("@7Pqq4ifi")
+STEP = struct.Struct("@8Pqq4ifi")
 _NOTHING = _OPERAND.pack(0, 0, 0, 0, 0, 0, 1, 0)
 
 
@@ -114,33 +115,101 @@ class CpuKernels:
         log_decay: Tensor | None,
         beta: Tensor | None,
         state: Tensor,
+        after: Tensor,
         scale: float,
     ) -> Tensor | None:
         """See gatecc.ops.linear_attention.kernels.Kernels. Written for speed: it is about as long as the kernel."""
-        B, H, Dk, Dv = state.shape
-        width = 0 if log_decay is None else log_decay.size(-1)
-        groups = (
-            _group(k, B, H, Dk),
-            _group(v, B, H, Dv),
-            1 if log_decay is None else _group(log_decay, B, H, width) if width in (1, Dk) else 0,
-            1 if beta is None else _group(beta, B, H),
-        )
-        if _group(q, B, H, Dk) != 1 or 0 in groups or state.dtype != torch.float32 or not state.is_contiguous():
+        found = _reading(q, k, v, log_decay, beta, state)
+        if found is None or not _is_plain(after):
             return None
-        function = _stepper(log_decay is not None, beta is not None, Dk, Dv)
-        if function is None:
-            return None
-        o = q.new_empty(B, H, Dv)
-        pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), _pointer(log_decay), _pointer(beta))
-        outputs = (state.data_ptr(), o.data_ptr())
-        function(STEP.pack(*pointers, *outputs, B * H, width, *groups, scale, torch.get_num_threads()))
-        return o
+        return _run_step(found, q, k, v, log_decay, beta, state, after, scale)
+
+    def one_token(self) -> Step:
+        """See gatecc.ops.linear_attention.kernels.Kernels. A call like the last one is not looked at again."""
+        last: tuple[torch.Size, torch.Size, float | None, Reading, float] | None = None
+
+        def one_token(
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            log_decay: Tensor | None,
+            beta: Tensor | None,
+            state: Tensor,
+            scale: float | None = None,
+        ) -> tuple[Tensor, Tensor] | None:
+            nonlocal last
+            if last is not None and q.shape == last[0] and state.shape == last[1] and scale == last[2]:
+                plain = q.is_contiguous() and k.is_contiguous() and v.is_contiguous() and state.is_contiguous()
+                plain = plain and (log_decay is None or log_decay.is_contiguous())
+                plain = plain and (beta is None or beta.is_contiguous())
+                if not plain or q.dtype != torch.float32 or state.dtype != torch.float32:
+                    return None
+            else:
+                found = _reading(q, k, v, log_decay, beta, state)
+                if found is None:
+                    return None
+                last = (q.shape, state.shape, scale, found, q.size(-1) ** -0.5 if scale is None else scale)
+            after = torch.empty_like(state)
+            return _run_step(last[3], q, k, v, log_decay, beta, state, after, last[4]), after
+
+        return one_token
+
+
+class Reading(NamedTuple):
+    """How the step kernel reads operands of known shapes. ``sizes``: jobs, the width of gates, and how many heads of q
+    one head of k, v, the gates and beta serves; ``o``: the shape of the result."""
+
+    function: Callable[[bytes], None]
+    sizes: tuple[int, ...]
+    o: tuple[int, ...]
+
+
+def _reading(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor
+) -> Reading | None:
+    """None where the kernel cannot read the operands as they are."""
+    B, H, Dk, Dv = state.shape
+    token = (1,) if q.dim() == 4 else ()
+    width = 0 if log_decay is None else log_decay.size(-1)
+    groups = (
+        _group(k, B, H, *token, Dk),
+        _group(v, B, H, *token, Dv),
+        1 if log_decay is None else _group(log_decay, B, H, *token, width) if width in (1, Dk) else 0,
+        1 if beta is None else _group(beta, B, H, *token),
+    )
+    if _group(q, B, H, *token, Dk) != 1 or 0 in groups or not _is_plain(state):
+        return None
+    function = _stepper(log_decay is not None, beta is not None, Dk, Dv)
+    return None if function is None else Reading(function, (B * H, width, *groups), (B, H, *token, Dv))
+
+
+def _run_step(
+    found: Reading,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor,
+    after: Tensor,
+    scale: float,
+) -> Tensor:
+    # The first is half as dear, and of the same shape unless heads of v serve several of q.
+    o = torch.empty_like(v) if v.shape == found.o else q.new_empty(found.o)
+    pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), _pointer(log_decay), _pointer(beta))
+    outputs = (state.data_ptr(), after.data_ptr(), o.data_ptr())
+    found.function(STEP.pack(*pointers, *outputs, *found.sizes, scale, torch.get_num_threads()))
+    return o
+
+
+def _is_plain(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.is_contiguous()
 
 
 def _group(x: Tensor, B: int, H: int, *channels: int) -> int:
     """How many of H heads one head of x: (B, H / group, channels) serves; 0 if the kernel cannot read x as it is."""
     shape = x.shape
-    if x.dtype != torch.float32 or not x.is_contiguous():
+    if not _is_plain(x):
         return 0
     if shape == (B, H, *channels):
         return 1

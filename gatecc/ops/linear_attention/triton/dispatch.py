@@ -36,10 +36,14 @@ class GpuKernels:
         log_decay: Tensor | None,
         beta: Tensor | None,
         state: Tensor,
+        after: Tensor,
         scale: float,
     ) -> Tensor | None:
         """One token is a handful of pointwise operations: the ATen form serves."""
         return None
+
+    def one_token(self) -> None:
+        """Likewise."""
 
 
 def refusal(problem: Problem) -> str | None:

@@ -17,6 +17,7 @@ from gatecc.ops.linear_attention import linear_attention, linear_attention_step
 from gatecc.ops.linear_attention.c import kernels as kernels_in_c
 from gatecc.ops.linear_attention.c.kernels import CpuKernels, Spec, has_matrix_units, library
 from gatecc.ops.linear_attention.kernels import KERNELS
+from gatecc.ops.linear_attention.registration import bound
 from tests.ops.linear_attention.cases import RULES, double, leaves, operands, relative
 
 HARD = ("mild", "-3", "-12", "mixed", "zero", "one")
@@ -303,10 +304,31 @@ def test_steps(rule: str, sizes: tuple[int, int]) -> None:
 def test_a_step_reads_grouped_heads_as_they_are() -> None:
     inputs = operands("gated_delta", H=4, N=1, k=2, v=1, log_decay=2, beta=1)
     token = [inputs[name][:, :, 0] for name in ("q", "k", "v", "log_decay", "beta")]
-    step = CpuKernels().step
-    assert step(*token, state=torch.zeros(1, 4, 16, 16), scale=1.0) is not None
+    step, state = CpuKernels().step, torch.zeros(1, 4, 16, 16)
+    assert step(*token, state=state, after=state, scale=1.0) is not None
     token[1] = token[1][:, :, :15]
-    assert step(*token, state=torch.zeros(1, 4, 16, 16), scale=1.0) is None
+    assert step(*token, state=state, after=state, scale=1.0) is None
+
+
+@pytest.mark.parametrize("rule", ["gated", "gated_delta"])
+def test_a_bound_step_looks_again_where_calls_differ(rule: str) -> None:
+    """One place in a program, with other batches, layouts and dtypes from call to call."""
+    step = bound()
+    for B, layout in ((1, "plain"), (2, "plain"), (2, "strided"), (2, "plain"), (1, "half"), (1, "plain")):
+        given = operands(rule, B=B, H=4, N=1, k=2, v=2, log_decay=4, beta=1)
+        state = torch.randn(B, 4, 16, 16)
+        held = state.clone()
+        if layout == "strided":
+            given["k"] = torch.stack([given["k"], given["k"]], -1)[..., 0]
+        if layout == "half":
+            given = {name: x.bfloat16() for name, x in given.items()}
+        single = [given.get(name) for name in ("q", "k", "v", "log_decay", "beta")]
+        o, after = step(*single, state)
+        truth, final = linear_attention(**double(given), initial_state=state.double())
+        assert torch.equal(state, held)
+        assert o.dtype == given["q"].dtype
+        assert relative(o, truth) < (1e-2 if layout == "half" else 1e-5), (B, layout)
+        assert relative(after, final) < 1e-5
 
 
 def test_the_kernel_serves() -> None:

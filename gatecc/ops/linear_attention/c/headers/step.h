@@ -1,11 +1,13 @@
-// One token for every head, in place: rows of S are DV wide, as the caller keeps them. A job is a head of a sample.
+// One token for every head: rows of S are DV wide, as the caller keeps them, and become those of ``to``, which may be S
+// itself. A job is a head of a sample.
 #pragma once
 #include "../../../../codegen/c/headers/threads.h"
 #include "tokens.h"
 
 struct step {
     const float *q, *k, *v, *g, *beta;   // (jobs, DK); (jobs / group of each, DK), (, DV), (, DK or 1), ()
-    float *state, *o;                    // (jobs, DK, DV), (jobs, DV)
+    const float *state;                  // (jobs, DK, DV)
+    float *after, *o;                    // the state after the token; (jobs, DV)
     int64_t jobs, width;                 // width: of g
     int32_t k_group, v_group, g_group, beta_group;  // heads of q that one head serves
     float scale;
@@ -13,7 +15,7 @@ struct step {
 };
 
 INLINE void step_columns(
-    float *S, const float *q, const float *k, const float *a, const float *v, float *o, float beta, const int cols
+    const float *S, float *to, const float *q, const float *k, const float *a, const float *v, float *o, float beta, const int cols
 ) {
     vf u[4], y[4];
     UNROLL for (int n = 0; n < cols; n++) {
@@ -32,7 +34,7 @@ INLINE void step_columns(
             vf s = load(S + r * DV + n * LANES);
             if (GATED) s *= a[r];
             s += u[n] * k[r];
-            store(S + r * DV + n * LANES, s);
+            store(to + r * DV + n * LANES, s);
             y[n] += s * q[r];
         }
     UNROLL for (int n = 0; n < cols; n++) store(o + n * LANES, y[n]);
@@ -42,7 +44,8 @@ static void step_job(const void *context, int64_t job) {
     const struct step *p = context;
     float q[DKP], a[DKP];
     const float *k = p->k + job / p->k_group * DK, *v = p->v + job / p->v_group * DV;
-    float *S = p->state + job * DK * DV, *o = p->o + job * DV;
+    const float *S = p->state + job * DK * DV;
+    float *to = p->after + job * DK * DV, *o = p->o + job * DV;
     const float beta = DELTA ? p->beta[job / p->beta_group] : 1;
     for (int r = 0; r < DK; r++) q[r] = p->q[job * DK + r] * p->scale;
     if (GATED) {
@@ -51,8 +54,8 @@ static void step_job(const void *context, int64_t job) {
         for (int r = 0; r < DKP; r += LANES) store(a + r, exponential(load(a + r)));
     }
     int n = 0;
-    for (; n + 4 * LANES <= DV; n += 4 * LANES) step_columns(S + n, q, k, a, v + n, o + n, beta, 4);
-    for (; n + LANES <= DV; n += LANES) step_columns(S + n, q, k, a, v + n, o + n, beta, 1);
+    for (; n + 4 * LANES <= DV; n += 4 * LANES) step_columns(S + n, to + n, q, k, a, v + n, o + n, beta, 4);
+    for (; n + LANES <= DV; n += LANES) step_columns(S + n, to + n, q, k, a, v + n, o + n, beta, 1);
     for (; n < DV; n++) {
         float u = v[n], y = 0;
         if (DELTA) {
@@ -60,8 +63,8 @@ static void step_job(const void *context, int64_t job) {
             u *= beta;
         }
         for (int r = 0; r < DK; r++) {
-            S[r * DV + n] = S[r * DV + n] * (GATED ? a[r] : 1) + u * k[r];
-            y += S[r * DV + n] * q[r];
+            to[r * DV + n] = S[r * DV + n] * (GATED ? a[r] : 1) + u * k[r];
+            y += to[r * DV + n] * q[r];
         }
         o[n] = y;
     }
