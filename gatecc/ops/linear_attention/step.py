@@ -105,7 +105,7 @@ def _fake(
     return q.new_empty(*q.shape[:2], v.size(2))
 
 
-def _autograd(keys: Any, *tensors: Tensor | None, **options: Any) -> Tensor:
+def _autograd(keys: Any, *tensors: Any, **options: Any) -> Tensor:
     if reaches_kernel(tensors):  # the rest of the way through the dispatcher takes longer than the step
         return _step(*tensors, **options)
     if has_tangents(tensors) or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)):
