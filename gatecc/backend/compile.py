@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from torch import fx
 
+from gatecc.backend.freeze import freeze
 from gatecc.backend.lower import lower
 from gatecc.backend.options import Options, inductor_settings
 
@@ -25,13 +26,24 @@ def gatecc(
     Raises ArgumentError for an unknown mode or option.
     """
     settings = inductor_settings(mode, options or {})
-    graph = lower(graph_module, example_inputs, Options.of(options or {})).graph
+    ours = Options.of(options or {})
+    lowered = lower(graph_module, example_inputs, ours)
+    changed = lowered.graph is not graph_module
+    frozen = freeze(lowered.graph, example_inputs) if changed and ours.freeze and not lowered.training else None
+    if frozen is None:
+        return _compiled(lowered.graph, list(example_inputs), mode, settings)
+    return frozen.run(_compiled(frozen.graph, [*example_inputs, *frozen.examples()], mode, settings))
+
+
+def _compiled(
+    graph: fx.GraphModule, example_inputs: list[Any], mode: str | None, settings: dict[str, Any]
+) -> Callable[..., Any]:
     if mode == "eager":
         return graph.forward
     if mode == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager
 
-        return aot_eager(graph, list(example_inputs))
+        return aot_eager(graph, example_inputs)
     from torch._inductor.compile_fx import compile_fx
 
-    return cast("Callable[..., Any]", compile_fx(graph, list(example_inputs), config_patches=settings))
+    return cast("Callable[..., Any]", compile_fx(graph, example_inputs, config_patches=settings))
