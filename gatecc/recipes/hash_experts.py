@@ -11,6 +11,7 @@ from gatecc.ir.router import RouterSpec
 from gatecc.ir.select import Selector
 from gatecc.passes.route.copies import Copies
 from gatecc.passes.route.route import Route
+from gatecc.passes.route.widths import Widths
 from gatecc.recipes import samples
 from gatecc.recipes.registry import Case, recipe
 
@@ -31,13 +32,15 @@ def hash_experts(
     balance: str = "aux(weight=0.01)",
     sites: str = "mlp[...]",
     init: str = "random(0.02)",
+    widths: tuple[float, ...] = (),
 ) -> tuple[Rewrite, ...]:
     """An MLP of points becomes ``experts`` copies; one runs for each point, by a multi-resolution hash of its place.
 
     The table of each of ``levels`` resolutions has ``size`` rows of ``features`` learned numbers. ``weigh="gate"``
     multiplies the expert by the gate's value, as in the paper; "straight" by 1, with that value's gradient, so that
-    the model starts as it was. Experts here are of one shape; members of different shapes are a `gatecc.ensemble`.
+    the model starts as it was. ``widths`` instead of ``experts``: one of each size, as shares of the layer's hidden
+    neurons, so that a place may have a smaller or larger network. Members of other classes are a `gatecc.ensemble`.
     """
     grid = HashGrid(levels, size, features, resolution)
     router = RouterSpec("in", grid, SoftmaxTopK(1, renorm=False, straight=weigh == "straight"), init, balance)
-    return (Route(Selector.parse(sites), router, Copies(experts)),)
+    return (Route(Selector.parse(sites), router, Widths(tuple(widths)) if widths else Copies(experts)),)

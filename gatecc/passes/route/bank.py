@@ -42,19 +42,21 @@ class Bank:
         features = self.pieces[0].stop - self.pieces[0].start
         device, dtype = (None, None) if like is None else (like.device, like.dtype)
         made = self.spec.build(replace(self.ffn, out=features), device, dtype)
-        made.combine = "slots" if self.slots else "sum"
-        made.chosen = self.chosen
+        for experts, _ in self.spec.stacks(made, self.ffn.hidden):
+            experts.combine = "slots" if self.slots else "sum"
+            experts.chosen = min(self.chosen, experts.down_proj.size(0))
         return made
 
-    def fill(self, experts: Experts, dense: Stacked) -> None:
+    def fill(self, made: nn.Module, dense: Stacked) -> None:
         """Write the experts from the weights of their layer."""
-        for piece in self.pieces:
-            rows, at = slice(piece.start, piece.stop), slice(piece.first, piece.first + piece.count)
-            bias = None if dense.down_bias is None else dense.down_bias[rows]
-            part = dense._replace(down=dense.down[rows], down_bias=bias)
-            self.spec.fill(_some(experts, at), part, self.scale, self.ffn.last)
-            if experts.bias is not None and bias is not None:
-                experts.bias.copy_(bias)
+        for experts, spec in self.spec.stacks(made, self.ffn.hidden):
+            for piece in self.pieces:
+                rows, at = slice(piece.start, piece.stop), slice(piece.first, piece.first + piece.count)
+                bias = None if dense.down_bias is None else dense.down_bias[rows]
+                part = dense._replace(down=dense.down[rows], down_bias=bias)
+                spec.fill(_some(experts, at), part, self.scale, self.ffn.last)
+                if experts.bias is not None and bias is not None:
+                    experts.bias.copy_(bias)
 
 
 def _some(experts: Experts, at: slice) -> Stacked:

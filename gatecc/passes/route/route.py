@@ -25,7 +25,6 @@ from gatecc.passes.route.bank import Bank, Piece, half, joined, of_slots, smooth
 from gatecc.passes.route.block import route_block
 from gatecc.passes.route.copies import Copies, Drop
 from gatecc.passes.route.exactness import Coverage, coverage
-from gatecc.passes.route.experts import Experts
 from gatecc.passes.route.ffn import FFN, read_ffn, relative
 from gatecc.passes.route.linear import read_linear
 from gatecc.passes.route.router_nodes import router_nodes
@@ -184,7 +183,7 @@ class Route(Rewrite):
         like = own_weight(edit.site, edit.program)
 
         def fill(new: Any, layer: nn.Module) -> None:
-            bank.fill(cast("Experts", new), ffn.stacked(layer_weights(layer)))
+            bank.fill(new, ffn.stacked(layer_weights(layer)))
 
         path = edit.module(self.label, lambda: bank.build(like), fill)
         weights, indices = router_nodes(router, self.options, self.site, value, edit, experts=path)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gatecc.ir.gates.option import Option
 from gatecc.ir.router import RouterSpec
@@ -67,8 +68,17 @@ class ExpertsSpec(Option, slot="experts"):
         """
         return torch.arange(dense.down.size(1)).unsqueeze(0)
 
-    def build(self, ffn: FFN, device: torch.device | None, dtype: torch.dtype | None) -> Experts:
+    def build(self, ffn: FFN, device: torch.device | None, dtype: torch.dtype | None) -> nn.Module:
         """The module, not filled. Raises ArgumentError for sizes that do not go together."""
+        return self.build_one(ffn, device, dtype)
+
+    def stacks(self, made: nn.Module, features: int) -> Iterator[tuple[Experts, ExpertsSpec]]:
+        """The stacks of a module that `build` made for a layer of so many hidden neurons, and how each is filled."""
+        assert isinstance(made, Experts)
+        yield made, self
+
+    def build_one(self, ffn: FFN, device: torch.device | None, dtype: torch.dtype | None) -> Experts:
+        """Experts of one size, in a stack."""
         first, last = ffn.bias
         return Experts(
             self.count,

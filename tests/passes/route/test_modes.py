@@ -46,6 +46,7 @@ EXACT = [  # experts, choice, init of the router
     ("copies(8)", NO_RENORM, "zero"),
     ("copies(6)", NO_RENORM, "zero"),
     ("copies(4, extra=3)", "softmax_topk(2)", "random(std=3)"),
+    ("widths((1, 1.5, 1, 2))", "softmax_topk(2)", "random(std=3)"),
     ("shared(copies(4))", NO_RENORM, "random(std=3)"),
     ("shared(drop(4, 0.5), gated=True)", "softmax_topk(2)", "random(std=3)"),
     ("shared(split(4), gated=True)", "softmax_topk(2)", "random(std=3)"),
@@ -61,6 +62,7 @@ CHANGED = [
     ("copies(4, noise=0.1)", "softmax_topk(2)", "zero", "do not start as the layer"),
     ("copies(4, keep=0.5)", "softmax_topk(2)", "zero", "do not start as the layer"),
     ("drop(4)", "softmax_topk(2)", "zero", "do not start as the layer"),
+    ("widths((0.5, 1))", "softmax_topk(1)", "zero", "do not start as the layer"),
     ("split(4)", "softmax_topk(2)", "zero", "do not add up"),
     ("split(4)", "unweighted(3)", "similar", "do not add up"),
     ("groups(4, 3)", "softmax_topk(4)", "random(std=3)", "do not add up"),  # ties of tied rows are no guarantee
