@@ -29,6 +29,7 @@ from gatecc.ir.site import (
 )
 from gatecc.passes.branch.branch import Branch
 from gatecc.passes.bypass import Bypass
+from gatecc.passes.condition_cache import condition_cache
 from gatecc.passes.ensemble.build import ensemble
 from gatecc.passes.ensemble.choose import Choose
 from gatecc.passes.ensemble.ensemble import Ensemble
@@ -73,6 +74,7 @@ __all__ = [
     "adapters",
     "aux_losses",
     "checks",
+    "condition_cache",
     "decoder",
     "diagnose",
     "ensemble",

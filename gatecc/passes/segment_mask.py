@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
 from gatecc.errors import SiteRefusedError
 from gatecc.ir.contract import Contract, changes_function
 from gatecc.ir.edit import Editor
 from gatecc.ir.effects import Effects
+from gatecc.ir.program import Program, shape
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.site import Attention, Site
+from gatecc.ir.sizes import same
+from gatecc.ops.in_segments import in_segments
 from gatecc.passes.operands import condition, place, stage
 
 
@@ -57,7 +60,9 @@ class SegmentMask(Rewrite):
         given: dict[str, Any] = dict(zip(names, core.args, strict=False)) | dict(core.kwargs)
         options = [given.get(name, default) for name, default in _OPTIONS.items()]
         operands = [given[name] for name in ("query", "key", "value")]
-        new = edit.call(attention_in_segments, *operands, found.node, given.get("attn_mask"), *options, name="heads")
+        read = _inputs(edit.program, found.node, operands[1:])
+        arguments = (*operands, found.node, given.get("attn_mask"), *options, *read)
+        new = edit.call(attention_in_segments, *arguments, name="heads")
         edit.replace(core, new)
         edit.discard(core)
 
@@ -75,15 +80,27 @@ def _refusal(site: Site, found: str) -> SiteRefusedError:
     )
 
 
-def visible(segment: Tensor) -> Tensor:
-    """segment: (B, N) -> (B, 1, N, N), True where a query (the third axis) sees a key."""
-    query, key = segment.unsqueeze(-1), segment.unsqueeze(-2)
-    return ((query == 0) | (query == key)).unsqueeze(1)
+def _inputs(program: Program, segment: fx.Node, values: Sequence[fx.Node]) -> tuple[str, str]:
+    """The names of the model's inputs that values depend on: those with a row for each token, and the others."""
+    seen, stack = set(values), list(values)
+    while stack:
+        for node in stack.pop().all_input_nodes:
+            if node not in seen:
+                seen.add(node)
+                stack.append(node)
+    tokens, others = list[str](), list[str]()
+    for node, path in zip(program.placeholders, program.paths, strict=True):
+        if node in seen:
+            sizes = shape(node)
+            alike = len(sizes) > 1 and all(map(same, sizes[:2], shape(segment)))
+            (tokens if alike and len(path) == 1 else others).append(str(path[0]))
+    return ",".join(tokens), ",".join(others)
 
 
 def hidden_scores(scores: Tensor, segment: Tensor) -> Tensor:
     """scores: (B, H, N, N), -inf where a query does not see a key."""
-    return scores.masked_fill(~visible(segment), float("-inf"))
+    _, _, seen = in_segments(scores, scores, segment, False, "", "")
+    return scores.masked_fill(~seen, float("-inf"))
 
 
 def attention_in_segments(
@@ -96,9 +113,12 @@ def attention_in_segments(
     causal: bool,
     scale: float | None,
     gqa: bool,
+    tokens: str,
+    others: str,
 ) -> Tensor:
-    """Attention with what the model hides and what segments hide. q: (B, H, N, D)."""
-    seen = visible(segment)
+    """Attention with what the model hides and what segments hide. q: (B, H, N, D). ``tokens`` and ``others``: see
+    `in_segments`."""
+    k, v, seen = in_segments(k, v, segment, mask is None and not causal, tokens, others)
     if causal:
         seen = seen & torch.ones(q.size(-2), k.size(-2), dtype=torch.bool, device=q.device).tril()
     if mask is not None and mask.dtype == torch.bool:

@@ -34,8 +34,9 @@ def easycontrol(
     queries see every token, those of a condition its own tokens only: what they compute does not depend on the image
     or on other conditions. Without tokens of a condition the model is the base, exactly.
 
-    The caller appends the condition's tokens. Their keys and values are the same in every denoising step, but they are
-    computed anew in each: a cache across steps is not part of the recipe yet.
+    The caller appends the condition's tokens. Their keys and values are the same in every denoising step: inside of
+    `gatecc.condition_cache` they are computed in the first, and later steps are called with the tokens of the image
+    alone.
     """
     gate = GateSpec(Cond(segment), Index(first=1), "expert", "linear", init="zero")
     adapters = Branch(Selector.parse(sites).out, Loras(conditions, rank, alpha), gate, label="segment")

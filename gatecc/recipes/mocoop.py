@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gatecc.ir.gates.choice import SoftmaxTopK
-from gatecc.ir.gates.source import Cond
+from gatecc.ir.gates.source import At, Cond
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.router import RouterSpec
 from gatecc.ir.select import Selector
@@ -33,7 +33,8 @@ def mocoop(
 ) -> tuple[Rewrite, ...]:
     """Groups of learned prompts before a text encoder; the image chooses k of them for each sample.
 
-    z = W f, f the features of the image, which the model's input ``image`` (B, C) holds; the softmax over the k largest
+    z = W f, f the features of the image: the model's input ``image`` (B, C), or a value of the model that is selected
+    (``head[visual_projection].out`` of a CLIP that is called with a text per image). The softmax over the k largest
     weighs the text features, sum over k of w_k * encoder(prompt_k), which are the value ``to``. The encoder runs k
     times, and no group that is not chosen runs. ``tokens`` embeddings from number ``start`` on are the prompt: leave
     room for them in the ids. ``ids`` are a template to start from; one group is CoOp. Train the prompts and the router,
@@ -42,5 +43,5 @@ def mocoop(
     chosen = Selector.parse(sites).out
     if groups == 1:
         return (Prompts(chosen, tokens, start, ids),)
-    router = RouterSpec(Cond(image), "linear", SoftmaxTopK(k), "random(0.02)")
+    router = RouterSpec(At(image) if "[" in image else Cond(image), "linear", SoftmaxTopK(k), "random(0.02)")
     return (Prompts(chosen, tokens, start, ids, groups, router, Selector.parse(to)),)

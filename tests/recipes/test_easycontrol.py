@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import gatecc
+from gatecc.errors import ArgumentError
 from gatecc.recipes import samples
 from tests.recipes.checks import new_parameters, randomise
 from tests.recipes.tiny import reference, tiny
@@ -68,3 +69,40 @@ def test_the_equation(fused: bool) -> None:
         return scores.masked_fill(~visible[:, None], -torch.inf).softmax(-1) @ v
 
     assert torch.allclose(model(x, image=segment), reference(plain, at)(x, image=segment), atol=1e-5)
+
+
+@torch.no_grad()
+def test_conditions_are_computed_once_for_all_steps(controlled: Any) -> None:
+    _, model, x, given = controlled
+    segment = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 0, 0, 1, 1, 2]])
+    counted: list[int] = []
+    handle = model.blocks[1].mlp.up.register_forward_pre_hook(lambda _, args: counted.append(args[0].size(1)))
+    steps = [torch.cat([torch.randn(2, 3, 16), x[:, 3:]], 1) for _ in range(3)]
+    others = {name: value for name, value in given.items() if name != "segment"}
+    expected = [model(step, segment=segment, **others)[:, :3] for step in steps]
+    counted.clear()
+    with gatecc.condition_cache(model) as cache:
+        got = [model(steps[0], segment=segment, **others)[:, :3]]
+        assert counted == [6, 6]  # the second to see that no condition depends on the image
+        got += [model(step[:, :3], segment=segment[:, :3], **others) for step in steps[1:]]
+        assert counted == [6, 6, 3, 3]
+        assert (cache.computed, cache.reused) == (1, 2)
+        for one, other in zip(got, expected, strict=True):
+            assert torch.allclose(one, other, atol=1e-5)
+        with pytest.raises(ArgumentError, match="text: conditions were kept"):
+            model(steps[1][:, :3], segment=segment[:, :3], **{**others, "text": torch.randn(2, 8)})
+    handle.remove()
+    assert torch.allclose(model(steps[0], segment=segment, **others)[:, :3], expected[0], atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_cache_of_what_keeps_no_conditions_is_refused(controlled: Any) -> None:
+    plain, _, x, given = controlled
+    with gatecc.condition_cache(plain), pytest.raises(ArgumentError, match="no attention that keeps conditions"):
+        plain(x, **given)
+    spelled = tiny(layers=1, fused=False)
+    image = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 2, 2]])
+    recipe = gatecc.recipe("easycontrol", segment="image", sites="linear[*.q_proj]", rank=2)
+    model = gatecc.transform(spelled, recipe, ((x,), {"image": image}), verify=False)
+    with gatecc.condition_cache(model, "image"), pytest.raises(ArgumentError, match="spelled out"):
+        model(x, image=image)

@@ -53,6 +53,47 @@ def test_one_group_is_coop_and_starts_from_a_template() -> None:
     assert torch.equal(model.embed.prompts.prompts[0], plain.get_parameter("embed.weight")[[4, 7]])
 
 
+@torch.no_grad()
+def test_a_clip_of_transformers_whose_own_image_chooses() -> None:
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**shape, "vocab_size": 40, "max_position_embeddings": 12, "eos_token_id": 39, "bos_token_id": 38}
+    vision = {**shape, "image_size": 16, "patch_size": 8}
+    plain: Any = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
+    ids = torch.tensor([[38, 1, 1, 1, 5, 6, 39], [38, 1, 1, 1, 7, 39, 39], [38, 1, 1, 1, 8, 8, 39]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(3, 3, 16, 16)}
+    at, to = "head[visual_projection].out", "head[text_projection].in"
+    recipe = gatecc.recipe("mocoop", image=at, to=to, tokens=3, groups=4, k=2, sites="embedding[*token_embedding]")
+    model: Any = gatecc.transform(plain, recipe, inputs, verify=False)
+    randomise(new_parameters(model, plain).values())
+    embedding = model.text_model.embeddings.token_embedding
+    bank, router = embedding.prompts.prompts, embedding.router
+    router.bias.zero_()  # so that the image says what is chosen
+
+    seen: dict[str, list[Tensor]] = {"image": [], "text": []}
+    plain.visual_projection.register_forward_hook(lambda _, args, y: seen["image"].append(y))
+    plain.text_projection.register_forward_pre_hook(lambda _, args: seen["text"].append(args[0]))
+    plain(**inputs)
+    top, indices = (seen["image"][0] @ router.weight.T + router.bias).topk(2, -1)
+    assert len({tuple(row) for row in indices.tolist()}) > 1
+    for slot in range(2):
+        prompts = bank[indices[:, slot]]
+        handle = plain.text_model.embeddings.token_embedding.register_forward_hook(
+            lambda _, args, y, prompts=prompts: torch.cat([y[:, :1], prompts, y[:, 4:]], 1)
+        )
+        plain(**inputs)
+        handle.remove()
+    weights = top.softmax(-1)
+    features = weights[:, :1] * seen["text"][1] + weights[:, 1:] * seen["text"][2]
+    expected = torch.nn.functional.normalize(features @ plain.text_projection.weight.T, dim=-1)
+    got = model(**inputs)
+    assert torch.allclose(got.text_embeds, expected, atol=1e-5)
+    image = torch.nn.functional.normalize(seen["image"][0], dim=-1)
+    assert torch.allclose(got.logits_per_image, plain.logit_scale.exp() * image @ expected.T, atol=1e-4)
+
+
 def test_the_loss_of_the_router_raises_the_two_nearest_templates() -> None:
     similarity = torch.tensor([[0.1, 0.5, 0.3]])
     target = torch.tensor([[0.1, 10.5, 10.3]]).softmax(-1)
