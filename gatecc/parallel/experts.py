@@ -11,10 +11,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from gatecc.errors import ArgumentError, EmptySelectionError
+from gatecc.ir.scoped import scopes_around
+from gatecc.ir.weights import joined
 from gatecc.parallel.dispatch import AllToAll, Dispatcher, Setting, register
 from gatecc.parallel.operator import SETTINGS
+from gatecc.parallel.stock import is_stock, run_by_operator
 
-STACKED = {"gate_up_proj": 3, "down_proj": 3, "gate_up_proj_bias": 2, "down_proj_bias": 2}  # axes of each
+MATRICES = ("gate_up_proj", "up_proj", "down_proj")
+STACKED = dict.fromkeys(MATRICES, 3) | {f"{name}_bias": 2 for name in MATRICES}  # axes of each
+_BY_OPERATOR = ("route", "fuse_experts")  # rewrites whose graphs run gatecc::moe_ffn
 IGNORED = "_ddp_params_and_buffers_to_ignore"  # where DistributedDataParallel looks for names
 
 
@@ -31,11 +36,13 @@ def expert_parallel(
 
     Weights of experts become DTensors under their own names, so state dicts, optimisers and captured graphs stay as
     they are; `torch.distributed.checkpoint` gathers the full state dict, which is that of the unsharded model. Make
-    optimisers afterwards. For all other parameters use DDP, or FSDP2 with
-    ``fully_shard(model, ignored_params=set(expert_parameters(model)))``.
+    optimisers afterwards. Experts that transformers dispatches (Mixtral, Qwen-MoE, gpt-oss, ...) run as
+    ``gatecc::moe_ffn`` from then on, whatever their `experts_implementation` was. For all other parameters use DDP, or
+    FSDP2 with ``fully_shard(model, ignored_params=set(expert_parameters(model)))``.
 
     Args:
-        model: one with stacked experts that ``gatecc::moe_ffn`` runs; on the meta device as well.
+        model: one with stacked experts that ``gatecc::moe_ffn`` runs or that are a class of transformers; on the meta
+            device as well.
         mesh: of one axis; or of two, along one of which experts are sharded and along the other repeated.
         dispatcher: "all-to-all" (each rank has tokens of its own), "all-gather" (the same with fixed sizes), or
             "all-reduce" (all ranks of the axis have the same tokens); or a `Dispatcher`.
@@ -43,8 +50,9 @@ def expert_parallel(
         gradients: "mean" over the ranks, as DDP and FSDP have those of other parameters; or "sum".
         experts: globs of the names of modules of experts, all by default.
 
-    Returns the model. Raises ArgumentError if W does not divide E, if a module's experts are sharded already, or if the
-    mesh is used with other settings; EmptySelectionError if there are no experts.
+    Returns the model. Raises ArgumentError if W does not divide E, if a module's experts are sharded already, are no
+    formula of the operator, or are read by a rewritten graph without it, or if the mesh is used with other settings;
+    EmptySelectionError if there are no experts.
     """
     axis = _axis_of(mesh, axis)
     if not isinstance(dispatcher, str):
@@ -67,6 +75,9 @@ def expert_parallel(
             expected=str(setting),
             do="make a mesh of its own: init_device_mesh with other mesh_dim_names",
         )
+    for name in found:
+        if is_stock(model.get_submodule(name)) and not _in_graph(model, name):
+            run_by_operator(model, name)
     placements = [Shard(0) if i == axis else Replicate() for i in range(mesh.ndim)]
     names: list[str] = []
     for name in found:
@@ -100,8 +111,28 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules that hold stacked experts."""
     for name, module in model.named_modules():
         held = dict(_stacked(module))
-        if {"gate_up_proj", "down_proj"} <= held.keys():
+        if "down_proj" in held and ("gate_up_proj" in held or "up_proj" in held):
             yield name, module
+
+
+def _in_graph(model: nn.Module, name: str) -> bool:
+    """Whether rewritten graphs run these experts. Raises ArgumentError if they do so without the operator."""
+    inside = False
+    for around, state in scopes_around(model, name):
+        inside = True
+        for application in state.applied:
+            owners = [joined(around, owner) for owner, _ in application.sites]
+            if application.rewrite.name in _BY_OPERATOR and any(f"{name}.".startswith(f"{o}.") for o in owners):
+                return True
+    if inside:
+        raise ArgumentError(
+            "a rewritten graph dispatches tokens to these experts",
+            where=name,
+            found="the dispatch of transformers, which cannot be sharded",
+            expected="gatecc::moe_ffn",
+            do='gatecc.transform(model, "fast-experts", inputs) before expert_parallel',
+        )
+    return False
 
 
 def _stacked(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -10,14 +10,13 @@ from typing import Any, cast
 from torch import nn
 
 from gatecc.ir.mask import Mask
+from gatecc.ir.scoped import STATE as STATE
 from gatecc.ir.weights import Effect
 from gatecc.pipeline import Application
 from gatecc.scope.family import Entry, Family
 from gatecc.scope.masks import Proved
 from gatecc.scope.python_path import PythonPath
 from gatecc.scope.refusals import Refusals
-
-STATE = "_gatecc"
 
 
 @dataclass(eq=False)

@@ -1,4 +1,5 @@
-"""Two processes, started once for all tests of the folder: each imports torch, which is most of what they cost."""
+"""Two processes, started by torchrun once for all tests of the folder: each imports torch, which is most of what they
+cost."""
 
 from __future__ import annotations
 
@@ -20,16 +21,15 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank of worker.py found."""
     folder = tmp_path_factory.mktemp("ranks")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / "tests/parallel/worker.py"), str(rank), str(RANKS), str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(RANKS)
-    ]
-    outputs = [process.communicate(timeout=600)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+    process = subprocess.run(
+        [*torchrun, str(ROOT / "tests/parallel/worker.py"), str(folder)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]

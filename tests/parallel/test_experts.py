@@ -79,7 +79,7 @@ def test_the_same_bits_again(name: str, ranks: Ranks) -> None:
         assert all(torch.equal(g, second["grads"][n]) for n, g in first["grads"].items())
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "copies", "experts in fsdp", "fsdp alone"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "copies", "halves", "experts in fsdp", "fsdp alone"])
 def test_any_mix_with_data_parallelism_averages_all_gradients(name: str, ranks: Ranks) -> None:
     """Each rank's loss is its own: what it gets is the mean over ranks, of experts and of everything else."""
     for rank, found in enumerate(ranks):

@@ -53,6 +53,8 @@ def test_experts_on_two_ranks_are_healed_as_on_one(ranks: Found, tmp_path: Path)
     for found in ranks:
         assert apart(found["healed experts"], first) <= 1e-6
         assert apart(found["healed experts again"], again) <= 1e-6
+        assert apart(found["healed experts, fsdp"], first) <= 1e-6
+        assert apart(found["healed experts again, fsdp"], again) <= 1e-6
 
 
 def test_torchrun_without_a_process_group(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What two processes do once, for all tests of this folder: ``python worker.py RANK RANKS FOLDER``.
+"""What two processes do once, for all tests of this folder: ``torchrun --nproc-per-node 2 worker.py FOLDER``.
 
 Each rank writes what it saw to FOLDER/rank.pt; the tests compare it with one process and with formulas.
 """
@@ -6,6 +6,7 @@ Each rank writes what it saw to FOLDER/rank.pt; the tests compare it with one pr
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
@@ -29,6 +30,7 @@ from examples import expert_parallel as example
 from gatecc.ir.weights import modules_of
 from gatecc.parallel import clip_grad_norm_, dispatch, expert_parallel, expert_parameters
 from gatecc.train import Transfer, Tune, heal
+from tests.parallel import stock_worker
 from tests.train.lm import LENGTH, VOCABULARY, pair
 
 EXPERTS, SLOTS, WIDTH, TOKENS = 4, 2, 16, 20
@@ -89,7 +91,7 @@ class Rank:
         self.model = upcycled()
         self.x, self.grad = given(ranks)
         self.mine = slice(4 * rank, 4 * rank + 4)
-        self.found: dict[str, Any] = {"one": run(self.model, self.x, self.grad)}
+        self.found: dict[str, Any] = {"one": run(self.model, self.x, self.grad), "folder": str(folder)}
 
     def mesh(self, name: str, *sizes: int) -> DeviceMesh:
         """A mesh of its own for each check, for a mesh has one setting."""
@@ -119,6 +121,8 @@ class Rank:
         self.found["clipped"] = {"norm": norm, "grads": gradients(spread)}
         spread = expert_parallel(copy.deepcopy(self.model), self.mesh("copies", self.ranks, 1))
         self.found["copies"] = run(DistributedDataParallel(spread), x, grad)
+        spread = expert_parallel(copy.deepcopy(self.model), self.mesh("halves", 1, self.ranks), axis="halves1")
+        self.found["halves"] = run(DistributedDataParallel(spread), x, grad)
         both = self.mesh("both", self.ranks, 1)
         spread = expert_parallel(copy.deepcopy(self.model), both["both1"])
         for layer in cast("nn.Sequential", spread):
@@ -209,6 +213,13 @@ class Rank:
         for name, steps in (("healed experts", 2), ("healed experts again", 3)):
             spread = expert_parallel(copy.deepcopy(self.model), self.mesh("heal"))
             self.found[name] = healed_experts(spread, steps, 1, self.folder / "spread")
+            sharded = copy.deepcopy(self.model)
+            fully_shard(sharded, mesh=self.mesh("heal fsdp"))
+            self.found[f"{name}, fsdp"] = healed_experts(sharded, steps, 1, self.folder / "sharded")
+
+    def stock(self) -> None:
+        self.found["stock"] = stock_worker.stock(self.rank, self.ranks)
+        stock_worker.saved(self.model, self.mesh("kept"), self.mesh("kept rest"), self.folder / "kept")
 
 
 def healed(accumulate: int, cut_off_after: int = 99, **options: Any) -> dict[str, Any]:
@@ -243,7 +254,8 @@ def healed_experts(model: nn.Module, steps: int, accumulate: int, folder: Path) 
     data = [(given(4)[0][4 * i : 4 * i + 4],) for i in range(4)]
     stage = Tune(steps=steps, accumulate=accumulate, task=1.0, loss=lambda y, batch: (y - 1).square().mean(), clip=0.1)
     heal(model, None, data, tune=stage, checkpoint=folder)
-    return {n: p.full_tensor() if isinstance(p, DTensor) else p.detach() for n, p in model.named_parameters()}
+    named = {n: p.detach() for n, p in model.named_parameters()}
+    return {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in named.items()}
 
 
 @contextmanager
@@ -296,10 +308,11 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     one.healing()
     one.example()
     one.empty_model()
+    one.stock()
     torch.save(one.found, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), Path(sys.argv[1]))
