@@ -39,6 +39,7 @@ from gatecc.passes.mix.mix import Mix
 from gatecc.recipes.registry import build as recipe
 from gatecc.recipes.registry import recipes
 from gatecc.report import Report
+from gatecc.specialise import specialise
 from gatecc.train.routing import aux_losses, routing
 from gatecc.transform import last_report, revert, transform
 
@@ -89,6 +90,7 @@ __all__ = [
     "revert",
     "routing",
     "save",
+    "specialise",
     "state_space",
     "to_transformers",
     "train",

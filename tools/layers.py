@@ -40,7 +40,7 @@ LAYERS = (
     Layer(("engine",)),
     Layer(("decoder", "diagnose", "backend")),
     Layer(("transform", "state_space")),
-    Layer(("checkpoint", "export", "adapters", "handoff")),
+    Layer(("checkpoint", "export", "adapters", "handoff", "specialise")),
     Layer(("integrations", "checks")),
     Layer(("__init__",)),
     Layer(("cli", "__main__"), peers=True),

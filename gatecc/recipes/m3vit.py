@@ -41,6 +41,7 @@ def m3vit(
     ``per="router"``: each of ``tasks`` has a router of its own, chosen by the input ``task`` (B,), an integer.
     ``per="embedding"``: one router reads the input ``task`` (B, C), an embedding of the task, beside the token. Noise
     of a learned size explores the experts in training; CV² of importance and load, times ``weight``, balances them.
+    `gatecc.specialise` makes the model of one task alone: that task's router, and the experts that its data use.
     """
     scorer = f"linear_by({tasks})" if per == "router" else "linear(bias=False)"
     router = RouterSpec(("in", f"cond({task})"), scorer, NoisyTopK(k), init, Variation(weight))
