@@ -24,7 +24,7 @@ import triton.backends.nvidia
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import KernelInterface
 
 _BIN = Path(triton.backends.nvidia.__file__).parent / "bin"
 _POINTERS = {
@@ -134,7 +134,7 @@ def compile_launch(made: Launch, target: str) -> Resources:
 
 def kernel_names(launcher: ModuleType) -> list[str]:
     """The names under which a module holds kernels."""
-    return [name for name, value in vars(launcher).items() if isinstance(value, JITFunction)]
+    return [name for name, value in vars(launcher).items() if isinstance(value, KernelInterface)]
 
 
 def faults(found: Resources, target: str, *, spills: float = 0, vector: float = WIDE, matrix: float = 1) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
-from gatecc.codegen.judge.family import DTYPES, Family
+from gatecc.codegen.judge.family import DTYPES, Exemption, Family
 from gatecc.codegen.judge.interpreted import Traffic, interpreting
 
 SLACK = 2.0  # times eager's error, before the dtype's epsilon is added
@@ -48,22 +48,15 @@ def judge_numbers(family: Family, case: str, dtype: str) -> Numbers:
     """
     torch.manual_seed(0)
     given = family.cases[case]()
-    narrow = _to(given, DTYPES[dtype])
+    narrow = in_dtype(given, DTYPES[dtype])
     try:
         with interpreting(family.module()) as findings:
             found = family.run(narrow)
     except InterpreterError as error:
         return Numbers(family.name, case, dtype, (), {}, (f"it does not run: {error}",))
-    eager = family.reference(narrow)
-    truth = family.reference(_to(narrow, torch.float64))
-    eps = torch.finfo(DTYPES[dtype]).eps
-    exemptions = [family.exemption(case, "error", dtype)]
-    eps *= 1 if exemptions[0] is None else exemptions[0].most
-    errors: list[Error] = []
-    for name in truth:
-        ours, theirs = relative(found[name], truth[name]), relative(eager[name], truth[name])
-        errors.append(Error(name, ours, theirs, SLACK * theirs + eps))
-    faults = [*_faults(errors), *findings.outside, *findings.raced]
+    errors, granted_error = compared(family, case, dtype, narrow, found)
+    exemptions = [granted_error]
+    faults = [*beyond(errors), *findings.outside, *findings.raced]
     for kernel, moved in findings.traffic.items():
         granted = family.exemption(kernel, "traffic", dtype)
         most = TRAFFIC if granted is None else granted.most
@@ -74,7 +67,23 @@ def judge_numbers(family: Family, case: str, dtype: str) -> Numbers:
     return Numbers(family.name, case, dtype, tuple(errors), findings.traffic, tuple(faults), exempt)
 
 
-def _faults(errors: list[Error]) -> Iterator[str]:
+def compared(
+    family: Family, case: str, dtype: str, narrow: dict[str, Any], found: dict[str, Tensor]
+) -> tuple[list[Error], Exemption | None]:
+    """The errors of what kernels made of the call ``narrow``, and the exemption that was granted."""
+    eager = family.reference(narrow)
+    truth = family.reference(in_dtype(narrow, torch.float64))
+    granted = family.exemption(case, "error", dtype)
+    eps = torch.finfo(DTYPES[dtype]).eps * (1 if granted is None else granted.most)
+    errors: list[Error] = []
+    for name in truth:
+        ours, theirs = relative(found[name], truth[name]), relative(eager[name], truth[name])
+        errors.append(Error(name, ours, theirs, SLACK * theirs + eps))
+    return errors, granted
+
+
+def beyond(errors: list[Error]) -> Iterator[str]:
+    """A sentence for each error that is too large."""
     for e in errors:
         if not e.found <= e.most:
             yield f"{e.value} errs by {e.found:.1e}, ATen by {e.eager:.1e}: {e.most:.1e} is allowed"
@@ -91,6 +100,6 @@ def relative(found: Tensor, truth: Tensor) -> float:
     return float(error.nan_to_num(nan=float("inf")))
 
 
-def _to(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def in_dtype(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The same call in another dtype."""
     return {n: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in given.items()}

@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 
 from gatecc.cli import app
 from gatecc.codegen.judge import check as checking
+from gatecc.codegen.judge.device import judge_on_device
 from gatecc.codegen.judge.family import Exemption, Family, families
+from gatecc.codegen.judge.interpreted import interpreting
 from gatecc.errors import ArgumentError
 from tests.codegen.judge.toys import FAMILY
 
@@ -98,3 +100,16 @@ def test_the_command(judged: Judged, spoil: dict[str, Any], code: int) -> None:
     assert len(json.loads(listed.stdout)) == 2
     assert "scaled" in CliRunner().invoke(app, words).stdout
     assert CliRunner().invoke(app, ["kernels", "check", "--only", "nothing"]).exit_code == 2
+
+
+def test_a_device_is_judged_by_the_same_rule() -> None:
+    """The interpreter stands in for it."""
+    with interpreting(FAMILY.module()):
+        right = judge_on_device(FAMILY, "odd", "bf16", torch.device("cpu"))
+        wrong = judge_on_device(
+            replace(FAMILY, cases={"odd": lambda: odd(factor=3.1)}), "odd", "fp32", torch.device("cpu")
+        )
+        other = judge_on_device(replace(FAMILY, run=FAMILY.reference), "odd", "fp32", torch.device("cpu"))
+    assert right.faults == ()
+    assert "y errs by" in wrong.faults[0]
+    assert other.faults == ("no kernel ran",)

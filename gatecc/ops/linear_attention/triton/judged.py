@@ -93,7 +93,7 @@ FAMILY = Family(
         "packed, backwards": _packed,
         "logits": _logits,
     },
-    run=partial(_run, kernels={"cpu": GpuKernels()}),
+    run=partial(_run, kernels=dict.fromkeys(("cpu", "cuda"), GpuKernels())),
     reference=partial(_run, kernels={}),
     sizes=_SIZES,
     exemptions=(

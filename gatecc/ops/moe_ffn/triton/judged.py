@@ -76,7 +76,7 @@ FAMILY = Family(
         "many rows": partial(_call, 96, 16, 16, 1, 2, activation="gelu"),
         "slots": partial(_call, 9, 24, 40, 4, 3, layout="plain", activation="relu2", combine="slots"),
     },
-    run=partial(_run, kernels={"cpu": GpuKernels()}),
+    run=partial(_run, kernels=dict.fromkeys(("cpu", "cuda"), GpuKernels())),
     reference=partial(_run, kernels={}),
     sizes={load: partial(start, tokens) for load, tokens in LOADS.items()},
     exemptions=tuple(
