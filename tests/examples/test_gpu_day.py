@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import gpu
 import pytest
 
+from benchmarks import gpu
 from gatecc.codegen.judge.numbers import Numbers
 
 
