@@ -104,7 +104,7 @@ def _run(
                     sites = None  # they have moved
                     program.graph.eliminate_dead_code()
                     made = set(program.graph.nodes) - set(before.arguments)
-                    verify(program, before, Suspect(lowering.name, (), made))
+                    verify(program, before, Suspect(lowering.name, (), made, loses_buffers=True))
         except Exception as e:
             raise _FailedError(lowering.name, e) from e
         outcomes += found

@@ -24,7 +24,8 @@ class Outcome:
 
     ``place``: FQN of the module; ``line``: of its source; ``found``: what stands there ("softmax attention, causal");
     ``became``: the operator that stands there now, empty if it was left alone; ``reason``: why it was left alone, or
-    what proved it; ``gain``: what it saves, in words and numbers, an estimate.
+    what proved it; ``gain``: what it saves, in words and numbers, an estimate; ``assumes``: names of the buffers that
+    the proof read the values of, which the compiled graph must check on every call.
     """
 
     lowering: str
@@ -34,6 +35,7 @@ class Outcome:
     became: str = ""
     reason: str = ""
     gain: str = ""
+    assumes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

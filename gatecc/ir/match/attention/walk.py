@@ -58,6 +58,12 @@ def match_attention(
     return sites, [refusal for _, refusal in refusals]
 
 
+def spelled_out(program: Program, flow: Flow) -> dict[fx.Node, Parts]:
+    """The parts of each attention that is no single operator, by its core."""
+    read = (_read(node, flow) for node in program.calls() if opname(node) != "scaled_dot_product_attention")
+    return {parts.core: parts for parts in read if isinstance(parts, Parts)}
+
+
 def _read(node: fx.Node, flow: Flow) -> Parts | Refusal | None:
     """What one node is: attention, a refused look-alike, or neither."""
     name = opname(node) or getattr(node.target, "__name__", "")

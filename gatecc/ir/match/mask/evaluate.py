@@ -21,6 +21,7 @@ from gatecc.ir.match.mask.pattern import View, agree, pattern, read
 from gatecc.ir.match.mask.probe import PROBED, effect, fills, judge, probes
 from gatecc.ir.sizes import Size, example_sizes, expression, symbols, upper_bound, value
 
+AT_EXAMPLE_ONLY = "proved at the example's length only"  # a reason, of a mask whose lengths nobody can choose
 _SMALL = (6, 11)  # lengths at which every mask is evaluated
 _LARGE = 2048  # up to this length a constant of the mask graph (a window, a table) is exceeded by really evaluating
 _STAND_INS = (4, 5)  # larger constants are replaced by these
@@ -160,7 +161,7 @@ class _Proof:
         if not self._lengths():
             return f"the length is fixed at {self.graph.keys} in this capture"
         proved_at_example = next(iter(self._sizes(_SMALL))) == self.example
-        return "proved at the example's length only" if proved_at_example else ""
+        return AT_EXAMPLE_ONLY if proved_at_example else ""
 
     def _is_source(self, node: fx.Node, part: Slice) -> bool:
         """Whether a node brings in something of its own, such as a table or a range of positions."""

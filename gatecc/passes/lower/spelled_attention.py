@@ -1,0 +1,204 @@
+"""spelled-attention: softmax attention that is written out becomes the fused operator.
+
+What is proved of its mask is said by ``is_causal``, or by nothing if it hides nothing; else the mask stays a tensor.
+Repeated key heads are not repeated, and dropout stays with its probability (its random stream is another one).
+
+**What is exact.** Queries that see no key: an additive mask of finite numbers gives them the mean of all values, a mask
+of -inf gives NaN; the fused operator gives the same and zeros. So finite masks stay finite, and NaN is written where it
+stood. But the fused operator's gradient of such a query is wrong (measured on the CPU: 1 in the place of 1/keys for
+each weight): in training a mask has to prove that every query sees a key.
+
+**Where it gains.** Measured on the CPU as the CPU time of Inductor's code of the spelled-out form over that of the
+fused operator (1 thread, AVX-512, fp32, head width 64 unless said): see `_unprofitable`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from gatecc.ir.dataflow import Flow
+from gatecc.ir.match.attention.assemble import Parts
+from gatecc.ir.match.attention.walk import spelled_out
+from gatecc.ir.program import Program, fake
+from gatecc.ir.site import Attention, Site
+from gatecc.ir.sizes import node_shape, on_example
+from gatecc.passes.lower.fused_call import FusedCall
+from gatecc.passes.lower.insert import insert
+from gatecc.passes.lower.lowering import Lowering, Outcome, Settings
+from gatecc.passes.lower.mask_proof import MaskProof, prove
+from gatecc.passes.lower.operands import Operands, operands
+from gatecc.passes.lower.restride import restride
+from gatecc.passes.lower.softmax_reading import Reading, UnreadableError, read
+
+
+class SpelledAttention(Lowering):
+    """softmax(q k^T) v in any spelling -> SDPA."""
+
+    name = "spelled-attention"
+
+    def lower(self, program: Program, sites: Sequence[Site], settings: Settings) -> Iterator[Outcome]:
+        spelled = [s for s in sites if isinstance(s, Attention) and s.spelling != "sdpa"]
+        if not spelled:
+            return
+        flow = Flow(program)
+        parts = spelled_out(program, flow)
+        plans: list[tuple[Attention, FusedCall, set[fx.Node], MaskProof]] = []
+        for site in spelled:
+            try:
+                plans.append((site, *_plan(site, parts[site.core], flow, settings)))
+            except UnreadableError as e:
+                yield Outcome(self.name, site.owner, site.line, _found(site), reason=str(e))
+        made: dict[fx.Node, fx.Node] = {}
+        for site, call, inner, proof in plans:
+            arguments = [made.get(node, node) for node in call.nodes]
+            made[site.core] = _replace(program, site.core, call, arguments, inner)
+            became = "fused attention, " + _described(call)
+            reason = "every operator between the two products was read"
+            gain = "the scores are not written to memory" + ", half of them are not computed" * call.causal
+            yield Outcome(self.name, site.owner, site.line, _found(site), became, reason, gain, proof.buffers)
+
+
+def _found(site: Attention) -> str:
+    return f"spelled-out attention, {site.mask}" + f", dropout {site.dropout:g}" * bool(site.dropout)
+
+
+def _described(call: FusedCall) -> str:
+    if call.causal:
+        return "is_causal=True"
+    return "with a mask" if call.terms or call.hidden else "without a mask"
+
+
+# --- what is called ---------------------------------------------------------------------------------------------------
+
+
+def _plan(
+    site: Attention, parts: Parts, flow: Flow, settings: Settings
+) -> tuple[FusedCall, set[fx.Node], MaskProof]:
+    """Raises UnreadableError if the site has to stay."""
+    reading = read(parts, flow, settings.training)
+    found = operands(reading, flow)
+    tensors = [one.node for one in (*reading.terms, *reading.hidden)]
+    lengths = _length(found, found.queries), _length(found, found.keys)
+    proof = prove(site.mask, tensors, lengths, flow)
+    call = _call(reading, found, proof, flow)
+    for node in call.nodes:
+        _check_operand(node, reading, flow)
+    if reason := _inexact(call, reading, proof, settings) or _unprofitable(call, flow, settings):
+        raise UnreadableError(reason)
+    return call, reading.inner, proof
+
+
+def _call(reading: Reading, found: Operands, proof: MaskProof, flow: Flow) -> FusedCall:
+    now, core = reading.cuts.layout, fake(reading.parts.core)
+    terms = [] if proof.kind else [replace(t, layout=now(t.layout)) for t in reading.terms]
+    hidden = [] if proof.kind else [replace(h, layout=now(h.layout)) for h in reading.hidden]
+    endless = any(h.fill == -torch.inf for h in hidden) or any(t.node not in flow.learned for t in terms)
+    zero = reading.empty_rows_are_zero
+    assert core is not None
+    return FusedCall(
+        found,
+        found.q.factor * found.k.factor * reading.scale,
+        [replace(m, layout=now(m.layout)) for m in reading.multipliers],
+        terms,
+        hidden,
+        causal=proof.kind == "causal",
+        as_boolean=proof.all_see or zero,
+        nan_rows=endless and not proof.all_see and not zero and reading.floor is None,
+        floor=reading.floor if terms else None,
+        dropout=reading.dropout,
+        dtype=core.dtype,
+    )
+
+
+def _length(found: Operands, group: Any) -> Any:
+    """The size of an axis of the queries or the keys."""
+    for operand in (found.q, found.k):
+        for size, held in zip(node_shape(operand.node) or (), operand.layout, strict=True):
+            if held == group:
+                return size
+    raise UnreadableError("a length is not an axis of its own")
+
+
+def _check_operand(node: fx.Node, reading: Reading, flow: Flow) -> None:
+    """What is read later than before must be the same by then, and must not be made of what goes away.
+
+    Raises UnreadableError.
+    """
+    end = flow.order[reading.parts.core]
+    writers = flow.writers.get(flow.base[node], ())
+    if any(flow.order[node] < flow.order[writer] < end for writer in writers):
+        raise UnreadableError(f"{node.name} is written to in place before the values are weighed")
+    stack, seen = [node], set[fx.Node]()
+    while stack:
+        one = stack.pop()
+        if one in reading.inner:
+            raise UnreadableError(f"{node.name} is made of the scores")
+        if one not in seen and flow.order[one] > flow.order[reading.parts.product.node]:
+            seen.add(one)
+            stack.extend(one.all_input_nodes)
+
+
+# --- whether to -------------------------------------------------------------------------------------------------------
+
+
+def _inexact(call: FusedCall, reading: Reading, proof: MaskProof, settings: Settings) -> str:
+    """Why the fused operator would not compute the same; empty if it does."""
+    tensors = [fake(n) for n in call.nodes[:3]]
+    if any(t is None or not t.is_floating_point() for t in tensors):
+        return "queries, keys and values are no floating-point numbers"
+    if any(t is not None and t.device.type not in ("cpu", "cuda") for t in tensors):
+        return "nothing is known of the fused operator on this device"
+    masked = bool(call.terms or call.hidden)
+    if not masked or proof.all_see:
+        return ""
+    finite = any(h.fill != -torch.inf for h in call.hidden) or bool(call.terms)
+    if settings.training and finite and not call.as_boolean:
+        return "nothing proves that every query sees a key, and one that sees none would get another gradient"
+    if finite and any(t is not None and t.dtype == torch.float16 for t in tensors):
+        return "nothing proves that every query sees a key, and half precision holds no number that hides all keys"
+    return ""
+
+
+def _unprofitable(call: FusedCall, flow: Flow, settings: Settings) -> str:
+    """Why nothing would be gained; empty if something is."""
+    o = call.operands
+    q = fake(o.q.node)
+    if q is None or q.device.type != "cpu":
+        return ""
+    if call.dropout:
+        return "the fused operator of the CPU has no dropout"
+    if o.width[0].size != o.v_width[0].size:
+        return "the fused operator of the CPU wants values as wide as keys"
+    if settings.training and any(t.node in flow.learned for t in call.terms):
+        return "the fused operator of the CPU has no gradient for a learned bias"
+    return ""
+
+
+# --- the edit ---------------------------------------------------------------------------------------------------------
+
+
+def _replace(
+    program: Program, core: fx.Node, call: FusedCall, arguments: Sequence[fx.Node], inner: set[fx.Node]
+) -> fx.Node:
+    """Put the call in the place of the core, and take out what only the core read."""
+    (made,) = insert(program, SpelledAttention.name, core, call, *arguments)
+    readers = list(core.users)
+    core.replace_all_uses_with(made)
+    if not restride(program, made):  # somebody views the result as it lay before
+        (laid_out,) = insert(program, SpelledAttention.name, core, replace(call, contiguous=True), *arguments)
+        for reader in readers:
+            reader.replace_input_with(made, laid_out)
+        made = laid_out
+        restride(program, made)
+    order = {node: i for i, node in enumerate(program.graph.nodes)}
+    for node in sorted({core, *inner}, key=order.__getitem__, reverse=True):
+        program.graph.erase_node(node)
+    return made
+
+
+__all__ = ["SpelledAttention"]
