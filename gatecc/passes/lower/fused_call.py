@@ -18,8 +18,8 @@ from gatecc.passes.lower.softmax_reading import Hidden, Multiplier, Term
 
 @dataclass(frozen=True, eq=False)
 class FusedCall:
-    """``terms`` and ``hidden``: what is left of the mask; ``as_boolean``: it may be a boolean one; ``nan_rows``: queries
-    that see no key have to yield NaN, as the softmax of nothing does."""
+    """``terms`` and ``hidden``: what is left of the mask; ``as_boolean``: it may be a boolean one; ``nan_rows``:
+    queries that see no key have to yield NaN, as the softmax of nothing does."""
 
     operands: Operands
     scale: float

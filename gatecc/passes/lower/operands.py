@@ -141,8 +141,9 @@ def _shape(node: fx.Node) -> list[str]:
 def _only_precision(node: fx.Node, source: fx.Node) -> bool:
     """Whether a cast is to more precision on the same device: the fused operator computes with that anyway."""
     one, other = fake(node), fake(source)
-    floats = one is not None and other is not None and one.is_floating_point() and other.is_floating_point()
-    return floats and one.device == other.device and other.dtype.itemsize <= one.dtype.itemsize
+    if one is None or other is None or not (one.is_floating_point() and other.is_floating_point()):
+        return False
+    return one.device == other.device and other.dtype.itemsize <= one.dtype.itemsize
 
 
 def _apart(source: fx.Node, layout: Layout, reading: Reading) -> Layout | None:

@@ -105,7 +105,7 @@ class _Reader:
     def read(self) -> Reading:
         reading, product = self.reading, self.reading.parts.product
         if self.scores.sinks:
-            raise UnreadableError("a further logit takes part in the softmax, which the fused operator has no place for")
+            raise UnreadableError("a further logit takes part in the softmax, for which the fused operator has no place")
         if not reading.keys:
             raise UnreadableError("there is a single key")
         layout: Layout = tuple(reading.letters[a] for a in product.axes)
@@ -276,7 +276,7 @@ class _Reader:
             total = total.args[0]
         if above is not power or total is not power or sums != 1:
             raise UnreadableError("weights are changed before they are divided by their sum")
-        if any(len(node_shape(n) or ()) != len(layout) for n in (output, power)):
+        if any(len(node_shape(n) or ()) != len(layout) for n in (output, power) if n is not None):
             raise UnreadableError("the axes of a written-out softmax change")
 
     def _is_shifted(self) -> bool:

@@ -26,7 +26,7 @@ from gatecc.ir.match.attention.assemble import Parts
 from gatecc.ir.match.attention.walk import spelled_out
 from gatecc.ir.program import Program, fake
 from gatecc.ir.site import Attention, Site
-from gatecc.ir.sizes import node_shape, on_example
+from gatecc.ir.sizes import node_shape
 from gatecc.passes.lower.fused_call import FusedCall
 from gatecc.passes.lower.insert import insert
 from gatecc.passes.lower.lowering import Lowering, Outcome, Settings
