@@ -10,6 +10,7 @@ from torch import fx
 from gatecc.backend.freeze import freeze
 from gatecc.backend.lower import lower
 from gatecc.backend.options import Options, inductor_settings
+from gatecc.backend.watched import Watched
 
 
 def gatecc(
@@ -31,8 +32,12 @@ def gatecc(
     changed = lowered.graph is not graph_module
     frozen = freeze(lowered.graph, example_inputs) if changed and ours.freeze and not lowered.training else None
     if frozen is None:
-        return _compiled(lowered.graph, list(example_inputs), mode, settings)
-    return frozen.run(_compiled(frozen.graph, [*example_inputs, *frozen.examples()], mode, settings))
+        run = _compiled(lowered.graph, list(example_inputs), mode, settings)
+    else:
+        run = frozen.run(_compiled(frozen.graph, [*example_inputs, *frozen.examples()], mode, settings))
+    if not lowered.assumed:
+        return run
+    return Watched(run, graph_module.forward, {place: example_inputs[place] for place in lowered.assumed})
 
 
 def _compiled(

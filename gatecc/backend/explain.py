@@ -145,9 +145,10 @@ class _Watched:
         )
 
 
-def _renamed(outcome: dict[str, str]) -> dict[str, str]:
+def _renamed(outcome: dict[str, Any]) -> dict[str, str]:
     """The fields of an Outcome as those of its row: every report calls the module ``owner``."""
-    return {"owner" if name == "place" else name: text for name, text in outcome.items()}
+    texts = {name: text for name, text in outcome.items() if name != "assumes"}
+    return {"owner" if name == "place" else name: text for name, text in texts.items()}
 
 
 def _apart() -> dict[str, bool]:

@@ -27,13 +27,15 @@ log = logging.getLogger(__name__)
 class Lowered:
     """What a Dynamo graph became. ``graph`` takes the inputs that Dynamo gives; it is the very graph that came in if no
     lowering changed it. ``faults``: lowerings that failed, and why; they were left out. ``untouched``: why the graph
-    was not looked at, empty if it was. ``training``: autograd will differentiate it."""
+    was not looked at, empty if it was. ``training``: autograd will differentiate it. ``assumed``: places of the inputs
+    whose values a proof read: buffers, which may change between calls."""
 
     graph: fx.GraphModule
     outcomes: tuple[Outcome, ...] = ()
     faults: tuple[tuple[str, str], ...] = ()
     untouched: str = ""
     training: bool = False
+    assumed: tuple[int, ...] = ()
 
 
 def lower(
@@ -69,9 +71,12 @@ def lower(
             log.warning("gatecc: the lowering %s failed and is left out: %s", failed.lowering, failed.cause)
             continue
         changed = any(outcome.became for outcome in outcomes)
+        read = {name for outcome in outcomes if outcome.became for name in outcome.assumes}
+        places = enumerate(program.graph.find_nodes(op="placeholder"))
+        assumed = tuple(place for place, node in places if node.name in read)
         # A fresh module: Dynamo's own tables describe the nodes of its graph and would be held against ours.
         graph = fx.GraphModule(program.graph_module, program.graph) if changed else graph_module
-        return Lowered(graph, tuple(outcomes), tuple(faults.items()), training=settings.training)
+        return Lowered(graph, tuple(outcomes), tuple(faults.items()), training=settings.training, assumed=assumed)
 
 
 def _as_it_is(graph_module: fx.GraphModule, settings: Settings, why: str) -> Lowered:

@@ -10,7 +10,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import optimization_hint
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, optimization_hint
 
 from gatecc.ir.program import Program
 
@@ -60,6 +60,8 @@ def value(size: Any, sizes: Sizes) -> Any:
         result: Any = sympy.sympify(expression(size).xreplace({s: sympy.Integer(v) for s, v in sizes.items()}))
     except ZeroDivisionError as e:
         raise UnknownSizeError(f"the size {size} divides by zero at {sorted(map(str, sizes.values()))}") from e
+    if result.free_symbols and isinstance(size, torch.SymFloat) and not free_unbacked_symbols(size):
+        return float(size)  # a number that Dynamo hands over as an input: a guard pins it to that of this call
     if result.free_symbols:
         raise UnknownSizeError(f"the size {result} depends on the data")
     if isinstance(size, torch.SymBool):

@@ -12,11 +12,10 @@ from collections.abc import Iterator, Sequence
 from torch import fx
 
 from gatecc.ir.dataflow import Flow
-from gatecc.ir.program import Program
+from gatecc.ir.program import Program, shape
 from gatecc.ir.site import Attention, Site
-from gatecc.ir.sizes import node_shape
+from gatecc.passes.lower.attention.mask_proof import prove
 from gatecc.passes.lower.lowering import Lowering, Outcome, Settings
-from gatecc.passes.lower.mask_proof import prove
 
 _MASK, _CAUSAL = 3, 5  # places of the arguments of scaled_dot_product_attention
 
@@ -36,8 +35,8 @@ class CausalMask(Lowering):
     def _at(self, site: Attention, flow: Flow) -> Outcome:
         found, mask = f"fused attention with a mask tensor, {site.mask}", _given(site.core)
         assert mask is not None
-        queries, keys = (node_shape(n) or () for n in site.core.args[:2] if isinstance(n, fx.Node))
-        proof = prove(site.mask, [mask], (queries[-2], keys[-2]), flow)
+        lengths = [shape(n)[-2] for n in site.core.args[:2] if isinstance(n, fx.Node)]
+        proof = prove(site.mask, [mask], (lengths[0], lengths[1]), flow)
         if not proof.kind:
             return Outcome(self.name, site.owner, site.line, found, reason=proof.reason)
         args = list(site.core.args)

@@ -11,9 +11,9 @@ import torch
 from torch import fx
 from torch.nn.functional import scaled_dot_product_attention
 
-from gatecc.passes.lower.atoms import Atom, Group, Layout, rearrange
-from gatecc.passes.lower.operands import Operands
-from gatecc.passes.lower.softmax_reading import Hidden, Multiplier, Term
+from gatecc.passes.lower.attention.atoms import Atom, Group, Layout, rearrange
+from gatecc.passes.lower.attention.operands import Operands
+from gatecc.passes.lower.attention.softmax_reading import Hidden, Multiplier, Term
 
 
 @dataclass(frozen=True, eq=False)

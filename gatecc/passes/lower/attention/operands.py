@@ -13,9 +13,9 @@ from gatecc.ir.match.axes import permutation
 from gatecc.ir.ops import CASTS, RESHAPES, TRANSPOSES, opname
 from gatecc.ir.program import fake
 from gatecc.ir.sizes import expression, node_shape
-from gatecc.passes.lower.atoms import Atom, Group, Layout, whole
-from gatecc.passes.lower.numbers import factor as factor_of
-from gatecc.passes.lower.softmax_reading import Reading, UnreadableError
+from gatecc.passes.lower.attention.atoms import Atom, Group, Layout, whole
+from gatecc.passes.lower.attention.numbers import factor as factor_of
+from gatecc.passes.lower.attention.softmax_reading import Reading, UnreadableError
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,8 +18,8 @@ from gatecc.ir.match.attention.scores import find_scores, unshifted
 from gatecc.ir.match.attention.values import is_binary
 from gatecc.ir.ops import CASTS, DROPOUTS, RESHAPES, SAME_SHAPE, TRANSPOSES, argument, mutates, opname, same_call
 from gatecc.ir.sizes import node_shape
-from gatecc.passes.lower.atoms import Cuts, Group, Layout, after, whole
-from gatecc.passes.lower.numbers import factor, number
+from gatecc.passes.lower.attention.atoms import Cuts, Group, Layout, after, whole
+from gatecc.passes.lower.attention.numbers import factor, number
 
 HIDING = -1e4  # a score at or below this has no weight beside one that is seen
 _MOVING = TRANSPOSES | RESHAPES | SAME_SHAPE | CASTS | frozenset(("unsqueeze", "squeeze", "expand"))
@@ -105,7 +105,7 @@ class _Reader:
     def read(self) -> Reading:
         reading, product = self.reading, self.reading.parts.product
         if self.scores.sinks:
-            raise UnreadableError("a further logit takes part in the softmax, for which the fused operator has no place")
+            raise UnreadableError("a further logit takes part in the softmax, the fused operator has no place for it")
         if not reading.keys:
             raise UnreadableError("there is a single key")
         layout: Layout = tuple(reading.letters[a] for a in product.axes)

@@ -1,7 +1,8 @@
 """Atoms: the axes of attention taken apart as far as any spelling of it takes them apart, and put together again.
 
 Scores may have batch and heads as two axes, as one (bmm), with windows between them (Swin), or groups of heads
-(einsum). An axis is a `Group` of atoms; views of the scores cut atoms in two, so that tensors of different views can meet.
+(einsum). An axis is a `Group` of atoms; views of the scores cut atoms in two, so that tensors of different views can
+meet.
 """
 
 from __future__ import annotations
