@@ -43,6 +43,25 @@ class Trial:
             self._known[node] = self._value(node)
         return cast("Tensor", self._known[out])
 
+    def step(self, node: fx.Node) -> None:
+        """Compute one node, whose inputs are known: for those who choose the nodes. Raises UntriedError."""
+        if node not in self._known:
+            self._known[node] = self._value(node)
+
+    def forget(self, node: fx.Node) -> None:
+        """Free the memory of a node that nobody reads any more."""
+        self._known.pop(node, None)
+
+    def __contains__(self, node: fx.Node) -> bool:
+        return node in self._known
+
+    def __setitem__(self, node: fx.Node, value: Tensor) -> None:
+        self._known[node] = value
+
+    def __getitem__(self, node: fx.Node) -> Any:
+        """What a node holds that is known."""
+        return self._known[node]
+
     def _needed(self, out: fx.Node) -> list[fx.Node]:
         """The nodes that the output needs, in order, up to those that are known; of writers before it, too."""
         seen: set[fx.Node] = set()
@@ -63,6 +82,8 @@ class Trial:
         name = self._program.weight_name(node)
         if name is not None and isinstance(held, Tensor) and (found := self._weight(name, held)) is not None:
             return found
+        if node.op == "get_attr" and (constant := self._program.constant(node)) is not None:
+            return _wide(constant.detach().cpu().clone())
         if node.op != "call_function":
             raise UntriedError(f"it reads {name or node.name}")
         args, kwargs = map_aggregate((node.args, node.kwargs), self._argument)

@@ -6,7 +6,8 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from gatecc.ir.ops import opname, writes_for_others
+from gatecc.ir.dataflow import Flow
+from gatecc.ir.ops import is_new, mutates, opname, writes_for_others
 from gatecc.ir.program import Program
 
 _ASSERTIONS = frozenset("_assert_scalar _assert_async sym_constrain_range sym_constrain_range_for_size".split())
@@ -17,6 +18,7 @@ def replace(program: Program, old: fx.Node, new: fx.Node) -> None:
     own too, which the elimination of dead code leaves alone, and assertions about sizes that nobody uses any more."""
     old.replace_all_uses_with(new)
     _erase(program.graph, [old])
+    _erase_unread(program)
     for node in [n for n in program.calls() if _has_free_size(n)]:
         sinks = [n for n in _after(node) if not n.users]
         if sinks and all(opname(n) in _ASSERTIONS for n in sinks):
@@ -33,6 +35,25 @@ def _erase(graph: fx.Graph, stack: list[fx.Node]) -> None:
             continue
         stack.extend(dead.all_input_nodes)
         graph.erase_node(dead)
+
+
+def _erase_unread(program: Program) -> None:
+    """Erase writes to new tensors that nobody reads, with what was written."""
+    flow = Flow(program)
+    family: dict[fx.Node, list[fx.Node]] = {}
+    for node, base in flow.base.items():
+        family.setdefault(base, []).append(node)
+    for base, writers in reversed(flow.writers.items()):
+        members = [n for n in family[base] if not n._erased]
+        if not is_new(base) or any(user not in members for n in members for user in n.users):
+            continue
+        if any(mutates(n) and n not in writers for n in members):
+            continue
+        sources: list[fx.Node] = []
+        for node in sorted(members, reverse=True):
+            sources += [n for n in node.all_input_nodes if n not in members]
+            program.graph.erase_node(node)
+        _erase(program.graph, sources)
 
 
 def _has_free_size(node: fx.Node) -> bool:

@@ -1,0 +1,165 @@
+"""linear-attention: retention, gated and delta rules and the like, written in torch, become one operator.
+
+Loops over tokens that were unrolled, prefix sums, masked products, chunks: gatecc.passes.causal finds where a
+module mixes tokens causally and proves which recurrence that is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+from gatecc.ir.match.facts import Facts
+from gatecc.ir.match.region import Region, regions
+from gatecc.ir.ops import SOFTMAXES, opname
+from gatecc.ir.program import Program, fake, origin, shape
+from gatecc.ir.site import Site
+from gatecc.ir.sizes import on_example
+from gatecc.passes.causal.formula import NEAREST, Formula, Places, compute, find_formula, gathered, spread
+from gatecc.passes.causal.parts import Part, Probe
+from gatecc.passes.lower.insert import insert
+from gatecc.passes.lower.lowering import Lowering, Outcome, Settings
+from gatecc.passes.lower.replace import replace
+from gatecc.passes.trial import UntriedError
+
+_SIGNS = frozenset("cumsum tril triu masked_fill where".split())  # of what is causal
+_OTHERS = SOFTMAXES | frozenset(
+    "scaled_dot_product_attention linear_attention moe_ffn topk sort lstm gru rnn_tanh rnn_relu".split()
+)
+_UNROLLED = 4  # tokens taken one by one
+_ALL = 2**31  # where slices that go to the end say so
+
+
+class LinearAttention(Lowering):
+    """Causal mixing that is linear in queries and values -> gatecc::linear_attention."""
+
+    name = "linear-attention"
+
+    def lower(self, program: Program, sites: Sequence[Site], settings: Settings) -> Iterator[Outcome]:
+        for owner in _owners(program):
+            for call in range(len(regions(Facts(program), [owner]))):
+                yield from self._in(program, owner, call, settings)
+
+    def _in(self, program: Program, owner: str, call: int, settings: Settings) -> Iterator[Outcome]:
+        """The recurrences of one call of a module; what was lowered is a source of the next, such as a normaliser."""
+        made: dict[fx.Node, int] = {}
+        while True:
+            facts = Facts(program)
+            region = next((r for r in regions(facts, [owner]) if r.call == call), None)
+            if region is None:
+                return
+            with _disable_current_modes(), unset_fake_temporarily(), torch.no_grad():
+                part, formula = _search(program, facts, region, made, settings)
+            if part is None:
+                return
+            line = origin(part.out).line
+            if isinstance(formula, str):
+                if not made:
+                    yield Outcome(
+                        self.name, owner, line, "tokens that are mixed causally, without softmax", "", formula
+                    )
+                return
+            y = _edit(program, self.name, part, formula)
+            made[y] = part.axis
+            proof = "run in float64 with weak, strong and mixed gates"
+            gain = "time linear in the tokens, and nothing stored between"
+            yield Outcome(self.name, owner, line, str(formula), "gatecc::linear_attention", proof, gain)
+
+
+def _owners(program: Program) -> list[str]:
+    """Modules that may hold a recurrence: they mix tokens by signs of causality, and hold no other mixing."""
+    signs: dict[str, int] = {}
+    others: set[str] = set()
+    for node in program.calls():
+        owner, name = origin(node).owner, opname(node)
+        if name in _SIGNS:
+            signs[owner] = signs.get(owner, 0) + _UNROLLED
+        elif name in ("select", "getitem"):
+            signs[owner] = signs.get(owner, 0) + 1
+        elif name in _OTHERS:
+            parts = owner.split(".")
+            others.update(".".join(parts[:i]) for i in range(len(parts) + 1))
+    return [owner for owner, count in signs.items() if count >= _UNROLLED and owner not in others]
+
+
+def _search(
+    program: Program, facts: Facts, region: Region, made: dict[fx.Node, int], settings: Settings
+) -> tuple[Part | None, Formula | str]:
+    """The first part that is proved to be linear attention; else the one that came nearest to it, and why not."""
+    entering = region.enters(facts)
+    wide = any(len(shape(n)) == 4 for n in entering)
+    best: tuple[Part | None, str] = (None, "")
+    for axis in (1, 2) if wide else (1,):
+        lengths = [on_example(shape(n)[axis]) or 0 for n in entering if len(shape(n)) == (4 if wide else 3)]
+        sources = {n: axis for n in entering if _length(n, axis) == max(lengths, default=0)}
+        if not sources:
+            continue
+        others = [n for n in entering if n not in sources]
+        nodes = [n for n in region.nodes if origin(n).inserted_by != LinearAttention.name]
+        for part in Probe(program, facts.flow, nodes, {**sources, **made}, others).parts():
+            try:
+                formula = find_formula(program, part)
+            except UntriedError as e:
+                formula = str(e)
+            if isinstance(formula, Formula):
+                return part, _unfit(part, settings) or formula
+            if formula.startswith(NEAREST) or not best[1].startswith(NEAREST):
+                best = (part, formula)
+    return best
+
+
+def _length(node: fx.Node, axis: int) -> int | None:
+    return on_example(shape(node)[axis]) if len(shape(node)) > 2 else None
+
+
+def _unfit(part: Part, settings: Settings) -> str:
+    """Why a part stays, whatever it computes; empty if it need not."""
+    if settings.training and any(opname(n) == "detach" and _is_float(n) for n in part.nodes):
+        return "gradients are stopped inside of it (detach)"
+    length = shape(part.out)[part.axis]
+    if isinstance(length, int):
+        return ""
+    tokens = on_example(length) or 1
+    numbers = [x for n in part.nodes for x in pytree.tree_leaves((n.args, n.kwargs)) if type(x) in (int, float)]
+    large = [x for x in numbers if tokens <= abs(x) < _ALL]
+    return (
+        f"the length is free, and {large[0]} in the graph may count more tokens than the example has" if large else ""
+    )
+
+
+def _is_float(node: fx.Node) -> bool:
+    held = fake(node)
+    return held is not None and held.is_floating_point()
+
+
+def _edit(program: Program, name: str, part: Part, formula: Formula) -> fx.Node:
+    """Put the operator in the place of a part; returns its result."""
+    given = [formula.q, formula.k, formula.v, formula.decay, formula.beta, formula.factor]
+    places = [None if x is None else x.places for x in given]
+    held = fake(part.out)
+    assert held is not None
+    (y,) = insert(
+        program, name, part.out, _call, *(None if x is None else x.node for x in given), places, formula.out,
+        formula.constant, formula.domains, formula.scale, held.dtype,
+    )  # fmt: skip
+    replace(program, part.out, y)
+    return y
+
+
+def _call(
+    q: Tensor, k: Tensor, v: Tensor | None, decay: Tensor | None, beta: Tensor | None, factor: Tensor | None,
+    places: list[Places | None], out: Places, constant: tuple[float, ...], domains: tuple[str, str],
+    scale: float, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The recurrence on values as they stand in the graph."""
+    given = (q, k, v, decay, beta, factor)
+    wide: list[Any] = [None if x is None or p is None else spread(x, p) for x, p in zip(given, places, strict=True)]
+    q, k, v, decay, beta, factor = wide
+    y = gathered(compute(q, k, v, decay, beta, factor, constant, domains, scale), out)
+    return y if y.dtype == dtype else y.to(dtype)
