@@ -109,7 +109,7 @@ def attention(place: Place) -> Iterator[Race]:
         )
 
 
-def recurrences(place: Place) -> Iterator[Race]:
+def linear(place: Place) -> Iterator[Race]:
     """All rules of linear attention, forward, backward and one token, against fla-core and flash attention."""
     B, H, D, N = place.pick(2, 1), place.pick(16, 1), place.pick(128, 16), place.pick(8192, 40)
     q, k, v = (place.randn(B, H, N, D) for _ in range(3))
@@ -234,7 +234,7 @@ def models(place: Place) -> Iterator[Race]:
         )
 
 
-SECTIONS = (attention, recurrences, experts, models)
+SECTIONS = (attention, linear, experts, models)
 
 
 def _mode(place: Place) -> str | None:
@@ -289,12 +289,8 @@ def _with_heads_last(x: Tensor | None) -> Tensor | None:
 
 
 def _fla_step(one: list[Tensor], state: Tensor) -> Work | str:
-    try:
-        from fla.ops.gla import fused_recurrent_gla  # pyright: ignore[reportMissingImports]
-    except (ImportError, RuntimeError) as e:
-        return f"fla-core is not there: {e}"
-    q, k, v, gate = (x.unsqueeze(1) for x in one)
-    return _quietly(lambda: fused_recurrent_gla(q, k, v, gk=gate, initial_state=state, output_final_state=True))
+    found = _fla("gla", "fused_recurrent_gla", {"initial_state": state, "output_final_state": True})
+    return found if isinstance(found, str) else _quietly(lambda: found(*(x.unsqueeze(1) for x in one)))
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -336,7 +332,7 @@ def _median(work: Work, place: Place) -> float:
     return statistics.median(found)
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
+def main(argv: list[str] | None = None) -> None:
     """Run it; print tables, write the JSON, exit with 1 if a kernel is wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "gpu.json")
@@ -366,15 +362,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         except Exception as e:  # the figures of the other sections are kept
             results.append(Result(section.__name__, absent={"all": f"{type(e).__name__}: {e}"[:500]}))
     data = _data(place, checks, results, late)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(options.json, (json.dumps(data, indent=1) + "\n").encode())
+    write_atomic(options.json, json.dumps(data, indent=1) + "\n")
     wrong = [c for c in checks if c.faults]
     for c in wrong:
         print(f"{c.family}, {c.case}, {c.dtype}: {'; '.join(c.faults)}")
     print(f"{len(checks)} checks, {len(wrong)} wrong; left out for want of time: {', '.join(late) or 'nothing'}")
     if wrong:
         sys.exit(1)
-    return data
 
 
 def _data(place: Place, checks: list[Numbers], results: list[Result], late: list[str]) -> dict[str, Any]:
@@ -384,16 +378,7 @@ def _data(place: Place, checks: list[Numbers], results: list[Result], late: list
         "torch": torch.__version__,
         "dtype": str(place.dtype).removeprefix("torch."),
         "date": time.strftime("%Y-%m-%d"),
-        "checks": [
-            {
-                "family": c.family,
-                "case": c.case,
-                "dtype": c.dtype,
-                "faults": c.faults,
-                "errors": {e.value: e.found for e in c.errors},
-            }
-            for c in checks
-        ],
+        "checks": [asdict(check) for check in checks],
         "races": [asdict(r) for r in results],
         "late": late,
     }
