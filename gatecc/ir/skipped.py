@@ -17,9 +17,14 @@ from torch import fx
 from torch._ops import OpOverload
 
 from gatecc.ir.boundary import held
-from gatecc.ir.ops import mutates, named, opname
+from gatecc.ir.ops import SHAPE_ONLY, SOFTMAXES, mutates, named, opname
 from gatecc.ir.program import META, Program, fake, origin, shape
 from gatecc.ir.sizes import described_shape, expression, symbols
+
+_COMBINING = SOFTMAXES | frozenset(
+    "log_softmax _log_softmax cumsum cumprod logcumsumexp flip roll sort argsort topk mean sum amax amin max min prod "
+    "var std var_mean norm linalg_vector_norm argmax argmin any all logsumexp".split()
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +73,43 @@ def skipped_at(program: Program, node: fx.Node) -> Skipped | str:
         if isinstance(axis, str):
             return axis
         axes.append(axis)
+    if samples != 1:
+        rows = {n for n, axis in zip(given, axes, strict=True) if axis is not None}
+        if mixing := _mixing(inside, rows, samples.free_symbols):
+            return f"{mixing.name} {origin(mixing).line} computes samples from one another"
     return Skipped(node, frozenset(inside), frozenset(sizes), tuple(given), tuple(axes))
+
+
+def _mixing(inside: set[fx.Node], rows: set[fx.Node], samples: set[Any]) -> fx.Node | None:
+    """An operator that computes samples from one another: run for some of them, it would be something else."""
+
+    def axes(node: fx.Node) -> set[int]:
+        held = fake(node)
+        return set() if held is None else {i for i, size in enumerate(held.shape) if symbols(size) & samples}
+
+    for node in sorted(inside):
+        read = [n for n in node.all_input_nodes if n in rows]
+        value = node.meta.get("val")
+        if not read or isinstance(value, torch.SymInt) or opname(node) in SHAPE_ONLY:
+            continue
+        rows.add(node)
+        if isinstance(value, torch.Tensor) and (not axes(node) or _along(node, read[0]) & axes(read[0])):
+            return node
+    return None
+
+
+def _along(node: fx.Node, read: fx.Node) -> set[int]:
+    """The axes of what an operator reads along which it combines elements, where it says so."""
+    held, name = fake(read), opname(node)
+    if held is None:
+        return set()
+    if name == "scaled_dot_product_attention":
+        return {held.dim() - 2}
+    if name not in _COMBINING or not isinstance(node.target, OpOverload):
+        return set()
+    found = named(node, "dim", named(node, "dims", ()))
+    dims = [found] if isinstance(found, int) else list(cast("list[int]", found or ()))
+    return {dim % max(held.dim(), 1) for dim in dims}
 
 
 def sees_all(node: fx.Node) -> bool:

@@ -281,6 +281,36 @@ def test_a_block_whose_inside_is_read_is_refused(inputs: Any) -> None:
         gatecc.transform(open_net, route("copies(1)", skip=True), inputs)
 
 
+class Between(Layer):
+    """Attention between the samples of a batch, as in SAINT."""
+
+    def forward(self, x: Tensor, mask: Tensor, shift: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).transpose(0, 1).chunk(3, -1)
+        return x + self.down(F.gelu(self.up(F.scaled_dot_product_attention(q, k, v).transpose(0, 1))))
+
+
+class Centred(Layer):
+    def forward(self, x: Tensor, mask: Tensor, shift: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(x - x.mean(0, keepdim=True))))
+
+
+class Apart(nn.Module):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, keep: Tensor, kind: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, keep, kind)
+        return x
+
+
+@pytest.mark.parametrize("kind", [Between, Centred])
+def test_a_block_in_which_samples_meet_is_refused(kind: Any, inputs: Any) -> None:
+    with pytest.raises(SiteRefusedError, match="computes samples from one another"):
+        gatecc.transform(Apart(kind(), kind()).eval(), route("copies(1)", skip=True), inputs)
+
+
 class Speaking(nn.Module):
     """A causal model with a task per sample."""
 
