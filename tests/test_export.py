@@ -25,6 +25,7 @@ from gatecc.errors import (
     MissingPackageError,
     UnsupportedModelError,
 )
+from gatecc.recipes import samples
 
 EXPORT = sys.modules["gatecc.export"]  # the package: the attribute of gatecc is the function of that name
 RESIDUAL = gatecc.Gate(gatecc.Residual[...].branch, gatecc.GateSpec("skip", "linear", "element", "sigmoid"))
@@ -344,3 +345,14 @@ def test_what_nobody_foresaw_is_an_error_of_ours(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(EXPORT, "build", broken)
     with pytest.raises(ExportError, match=r"(?s)SymInt at index 1.*do"):
         gatecc.export(nn.Linear(4, 4), tmp_path / "x", (X,))
+
+
+@pytest.mark.parametrize("group", [True, False])
+def test_experts_that_copy_a_matrix_per_token_are_grouped(group: bool, tmp_path: Path) -> None:
+    model, inputs = samples.mixture()
+    config: Any = model.config
+    config._experts_implementation = "batched_mm"
+    made = gatecc.export(model, tmp_path / "out", inputs, group_experts=group)
+    assert any("batched_mm" in note for note in made.notes) is group
+    assert (made.operators.get("Gemm", 0) >= 8) is group  # two products of each of four experts
+    assert config._experts_implementation == "batched_mm"

@@ -53,15 +53,18 @@ def switch_caches(module: nn.Module) -> list[Setting]:
 
 
 @contextmanager
-def experts_open(module: nn.Module) -> Generator[None]:
-    """Run the experts of transformers in a way that a graph can show, with a free number of tokens."""
+def experts_open(module: nn.Module, hidden: tuple[str, ...] = _HIDDEN_EXPERTS) -> Generator[bool]:
+    """Run the experts of transformers in a way that a graph can show, with a free number of tokens.
+
+    ``hidden`` are the implementations that give way to "grouped_mm". Yields whether there was one.
+    """
     name = "_experts_implementation_internal"  # the property would set those of inner configurations too
     changed = [(config, getattr(config, name)) for config in _configs(module, name)]
-    changed = [(config, value) for config, value in changed if value in _HIDDEN_EXPERTS]
+    changed = [(config, value) for config, value in changed if value in hidden]
     for config, _ in changed:
         setattr(config, name, "grouped_mm")
     try:
-        yield
+        yield bool(changed)
     finally:
         for config, value in changed:
             setattr(config, name, value)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gatecc.capture.adapters import adapted
+from gatecc.capture.adapters import adapted, experts_open
 from gatecc.capture.budget import budget
 from gatecc.capture.exported import exported_program
 from gatecc.capture.shield import random_states_kept, shielded
@@ -29,6 +29,7 @@ from gatecc.export.compare import Compared, Outcome, compare
 from gatecc.export.files import MANIFEST, Exported, describe, metadata, move, parent, write_manifest
 from gatecc.ops import registry
 from gatecc.passes.ensemble.ensemble import in_branches
+from gatecc.scope.state import scopes
 from gatecc.scope.transformers_loops import transformers_loops
 
 __all__ = ["MANIFEST", "Compared", "Exported", "export"]
@@ -39,6 +40,7 @@ FREEDOMS = tuple(Freedom)
 _GIVEN_UP = {Freedom.NO_IMAGE_SIDES: "height and width of images stay", Freedom.BATCH: "all sizes but the batch stay"}
 _HOPELESS = ("DispatchError", "data-dependent", "DataDependent", "Unbacked")  # no size has anything to do with it
 _UNFORESEEN = "gatecc did not foresee this: please report it with the model's code; verify=False may still write it"
+_SLOW_EXPERTS = ("batched_mm",)  # 8 to 20 times as slow from 16 tokens on; "grouped_mm" and our operator are alike
 _IMAGE_SIDES = 20.0  # of these, until height and width of images are given up: windowed models take many minutes
 
 
@@ -51,6 +53,7 @@ def export(
     opset: int = 24,
     verify: bool = True,
     timeout: float | None = TIMEOUT,
+    group_experts: bool = True,
 ) -> Exported:
     """Write ``model.onnx`` and a manifest ``gatecc.json`` to ``folder``; batch, length and the like stay free.
 
@@ -64,6 +67,8 @@ def export(
     lengths, cannot be free (or take too long to be), they are those of the example, and a note says so.
 
     ``timeout``: seconds of CPU time after which the export is stopped; None is no limit.
+    ``group_experts``: experts of transformers that are set to "batched_mm", which copies a matrix for each token, are
+    written as products by expert, and a note says so; of a model that is rewritten, what its graphs hold is written.
     ``example_inputs``: a tuple is positional, a dict is keyword arguments, ``(tuple, dict)`` is both.
     Raises ArgumentError, MissingPackageError, ExampleInputsError, UnsupportedModelError, CaptureError, ExportError.
     """
@@ -78,7 +83,7 @@ def export(
         check_dtypes([*model.parameters(), *model.buffers()])
     try:
         with budget(timeout, lambda seconds: _too_long(model, seconds)):
-            return _export(model, Path(folder), (args, kwargs), opset, verify, timeout)
+            return _export(model, Path(folder), (args, kwargs), opset, verify, timeout, group_experts)
     except GateccError:
         raise
     except Exception as e:
@@ -95,10 +100,19 @@ def _too_long(model: nn.Module, seconds: float) -> ExportError:
 
 
 def _export(
-    model: nn.Module, folder: Path, inputs: tuple[Any, Any], opset: int, verify: bool, timeout: float | None
+    model: nn.Module,
+    folder: Path,
+    inputs: tuple[Any, Any],
+    opset: int,
+    verify: bool,
+    timeout: float | None,
+    group_experts: bool,
 ) -> Exported:
     notes: list[str] = []
-    with evaluation(model), adapted(model), torch.no_grad(), random_states_kept():
+    slow = _SLOW_EXPERTS if group_experts and not any(True for _ in scopes(model)) else ()
+    with evaluation(model), adapted(model), torch.no_grad(), random_states_kept(), experts_open(model, slow) as grouped:
+        if grouped:
+            notes.append('experts set to "batched_mm" are grouped: it copies a matrix per token (group_experts=False)')
         call = _call(model, *inputs, notes)
         notes.extend(f"not a tensor, left out of the outputs: {what}" for what in call.left_out)
         temporary = tempfile.TemporaryDirectory(dir=parent(folder), prefix=".gatecc-")
