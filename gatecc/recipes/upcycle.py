@@ -30,7 +30,6 @@ Scores = Literal["softmax", "sigmoid"]
         Case(samples.language, ("identity", "causality", "cost", "gradient", "reversible")),
         Case(samples.language, ("identity", "state"), {"how": "gated-shared", "k": 1}),
         Case(samples.language, ("identity", "gradient", "export"), {"how": "groups", "k": 4}),
-        Case(samples.language, ("identity",), {"scores": "sigmoid", "how": "shared"}),
     ],
 )
 def upcycle(

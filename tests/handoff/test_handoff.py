@@ -68,7 +68,6 @@ def same(model: Any, again: Any) -> None:
         ("Llama", {"k": 1, "how": "shared", "sites": "mlp[model.layers.1.*]"}, "Qwen2MoeForCausalLM"),
         ("Qwen2", {"k": 2}, "Qwen2MoeForCausalLM"),  # biases of queries, keys and values
         ("Qwen3", {"k": 2, "sites": "mlp[model.layers.0.*]"}, "Qwen3MoeForCausalLM"),
-        ("Qwen3", {"k": 2, "how": "gated-shared"}, "Qwen3NextForCausalLM"),  # its gates are half of twice the heads
         ("Olmo2", {"k": 2}, "FlexOlmoForCausalLM"),  # queries and keys normalised over their full width
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -17,10 +18,10 @@ import gatecc
 from gatecc.train import lightning_callback, routing, trainer_callback
 from tests.train.test_routing import X, gradients, group, made, model, router
 
-assert group and made and model  # fixtures
+FIXTURES = (group, made, model)  # by their names
 
 
-def loop(model: nn.Module, runs: nn.Module, steps: int = 2) -> list[dict[str, Any]]:
+def loop(model: nn.Module, runs: Callable[..., Any], steps: int = 2) -> list[dict[str, Any]]:
     """A plain loop: what each step yields, what its routers did, and gradients as whole tensors."""
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     found: list[dict[str, Any]] = []
