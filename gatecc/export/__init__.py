@@ -29,6 +29,7 @@ from gatecc.export.compare import Compared, Outcome, compare
 from gatecc.export.files import MANIFEST, Exported, describe, metadata, move, parent, write_manifest
 from gatecc.ops import registry
 from gatecc.passes.ensemble.ensemble import in_branches
+from gatecc.scope.printed_rows import bodies_in_branches
 from gatecc.scope.state import scopes
 from gatecc.scope.transformers_loops import transformers_loops
 
@@ -116,7 +117,12 @@ def _export(
         call = _call(model, *inputs, notes)
         notes.extend(f"not a tensor, left out of the outputs: {what}" for what in call.left_out)
         temporary = tempfile.TemporaryDirectory(dir=parent(folder), prefix=".gatecc-")
-        with in_branches(model) as branches, transformers_loops(model), temporary as inside:
+        with (
+            in_branches(model) as branches,
+            bodies_in_branches() as bodies,
+            transformers_loops(model),
+            temporary as inside,
+        ):
             made = Path(inside) / "made"
             if branches:
                 notes.append("a member of an ensemble runs on all samples of a batch if one of them chose it, else not")
@@ -129,6 +135,8 @@ def _export(
 
             graph, compared, of_attempt = _freest(call, make, made if verify else None, timeout)
             notes += of_attempt
+            if bodies:
+                notes.append("a block that is skipped runs on all samples of a batch if one of them takes it, else not")
             result = describe(folder, made, graph, compared, notes)
             write_manifest(made / MANIFEST, model, result)
             move(made, folder)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch._C._functorch import is_batchedtensor
 
+from gatecc import ops as ops  # registers gatecc::only_if
 from gatecc.ir.program import Program
 from gatecc.ir.skipped import Skipped, skipped
 from gatecc.scope.traced import is_traced
@@ -17,6 +18,7 @@ from gatecc.scope.traced import is_traced
 Watcher = Callable[[Sequence[Tensor], int, int], None]
 """``watcher(parameters, some, every)``: of so many samples, some run the body that reads these parameters."""
 _WATCHERS: list[Watcher] = []
+_BRANCHES: list[list[str]] = []
 Emit = Callable[[fx.Node, fx.Graph, dict[fx.Node, fx.Node]], None]
 
 
@@ -67,7 +69,11 @@ def _on_rows(body: Callable[..., Tensor], axes: Sequence[int | None], number: in
 
     def call(condition: Tensor, other: Tensor, *given: Any) -> Tensor:
         if masked(condition, other):
-            return torch.where(condition, body(None, *given), other)
+            y = body(None, *given)
+            for labels in _BRANCHES:
+                labels.append(f"rows_{number}")
+                y = torch.ops.gatecc.only_if(y, other, condition.any(), labels[-1])
+            return torch.where(condition, y, other)
         hit = condition.reshape(-1)
         count = int(hit.sum())
         for watcher in _WATCHERS:
@@ -92,6 +98,20 @@ def watched(watcher: Watcher) -> Generator[None]:
         yield
     finally:
         _WATCHERS.remove(watcher)
+
+
+@contextmanager
+def bodies_in_branches() -> Generator[list[str]]:
+    """Graphs that are traced meanwhile say of each body that it is to be computed only if some sample needs it.
+
+    Yields the labels of those that were traced.
+    """
+    labels = list[str]()
+    _BRANCHES.append(labels)
+    try:
+        yield labels
+    finally:
+        _BRANCHES.remove(labels)
 
 
 def masked(*tensors: Tensor) -> bool:

@@ -56,9 +56,10 @@ class Route(Rewrite):
     At a Block the experts are ``copies`` of all of it, attention included, and the choice is one for each sample: the
     router reads ``pool(in)``, or ``cond(NAME)`` with a value per sample: ``y <- sum_e w_e f_e(x) + (1 - sum_e w_e) x``.
     Expert 0 is the block itself; ``copies(1)`` with ``skip`` is the block or nothing (SkipNet, 2018). A block runs on
-    the samples that chose it, and not at all if none did; the others keep what entered. Compiled and exported models
-    hold the masked form, the same function: every block for all samples. So do calls while modules inside have hooks,
-    and training calls of blocks with running statistics. A pooled router sees all tokens, so there is no KV cache.
+    the samples that chose it, and not at all if none did; the others keep what entered. Compiled models hold the
+    masked form, the same function: every block for all samples. So do calls while modules inside have hooks, and
+    training calls of blocks with running statistics. In ONNX a block runs for all samples if one of them chose it. A
+    pooled router sees all tokens, so there is no KV cache.
 
     New modules on the owner: ``router``, and ``label`` with the stacked weights (of a block: those of the copies 1, 2,
     ... under their names).

@@ -347,3 +347,14 @@ def test_a_sample_that_keeps_its_way_can_be_decoded() -> None:
     pooled = gatecc.transform(speaking, route("copies(1)", init="zero", skip=True), inputs)
     with pytest.raises(GateccError, match="mixes positions"):
         gatecc.decoder(pooled, inputs)
+
+
+def test_exported_a_block_stands_in_a_branch(mixing: Any, inputs: Any, tmp_path: Any) -> None:
+    onnx = pytest.importorskip("onnx")
+    written = gatecc.export(mixing, tmp_path / "m", inputs)  # compared in ONNX Runtime at several sizes
+    assert any("if one of them takes it" in note for note in written.notes)
+    graph = onnx.load(tmp_path / "m" / "model.onnx", load_external_data=False).graph
+    bodies = [node for node in graph.node if node.op_type == "If"]
+    assert len(bodies) == 2 * 2  # a block and its copy in both layers
+    inside = [n.op_type for n in bodies[0].attribute[0].g.node]
+    assert sum("MatMul" in kind or kind == "Gemm" for kind in inside) >= 4
