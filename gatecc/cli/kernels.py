@@ -73,8 +73,8 @@ def show(found: Sequence[Any], summary: bool) -> None:
     numbers = [f for f in found if hasattr(f, "case")]
     binaries = [f for f in found if not hasattr(f, "case")]
     if summary:
-        rows = [_summed(name, numbers, "family") for name in _names(numbers, "family")]
-        rows += [_summed(name, binaries, "kernel") for name in _names(binaries, "kernel")]
+        rows = [_summed(name, numbers, "cases") for name in _names(numbers)]
+        rows += [_summed(name, binaries, "binaries") for name in _names(binaries)]
         out.print(_table(("", "judged", "faults", "exempted, and why"), rows))
     else:
         out.print(_table(("family", "case", "dtype", "error", "ATen's", "allowed", "bytes"), map(_number, numbers)))
@@ -84,19 +84,18 @@ def show(found: Sequence[Any], summary: bool) -> None:
     out.print(f"{len(numbers)} cases in the interpreter, {len(binaries)} binaries, {faults} with faults")
 
 
-def _names(found: Sequence[Any], by: str) -> list[str]:
-    return list(dict.fromkeys(getattr(f, by) for f in found))
+def _name(found: Any) -> str:
+    return ": ".join(filter(None, (found.family, getattr(found, "kernel", ""))))
 
 
-def _summed(name: str, found: Sequence[Any], by: str) -> tuple[str, ...]:
-    mine = [f for f in found if getattr(f, by) == name]
-    exempt = dict.fromkeys(why for f in mine for why in getattr(f, "exempt", ()))
-    return (
-        name,
-        f"{len(mine)} {'cases' if by == 'family' else 'binaries'}",
-        str(sum(bool(f.faults) for f in mine)),
-        "; ".join(exempt),
-    )
+def _names(found: Sequence[Any]) -> list[str]:
+    return list(dict.fromkeys(map(_name, found)))
+
+
+def _summed(name: str, found: Sequence[Any], what: str) -> tuple[str, ...]:
+    mine = [f for f in found if _name(f) == name]
+    exempt = dict.fromkeys(why for f in mine for why in f.exempt)
+    return (name, f"{len(mine)} {what}", str(sum(bool(f.faults) for f in mine)), "; ".join(exempt))
 
 
 def _number(f: Any) -> tuple[str, ...]:

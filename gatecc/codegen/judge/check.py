@@ -28,13 +28,17 @@ def check(
     _known("dtype", dtypes, DTYPES)
     for family in chosen:
         if not only or family.name in only:
-            yield from _numbers(family, dtypes or tuple(DTYPES))
+            yield from _numbers(family, _dtypes(family, dtypes))
     for family in chosen if compiling else ():
-        yield from _binaries(family, only, targets or tuple(TARGETS), dtypes or tuple(DTYPES))
+        yield from _binaries(family, only, targets or tuple(TARGETS), _dtypes(family, dtypes))
+
+
+def _dtypes(family: Family, chosen: Sequence[str]) -> tuple[str, ...]:
+    return tuple(d for d in family.dtypes if not chosen or d in chosen)
 
 
 def _numbers(family: Family, dtypes: Sequence[str]) -> Iterator[Finding]:
-    met: set[str] = set()
+    met: set[str] = set() if dtypes else set(kernel_names(family.module()))
     for case in family.cases:
         for dtype in dtypes:
             found = judge_numbers(family, case, dtype)
@@ -54,7 +58,7 @@ def _binaries(family: Family, only: Sequence[str], targets: Sequence[str], dtype
                     if whole or made.name in only:
                         met.add(made.name)
                         yield judge_launch(family, made, size, dtype, target)
-    for kernel in sorted(set(kernel_names(family.module())) - met if whole else ()):
+    for kernel in sorted(set(kernel_names(family.module())) - met if whole and dtypes else ()):
         yield Binary(family.name, kernel, "", "", "", None, ("no size launches it",))
 
 

@@ -56,6 +56,7 @@ class Family:
         fixed seed, small: an interpreter runs them.
     run: a call in the dtype that its tensors have, by the kernels: results and gradients by name.
     reference: the same in ATen, in any dtype.
+    dtypes: those that the kernels are for.
     sizes: by name, what launches the kernels on tensors without data for inputs of a dtype: what is compiled.
     """
 
@@ -66,6 +67,7 @@ class Family:
     reference: Callable[[dict[str, Any]], dict[str, Tensor]]
     sizes: Mapping[str, Callable[[torch.dtype], object]]
     exemptions: tuple[Exemption, ...] = ()
+    dtypes: tuple[str, ...] = tuple(DTYPES)
 
     def module(self) -> ModuleType:
         """The launcher; imports Triton."""
@@ -80,7 +82,7 @@ _MODULES: list[str] = []
 
 
 def register(module: str) -> None:
-    """Let a module say what is judged: it has FAMILY, or FAMILIES. It is imported when somebody judges."""
+    """Let a module say what is judged: it has FAMILY, or families(). It is imported when somebody judges."""
     if module not in _MODULES:
         _MODULES.append(module)
 
@@ -89,4 +91,4 @@ def families() -> Iterator[Family]:
     """All families that are registered."""
     for name in _MODULES:
         module = import_module(name)
-        yield from getattr(module, "FAMILIES", None) or (module.FAMILY,)
+        yield from module.families() if hasattr(module, "families") else (module.FAMILY,)

@@ -58,6 +58,7 @@ def interpreting(*modules: ModuleType) -> Generator[Findings]:
     executor: Any = interpreter.GridExecutor
     watch = _Watch()
     with (
+        np.errstate(all="ignore"),  # what a mask or tl.where then leaves out is no number, in silence, as on a GPU
         swapped(*modules),
         patch.multiple(
             builder,

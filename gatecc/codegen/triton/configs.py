@@ -23,13 +23,14 @@ VARIABLE = "GATECC_KERNELS"
 Config = Mapping[str, int]
 
 
-def config(package: str, kernel: str, *variant: str) -> Config:
-    """The entry of a kernel of a package (``gatecc.ops.moe_ffn.triton``) for this machine's make of GPU.
+def config(package: str, kernel: str, *variant: str, make: str | None = None) -> Config:
+    """The entry of a kernel of a package (``gatecc.ops.moe_ffn.triton``) for a make of GPU, this machine's if
+    none is named.
 
     ``variant`` are the keys below the kernel: the width of inputs, the load. Raises ArgumentError if a file that
     replaces entries has one that does not exist, or something that is no whole number.
     """
-    found: Any = _table(package, family(), os.environ.get(VARIABLE))[kernel]
+    found: Any = _table(package, make or family(), os.environ.get(VARIABLE))[kernel]
     for key in variant:
         found = found[key]
     return found

@@ -97,6 +97,10 @@ FAMILY = Family(
     reference=partial(_run, kernels={}),
     sizes=_SIZES,
     exemptions=(
+        *(
+            Exemption(kernel, "spills", 6, "a state in float32 fills the registers", ("fp32",), targets=("sm_",))
+            for kernel in ("delta_scan", "delta_scan_backward", "solve")
+        ),
         Exemption("differentiate", "traffic", 1.4, "a block of keys reads the values of its chunk again"),
         Exemption("delta", "error", 2, _TF32, dtypes=("fp16",)),
         Exemption("gated delta", "error", 3, _TF32, dtypes=("fp16",)),

@@ -1,0 +1,91 @@
+"""build: the files of regions, kept in the user's cache under a hash of what they compute, and imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from gatecc.codegen.c.build import folder
+from gatecc.codegen.regions.derivative import gradient_of
+from gatecc.codegen.regions.file import Derivative, Page, print_page
+from gatecc.codegen.regions.region import Region, region_of
+from gatecc.errors import ArgumentError
+from gatecc.ir.files import write_atomic
+
+_PACKAGE = "gatecc_regions_"
+
+
+class Built(NamedTuple):
+    """A region's file, imported: ``operator``, ``launch``, ``reference``, ``kernel``. ``gradient``: the file of the
+    kernel that computes the gradients of the inputs at the places ``by_kernel``; None if ATen computes them all."""
+
+    module: ModuleType
+    example: tuple[Tensor, ...]
+    gradient: ModuleType | None = None
+    by_kernel: tuple[int, ...] = ()
+
+
+def build(
+    function: Callable[..., Any], example: Sequence[Tensor], notes: Sequence[str] = (), *, gradient: bool = True
+) -> Built:
+    """The file of what a function of tensors computes.
+
+    ``example``: tensors of the shapes and dtypes that it will be given, fake ones will do; rows may become more or
+    fewer, columns not. ``notes`` stand in the header. With ``gradient`` the operator can be differentiated: by a kernel
+    as far as its gradient is a region as well, in ATen otherwise. Raises RefusedError with a reason.
+    """
+    region = region_of(function, example, notes)
+    print_page(region)  # what has no kernel needs no gradient
+    if not gradient:
+        return Built(load(write(print_page(region))), tuple(example))
+    derivative = _gradient(region)
+    module = load(write(print_page(region, derivative)))
+    if derivative.file is None:
+        return Built(module, tuple(example))
+    learned = [i for i, there in enumerate(derivative.there) if there]
+    return Built(module, tuple(example), load(derivative.file), tuple(learned[i] for i in derivative.by_kernel))
+
+
+def _gradient(region: Region) -> Derivative:
+    found = gradient_of(region)
+    if found.part is None:
+        return Derivative(found.there, found.rest)
+    return Derivative(found.there, found.rest, found.by_kernel, write(print_page(found.part)))
+
+
+def write(page: Page) -> str:
+    """Keep a file; its name."""
+    path = place(page.name)
+    if not path.exists():
+        write_atomic(path, page.text.encode())
+    return page.name
+
+
+def place(name: str) -> Path:
+    """Where the file of a name is."""
+    return folder() / "regions" / f"{name}.py"
+
+
+def load(name: str) -> ModuleType:
+    """The module of a file, imported once. Raises ArgumentError for a name that was never written."""
+    full = _PACKAGE + name
+    if full in sys.modules:
+        return sys.modules[full]
+    path = place(name)
+    spec = importlib.util.spec_from_file_location(full, path) if path.exists() else None
+    if spec is None or spec.loader is None:
+        raise ArgumentError("there is no file of a region", found=str(path), do="build the region anew")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[full] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[full]
+        raise
+    return module

@@ -1,0 +1,116 @@
+"""By what the judge tries the generator: regions of each form, in each dtype, with the kernels of their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gatecc.codegen.judge.family import DTYPES, Exemption, Family
+from gatecc.codegen.regions.build import Built, build
+
+ROWS = 4096  # of the launches that are compiled
+WIDTH, INNER = 256, 128
+
+
+class Sample(NamedTuple):
+    """A function of tensors: first those with rows, of so many columns, then others, of these shapes."""
+
+    function: Callable[..., Any]
+    rows: tuple[int, ...]
+    others: tuple[tuple[int, ...], ...] = ()
+
+    def tensors(self, rows: int, **options: Any) -> list[Tensor]:
+        """Arguments of so many rows: those of rows first."""
+        make = partial(torch.empty, **options) if options.get("device") == "meta" else partial(torch.randn, **options)
+        return [*(make(rows, width) for width in self.rows), *(make(s) * s[-1] ** -0.5 for s in self.others)]
+
+
+def _norm(x: Tensor, skip: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    y = x + skip
+    return F.rms_norm(y, (y.size(-1),), scale, 1e-6), y
+
+
+SAMPLES = {
+    "gated unit": Sample(lambda gate, up: F.silu(gate) * up, (WIDTH, WIDTH)),
+    "residual and norm": Sample(_norm, (WIDTH, WIDTH), ((WIDTH,),)),
+    "softmax with a cap": Sample(lambda x: torch.softmax(10 * torch.tanh(x / 10), -1), (WIDTH,)),
+    "gated output": Sample(lambda x, o, w: torch.sigmoid(F.linear(x, w)) * o, (INNER, WIDTH), ((WIDTH, INNER),)),
+    "GLU": Sample(
+        lambda x, w, u, b: F.gelu(F.linear(x, w, b)) * F.linear(x, u),
+        (INNER,),
+        ((WIDTH, INNER), (WIDTH, INNER), (WIDTH,)),
+    ),
+    "gate before, norm behind": Sample(
+        lambda x, g, skip, w, scale: F.rms_norm(F.linear(x * torch.sigmoid(g), w) + skip, (WIDTH // 2,), scale, 1e-6),
+        (INNER, INNER, WIDTH // 2),
+        ((WIDTH // 2, INNER), (WIDTH // 2,)),
+    ),
+}
+
+
+def _named(found: Any) -> dict[str, Tensor]:
+    return {f"y{i}": x for i, x in enumerate(found if isinstance(found, tuple) else (found,))}
+
+
+def _own(kernel: Any) -> Any:
+    return kernel
+
+
+def family_of(name: str, built: Built, function: Callable[..., Any], example: Callable[..., list[Tensor]]) -> Family:
+    """The family of a region's kernel. ``example``: tensors of so many rows; takes options of torch.empty."""
+    dtype = next(d for d, kind in DTYPES.items() if kind == built.example[0].dtype)
+
+    def start(kind: torch.dtype) -> object:
+        return built.module.launch(*example(ROWS, dtype=kind, device="meta"), wrap=_own)
+
+    return Family(
+        name=f"region: {name}",
+        launcher=built.module.__name__,
+        cases={"37 rows": lambda: {f"x{i}": x for i, x in enumerate(example(37, dtype=torch.float64))}},
+        run=lambda given: _named(built.module.launch(*given.values(), wrap=_own)),
+        reference=lambda given: _named(function(*given.values())),
+        sizes={f"{ROWS} rows": start},
+        exemptions=(
+            Exemption("kernel", "traffic", 6, "a block of columns reads the rows again, one of rows the matrices"),
+            Exemption("37 rows", "error", 2, "what tl lacks is made of several of its operators"),
+        ),
+        dtypes=(dtype,),
+    )
+
+
+def _families() -> Iterator[Family]:
+    for name, sample in SAMPLES.items():
+        for kind in DTYPES.values():
+            built = build(sample.function, sample.tensors(37, dtype=kind), [f"a sample of the judge: {name}"])
+            yield family_of(name, built, sample.function, sample.tensors)
+            if built.gradient is not None:
+                yield _gradient(name, built, sample)
+
+
+def _gradient(name: str, built: Built, sample: Sample) -> Family:
+    """The family of the kernel of a gradient, whose results are those gradients that it computes."""
+
+    def gradients(*given: Tensor) -> Any:
+        inputs, grads = given[: len(built.example)], given[len(built.example) :]
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        with torch.enable_grad():
+            results = tuple(_named(sample.function(*leaves)).values())
+        found = torch.autograd.grad(results, leaves, grads)
+        return tuple(found[i] for i in built.by_kernel)
+
+    def example(rows: int, **options: Any) -> list[Tensor]:
+        given = sample.tensors(rows, **options)
+        return [*given, *(torch.randn_like(x) for x in _named(sample.function(*given)).values())]
+
+    gradient = Built(built.gradient, built.example)  # pyright: ignore[reportArgumentType]
+    return family_of(f"{name}, gradient", gradient, gradients, example)
+
+
+def families() -> tuple[Family, ...]:
+    """All of them. Their files are written where the cache is now."""
+    return tuple(_families())

@@ -1,0 +1,170 @@
+"""Kernels printed from graphs: regions that nobody named, each judged or refused with a reason."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from torch import Tensor
+
+from gatecc.codegen.judge.binaries import judge_launch, launches
+from gatecc.codegen.judge.family import DTYPES
+from gatecc.codegen.judge.interpreted import interpreting
+from gatecc.codegen.judge.numbers import judge_numbers
+from gatecc.codegen.regions import judged
+from gatecc.codegen.regions.build import build, load
+from gatecc.codegen.regions.region import RefusedError
+from gatecc.errors import ArgumentError
+from tests.codegen.regions.drawn import Drawn, regions
+
+# `GATECC_REGIONS=200 pytest tests/codegen/regions` draws that many, and compiles each for two targets.
+DRAWN = int(os.environ.get("GATECC_REGIONS", "20"))
+COMPILING = "GATECC_REGIONS" in os.environ
+SEEN: Counter[str] = Counter()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GATECC_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@settings(max_examples=DRAWN, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@given(drawn=regions())
+def test_a_drawn_region_is_right_or_refused(drawn: Drawn) -> None:
+    dtype = list(DTYPES)[sum(SEEN.values()) % 3]
+    torch.manual_seed(0)
+    try:
+        built = build(drawn, [x.to(DTYPES[dtype]) for x in drawn.tensors()])
+    except RefusedError:
+        SEEN["refused"] += 1
+        return
+    SEEN["judged"] += 1
+
+    def example(rows: int, **options: Any) -> list[Tensor]:
+        return [torch.empty(x.shape, **options) if options.get("device") else x for x in drawn.tensors()]
+
+    family = judged.family_of("drawn", built, drawn, example)
+    assert judge_numbers(family, "37 rows", dtype).faults == ()
+    for target in ("sm_90", "gfx942") if COMPILING else ():
+        for made in launches(family, "4096 rows", dtype, target):
+            found = judge_launch(family, made, "4096 rows", dtype, target)
+            assert [fault for fault in found.faults if "at once" not in fault] == []  # odd widths have no vectors
+
+
+def test_most_drawn_regions_have_a_kernel() -> None:
+    if not SEEN:
+        pytest.skip("no region was drawn in this process")
+    assert SEEN["judged"] > 3 * SEEN["refused"]
+
+
+def parts(tensors: Any) -> tuple[Tensor, ...]:
+    return tensors if isinstance(tensors, tuple) else (tensors,)
+
+
+def norm(x: Tensor, skip: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    y = x + skip
+    return F.rms_norm(y, (y.size(-1),), scale), y
+
+
+def gated(x: Tensor, w: Tensor, b: Tensor, o: Tensor) -> Tensor:
+    return torch.sigmoid(F.linear(x, w, b)) * o
+
+
+CALLS: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
+    "norm": (norm, ((2, 7, 24), (2, 7, 24), (24,))),
+    "gated": (gated, ((2, 7, 16), (24, 16), (24,), (2, 7, 24))),
+    "rows alone": (lambda x, m: (x * m).sum(-1), ((3, 5, 24), (5, 24))),
+    "masked": (lambda x, m: torch.softmax((x * m).masked_fill(m > 1, -1e4), -1), ((2, 7, 24), (7, 24))),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_operator_and_its_gradient(name: str) -> None:
+    """On a CPU: in ATen, also compiled and for other numbers of rows."""
+    function, shapes = CALLS[name]
+    given = [torch.randn(s, requires_grad=True) for s in shapes]
+    operator = build(function, [x.detach() for x in given]).module.operator
+    assert set(torch.library.opcheck(operator, tuple(given)).values()) == {"SUCCESS"}
+
+    def gradients(call: Callable[..., Any], tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        loss = sum(((y - 0.5) ** 2).sum() for y in parts(call(*tensors)))
+        assert isinstance(loss, Tensor)
+        return torch.autograd.grad(loss, tensors)
+
+    compiled = torch.compile(lambda *x: operator(*x), backend="aot_eager", fullgraph=True)
+    more = [torch.randn((6, *s[1:]) if len(s) == 3 else s, requires_grad=True) for s in shapes]
+    for call, tensors in ((operator, given), (compiled, given), (operator, more)):
+        for found, wanted in zip(gradients(call, tensors), gradients(function, tensors), strict=True):
+            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_kernel_takes_other_numbers_of_rows(name: str) -> None:
+    function, shapes = CALLS[name]
+    built = build(function, [torch.randn(s) for s in shapes])
+    given = [torch.randn((6, *s[1:]) if len(s) == 3 else s) for s in shapes]
+    with interpreting(built.module) as findings:
+        found = built.module.launch(*given)
+    for ours, wanted in zip(found, parts(function(*given)), strict=True):
+        torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5)
+    assert (findings.outside, findings.raced) == ([], [])
+
+
+REFUSED: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...], str]] = {
+    "over rows": (lambda x: x.sum(0), ((4, 8),), "over other axes"),
+    "prefix sum": (lambda x: x.cumsum(-1), ((4, 8),), "cumsum is not in the table"),
+    "heads": (lambda x: x.unflatten(-1, (2, 4)).relu(), ((3, 4, 8),), "changes axes"),
+    "two products": (lambda x, w, u: (x @ w).relu() @ u, ((4, 8), (8, 8), (8, 8)), "another product"),
+    "other shapes": (lambda x, w, u: (x @ w, x @ u), ((4, 8), (8, 8), (8, 6)), "different shapes"),
+    "computed weight": (lambda x, w: x @ w.sigmoid(), ((4, 8), (8, 8)), "right operand is computed"),
+    "wide rows": (lambda x: x.softmax(-1), ((2, 20000),), "20000 columns are reduced"),
+    "one row": (lambda x: x.sigmoid(), ((1, 8),), "several rows"),
+    "an input": (lambda x: (x, x.sigmoid()), ((4, 8),), "a result that is an input"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_kernel_is_refused(name: str) -> None:
+    function, shapes, word = REFUSED[name]
+    with pytest.raises(RefusedError, match=word):
+        build(function, [torch.randn(s) for s in shapes])
+
+
+def test_other_types_are_refused() -> None:
+    for dtype in (torch.float64, torch.int64):
+        with pytest.raises(RefusedError, match=str(dtype)):
+            build(lambda x: x * 2, [torch.ones(4, 8, dtype=dtype)])
+
+
+def test_files_are_kept_by_what_they_compute() -> None:
+    def once(scale: float, note: str) -> Path:
+        built = build(lambda x: torch.sigmoid(scale * x), [torch.randn(4, 8)], [note])
+        return Path(str(built.module.__file__))
+
+    one = once(2.0, "layers.3.mlp (model.py:17), made by gate")
+    assert one == once(2.0, "layers.3.mlp (model.py:17), made by gate")
+    assert one != once(3.0, "layers.3.mlp (model.py:17), made by gate")
+    text = one.read_text()
+    assert "layers.3.mlp (model.py:17), made by gate" in text
+    assert text.count("tl.store") == 1
+    assert all(len(line) < 200 for line in text.splitlines())
+    with pytest.raises(ArgumentError, match="no file"):
+        load("region_of_nothing")
+
+
+@pytest.mark.parametrize(("name", "target"), [("gated output", "sm_80"), ("residual and norm", "gfx942")])
+def test_samples_hold_their_budgets(name: str, target: str) -> None:
+    sample = judged.SAMPLES[name]
+    built = build(sample.function, sample.tensors(37, dtype=torch.bfloat16))
+    family = judged.family_of(name, built, sample.function, sample.tensors)
+    (made,) = launches(family, "4096 rows", "bf16", target)
+    assert judge_launch(family, made, "4096 rows", "bf16", target).faults == ()
