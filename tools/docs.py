@@ -39,6 +39,7 @@ from gatecc.ir.rewrite import REWRITES, Rewrite  # noqa: E402
 from gatecc.ir.router import RouterSpec  # noqa: E402
 from gatecc.ir.site import KINDS  # noqa: E402
 from tools.checked import WORDS, checked, test_file  # noqa: E402
+from tools.kernels import with_estimates  # noqa: E402
 from tools.lowerings import lowering_rows  # noqa: E402
 from tools.recipe_examples import MODELS, OPTIONS  # noqa: E402
 from tools.refusal_examples import EXAMPLES  # noqa: E402
@@ -63,6 +64,7 @@ GUIDES = (
     ("experts.md", "the operator, routing, upcycling, existing experts, adapters, ensembles, hand-off"),
     ("export.md", "ONNX: which sizes are free, how numbers are judged, what is given up and what is refused"),
     ("compile.md", "the torch.compile backend: what it lowers, its options, explanations, debugging, ahead of time"),
+    ("kernels.md", "Triton kernels judged without a GPU, the sizes of their blocks, kernels printed from a graph"),
     ("state-space.md", "softmax, linear attention, delta rules and state spaces as one recurrence, and checks of it"),
     ("capture.md", "from a model to a graph: what is changed meanwhile, and what happens when it fails"),
     ("reports.md", "what a report holds, and its forms"),
@@ -109,13 +111,11 @@ def pages() -> dict[Path, str]:
     readme = ROOT / "README.md"
     texts |= {DOCS / "gates.md": NOTE + gates_page(), DOCS / "README.md": NOTE + index()}
     texts |= {DOCS / "catalogue.md": NOTE + catalogue(), DOCS / "sites.md": NOTE + sites_page()}
-    texts[DOCS / "scale.md"] = with_tables((DOCS / "scale.md").read_text())
+    for name, made_anew in (("scale.md", with_tables), ("kernels.md", with_estimates)):
+        texts[DOCS / name] = made_anew((DOCS / name).read_text())
     lowered = table(("lowering", "what becomes what"), [(n, markdown(t)) for n, t in lowering_rows()])
     texts[DOCS / "compile.md"] = between(LOWERED, (DOCS / "compile.md").read_text(), lowered)
     return {**texts, readme: with_table(readme.read_text())}
-
-
-# --- rewrites ---------------------------------------------------------------------------------------------------------
 
 
 def rewrites() -> dict[str, type[Rewrite]]:

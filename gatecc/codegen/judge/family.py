@@ -78,7 +78,7 @@ class Family:
         return next((e for e in self.exemptions if e.covers(kernel, budget, dtype, size, target)), None)
 
 
-_MODULES: list[str] = []
+_MODULES = ["gatecc.codegen.regions.judged"]  # and what operators register
 
 
 def register(module: str) -> None:

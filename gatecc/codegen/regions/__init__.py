@@ -6,7 +6,3 @@ The file has the kernel, its launcher, the same in ATen, and the registration as
 ATen, so that Inductor fuses it there. What cannot be printed is refused with a reason. Needs no Triton; importing a
 file does.
 """
-
-from gatecc.codegen.judge import family as judge
-
-judge.register("gatecc.codegen.regions.judged")

@@ -1,0 +1,84 @@
+"""The tables of docs/kernels.md: what launches of each kernel must move at least, and what parts promise for that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gatecc.codegen.judge.family import DTYPES, Family, families
+from gatecc.codegen.triton.parts import PARTS
+from gatecc.ops.registry import operators
+
+BEGIN, END = "<!-- estimates:begin -->", "<!-- estimates:end -->"
+DTYPE = "bf16"
+_Q, _X = (1, 16, 2048, 128), (2048, 1024)
+# Calls whose FLOPs the registry knows: shapes in the place of tensors.
+CALLS: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "linear attention, gated": ("gatecc::linear_attention", (_Q, _Q, _Q, _Q)),
+    "linear attention, gated delta": ("gatecc::linear_attention", (_Q, _Q, _Q, _Q, _Q[:3])),
+    "experts, 2 of 8": ("gatecc::moe_ffn", (_X, (2048, 2), (2048, 2), (8, 5632, 1024), (8, 1024, 2816))),
+}
+
+
+def with_estimates(page: str) -> str:
+    """The page with its tables made anew."""
+    head, rest = page.split(BEGIN)
+    return f"{head}{BEGIN}\n\n" + "\n".join([*_calls(), "", *_kernels()]) + f"\n\n{END}{rest.split(END)[1]}"
+
+
+def _calls() -> Iterator[str]:
+    yield from _head("operator, forward", "GFLOP", "MB")
+    known = {o.overload.overloadpacket._qualified_op_name: o for o in operators()}
+    for name, (operator, shapes) in CALLS.items():
+        flops = known[operator].flops
+        assert flops is not None
+        sizes = [torch.Size(s).numel() for s in shapes]
+        moved = 2 * (sum(sizes) + sizes[0])  # 16 bits each, and a result like the first
+        yield _row(name, flops(*shapes), moved)
+
+
+def _kernels() -> Iterator[str]:
+    yield from _head("kernel and size", "launches", "MB")
+    for family in families():
+        if DTYPE in family.dtypes:
+            for size in family.sizes:
+                yield from _of_size(family, size)
+
+
+def _of_size(family: Family, size: str) -> Iterator[str]:
+    from gatecc.codegen.judge.compiled import recorded
+
+    with recorded("sm_90", family.module()) as launches:
+        family.sizes[size](DTYPES[DTYPE])
+    for kernel, made in groupby(sorted(launches, key=lambda launch: launch.name), key=lambda launch: launch.name):
+        moved = [sum({t.data_ptr() or id(t): _bytes(t) for t in _tensors(m.given.values())}.values()) for m in made]
+        name = family.name if kernel == "kernel" else f"{family.name}: {kernel}"
+        times = " | ".join(f"{1e6 * sum(moved) / part.bandwidth:.1f}" for part in PARTS.values())
+        yield f"| {name}, {size} | {len(moved)} | {sum(moved) / 1e6:.1f} | {times} |"
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple):
+            yield from _tensors(value)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _head(*names: str) -> Iterator[str]:
+    parts = [f"{part.name} ({target})" for target, part in PARTS.items()]
+    yield f"| {' | '.join([*names, *parts])} |"
+    yield "|" + " --- |" * (len(names) + len(parts))
+
+
+def _row(name: str, flops: int, moved: int) -> str:
+    times = (max(flops / part.half, moved / part.bandwidth) for part in PARTS.values())
+    return f"| {name} | {flops / 1e9:.1f} | {moved / 1e6:.1f} | {' | '.join(f'{1e6 * t:.1f}' for t in times)} |"
