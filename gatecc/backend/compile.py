@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from torch import fx
 
+from gatecc.backend.debugging import Record
 from gatecc.backend.freeze import freeze
 from gatecc.backend.lower import lower
 from gatecc.backend.options import Options, inductor_settings
@@ -28,13 +29,14 @@ def gatecc(
     """
     settings = inductor_settings(mode, options or {})
     ours = Options.of(options or {})
-    lowered = lower(graph_module, example_inputs, ours)
+    record = Record.of(graph_module, example_inputs, options or {})
+    lowered = lower(graph_module, example_inputs, ours, record)
     changed = lowered.graph is not graph_module
     frozen = freeze(lowered.graph, example_inputs) if changed and ours.freeze and not lowered.training else None
-    if frozen is None:
-        run = _compiled(lowered.graph, list(example_inputs), mode, settings)
-    else:
-        run = frozen.run(_compiled(frozen.graph, [*example_inputs, *frozen.examples()], mode, settings))
+    record.lowered(lowered.graph, lowered.outcomes)
+    extra = [] if frozen is None else frozen.examples()
+    run = record.timed(lambda: _compiled(lowered.graph, [*example_inputs, *extra], mode, settings))
+    run = run if frozen is None else frozen.run(run)
     if not lowered.assumed:
         return run
     return Watched(run, graph_module.forward, {place: example_inputs[place] for place in lowered.assumed})

@@ -25,9 +25,13 @@ def show(line: str, name: str, program: Program) -> None:
     if wanted in ("", "0"):
         return
     print(f"gatecc: {line}", file=sys.stderr)
-    if wanted != "1":
-        folder = Path(wanted)
-        folder.mkdir(parents=True, exist_ok=True)
-        place = re.sub(r"[^\w.]", "_", program.fqn) or "model"
-        text = f"{line}\n\n{graph_text(program)}\n"
-        (folder / f"{next(_numbers):04d}-{place}-{name}.txt").write_text(text, encoding="utf-8")
+    place = re.sub(r"[^\w.]", "_", program.fqn) or "model"
+    if (path := folder(f"{place}-{name}.txt")) is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{line}\n\n{graph_text(program)}\n", encoding="utf-8")
+
+
+def folder(name: str) -> Path | None:
+    """The next numbered place in the folder that the user named, None if there is none."""
+    wanted = os.environ.get(VARIABLE, "")
+    return None if wanted in ("", "0", "1") else Path(wanted) / f"{next(_numbers):04d}-{name}"
