@@ -1,8 +1,8 @@
 """Which recurrence a part of a graph computes: the roles of its operands, proved by running both in float64.
 
-What a value is, the numbers say: the output is linear in q and in v; q of a token counts for that token alone; a column
-of v is a column of the output. What is left is k, a decay, the strength of a delta rule. Each assignment that these
-leave is compared with ``gatecc::linear_attention``, with weak gates, strong ones, and a few very strong ones.
+What a value is, the numbers say: each way to take what enters for q, k, v, a decay, the strength of a delta rule is
+compared with ``gatecc::linear_attention``. One that agrees on the first tokens is proved on all of them, with weak
+gates, strong ones, and a few very strong ones.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import permutations
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from gatecc.passes.causal.parts import Part
 _TOLERANCE = 1e-6  # of a token in float64, relative to its largest number
 NEAREST = "the nearest recurrence"  # so begins the reason where one was compared
 _MOST = 6  # values that may enter
+_FIRST = 48  # tokens by which assignments are told apart
 
 Places = tuple[int, int, int, int]  # where (B, H, N, D) stand in a value, -1 for an axis that it lacks
 
@@ -136,63 +138,68 @@ class _Search:
             self.out, self.heads, self.width = (0, heads, part.axis, -1), on_example(shape(part.out)[heads]) or 1, 1
 
     def found(self) -> Formula | str:
-        """The first assignment that is proved."""
-        nearest = float("inf")
-        reason = "it is not linear in one value of each token, and in one of the tokens before"
-        for formula in self._assignments():
-            formula, error = self._proved(formula)
-            if formula is not None:
-                return formula
-            nearest = min(nearest, error)
-            reason = f"{NEAREST} differs by {nearest:.1e}"
-        return reason
-
-    def _assignments(self) -> Iterator[Formula]:
+        """The first assignment that is proved. On the first tokens most are told apart, at little cost."""
         operands = [Operand(n, self._places_of(n, axis)) for n, axis in self.part.operands.items()]
-        if any(self.heads % self._heads_of(x) for x in operands):
-            return
-        numbers = {x.node: self._uniform(x.node, -0.1, -0.01) for x in operands}
-        numbers |= {node: self._uniform(node, -0.1, -0.01) for node in self.part.held}
-        base = self._run(numbers)
-        local = [x for x in operands if self._is_local(x, numbers, base)]
-        queries = [x for x in local if self._width(x) > 1] or local[:1]
-        values = [x for x in operands if x not in local and self._is_value(x, numbers, base)]
-        for q in queries:
-            factors = [x for x in local if x is not q]
-            if self._heads_of(q) != self.heads or len(factors) > 1 or any(self._width(x) != 1 for x in factors):
-                continue
-            rest = [x for x in operands if x not in local]
-            for v in values or [None]:
-                for k in rest:
-                    if k is v or self._width(k) != self._width(q) or (v is None and self.width != 1):
-                        continue
-                    gates = [x for x in rest if x not in (k, v)]
-                    start = Formula(q, k, self.out, v, factor=factors[0] if factors else None)
-                    yield from self._gated(start, gates)
-
-    def _gated(self, start: Formula, gates: list[Operand]) -> Iterator[Formula]:
         held = [x for node in self.part.held if (x := self._held(node)) is not None]
-        if len(held) != len(self.part.held):
-            return
+        if any(self.heads % self._heads_of(x) for x in operands) or len(held) < len(self.part.held):
+            return "the heads of what enters it do not fit those of what leaves it"
+        nearest = float("inf")
+        for low, high, domains in ((-0.1, -0.01, ("", "logit")), (0.01, 0.1, ("factor",))):
+            numbers = {x.node: self._uniform(x.node, low, high) for x in (*operands, *held)}
+            theirs = spread(self._run(numbers), self.out)
+            for formula in self._assignments(operands, held, domains):
+                error = self._fitted(formula, numbers, theirs, _FIRST)[1]
+                if error <= _TOLERANCE:
+                    proved, error = self._proved(formula)
+                    if proved is not None:
+                        return proved
+                nearest = min(nearest, error)
+        return (
+            f"{NEAREST} differs by {nearest:.1e}" if nearest < float("inf") else "no sizes of queries, keys and values"
+        )
+
+    def _assignments(self, operands: list[Operand], held: list[Operand], domains: tuple[str, ...]) -> Iterator[Formula]:
+        """Each way to give every operand a role that its size allows."""
+        for q, k in permutations(operands, 2):
+            if self._heads_of(q) != self.heads or self._width(q) != self._width(k):
+                continue
+            rest = [x for x in operands if x not in (q, k)]
+            for v in (*rest, None):
+                if self.width != (1 if v is None else self._width(v)):
+                    continue
+                gates = [x for x in rest if x is not v]
+                yield from self._gated(Formula(q, k, self.out, v), gates, held, domains)
+
+    def _gated(
+        self, start: Formula, gates: list[Operand], held: list[Operand], domains: tuple[str, ...]
+    ) -> Iterator[Formula]:
         if not gates and not held:
+            if "" not in domains:
+                return
             yield start
             if (constant := self._constant(start)) is not None:
                 yield replace(start, constant=constant)
-        for order in {p[:2] for p in permutations((*gates, *held, None))} if len(gates) + len(held) <= 2 else ():
-            decay, beta = (*order, None)[:2]
-            if {x for x in (decay, beta) if x is not None} != {*gates, *held}:
+        left = [*gates, *held]
+        for roles in permutations(("decay", "beta", "factor"), len(left)) if 0 < len(left) <= 3 else ():
+            given = dict(zip(roles, left, strict=True))
+            if not self._fits(start, held, **given):
                 continue
-            if beta is not None and (beta in held or self._width(beta) != 1):
-                continue
-            if decay is not None and self._width(decay) not in (1, self._width(start.k)):
-                continue
-            for of_decay in ("",) if decay is None else ("", "factor", "logit"):
-                for of_beta in ("",) if beta is None else ("", "logit"):
-                    yield replace(
-                        start,
-                        decay=None if decay is None else replace(decay, domain=of_decay),
-                        beta=None if beta is None else replace(beta, domain=of_beta),
-                    )
+            for of_decay in domains if "decay" in given else ("",):
+                for of_beta in ("", "logit") if "beta" in given else ("",):
+                    domain = {"decay": of_decay, "beta": of_beta, "factor": ""}
+                    yield replace(start, **{role: replace(x, domain=domain[role]) for role, x in given.items()})
+
+    def _fits(
+        self,
+        start: Formula,
+        held: list[Operand],
+        decay: Operand | None = None,
+        beta: Operand | None = None,
+        factor: Operand | None = None,
+    ) -> bool:
+        if any(x is not None and (x in held or self._width(x) != 1) for x in (beta, factor)):
+            return False
+        return decay is None or self._width(decay) in (1, self._width(start.k))
 
     def _constant(self, start: Formula) -> tuple[float, ...] | None:
         """Log decays that stand in the graph: of a state that one key wrote once, and that every query reads."""
@@ -210,28 +217,40 @@ class _Search:
 
     def _proved(self, formula: Formula) -> tuple[Formula | None, float]:
         """The formula with its scale, if it is the same; else None and how far off it is."""
-        worst = 0.0
-        scale: float | None = None
+        worst, scale = 0.0, None
         for draw in (_weak, _strong, _mixed):
             numbers = self._numbers(formula, draw)
             theirs = spread(self._run(numbers), self.out)
-            ours = self._operator(formula, numbers)
-            known = theirs.isfinite().all(-1)
-            if scale is None:
-                if not bool(known.all()):
-                    return None, float("inf")
-                scale = float((ours * theirs).sum() / ours.square().sum())
-            ours = ours * scale
-            gap = (ours - theirs).abs().amax(-1)
-            size = theirs.abs().amax(-1)
-            error = gap / (size + 1e-3 * size[known].amax() if bool(known.any()) else size).clamp_min(1e-30)
-            worst = max(worst, float(error[known].max()) if bool(known.any()) else 0.0)
+            scale, error = self._fitted(formula, numbers, theirs, None, scale)
+            worst = max(worst, error)
             if not worst <= _TOLERANCE:
                 return None, worst
         assert scale is not None
         width = self._width(formula.q)
         near = next((x for x in (1.0, width**-0.5, 1 / width) if abs(scale - x) <= 1e-9 * x), scale)
         return replace(formula, scale=near), worst
+
+    def _fitted(
+        self,
+        formula: Formula,
+        numbers: Mapping[fx.Node, Tensor],
+        theirs: Tensor,
+        first: int | None,
+        scale: float | None = None,
+    ) -> tuple[float, float]:
+        """The scale that fits best, if none is given, and the largest difference of a token, relative to its numbers.
+
+        Where the part overflows (it multiplies by e^b and e^-b) nothing is compared; without a scale it must not.
+        """
+        theirs = theirs[:, :, :first]
+        ours = self._operator(formula, numbers, first)
+        known = theirs.isfinite().all(-1)
+        if not bool(known.any()) or (scale is None and not bool(known.all())):
+            return scale or 0.0, 0.0 if scale is not None else float("inf")
+        scale = float((ours * theirs).sum() / ours.square().sum()) if scale is None else scale
+        gap, size = (ours * scale - theirs).abs().amax(-1)[known], theirs.abs().amax(-1)[known]
+        error = float((gap / (size + 1e-3 * size.amax()).clamp_min(1e-30)).max())
+        return scale, error if error == error else float("inf")  # NaN: the operator overflows
 
     def _numbers(self, formula: Formula, draw: Callable[[Tensor], Tensor]) -> dict[fx.Node, Tensor]:
         """Numbers for each role: keys of length one, so that delta rules do not grow; decays as they are drawn."""
@@ -251,29 +270,15 @@ class _Search:
             wide /= wide.norm(dim=-1, keepdim=True).clone()
         return numbers
 
-    def _operator(self, formula: Formula, numbers: Mapping[fx.Node, Tensor]) -> Tensor:
-        rest = (formula.v, formula.decay, formula.beta, formula.factor)
-        v, decay, beta, factor = (None if x is None else x.spread(numbers[x.node]) for x in rest)
-        q, k = (x.spread(numbers[x.node]) for x in (formula.q, formula.k))
+    def _operator(self, formula: Formula, numbers: Mapping[fx.Node, Tensor], first: int | None) -> Tensor:
+        """What the operator computes of these numbers, with scale 1, for the first tokens or for all."""
+
+        def given(x: Operand | None) -> Any:
+            return None if x is None else x.spread(numbers[x.node])[:, :, :first]
+
+        v, decay, beta, factor = (given(x) for x in (formula.v, formula.decay, formula.beta, formula.factor))
+        q, k = given(formula.q), given(formula.k)
         return compute(q, k, v, decay, beta, factor, formula.constant, formula.domains, 1.0)
-
-    def _is_local(self, x: Operand, numbers: dict[fx.Node, Tensor], base: Tensor) -> bool:
-        """Whether a token of the value counts for that token alone, to which it is proportional."""
-        place = base.size(self.part.axis) // 2
-        changed = numbers[x.node].clone()
-        spread(changed, x.places)[:, :, place] *= 2
-        wanted = base.clone()
-        wanted.select(self.part.axis, place).mul_(2)
-        return _same(self._run({**numbers, x.node: changed}), wanted)
-
-    def _is_value(self, x: Operand, numbers: dict[fx.Node, Tensor], base: Tensor) -> bool:
-        """Whether a column of the value is a column of the output, to which that is proportional."""
-        if self._width(x) != self.width:
-            return False
-        changed, wanted = numbers[x.node].clone(), base.clone()
-        spread(changed, x.places)[..., 0] *= 2
-        spread(wanted, self.out)[..., 0] *= 2
-        return _same(self._run({**numbers, x.node: changed}), wanted)
 
     def _places_of(self, node: fx.Node, axis: int) -> Places:
         sizes = shape(node)
@@ -311,10 +316,6 @@ def _places(rank: int, axis: int) -> Places:
 
 def _sizes(node: fx.Node) -> list[int]:
     return [on_example(size) or 1 for size in shape(node)]
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return bool(((one - other).abs() <= 1e-8 * other.abs().amax()).all())
 
 
 def _weak(drawn: Tensor) -> Tensor:
