@@ -99,7 +99,7 @@ def _plan(site: Attention, parts: Parts, flow: Flow, settings: Settings) -> tupl
     call = _call(reading, found, proof, flow)
     for node in call.nodes:
         _check_operand(node, reading, flow)
-    if reason := _inexact(call, reading, proof, settings) or _unprofitable(call, flow, settings):
+    if reason := _inexact(call, flow.program, proof, settings) or _unprofitable(call, flow, settings):
         raise UnreadableError(reason)
     return call, reading.inner, proof
 
@@ -157,7 +157,7 @@ def _check_operand(node: fx.Node, reading: Reading, flow: Flow) -> None:
 # --- whether to -------------------------------------------------------------------------------------------------------
 
 
-def _inexact(call: FusedCall, reading: Reading, proof: MaskProof, settings: Settings) -> str:
+def _inexact(call: FusedCall, program: Program, proof: MaskProof, settings: Settings) -> str:
     """Why the fused operator would not compute the same; empty if it does."""
     tensors = [fake(n) for n in call.nodes[:3]]
     if any(t is None or not t.is_floating_point() for t in tensors):
@@ -170,9 +170,15 @@ def _inexact(call: FusedCall, reading: Reading, proof: MaskProof, settings: Sett
     finite = any(h.fill != -torch.inf for h in call.hidden) or bool(call.terms)
     if settings.training and finite and not call.as_boolean:
         return "nothing proves that every query sees a key, and one that sees none would get another gradient"
-    if finite and any(t is not None and t.dtype == torch.float16 for t in tensors):
+    if finite and (_autocasts(program) or any(t is not None and t.dtype == torch.float16 for t in tensors)):
         return "nothing proves that every query sees a key, and half precision holds no number that hides all keys"
     return ""
+
+
+def _autocasts(program: Program) -> bool:
+    """Whether operators may run in another precision than the graph records."""
+    around = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+    return around or any(getattr(n.target, "__name__", "") == "_enter_autocast" for n in program.calls())
 
 
 def _unprofitable(call: FusedCall, flow: Flow, settings: Settings) -> str:

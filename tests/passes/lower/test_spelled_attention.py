@@ -332,3 +332,23 @@ def test_numbers_of_modules_that_are_inputs() -> None:
             model.scale = scale
             torch.testing.assert_close(function(x), model(x), rtol=1e-9, atol=1e-11)
     assert {o.became for o in made[0]} == {"fused attention, is_causal=True"}
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("around", [True, False])
+def test_autocast(masked: bool, around: bool) -> None:
+    """The fused operator runs in the precision of the products; no mask that needs more of it is handed over."""
+    model, x, mask = Filled(-1e9).eval(), inputs(2, 9, D).float(), torch.ones(2, 9)
+    mask[1] = 0
+
+    def call(x: Tensor, mask: Tensor) -> Tensor:
+        if around:
+            return (model if masked else bare)(x, mask).float()
+        with torch.autocast("cpu", torch.bfloat16):
+            return (model if masked else bare)(x, mask).float()
+
+    bare = handwritten.ScaleBoth().eval()
+    function, made = compiled(call)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=around):
+        torch.testing.assert_close(function(x, mask), call(x, mask), rtol=3e-2, atol=3e-2)
+    assert bool(made[0][0].became) != masked
