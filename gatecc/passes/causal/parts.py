@@ -22,7 +22,8 @@ from gatecc.ir.sizes import on_example
 from gatecc.passes.trial import Trial, UntriedError
 
 _SAME = 1e-10  # relative: the same number, computed again
-_GROWING = frozenset("cat stack pad constant_pad_nd index embedding convolution conv1d conv2d".split())
+_CONVOLUTIONS = frozenset("convolution conv1d".split())
+_GROWING = _CONVOLUTIONS | frozenset("cat stack pad constant_pad_nd index embedding conv2d".split())
 _SHOWN = VIEWS | CASTS | {"linear", "addmm"}
 _LEAST = 4  # tokens: with fewer, what is causal cannot be told
 
@@ -82,10 +83,26 @@ class Probe:
             self._run()
 
     def parts(self) -> list[Part]:
-        """The parts that end in a value with causal tokens, the smallest first."""
+        """The parts that end in a value with causal tokens, the smallest first; each again with products of two values,
+        such as keys times the strength of a delta rule, as part of it."""
         ends = [n for n in self.nodes if self.kinds.get(n, ("", 0))[0] == "causal" and len(shape(n)) in (3, 4)]
-        found = (self._part(node) for node in ends if not self._is_shown_before(node))
-        return [part for part in found if part is not None]
+        found: list[Part] = []
+        for node in ends:
+            if not self._is_shown_before(node):
+                first, second = self._part(node), self._part(node, products=True)
+                found += [] if first is None else [first]
+                found += [] if second is None or (first and second.operands == first.operands) else [second]
+        return found
+
+    def convolved(self) -> dict[fx.Node, int]:
+        """The results of causal convolutions, cut to as many tokens as went in, with the axis of these."""
+        found: dict[fx.Node, int] = {}
+        for node, (kind, axis) in self.kinds.items():
+            source = node.all_input_nodes[0] if node.all_input_nodes else node
+            cut = opname(node) in ("slice", "narrow") and opname(source) in _CONVOLUTIONS
+            if kind == "causal" and (cut or opname(node) in _CONVOLUTIONS):
+                found[node] = axis
+        return found
 
     def _is_shown_before(self, node: fx.Node) -> bool:
         """Whether a value is a view or a projection of one whose tokens are causal already."""
@@ -153,7 +170,7 @@ class Probe:
                 self.kinds[node] = ("token" if alone else "causal", axis)
                 return
 
-    def _part(self, out: fx.Node) -> Part | None:
+    def _part(self, out: fx.Node, *, products: bool = False) -> Part | None:
         """What lies before a value, up to values with tokens that are not mixed yet, the latest of these that are no
         larger than what they were made of; None if anything else enters."""
         order = self.flow.order
@@ -162,6 +179,13 @@ class Probe:
         held: dict[fx.Node, None] = {}
         todo = [out]
         here = set(self.nodes)
+
+        def enters(node: fx.Node) -> bool:
+            if node in self.sources:
+                return True
+            both = opname(node) == "mul" and sum(n in self.touched for n in node.all_input_nodes) == 2
+            return not self._is_outer(node) and not (products and (both or opname(node) == "unsqueeze"))
+
         while todo:
             node = todo.pop()
             if node in inside:
@@ -172,7 +196,7 @@ class Probe:
                 kind = self.kinds.get(source, ("", 0))
                 if isinstance(source.meta.get("val"), int | torch.SymInt):
                     inside.add(source)
-                elif kind[0] == "token" and len(shape(source)) in (3, 4) and not self._is_outer(source):
+                elif kind[0] == "token" and len(shape(source)) in (3, 4) and enters(source):
                     operands[source] = kind[1]
                 elif source not in self.touched and self._is_held(source):
                     held[source] = None

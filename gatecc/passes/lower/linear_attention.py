@@ -102,7 +102,11 @@ def _search(
             continue
         others = [n for n in entering if n not in sources]
         nodes = [n for n in region.nodes if origin(n).inserted_by != LinearAttention.name]
-        for part in Probe(program, facts.flow, nodes, {**sources, **made}, others).parts():
+        probe = Probe(program, facts.flow, nodes, {**sources, **made}, others)
+        roots = probe.convolved()
+        if roots:  # short convolutions mix tokens, too: what comes after them begins there
+            probe = Probe(program, facts.flow, nodes, {**sources, **made, **roots}, others)
+        for part in probe.parts():
             try:
                 formula = find_formula(program, part)
             except UntriedError as e:

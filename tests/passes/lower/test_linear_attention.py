@@ -255,3 +255,39 @@ def test_a_free_length_and_a_window_that_is_longer_than_the_example() -> None:
     assert "may count more tokens" in outcome.reason
     _, (outcome,), _ = compiled(Mixer(long_window), input_())
     assert outcome.became  # of this length, it is
+
+
+def gated_delta_net() -> nn.Module:
+    from transformers import Qwen3NextConfig
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
+
+    heads = {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
+    sizes = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_attention_heads": 4}
+    return Qwen3NextGatedDeltaNet(Qwen3NextConfig(hidden_size=32, num_hidden_layers=2, **heads, **sizes), 0)
+
+
+def mamba2() -> nn.Module:
+    from transformers import Mamba2Config
+    from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+    config = Mamba2Config(hidden_size=32, num_heads=8, head_dim=8, state_size=16, n_groups=2, chunk_size=16, expand=2)
+    return Mamba2Mixer(config, 0)
+
+
+@pytest.mark.parametrize("layer", [gated_delta_net, mamba2])
+def test_transformers(layer: Callable[[], nn.Module]) -> None:
+    """Behind their short convolutions, which mix tokens as well."""
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model, x = layer().eval(), torch.randn(1, 72, 32)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.2)
+    with torch.no_grad():
+        y, (outcome,), calls = compiled(model, x)
+        eager = model(x)
+        exact = model.double()(x.double())
+    assert outcome.became, outcome.reason
+    names = str([n.target for n in calls])
+    assert not any(name in names for name in ("cumsum", "triangular", "masked_fill", "copy_"))
+    assert (y - exact).abs().max() <= 2 * (eager - exact).abs().max() + 1e-6 * exact.abs().max()
