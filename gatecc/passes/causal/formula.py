@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from gatecc import ops as ops  # registers the operator
 from gatecc.ir.program import Program, shape
-from gatecc.ir.sizes import on_example
+from gatecc.ir.sizes import on_example, same
 from gatecc.passes.causal.parts import Part
 
 _TOLERANCE = 1e-6  # of a token in float64, relative to its largest number
@@ -121,6 +121,8 @@ def find_formula(program: Program, part: Part) -> Formula | str:
     """What a part computes, or why it is nothing that the operator does. Raises UntriedError."""
     if not 2 <= len(part.operands) <= _MOST:
         return f"{len(part.operands)} values enter it"
+    if any(not same(shape(n)[axis], shape(part.out)[part.axis]) for n, axis in part.operands.items()):
+        return "its values have different numbers of tokens"
     if len(part.held) > 1:
         return f"it reads {len(part.held)} weights or buffers"
     return _Search(program, part).found()

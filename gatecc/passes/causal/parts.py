@@ -100,7 +100,11 @@ class Probe:
         for node, (kind, axis) in self.kinds.items():
             source = node.all_input_nodes[0] if node.all_input_nodes else node
             cut = opname(node) in ("slice", "narrow") and opname(source) in _CONVOLUTIONS
-            if kind == "causal" and (cut or opname(node) in _CONVOLUTIONS):
+            if (
+                kind == "causal"
+                and on_example(shape(node)[axis]) == self._tokens
+                and (cut or opname(node) in _CONVOLUTIONS)
+            ):
                 found[node] = axis
         return found
 
@@ -159,7 +163,7 @@ class Probe:
         held, *changed = tensors
         differ = [_difference(held, x) for x in changed]
         for axis, size in enumerate(held.shape):
-            if size != self._tokens:
+            if size < self._tokens:  # more if they were padded to whole chunks
                 continue
             hit = [d.movedim(axis, 0).flatten(1).any(1) if d.dim() > 1 else d for d in differ]
             if any(not bool(h[place]) or bool(h[:place].any()) for h, place in zip(hit, places, strict=True)):
