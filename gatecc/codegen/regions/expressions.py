@@ -60,11 +60,12 @@ _ROOT, _CUBIC = 1 / math.sqrt(2), math.sqrt(2 / math.pi)
 # Near 0 what tl has cancels. exp and log of a sum are mended by what rounding made of it (Kahan).
 _EXP = "tl.where(tl.exp({0}) == 1.0, {0}, (tl.exp({0}) - 1.0) * {0} / tl.log(tl.exp({0})))"
 _LOG = "tl.where(1.0 + {0} == 1.0, {0}, tl.log(1.0 + {0}) * {0} / ((1.0 + {0}) - 1.0))"
+_FAR = "tl.where({0} < 0.0, -1.0, 1.0) * (1.0 - tl.exp(-2.0 * tl.abs({0}))) / (1.0 + tl.exp(-2.0 * tl.abs({0})))"
 _TANH = "{0} * (1.0 - {0} * {0} * (0.3333333333 - {0} * {0} * (0.1333333333 - 0.05396825397 * {0} * {0})))"
 _MENDED = {
     "expm1": f"tl.where(tl.abs({{0}}) < 0.5, {_EXP}, tl.exp({{0}}) - 1.0)",
     "log1p": f"tl.where(tl.abs({{0}}) < 0.5, {_LOG}, tl.log(1.0 + {{0}}))",
-    "tanh": f"tl.where(tl.abs({{0}}) < 0.1, {_TANH}, 2.0 * tl.sigmoid(2.0 * {{0}}) - 1.0)",
+    "tanh": f"tl.where(tl.abs({{0}}) < 0.1, {_TANH}, {_FAR})",
 }
 
 

@@ -99,8 +99,9 @@ FAMILY = Family(
     exemptions=(
         *(
             Exemption(kernel, "spills", 6, "a state in float32 fills the registers", ("fp32",), targets=("sm_",))
-            for kernel in ("delta_scan", "delta_scan_backward", "solve")
+            for kernel in ("delta_scan", "delta_scan_backward", "solve", "scan")
         ),
+        Exemption("mix", "spills", 8, "two sums in float32 fill the registers", ("fp32",), targets=("sm_100",)),
         Exemption("differentiate", "traffic", 1.4, "a block of keys reads the values of its chunk again"),
         Exemption("delta", "error", 2, _TF32, dtypes=("fp16",)),
         Exemption("gated delta", "error", 3, _TF32, dtypes=("fp16",)),
