@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,14 +55,43 @@ def lower(
     settings = Settings(learns and torch.is_grad_enabled(), options.freeze, options.lowerings)
     if has_nested_graphs(graph_module):
         return _as_it_is(graph_module, settings, "it holds graphs of its own (checkpointing, autograd.Function, cond)")
+
+    def read() -> Program:
+        return canonical_form(dynamo_program(graph_module, example_inputs), observer)
+
+    try:
+        done = lower_program(read, settings, observer)
+    except Exception as e:
+        log.warning("gatecc: a graph could not be read", exc_info=e)
+        return _as_it_is(graph_module, settings, f"it could not be read: {type(e).__name__}: {e}")
+    changed = any(outcome.became for outcome in done.outcomes)
+    proofs = {name for outcome in done.outcomes if outcome.became for name in outcome.assumes}
+    places = enumerate(done.program.graph.find_nodes(op="placeholder"))
+    assumed = tuple(place for place, node in places if node.name in proofs)
+    # A fresh module: Dynamo's own tables describe the nodes of its graph and would be held against ours.
+    graph = fx.GraphModule(done.program.graph_module, done.program.graph) if changed else graph_module
+    return Lowered(graph, tuple(done.outcomes), tuple(done.faults.items()), "", settings.training, assumed)
+
+
+@dataclass(frozen=True, eq=False)
+class LoweredProgram:
+    """A program after all lowerings; ``faults``: those that failed and were left out, and why."""
+
+    program: Program
+    outcomes: Sequence[Outcome]
+    faults: dict[str, str]
+
+
+def lower_program(
+    read: Callable[[], Program], settings: Settings, observer: Observer | None = None, without: Collection[str] = ()
+) -> LoweredProgram:
+    """Lower a canonical program, all lowerings but those ``without``. ``read`` yields it, anew after each failure: what
+    a failed lowering did to it is not taken back."""
     faults: dict[str, str] = {}
     while True:
-        try:
-            program = canonical_form(dynamo_program(graph_module, example_inputs), observer)
-        except Exception as e:
-            log.warning("gatecc: a graph could not be read", exc_info=e)
-            return _as_it_is(graph_module, settings, f"it could not be read: {type(e).__name__}: {e}")
-        names = [n for n in _order() if n not in faults and (settings.only is None or n in settings.only)]
+        program = read()
+        left_out = {*faults, *without}
+        names = [n for n in _order() if n not in left_out and (settings.only is None or n in settings.only)]
         try:
             with tracing(None):  # its fake mode is that of the compiler behind us, not that of Dynamo's values
                 outcomes = _run(program, [LOWERINGS[name]() for name in names], settings, observer)
@@ -70,13 +99,7 @@ def lower(
             faults[failed.lowering] = f"{type(failed.cause).__name__}: {failed.cause}"
             log.warning("gatecc: the lowering %s failed and is left out: %s", failed.lowering, failed.cause)
             continue
-        changed = any(outcome.became for outcome in outcomes)
-        read = {name for outcome in outcomes if outcome.became for name in outcome.assumes}
-        places = enumerate(program.graph.find_nodes(op="placeholder"))
-        assumed = tuple(place for place, node in places if node.name in read)
-        # A fresh module: Dynamo's own tables describe the nodes of its graph and would be held against ours.
-        graph = fx.GraphModule(program.graph_module, program.graph) if changed else graph_module
-        return Lowered(graph, tuple(outcomes), tuple(faults.items()), training=settings.training, assumed=assumed)
+        return LoweredProgram(program, outcomes, faults)
 
 
 def _as_it_is(graph_module: fx.GraphModule, settings: Settings, why: str) -> Lowered:

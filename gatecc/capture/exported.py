@@ -24,8 +24,10 @@ from gatecc.ir.program import Program
 _KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
-def exported_program(program: Program) -> ExportedProgram:
-    """A program whose outputs are a flat tuple of tensors as an ExportedProgram; the program itself stays as it is.
+def exported_program(program: Program, in_spec: pytree.TreeSpec | None = None) -> ExportedProgram:
+    """A program whose outputs are tensors as an ExportedProgram; the program itself stays as it is.
+
+    ``in_spec``: the structure of (args, kwargs) in which its inputs are handed over; flat and positional by default.
 
     Weights go by their names relative to the module with ``m.`` in front, as in an export of a module around it.
     """
@@ -46,19 +48,32 @@ def exported_program(program: Program) -> ExportedProgram:
         if node not in copied:
             copied[node] = graph.node_copy(node, copied.__getitem__)
     outputs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(copied[node].name), None) for node in program.outputs]
-    arguments = [f"leaves_{i}" for i in range(len(program.example))]  # as the guards know them
-    in_spec = pytree.tree_structure((tuple(program.example), {}))
-    return ExportedProgram(
+    in_spec = in_spec or pytree.tree_structure((tuple(program.example), {}))
+    args, kwargs = example = pytree.tree_unflatten(list(program.example), in_spec)
+    arguments = [*(f"leaves_{i}" for i in range(len(args))), *kwargs]
+    made = ExportedProgram(
         root=program.graph_module,
         graph=graph,
         graph_signature=ExportGraphSignature(specs, outputs),
         state_dict={name: _tensor(program, held[kind][name]) for kind in _KINDS[:2] for name in held[kind]},
         range_constraints=_ranges(program),
         module_call_graph=[ModuleCallEntry("", ModuleCallSignature([], [], in_spec, program.out_spec, arguments))],
-        example_inputs=(tuple(program.example), {}),
+        example_inputs=example,
         constants={name: _tensor(program, nodes) for name, nodes in held[_KINDS[2]].items()},
         verifiers=[TrainingIRVerifier],  # operators may write in place
     )
+    made._guards_code = [_told_by_name(code, example) for code in made._guards_code]
+    return made
+
+
+def _told_by_name(code: str, example: tuple[Any, ...]) -> str:
+    """A guard that reads the flat inputs, with the names that they have in the call."""
+    for i, (path, _) in enumerate(pytree.tree_flatten_with_path(example)[0]):
+        keys: tuple[Any, ...] = path
+        side, place, *rest = keys
+        name = f"leaves_{place.idx}" if side.idx == 0 else place.key
+        code = code.replace(f"L['leaves'][{i}]", f"L['{name}']{pytree.keystr(tuple(rest))}")
+    return code
 
 
 def _held(program: Program) -> dict[InputKind, dict[str, list[fx.Node]]]:
