@@ -48,7 +48,8 @@ def exported_program(program: Program, in_spec: pytree.TreeSpec | None = None) -
         if node not in copied:
             copied[node] = graph.node_copy(node, copied.__getitem__)
     outputs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(copied[node].name), None) for node in program.outputs]
-    in_spec = in_spec or pytree.tree_structure((tuple(program.example), {}))
+    flat = pytree.tree_structure((tuple(program.example), {}))
+    named, in_spec = in_spec is not None, in_spec or flat
     args, kwargs = example = pytree.tree_unflatten(list(program.example), in_spec)
     arguments = [*(f"leaves_{i}" for i in range(len(args))), *kwargs]
     made = ExportedProgram(
@@ -62,7 +63,8 @@ def exported_program(program: Program, in_spec: pytree.TreeSpec | None = None) -
         constants={name: _tensor(program, nodes) for name, nodes in held[_KINDS[2]].items()},
         verifiers=[TrainingIRVerifier],  # operators may write in place
     )
-    made._guards_code = [_told_by_name(code, example) for code in made._guards_code]
+    if named:
+        made._guards_code = [_told_by_name(code, example) for code in made._guards_code]
     return made
 
 
