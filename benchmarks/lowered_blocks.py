@@ -106,7 +106,7 @@ class Block(nn.Module):
 def linear_attention() -> Iterator[Row]:
     """Gated linear attention that is written in torch; a loop is as long as Dynamo unrolls it in a minute."""
     yield from compared("mixing in chunks, N=2048", Mixing(chunks, 4), torch.randn(1, 2048, 1024), 10, 8)
-    yield from compared("block in chunks, N=2048", Block(chunks, 256, 4), torch.randn(1, 2048, 256), None, 8)
+    yield from compared("block in chunks, N=2048", Block(chunks, 256, 4), torch.randn(1, 2048, 256), 10, 8)
     yield from compared("mixing token by token, N=64", Mixing(token_loop, 4), torch.randn(1, 64, 1024), 10, 20)
 
 

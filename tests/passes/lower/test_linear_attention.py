@@ -261,8 +261,8 @@ def gated_delta_net() -> nn.Module:
     from transformers import Qwen3NextConfig
     from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
-    heads = {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
-    sizes = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_attention_heads": 4}
+    heads: dict[str, Any] = {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
+    sizes: dict[str, Any] = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_attention_heads": 4}
     return Qwen3NextGatedDeltaNet(Qwen3NextConfig(hidden_size=32, num_hidden_layers=2, **heads, **sizes), 0)
 
 
