@@ -102,7 +102,7 @@ FAMILY = Family(
             Exemption(kernel, "spills", 6, "a state in float32 fills the registers", ("fp32",), targets=("sm_",))
             for kernel in ("delta_scan", "delta_scan_backward", "solve", "scan")
         ),
-        Exemption("scan", "spills", 30, _STAGED, ("bf16", "fp16"), targets=("sm_100",)),
+        Exemption("scan", "spills", 34, _STAGED, ("bf16", "fp16"), targets=("sm_100",)),
         Exemption("mix", "spills", 8, "two sums in float32 fill the registers", ("fp32",), targets=("sm_100",)),
         Exemption("differentiate", "traffic", 1.4, "a block of keys reads the values of its chunk again"),
         Exemption("delta", "error", 2, _TF32, dtypes=("fp16",)),
