@@ -176,6 +176,9 @@ def export(
     ] = None,
     inputs: Inputs = None,
     timeout: Annotated[float, typer.Option("--timeout", help="Stop after so many seconds of CPU time.")] = 600.0,
+    group_experts: Annotated[
+        bool, typer.Option(help='Write experts that are set to "batched_mm" as products by expert.')
+    ] = True,
     traceback: Traceback = False,
 ) -> None:
     """Write model.onnx after comparing it with torch; if they differ nothing is written."""
@@ -193,7 +196,7 @@ def export(
             with _status("loading the checkpoint"):
                 chosen = gatecc.load(chosen, checkpoint)
         with _status("exporting and comparing"):
-            gatecc.export(chosen, out, example, timeout=timeout)
+            gatecc.export(chosen, out, example, timeout=timeout, group_experts=group_experts)
         typer.echo(out)
 
 

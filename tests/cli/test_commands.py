@@ -163,9 +163,11 @@ def test_export_takes_the_model_a_recipe_or_a_checkpoint(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts: list[int] = []
+    grouped: list[bool] = []
 
-    def export(chosen: torch.nn.Module, folder: Path, inputs: tuple[torch.Tensor, ...], timeout: float) -> None:
+    def export(chosen: torch.nn.Module, folder: Path, inputs: tuple[torch.Tensor, ...], **options: Any) -> None:
         counts.append(sum(p.numel() for p in chosen.parameters()))
+        grouped.append(options["group_experts"])
         assert folder == tmp_path / "onnx"
         assert chosen(*inputs).shape == (2, 5, 8)
 
@@ -175,7 +177,8 @@ def test_export_takes_the_model_a_recipe_or_a_checkpoint(
     run("transform", model, "-r", "gated-attention", "--out", checkpoint)
     run("export", model, *out)
     run("export", model, *out, "-r", "gated-attention")
-    run("export", model, *out, "--checkpoint", checkpoint)
+    run("export", model, *out, "--checkpoint", checkpoint, "--no-group-experts")
+    assert grouped == [True, True, False]
     assert counts[0] < counts[1] == counts[2]
     _, err = run("export", model, *out, "-r", "gated-attention", "--checkpoint", checkpoint, code=2)
     assert "one of them" in err
