@@ -24,8 +24,9 @@ from gatecc.passes.causal.parts import Part
 _TOLERANCE = 1e-6  # of a token in float64, relative to its largest number
 NEAREST = "the nearest recurrence"  # so begins the reason where one was compared
 _MOST = 6  # values that may enter
-_FIRST = 48  # tokens by which assignments are told apart
+_FIRST = 48  # tokens by which assignments are told apart; the very first tells most, whatever the decay
 
+_ErrorOn = Callable[["Formula", int], float]  # of a formula, on so many first tokens
 Places = tuple[int, int, int, int]  # where (B, H, N, D) stand in a value, -1 for an axis that it lacks
 
 
@@ -149,8 +150,15 @@ class _Search:
         for low, high, domains in ((-0.1, -0.01, ("", "logit")), (0.01, 0.1, ("factor",))):
             numbers = {x.node: self._uniform(x.node, low, high) for x in (*operands, *held)}
             theirs = spread(self._run(numbers), self.out)
-            for formula in self._assignments(operands, held, domains):
-                error = self._fitted(formula, numbers, theirs, _FIRST)[1]
+
+            def error_on(
+                formula: Formula, first: int, numbers: Mapping[fx.Node, Tensor] = numbers, theirs: Tensor = theirs
+            ) -> float:
+                return self._fitted(formula, numbers, theirs, first)[1]
+
+            for formula in self._assignments(operands, held, domains, error_on):
+                error = error_on(formula, 1)
+                error = error_on(formula, _FIRST) if error <= _TOLERANCE else error
                 if error <= _TOLERANCE:
                     proved, error = self._proved(formula)
                     if proved is not None:
@@ -160,7 +168,9 @@ class _Search:
             f"{NEAREST} differs by {nearest:.1e}" if nearest < float("inf") else "no sizes of queries, keys and values"
         )
 
-    def _assignments(self, operands: list[Operand], held: list[Operand], domains: tuple[str, ...]) -> Iterator[Formula]:
+    def _assignments(
+        self, operands: list[Operand], held: list[Operand], domains: tuple[str, ...], error_on: _ErrorOn
+    ) -> Iterator[Formula]:
         """Each way to give every operand a role that its size allows."""
         for q, k in permutations(operands, 2):
             if self._heads_of(q) != self.heads or self._width(q) != self._width(k):
@@ -170,16 +180,16 @@ class _Search:
                 if self.width != (1 if v is None else self._width(v)):
                     continue
                 gates = [x for x in rest if x is not v]
-                yield from self._gated(Formula(q, k, self.out, v), gates, held, domains)
+                yield from self._gated(Formula(q, k, self.out, v), gates, held, domains, error_on)
 
     def _gated(
-        self, start: Formula, gates: list[Operand], held: list[Operand], domains: tuple[str, ...]
+        self, start: Formula, gates: list[Operand], held: list[Operand], domains: tuple[str, ...], error_on: _ErrorOn
     ) -> Iterator[Formula]:
         if not gates and not held:
             if "" not in domains:
                 return
             yield start
-            if (constant := self._constant(start)) is not None:
+            if error_on(start, 1) <= _TOLERANCE and (constant := self._constant(start)) is not None:
                 yield replace(start, constant=constant)
         left = [*gates, *held]
         for roles in permutations(("decay", "beta", "factor"), len(left)) if 0 < len(left) <= 3 else ():

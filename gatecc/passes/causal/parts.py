@@ -161,10 +161,9 @@ class Probe:
         if len(tensors) < len(values) or node not in self.touched or not tensors[0].is_floating_point():
             return
         held, *changed = tensors
-        differ = [_difference(held, x) for x in changed]
-        for axis, size in enumerate(held.shape):
-            if size < self._tokens:  # more if they were padded to whole chunks
-                continue
+        axes = [axis for axis, size in enumerate(held.shape) if size >= self._tokens]  # more if padded to whole chunks
+        differ = [_difference(held, x) for x in changed if axes]
+        for axis in axes:
             hit = [d.movedim(axis, 0).flatten(1).any(1) if d.dim() > 1 else d for d in differ]
             if any(not bool(h[place]) or bool(h[:place].any()) for h, place in zip(hit, places, strict=True)):
                 continue

@@ -95,9 +95,10 @@ def _search(
     entering = region.enters(facts)
     wide = any(len(shape(n)) == 4 for n in entering)
     best: tuple[Part | None, str] = (None, "")
-    for axis in (1, 2) if wide else (1,):
-        lengths = [on_example(shape(n)[axis]) or 0 for n in entering if len(shape(n)) == (4 if wide else 3)]
-        sources = {n: axis for n in entering if _length(n, axis) == max(lengths, default=0)}
+    usual = [n for n in entering if len(shape(n)) == (4 if wide else 3)]
+    lengths = {a: max((_length(n, a) or 0 for n in usual), default=0) for a in ((1, 2) if wide else (1,))}
+    for axis in sorted(lengths, key=lambda a: -lengths[a]):  # the longest is the likeliest
+        sources = {n: axis for n in entering if _length(n, axis) == lengths[axis]}
         if not sources:
             continue
         others = [n for n in entering if n not in sources]
