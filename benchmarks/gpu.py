@@ -275,7 +275,7 @@ def _fla(module: str, name: str, options: dict[str, Any]) -> Callable[..., Tenso
     try:
         found = getattr(__import__(f"fla.ops.{module}", fromlist=[name]), name)
     except (ImportError, AttributeError, RuntimeError) as e:
-        return f"fla-core is not there: {e}"
+        return f"not there ({e})"
 
     return lambda *given: found(*(x for x in given if x is not None), **options)[0]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +14,9 @@ from torch import Tensor
 from gatecc.codegen.judge.family import DTYPES, Family, families
 from gatecc.codegen.triton.parts import PARTS
 from gatecc.ops.registry import operators
+from tools.marks import between, marks
 
-BEGIN, END = "<!-- estimates:begin -->", "<!-- estimates:end -->"
+FIGURES = Path(__file__).parent.parent / "docs" / "figures" / "gpu.json"  # kept from a run of benchmarks/gpu.py
 DTYPE = "bf16"
 _Q, _X = (1, 16, 2048, 128), (2048, 1024)
 # Calls whose FLOPs the registry knows: shapes in the place of tensors.
@@ -26,8 +29,31 @@ CALLS: dict[str, tuple[str, tuple[Any, ...]]] = {
 
 def with_estimates(page: str) -> str:
     """The page with its tables made anew."""
-    head, rest = page.split(BEGIN)
-    return f"{head}{BEGIN}\n\n" + "\n".join([*_calls(), "", *_kernels()]) + f"\n\n{END}{rest.split(END)[1]}"
+    for name, lines in (("estimates", [*_calls(), "", *_kernels()]), ("measured", _measured())):
+        page = between(marks(name), page, "\n" + "\n".join(lines) + "\n\n")
+    return page
+
+
+def _measured() -> Iterator[str]:
+    """The figures of benchmarks/gpu.py that were kept, if there are any."""
+    if not FIGURES.exists():
+        yield "No machine with a GPU has run it so far: nothing here was measured on one."
+        return
+    data = json.loads(FIGURES.read_text(encoding="utf-8"))
+    wrong = sum(bool(check["faults"]) for check in data["checks"])
+    yield f"{data['device']}, {data['dtype']}, torch {data['torch']}, {data['date']}:"
+    yield f"{len(data['checks'])} checks of kernels, {wrong} of them wrong. Milliseconds, the median of several runs."
+    yield ""
+    yield "| what | ours | others |"
+    yield "| --- | --- | --- |"
+    for race in data["races"]:
+        times = dict(race["milliseconds"])
+        ours = f"{times.pop('ours'):.4g}" if "ours" in times else race["absent"].get("ours", "")
+        others = [f"{name} {time:.4g}" for name, time in times.items()]
+        others += [f"{name}: {why}" for name, why in race["absent"].items() if name != "ours"]
+        yield f"| {race['what']} | {ours} | {'; '.join(others)} |"
+    if data["late"]:
+        yield f"\nLeft out for want of time: {', '.join(data['late'])}."
 
 
 def _calls() -> Iterator[str]:

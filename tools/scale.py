@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gatecc.parallel.estimate import Layers, Sizes, compare
+from tools.marks import between, marks
 
-BEGIN, END = "<!-- scale:begin -->", "<!-- scale:end -->"
 RANKS = (1, 2, 8, 64, 256, 1000)
 _WIDTH, _HIDDEN, _LAYERS = 4096, 14336, 32
 MODELS = {
@@ -24,8 +24,7 @@ MODELS = {
 
 def with_tables(page: str) -> str:
     """The page with its tables made anew."""
-    head, rest = page.split(BEGIN)
-    return f"{head}{BEGIN}\n" + "\n".join(tables()) + f"{END}{rest.split(END)[1]}"
+    return between(marks("scale"), page, "\n".join(tables()))
 
 
 def tables() -> Iterator[str]:
