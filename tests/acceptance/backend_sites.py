@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from gatecc import backend
 from gatecc.capture import capture
 from gatecc.capture.adapters import adapted
+from gatecc.capture.dynamo import dynamo_program, has_nested_graphs
 from gatecc.capture.export import dynamic_axes
 from gatecc.errors import CaptureError
 from gatecc.ir.program import Program
 from gatecc.ir.site import Attention, Site
-from gatecc.pipeline import prepare
+from gatecc.pipeline import canonical_form, prepare
 from tests.zoo import Case, variants
 
 FEW = ("hf/gpt2-eager", "torch/mha_weights", "hand/gqa_einsum", "timm/vit-sdpa")  # in every run of the tests
@@ -74,12 +74,12 @@ def both_doors(case: Case) -> Doors:
 
 
 def compiled_programs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Program]:
-    """The programs that the backend makes of a model, with the free sizes that an export has."""
+    """The programs in which the backend looks for what to lower, with the free sizes that an export has."""
     programs: list[Program] = []
 
     def collect(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        program = backend.lower(graph_module, inputs)
-        programs.extend([] if program is None else [program])
+        if not has_nested_graphs(graph_module):
+            programs.append(canonical_form(dynamo_program(graph_module, inputs)))
         return graph_module.forward
 
     torch._dynamo.reset()
