@@ -201,7 +201,7 @@ class Probe:
                     inside.add(source)
                 elif kind[0] == "token" and len(shape(source)) in (3, 4) and enters(source):
                     operands[source] = kind[1]
-                elif source not in self.touched and self._is_held(source):
+                elif source not in self.touched and is_held(self.program, source):
                     held[source] = None
                 elif source.op == "placeholder" or (source in self.touched and source not in here):
                     return None
@@ -226,18 +226,19 @@ class Probe:
             self.origins[node] = math.prod(_sizes(node)) if own else max(map(self._origin, inputs))
         return self.origins[node]
 
-    def _is_held(self, node: fx.Node) -> bool:
-        """Whether a value comes from weights, buffers or constants of the model: it may be another at the next call."""
-        todo, seen = [node], {node}
-        while todo:
-            one = todo.pop()
-            if one.op == "placeholder" and fake(one) is not None:
-                return True
-            if self.program.weight(one) is not None:
-                return True
-            todo += [n for n in value_inputs(one) if n not in seen]
-            seen.update(one.all_input_nodes)
-        return False
+
+def is_held(program: Program, node: fx.Node) -> bool:
+    """Whether a value comes from inputs, weights, buffers or constants: it may be another at the next call."""
+    todo, seen = [node], {node}
+    while todo:
+        one = todo.pop()
+        if one.op == "placeholder" and fake(one) is not None:
+            return True
+        if program.weight(one) is not None:
+            return True
+        todo += [n for n in value_inputs(one) if n not in seen]
+        seen.update(one.all_input_nodes)
+    return False
 
 
 def _stepped(trial: Trial, node: fx.Node, failed: set[fx.Node]) -> object:

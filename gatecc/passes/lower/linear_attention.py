@@ -23,6 +23,7 @@ from gatecc.ir.site import Site
 from gatecc.ir.sizes import on_example
 from gatecc.passes.causal.formula import NEAREST, Formula, Places, compute, find_formula, gathered, spread
 from gatecc.passes.causal.parts import Part, Probe
+from gatecc.passes.causal.remembered import Remembered
 from gatecc.passes.lower.insert import insert
 from gatecc.passes.lower.lowering import Lowering, Outcome, Settings
 from gatecc.passes.lower.replace import replace
@@ -55,7 +56,7 @@ class LinearAttention(Lowering):
             if region is None:
                 return
             with _disable_current_modes(), unset_fake_temporarily(), torch.no_grad():
-                part, formula = _search(program, facts, region, made, settings)
+                part, formula = _remembered(program, facts, region, made, settings)
             if part is None:
                 return
             line = origin(part.out).line
@@ -88,13 +89,35 @@ def _owners(program: Program) -> list[str]:
     return [owner for owner, count in signs.items() if count >= _UNROLLED and owner not in others]
 
 
-def _search(
+def _remembered(
     program: Program, facts: Facts, region: Region, made: dict[fx.Node, int], settings: Settings
 ) -> tuple[Part | None, Formula | str]:
-    """The first part that is proved to be linear attention; else the one that came nearest to it, and why not."""
+    """What a search finds. Layers that are built alike are searched once."""
     entering = region.enters(facts)
+    marks: dict[fx.Node, object] = {n: (_is_own(n), "inside") for n in region.nodes}
+    marks |= {n: (_is_own(n), "enters") for n in entering} | {n: (axis, "made") for n, axis in made.items()}
+    known = Remembered(program, facts.flow, region.nodes, [*entering, *made], marks, settings.training)
+    found = known.found()
+    if found is not None:
+        return found
+    part, formula, lasts = _search(program, facts, region, entering, made, settings)
+    if lasts:
+        known.remember(part, formula)
+    return part, formula
+
+
+def _search(
+    program: Program,
+    facts: Facts,
+    region: Region,
+    entering: list[fx.Node],
+    made: dict[fx.Node, int],
+    settings: Settings,
+) -> tuple[Part | None, Formula | str, bool]:
+    """The first part that is proved to be linear attention; else the one that came nearest to it, and why not; and
+    whether that says nothing of this place alone."""
     wide = any(len(shape(n)) == 4 for n in entering)
-    best: tuple[Part | None, str] = (None, "")
+    best: tuple[Part | None, str, bool] = (None, "", True)
     usual = [n for n in entering if len(shape(n)) == (4 if wide else 3)]
     lengths = {a: max((_length(n, a) or 0 for n in usual), default=0) for a in ((1, 2) if wide else (1,))}
     for axis in sorted(lengths, key=lambda a: -lengths[a]):  # the longest is the likeliest
@@ -102,21 +125,26 @@ def _search(
         if not sources:
             continue
         others = [n for n in entering if n not in sources]
-        nodes = [n for n in region.nodes if origin(n).inserted_by != LinearAttention.name]
+        nodes = [n for n in region.nodes if not _is_own(n)]
         probe = Probe(program, facts.flow, nodes, {**sources, **made}, others)
         roots = probe.convolved()
         if roots:  # short convolutions mix tokens, too: what comes after them begins there
             probe = Probe(program, facts.flow, nodes, {**sources, **made, **roots}, others)
         for part in probe.parts():
+            lasts = True
             try:
                 formula = find_formula(program, part)
             except UntriedError as e:
-                formula = str(e)
+                formula, lasts = str(e), False  # it names a node
             if isinstance(formula, Formula):
-                return part, _unfit(part, settings) or formula
+                return part, _unfit(part, settings) or formula, True
             if formula.startswith(NEAREST) or not best[1].startswith(NEAREST):
-                best = (part, formula)
+                best = (part, formula, lasts)
     return best
+
+
+def _is_own(node: fx.Node) -> bool:
+    return origin(node).inserted_by == LinearAttention.name
 
 
 def _length(node: fx.Node, axis: int) -> int | None:
