@@ -81,7 +81,10 @@ def _note(found: Measured, tensors: Iterable[Tensor], some: int, every: int) -> 
 
 
 def _place(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # a subclass that wraps others (a quantised weight) has no memory of its own
+        return id(tensor)
 
 
 def shares(model: nn.Module, found: Measured) -> Iterator[tuple[str, float]]:

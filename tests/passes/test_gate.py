@@ -145,15 +145,15 @@ def test_widening_is_undone_bitwise_and_its_parts_are_found_again(groups: int, o
     wide = rows.widen(weight, more)
     assert torch.equal(rows.narrow(wide), weight)
     x = torch.randn(2, 3)
-    assert torch.allclose(own_features(x @ wide.T, *rows), x @ weight.T, atol=1e-6)
-    assert torch.allclose(new_features(x @ wide.T, *rows), x @ more.T, atol=1e-6)
+    assert torch.allclose(own_features(x @ wide.T, groups, old, new), x @ weight.T, atol=1e-6)
+    assert torch.allclose(new_features(x @ wide.T, groups, old, new), x @ more.T, atol=1e-6)
 
 
 def test_a_projection_takes_the_rows_of_one_gate() -> None:
     gate = _gate("attention[...].heads", "hidden", "linear", "head", "sigmoid", fuse_into="q")
     with pytest.raises(SiteRefusedError, match="cannot take rows") as error:
         done(attention(), gate, gate)
-    assert "of another gate already" in str(error.value)
+    assert "widened already, to (12, 8)" in str(error.value)
 
 
 def test_rows_of_a_group_lie_behind_its_queries() -> None:
