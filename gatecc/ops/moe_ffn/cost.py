@@ -1,6 +1,6 @@
 """What ``gatecc::moe_ffn`` costs: floating-point operations for torch's counter, and bytes.
 
-Empty slots are not seen in shapes: there each slot counts as one that an expert serves. In a run they are counted
+Shapes do not show which slots are empty: from shapes alone, every slot counts as filled. A run counts the filled ones
 (`served`). An expert is read once, and no more of them than there are slots.
 """
 

@@ -136,7 +136,9 @@ class _Search:
         self.out = _places(len(shape(part.out)), part.axis)
         self.heads = 1 if self.out[1] < 0 else on_example(shape(part.out)[self.out[1]]) or 1
         self.width = on_example(shape(part.out)[self.out[3]]) if self.out[3] >= 0 else 1
-        if len(shape(part.out)) == 3 and any(len(shape(n)) == 4 for n in part.operands):  # (B, N, H): a number a head
+        if len(shape(part.out)) == 3 and any(
+            len(shape(n)) == 4 for n in part.operands
+        ):  # (B, N, H): one number per head
             heads = next(i for i in (1, 2) if i != part.axis)
             self.out, self.heads, self.width = (0, heads, part.axis, -1), on_example(shape(part.out)[heads]) or 1, 1
 
@@ -294,12 +296,12 @@ class _Search:
 
     def _places_of(self, node: fx.Node, axis: int) -> Places:
         sizes = shape(node)
-        if len(sizes) == 3 and self.out[1] >= 0:  # a number a head
+        if len(sizes) == 3 and self.out[1] >= 0:  # one number per head
             return (0, next(i for i in (1, 2) if i != axis), axis, -1)
         return _places(len(sizes), axis)
 
     def _held(self, node: fx.Node) -> Operand | None:
-        """A decay that is the same for all tokens: a number a head."""
+        """A decay that is the same for all tokens: one number per head."""
         sizes = _sizes(node)
         wide = [at for at, size in enumerate(sizes) if size > 1]
         if len(wide) > 1 or (wide and sizes[wide[0]] != self.heads) or len(sizes) > 4:

@@ -36,7 +36,7 @@ class Experts(Lowering):
                 yield self._at(program, site)
 
     def _at(self, program: Program, site: MLP) -> Outcome:
-        found = f"{site.experts} experts" + (f", {site.chosen} a token" if site.chosen else "")
+        found = f"{site.experts} experts" + (f", {site.chosen} per token" if site.chosen else "")
         reason = "nothing in the module chooses experts: no whole numbers per token"
         for call in _calls(program, site):
             try:

@@ -39,7 +39,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @settings(max_examples=DRAWN, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(drawn=regions())
-def test_a_drawn_region_is_right_or_refused(drawn: Drawn) -> None:
+def judge_drawn(drawn: Drawn) -> None:
+    """A region is right, or refused."""
     dtype = list(DTYPES)[sum(SEEN.values()) % 3]
     torch.manual_seed(0)
     try:
@@ -60,9 +61,9 @@ def test_a_drawn_region_is_right_or_refused(drawn: Drawn) -> None:
             assert [fault for fault in found.faults if "at once" not in fault] == []  # odd widths have no vectors
 
 
-def test_most_drawn_regions_have_a_kernel() -> None:
-    if not SEEN:
-        pytest.skip("no region was drawn in this process")
+def test_drawn_regions_are_right_or_refused_and_most_have_a_kernel() -> None:
+    SEEN.clear()
+    judge_drawn()
     assert SEEN["judged"] > 3 * SEEN["refused"]
 
 

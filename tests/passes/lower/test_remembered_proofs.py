@@ -34,7 +34,7 @@ def proofs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 class Layer(nn.Module):
-    """x + the mixing of its tokens. x: (B, N, 8); ``rate``: a buffer, a number a head."""
+    """x + the mixing of its tokens. x: (B, N, 8); ``rate``: a buffer, one number per head."""
 
     rate: Tensor
 

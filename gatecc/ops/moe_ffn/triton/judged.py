@@ -53,7 +53,7 @@ def _floating(x: Any) -> bool:
 
 
 def start(tokens: int, dtype: torch.dtype, **options: str) -> None:
-    """Forward, with and without gradients, and backward: two slots a token of eight experts of 1024 x 2816."""
+    """Forward, with and without gradients, and backward: two slots per token, eight experts of 1024 x 2816."""
 
     def on_meta(*shape: int, of: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=of, device="meta")
