@@ -1,0 +1,7 @@
+"""``gatecc::attention``: softmax attention with gate, bias, soft cap and sinks; its whole life, one matter a file."""
+
+from gatecc.ops.attention.operator import attention
+
+from gatecc.ops.attention import registration  # isort: skip  (of the operators above)
+
+__all__ = ["attention", "registration"]

@@ -1,0 +1,29 @@
+"""What decoder, ONNX and cost know of ``gatecc::attention``."""
+
+from __future__ import annotations
+
+import torch
+
+from gatecc.ops.attention import cost
+from gatecc.ops.attention.kernels import KERNELS
+from gatecc.ops.attention.onnx import LOWERING
+from gatecc.ops.registry import Operator, StepRule, Unfit, register
+
+_ops = torch.ops.gatecc
+register(
+    Operator(
+        overload=_ops.attention.default,
+        step=StepRule(
+            operand="q",
+            axis=2,
+            unfit=lambda node: Unfit(
+                "a call of gatecc::attention", "write scaled_dot_product_attention: the backend puts the operator there"
+            ),
+        ),
+        onnx={"portable": LOWERING},
+        flops=cost.forward,
+        bytes=cost.moved_bytes,
+        kernels=KERNELS,
+    )
+)
+register(Operator(overload=_ops.attention_backward.default, flops=cost.backward))
