@@ -6,16 +6,19 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated, Any
 
 import typer
 from rich import box
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from gatecc.errors import GateccError
 
+_COLUMNS = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 kernels = typer.Typer(help="GPU kernels, judged without a GPU.", no_args_is_help=True)
 
 
@@ -35,30 +38,42 @@ def check(
     ] = None,
     dtypes: Annotated[list[str] | None, typer.Option("--dtype", metavar="NAME", help="fp32, bf16, fp16.")] = None,
     compiling: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile for the targets as well.")] = True,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, metavar="N", help="How many processes do the work.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Run every kernel in Triton's interpreter and compile it for every target; exit code 0 if all hold their budgets.
 
     The interpreter's results are held against float64, and its accesses against the tensors that a kernel was given.
     What compilers write is held against budgets of registers, shared memory, float64, vectors and matrix units. A
-    compilation takes seconds the first time, and Triton keeps it.
+    compilation takes a second the first time; what came of it is kept, and a check that was stopped goes on from there.
     """
+    errors = Console(file=sys.stderr)
     try:
         from gatecc.codegen.judge.check import check as findings
 
         found: list[Any] = []
-        for finding in findings(only or (), targets or (), dtypes or (), compiling=compiling):
-            found.append(finding)
-            for fault in finding.faults:
-                Console(file=sys.stderr).print(Text(f"{place(finding)}: {fault}", style="red"))
+        with Progress(*_COLUMNS, console=errors, disable=not errors.is_terminal) as bar:
+            task = bar.add_task("", total=None)
+            chosen = (only or (), targets or (), dtypes or ())
+            told = partial(_told, bar, task)
+            for finding in findings(*chosen, compiling=compiling, processes=jobs, told=told):
+                found.append(finding)
+                for fault in finding.faults:
+                    bar.console.print(Text(f"{place(finding)}: {fault}", style="red"))
     except GateccError as error:
-        Console(file=sys.stderr).print(Text(str(error), style="red"))
+        errors.print(Text(str(error), style="red"))
         raise typer.Exit(2) from error
     if as_json:
         typer.echo(json.dumps([asdict(f) for f in found], indent=1))
     else:
         show(found, summary)
     raise typer.Exit(1 if any(f.faults for f in found) else 0)
+
+
+def _told(bar: Progress, task: TaskID, done: int, of: int) -> None:
+    bar.update(task, completed=done, total=of)
+    if bar.disable and done * 20 // of > (done - 1) * 20 // of:  # a log has a line for every twentieth
+        bar.console.print(f"{done} of {of}")
 
 
 def place(finding: Any) -> str:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gatecc.codegen.judge.compiled import WIDE, Launch, Resources, compile_launch, faults, recorded
+from gatecc.codegen.judge.compiled import Launch, Resources, faults, recorded
 from gatecc.codegen.judge.family import DTYPES, Budget, Family
+from gatecc.codegen.judge.kept import resources
+
+BUDGETS: tuple[Budget, ...] = ("spills", "vector", "matrix")
 
 
 @dataclass(frozen=True)
 class Binary:
-    """What a kernel takes on a target. ``faults`` is empty if it holds its budgets; ``exempt``: why some are others."""
+    """What a kernel takes on a target.
+
+    ``faults`` is empty if it holds its budgets; ``exempt``: why it may take more than is usual, where it does.
+    """
 
     family: str
     kernel: str
@@ -30,18 +36,14 @@ def launches(family: Family, size: str, dtype: str, target: str) -> list[Launch]
 
 
 def judge_launch(family: Family, made: Launch, size: str, dtype: str, target: str) -> Binary:
-    """Compile one launch."""
+    """Compile one launch, if it was not compiled before."""
     place = (family.name, made.name, size, dtype, target)
     try:
-        found = compile_launch(made, target)
+        found = resources(made, target)
     except Exception as error:  # whatever a compiler raises is what a user would see
         return Binary(*place, None, (f"it does not compile: {type(error).__name__}: {str(error)[:200]}",))
-    budgets: dict[Budget, float] = {"spills": 0, "vector": WIDE, "matrix": 1}
-    why: list[str] = []
-    for budget in budgets:
-        granted = family.exemption(made.name, budget, dtype, size, target)
-        if granted is not None:
-            budgets[budget] = granted.most
-            why.append(granted.why)
-    wrong = faults(found, target, spills=budgets["spills"], vector=budgets["vector"], matrix=budgets["matrix"])
+    usual = faults(found, target)
+    granted = {b: e for b in BUDGETS if (e := family.exemption(made.name, b, dtype, size, target)) is not None}
+    wrong = faults(found, target, **{budget: e.most for budget, e in granted.items()})
+    why = [e.why for budget, e in granted.items() if len(faults(found, target, **{budget: e.most})) < len(usual)]
     return Binary(*place, found, tuple(wrong), tuple(dict.fromkeys(why)))

@@ -69,8 +69,10 @@ class Launch(NamedTuple):
 
     @property
     def specialised(self) -> str:
-        """What decides of how it is compiled."""
-        return str((self.name, self.options, [_kept(x) for x in self.given.values()]))
+        """What decides of how it is compiled: constants by their values, numbers by what a launch looks at in them."""
+        constant = {parameter.name for parameter in self.kernel.params if parameter.is_constexpr}
+        given = sorted((name, x if name in constant else _kept(x)) for name, x in self.given.items())
+        return str((self.name, sorted(self.options.items()), given))
 
 
 class Resources(NamedTuple):
@@ -161,7 +163,8 @@ def _kept(value: Any) -> Any:
         return tuple(map(_kept, value))
     if isinstance(value, Tensor):
         return value.dtype
-    return _kind(value, (), {}, {}), value if not isinstance(value, int) or value == 1 else value % 16 == 0
+    kind = _kind(value, (), {}, {})
+    return kind, value if kind == "constexpr" else isinstance(value, int) and value % 16 == 0
 
 
 def _kind(value: Any, path: _Place, constants: dict[_Place, Any], attributes: dict[_Place, Any]) -> Any:

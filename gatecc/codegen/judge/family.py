@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any, Literal
@@ -89,6 +90,17 @@ def register(module: str) -> None:
 
 def families() -> Iterator[Family]:
     """All families that are registered."""
-    for name in _MODULES:
-        module = import_module(name)
-        yield from module.families() if hasattr(module, "families") else (module.FAMILY,)
+    for name in modules():
+        yield from families_of(name)
+
+
+def modules() -> tuple[str, ...]:
+    """The modules that say what is judged."""
+    return tuple(_MODULES)
+
+
+@cache
+def families_of(module: str) -> tuple[Family, ...]:
+    """The families that a module speaks of."""
+    found = import_module(module)
+    return tuple(found.families()) if hasattr(found, "families") else (found.FAMILY,)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
-from gatecc.codegen.judge.family import DTYPES, Exemption, Family
+from gatecc.codegen.judge.family import DTYPES, Family
 from gatecc.codegen.judge.interpreted import Traffic, interpreting
 
 SLACK = 2.0  # times eager's error, before the dtype's epsilon is added
@@ -37,7 +37,7 @@ class Numbers:
     errors: tuple[Error, ...]
     traffic: dict[str, Traffic]
     faults: tuple[str, ...]
-    exempt: tuple[str, ...] = ()  # why some budgets are others
+    exempt: tuple[str, ...] = ()  # why it takes more than is usual, where it does
 
 
 def judge_numbers(family: Family, case: str, dtype: str) -> Numbers:
@@ -54,32 +54,34 @@ def judge_numbers(family: Family, case: str, dtype: str) -> Numbers:
             found = family.run(narrow)
     except InterpreterError as error:
         return Numbers(family.name, case, dtype, (), {}, (f"it does not run: {error}",))
-    errors, granted_error = compared(family, case, dtype, narrow, found)
-    exemptions = [granted_error]
+    errors, exempt = compared(family, case, dtype, narrow, found)
     faults = [*beyond(errors), *findings.outside, *findings.raced]
     for kernel, moved in findings.traffic.items():
         granted = family.exemption(kernel, "traffic", dtype)
         most = TRAFFIC if granted is None else granted.most
-        exemptions.append(granted)
+        exempt += () if granted is None or moved.ratio <= TRAFFIC else (granted.why,)
         if moved.ratio > most:
             faults.append(f"{kernel} moves {moved.ratio:.1f} times the bytes that it meets, {most:g} is allowed")
-    exempt = tuple(dict.fromkeys(e.why for e in exemptions if e is not None))
-    return Numbers(family.name, case, dtype, tuple(errors), findings.traffic, tuple(faults), exempt)
+    why = tuple(dict.fromkeys(exempt))
+    return Numbers(family.name, case, dtype, tuple(errors), findings.traffic, tuple(faults), why)
 
 
 def compared(
     family: Family, case: str, dtype: str, narrow: dict[str, Any], found: dict[str, Tensor]
-) -> tuple[list[Error], Exemption | None]:
-    """The errors of what kernels made of the call ``narrow``, and the exemption that was granted."""
+) -> tuple[list[Error], tuple[str, ...]]:
+    """The errors of what kernels made of the call ``narrow``; and why they may be larger than is usual, if they are."""
     eager = family.reference(narrow)
     truth = family.reference(in_dtype(narrow, torch.float64))
+    pairs = [(name, relative(found[name], truth[name]), relative(eager[name], truth[name])) for name in truth]
+
+    def held(epsilons: float) -> list[Error]:
+        eps = torch.finfo(DTYPES[dtype]).eps * epsilons
+        return [Error(name, ours, theirs, SLACK * theirs + eps) for name, ours, theirs in pairs]
+
     granted = family.exemption(case, "error", dtype)
-    eps = torch.finfo(DTYPES[dtype]).eps * (1 if granted is None else granted.most)
-    errors: list[Error] = []
-    for name in truth:
-        ours, theirs = relative(found[name], truth[name]), relative(eager[name], truth[name])
-        errors.append(Error(name, ours, theirs, SLACK * theirs + eps))
-    return errors, granted
+    if granted is None:
+        return held(1), ()
+    return held(granted.most), (granted.why,) if any(beyond(held(1))) else ()
 
 
 def beyond(errors: list[Error]) -> Iterator[str]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from itertools import count
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from typer.testing import CliRunner
 
 from gatecc.cli import app
 from gatecc.codegen.judge import check as checking
+from gatecc.codegen.judge import family as registry
 from gatecc.codegen.judge.device import judge_on_device
 from gatecc.codegen.judge.family import Exemption, Family, families
 from gatecc.codegen.judge.interpreted import interpreting
@@ -20,12 +24,19 @@ from gatecc.errors import ArgumentError
 from tests.codegen.judge.toys import FAMILY
 
 Judged = Callable[[Family], None]
+NUMBERS = count()  # what a module speaks of is asked for once
 
 
 @pytest.fixture
 def judged(monkeypatch: pytest.MonkeyPatch) -> Judged:
-    """Only this family is registered."""
-    return lambda family: monkeypatch.setattr(checking, "families", lambda: [family])
+    """Only this family is registered, by a module of its own."""
+
+    def register(family: Family) -> None:
+        name = f"{__name__}.registered{next(NUMBERS)}"
+        monkeypatch.setitem(sys.modules, name, cast("ModuleType", SimpleNamespace(FAMILY=family)))
+        monkeypatch.setattr(registry, "_MODULES", [name])
+
+    return register
 
 
 def faults(**options: Any) -> list[str]:
