@@ -259,6 +259,27 @@ def test_large_weights_get_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert graph < 4 * 64 * 64 <= weights
 
 
+def test_weights_beside_on_request_and_compared_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gatecc.codegen.onnx.runtime.APART", -1)
+    inputs = (torch.randn(2, 64),)
+    beside = gatecc.export(nn.Linear(64, 64), tmp_path / "beside", inputs, external_data=True)
+    assert sorted(beside.files) == ["model.onnx", "model.onnx.data"]
+    assert [c.sizes for c in beside.compared] == [{"batch": 1}, {"batch": 3}]
+    assert max(c.error for c in beside.compared) < 1e-6
+    with pytest.raises(ExportError, match=r"(?s)aten.gelu: ONNX Runtime does not load.*NotImplemented"):
+        gatecc.export(nn.Sequential(nn.GELU()).double(), tmp_path / "x", (X.double(),))
+
+
+def test_an_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EXPORT, "compare", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gatecc.export(nn.Linear(4, 4), tmp_path / "x", (X,))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_batch_that_must_be_one(tmp_path: Path) -> None:
     class Single(nn.Linear):
         def forward(self, input: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from gatecc.codegen.onnx.build import MODEL, Capture, Freedom, Graph, build, fre
 from gatecc.codegen.onnx.leaves import Call, flat_call
 from gatecc.codegen.onnx.packages import EXPORT, RUNTIME, need
 from gatecc.codegen.onnx.place import blame
-from gatecc.codegen.onnx.runtime import check, check_dtypes
+from gatecc.codegen.onnx.runtime import check, check_dtypes, is_apart
 from gatecc.engine.analyse import Inputs, check_model, evaluation
 from gatecc.engine.whole import reads_masks, whole_program
 from gatecc.errors import ArgumentError, CaptureError, ExampleInputsError, ExportError, GateccError
@@ -55,14 +55,16 @@ def export(
     verify: bool = True,
     timeout: float | None = TIMEOUT,
     group_experts: bool = True,
+    external_data: bool = False,
 ) -> Exported:
     """Write ``model.onnx`` and a manifest ``gatecc.json`` to ``folder``; batch, length and the like stay free.
 
     The graph is that of the model in eval mode without gradients and caches. It passes ONNX's checker and is compared
     with torch in ONNX Runtime at batch 1 and 3 and two lengths; if that fails, nothing is written. What differs by more
     than a tolerance is held against the model in float64: ONNX Runtime may be about as far from it as torch is.
-    ``verify=False`` leaves the comparison out, and with it the need for ONNX Runtime. Weights beyond 1.5 GiB go to
-    ``model.onnx.data``.
+    ``verify=False`` leaves the comparison out, and with it the need for ONNX Runtime. Weights beyond 1.5 GiB, or any
+    with ``external_data=True``, go to ``model.onnx.data``. No second copy of the weights is made here: a process of its
+    own checks and runs large models.
 
     A size is free if the model runs at another one and the graph is right there. Where height and width of images, or
     lengths, cannot be free (or take too long to be), they are those of the example, and a note says so.
@@ -84,7 +86,7 @@ def export(
         check_dtypes([*model.parameters(), *model.buffers()])
     try:
         with budget(timeout, lambda seconds: _too_long(model, seconds)):
-            return _export(model, Path(folder), (args, kwargs), opset, verify, timeout, group_experts)
+            return _export(model, Path(folder), (args, kwargs), opset, verify, timeout, group_experts, external_data)
     except GateccError:
         raise
     except Exception as e:
@@ -108,6 +110,7 @@ def _export(
     verify: bool,
     timeout: float | None,
     group_experts: bool,
+    external_data: bool,
 ) -> Exported:
     notes: list[str] = []
     slow = _SLOW_EXPERTS if group_experts and not any(True for _ in scopes(model)) else ()
@@ -130,10 +133,10 @@ def _export(
 
             def make(free: Freedom, limit: float | None) -> Graph:
                 graph = build(call, opset, metadata(model), registry.lowerings("ort"), capture, free, limit)
-                _write(graph, made)
+                _write(graph, made, external_data)
                 return graph
 
-            graph, compared, of_attempt = _freest(call, make, made if verify else None, timeout)
+            graph, compared, of_attempt = _freest(call, make, made if verify else None, timeout, external_data)
             notes += of_attempt
             if bodies:
                 notes.append("a block that is skipped runs on all samples of a batch if one of them takes it, else not")
@@ -143,15 +146,15 @@ def _export(
     return result
 
 
-def _write(graph: Graph, made: Path) -> None:
+def _write(graph: Graph, made: Path, external: bool) -> None:
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir()
-    write(graph, made)
-    check(made / MODEL, graph.places)
+    write(graph, made, external=external)
+    check(made / MODEL, graph.places, apart=is_apart(graph.nbytes))
 
 
 def _freest(
-    call: Call, make: Callable[[Freedom, float | None], Graph], made: Path | None, timeout: float | None
+    call: Call, make: Callable[[Freedom, float | None], Graph], made: Path | None, timeout: float | None, external: bool
 ) -> tuple[Graph, list[Compared], list[str]]:
     """The graph with as many free sizes as can be had; a note says which had to be given up, and why.
 
@@ -172,7 +175,7 @@ def _freest(
                 return graph, [], [*given_up, "not compared"]
             outcome = compare(call, graph, made / MODEL, notes)
             if outcome.failure is None:
-                return graph, _fixed(graph, outcome, made), [*given_up, *notes]
+                return graph, _fixed(graph, outcome, made, external), [*given_up, *notes]
             if kind is kinds[-1]:
                 raise outcome.failure
             failure = outcome.failure
@@ -188,12 +191,12 @@ def _limit(call: Call, kind: Freedom, timeout: float | None) -> float | None:
     return _IMAGE_SIDES if timeout is None else min(_IMAGE_SIDES, timeout / 4)
 
 
-def _fixed(graph: Graph, outcome: Outcome, made: Path) -> list[Compared]:
+def _fixed(graph: Graph, outcome: Outcome, made: Path, external: bool) -> list[Compared]:
     """What was compared; sizes that the model itself does not run at become numbers in the graph."""
     if not outcome.fixed:
         return outcome.compared
     graph.fix(outcome.fixed)
-    _write(graph, made)
+    _write(graph, made, external)
     free = [{k: v for k, v in c.sizes.items() if k not in outcome.fixed} for c in outcome.compared]
     return [Compared(sizes, c.error) for sizes, c in zip(free, outcome.compared, strict=True)]
 

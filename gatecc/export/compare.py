@@ -7,6 +7,7 @@ Runtime may be about as far from it as torch itself is.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from gatecc.codegen.onnx.build import Graph
 from gatecc.codegen.onnx.dims import BATCH
 from gatecc.codegen.onnx.leaves import Call
 from gatecc.codegen.onnx.reference import reference
-from gatecc.codegen.onnx.runtime import Session
+from gatecc.codegen.onnx.runtime import Session, is_apart
 from gatecc.errors import ExportError
 from gatecc.scope.family import difference
 
@@ -54,13 +55,13 @@ def compare(call: Call, graph: Graph, path: Path, notes: list[str]) -> Outcome:
     example = graph.dims.sizes(call.leaves)
     outcome = Outcome()
     sizes = _sizes(call, graph, example, outcome.fixed, notes)
-    session = Session(path, graph.places)
-    try:
-        outcome.compared = [_at(call, graph, session, s, notes) for s in sizes]
-    except ExportError as e:
-        if not _right(call, graph, session, example):
-            raise
-        outcome.failure = e
+    with closing(Session(path, graph.places, apart=is_apart(graph.nbytes))) as session:
+        try:
+            outcome.compared = [_at(call, graph, session, s, notes) for s in sizes]
+        except ExportError as e:
+            if not _right(call, graph, session, example):
+                raise
+            outcome.failure = e
     return outcome
 
 

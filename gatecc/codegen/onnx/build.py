@@ -40,6 +40,7 @@ from gatecc.codegen.onnx.place import blame, place, reason
 from gatecc.codegen.onnx.scalars import scalars_as_tensors
 from gatecc.codegen.onnx.sigmoids import exact_sigmoids
 from gatecc.codegen.onnx.stable import FORMS
+from gatecc.codegen.onnx.stream import save
 from gatecc.errors import CaptureError, ExportError
 from gatecc.ir.loops import free_lengths
 
@@ -82,6 +83,12 @@ class Graph:
         """How often each operator occurs."""
         counts = Counter(f"{n.domain}::{n.op_type}".removeprefix("::") for n in self.model.graph.all_nodes())
         return dict(sorted(counts.items()))
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its weights."""
+        held = (v.const_value for g in self.model.graphs() for v in g.initializers.values())
+        return sum(tensor.nbytes for tensor in held if tensor is not None)
 
     def shapes(self, values: Any) -> dict[str, list[int | str]]:
         """Name and shape of graph inputs or outputs."""
@@ -173,12 +180,9 @@ def _holds(x: torch.Tensor, axis: int, symbols: Set[Any]) -> bool:
     return isinstance(size, torch.SymInt) and bool(size.node.expr.free_symbols & symbols)
 
 
-def write(graph: Graph, folder: Path) -> None:
-    """Write ``model.onnx``, and ``model.onnx.data`` if the weights are many."""
-    import onnx_ir as ir
-
-    size = sum(v.const_value.nbytes for v in graph.model.graph.initializers.values() if v.const_value is not None)
-    ir.save(graph.model, folder / MODEL, external_data=DATA if size > EXTERNAL else None)
+def write(graph: Graph, folder: Path, *, external: bool = False) -> None:
+    """Write ``model.onnx``, and ``model.onnx.data`` if the weights are many or it is asked for."""
+    save({MODEL: graph.model}, folder, DATA if external or graph.nbytes > EXTERNAL else None)
 
 
 def exported(call: Call, axes: Axes) -> ExportedProgram:

@@ -4,67 +4,78 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
 
 from gatecc.codegen.onnx.place import first_line
+from gatecc.codegen.onnx.worker import Apart, RaisedThereError, Worker
 from gatecc.errors import ExportError
 
+APART = 2**28  # bytes of weights
 _NAME = re.compile(r"[\w.:/-]+")
 _UNFOLDED = {"Erf": ("Gelu",), "Softplus": ("Mish",), "Tanh": ("Gelu", "Mish"), "Sigmoid": ("Swish",)}
 _LACKS = re.compile(r"implementation for (\w+)\(")
 _OTHER = "write it with other operators; verify=False writes the graph untried"
 _REPORT = "gatecc did not foresee this: please report it with the model's code; another opset may do"
+_NO_COPIES = {"session.disable_prepacking": "1"}  # of weights, laid out for the kernels
 _NO_KERNELS = (torch.bfloat16, torch.complex64, torch.complex128)
 
 
-def check(path: Path, places: Mapping[str, str]) -> None:
-    """The full check, with shape inference, by path (in memory it ends at 2 GiB). Raises ExportError.
+def is_apart(nbytes: int) -> bool:
+    """Whether a file of so many bytes of weights is checked and run in a process of its own."""
+    return nbytes > APART
+
+
+def check(path: Path, places: Mapping[str, str], *, apart: bool = False) -> None:
+    """The full check, with shape inference; ``apart`` in a process of its own. Raises ExportError.
 
     ``places`` says of the graph's nodes, by name, which operator of the model they come from.
     """
-    import onnx
-
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-    except Exception as e:
-        raise ExportError("ONNX's checker rejects the graph", **_blame(e, places), do=_REPORT) from e
+    with closing(Apart() if apart else Worker()) as worker:
+        try:
+            worker.check(str(path))
+        except Exception as e:
+            raise ExportError("ONNX's checker rejects the graph", **_blame(e, places), do=_REPORT) from e
 
 
 class Session:
-    """A file in ONNX Runtime on the CPU. Raises ExportError if it cannot be loaded or run."""
+    """A file in ONNX Runtime on the CPU; ``apart`` in a process of its own. Raises ExportError if it cannot be loaded
+    or run."""
 
-    def __init__(self, path: Path, places: Mapping[str, str]) -> None:
-        import onnxruntime as ort
-
-        options = ort.SessionOptions()
-        options.log_severity_level = 4  # what fails raises
+    def __init__(self, path: Path, places: Mapping[str, str], *, apart: bool = False) -> None:
+        self._worker = Apart() if apart else Worker()
+        self._places = places
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self._inputs = self._worker.load(str(path), _NO_COPIES if apart else {})
         except Exception as e:
+            self.close()
             told = _blame(e, places)
             told["where"] = told["where"] or _unfolded(path, e, places)
             raise ExportError("ONNX Runtime does not load the graph", **told, do=_OTHER) from e
-        self._places = places
-        self._inputs = {i.name for i in self._session.get_inputs()}
 
     def run(self, names: Sequence[str], leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The outputs for these inputs, on the CPU."""
         feeds = {n: x.detach().cpu().numpy() for n, x in zip(names, leaves, strict=True) if n in self._inputs}
         try:
-            return [torch.from_numpy(y) for y in self._session.run(None, feeds)]
+            return [torch.from_numpy(y) for y in self._worker.run(feeds)]
         except Exception as e:
             sizes = ", ".join(f"{n} {tuple(x.shape)}" for n, x in zip(names, leaves, strict=True))
             told = _blame(e, self._places)
             where = ", ".join(part for part in (told["where"], sizes) if part)
             raise ExportError("the graph fails in ONNX Runtime", where=where, found=told["found"], do=_OTHER) from e
 
+    def close(self) -> None:
+        """Let go of the file, and end the process."""
+        self._worker.close()
+
 
 def _blame(error: Exception, places: Mapping[str, str]) -> dict[str, str]:
     """``where`` and ``found``: the operator of the model whose node a message names."""
     named = next((places[name] for name in _NAME.findall(str(error)) if name in places), "")
-    return {"where": named, "found": f"{type(error).__name__}: {first_line(error)}"}
+    kind = error.kind if isinstance(error, RaisedThereError) else type(error).__name__
+    return {"where": named, "found": f"{kind}: {first_line(error)}"}
 
 
 def _unfolded(path: Path, error: Exception, places: Mapping[str, str]) -> str:

@@ -1,0 +1,123 @@
+"""Worker: what ONNX's checker and ONNX Runtime do with a file, in this process or in one of its own.
+
+Both load a file as a whole, some of it twice. For a model of many weights that is done apart, so that the process that
+holds the model needs no more memory for it. The other process runs this file by itself: it imports neither gatecc nor
+torch. A message is a pickled (method, arguments), an answer ("is", value) or ("raised", class, text).
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import IO, Any
+
+Arrays = list[Any]
+
+
+class RaisedThereError(Exception):
+    """An error of the other process. ``kind`` is the name of its class."""
+
+    def __init__(self, kind: str, text: str) -> None:
+        super().__init__(text)
+        self.kind = kind
+
+
+class Worker:
+    """Does it in this process."""
+
+    def __init__(self) -> None:
+        self._session: Any = None
+
+    def check(self, path: str) -> None:
+        """ONNX's full check, with shape inference, by path: in memory it ends at 2 GiB."""
+        import onnx
+
+        onnx.checker.check_model(path, full_check=True)
+
+    def load(self, path: str, settings: Mapping[str, str]) -> list[str]:
+        """Load a file into ONNX Runtime with these entries of its configuration. Returns the names of its inputs."""
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.log_severity_level = 4  # what fails raises
+        for key, value in settings.items():
+            options.add_session_config_entry(key, value)
+        self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return [i.name for i in self._session.get_inputs()]
+
+    def run(self, feeds: Mapping[str, Any]) -> Arrays:
+        """The outputs of the file that was loaded."""
+        return self._session.run(None, dict(feeds))
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._session = None
+
+
+class Apart(Worker):
+    """Does it in a process of its own, which ends with ``close``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        run = f"import runpy; runpy.run_path({__file__!r}, run_name='__main__')"
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", run],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        )
+
+    def check(self, path: str) -> None:
+        self._ask("check", path)
+
+    def load(self, path: str, settings: Mapping[str, str]) -> list[str]:
+        return self._ask("load", path, dict(settings))
+
+    def run(self, feeds: Mapping[str, Any]) -> Arrays:
+        return self._ask("run", dict(feeds))
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def _ask(self, *message: Any) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            _send(self._process.stdin, message)
+            answer, *told = pickle.load(self._process.stdout)
+        except (EOFError, OSError, ValueError, pickle.UnpicklingError) as e:  # ValueError: the pipe is closed
+            raise RaisedThereError("ended", f"the process ended with code {self._process.wait()}") from e
+        if answer == "raised":
+            raise RaisedThereError(*told)
+        return told[0]
+
+
+def _send(file: IO[bytes], message: Any) -> None:
+    pickle.dump(message, file, protocol=5)
+    file.flush()
+
+
+def _serve() -> None:
+    """Answer until there is nothing more to read. What libraries print goes elsewhere."""
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    worker = Worker()
+    while True:
+        try:
+            method, *arguments = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            answer = ("is", getattr(worker, method)(*arguments))
+        except Exception as e:
+            answer = ("raised", type(e).__name__, str(e))
+        _send(out, answer)
+
+
+if __name__ == "__main__":
+    _serve()
