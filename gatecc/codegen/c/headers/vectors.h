@@ -56,28 +56,27 @@ INLINE vf between(vf low, vf x, vf high) {
 #endif
 }
 
-// e^x, exactly 1 at 0, 0 far below 0 and at -inf, inf above 88, NaN for NaN.
 #if defined(__AVX512DQ__)
-// To 2e-7 (and 1e-7 |x|): 2^y as the power of two below y, by the instruction that scales, and a polynomial in the
-// rest, of least relative error.
-INLINE vf exponential(vf x) {
-    const vf y = x * 1.44269504088896341f;
+// 2^x to 2e-7: the power of two below x, by the instruction that scales, and a polynomial in the rest, of least
+// relative error. Exactly 1 at 0, 0 far below 0 and at -inf, inf above 128, NaN for NaN.
+INLINE vf power2(vf x) {
     vf rest, result;
-    __asm__("vreduceps $1, %1, %0" : "=v"(rest) : "v"(y));
+    __asm__("vreduceps $1, %1, %0" : "=v"(rest) : "v"(x));
     vf p = rest * 1.8671304956e-3f + 9.0170294152e-3f;
     p = p * rest + 5.5799913759e-2f;
     p = p * rest + 2.4016444997e-1f;
     p = p * rest + 6.9315131182e-1f;
     p = p * rest + 1.0f;
-    __asm__("vscalefps %2, %1, %0" : "=v"(result) : "v"(p), "v"(y));
+    __asm__("vscalefps %2, %1, %0" : "=v"(result) : "v"(p), "v"(x));
     return result;
 }
 #else
-// To 2e-7 (and 1e-7 |x|), 0 from -88 on: 2^y as a power of two and a polynomial in what is left of y, at most a half.
-INLINE vf exponential(vf x) {
-    x = between(splat(-88.0f), x, splat(89.0f));  // there the exponent alone gives 0 and inf
-    const vf y = x * 1.44269504088896341f, shifted = y + 12582912.0f;  // the nearest integer, in the low bits
-    const vf rest = y - (shifted - 12582912.0f);
+// 2^x to 2e-7: a power of two and a polynomial in what is left of x, at most a half. Exactly 1 at 0, 0 from -127 on,
+// inf above 128, NaN for NaN.
+INLINE vf power2(vf x) {
+    x = between(splat(-127.0f), x, splat(128.0f));  // there the exponent alone gives 0 and inf
+    const vf shifted = x + 12582912.0f;             // the nearest integer, in the low bits
+    const vf rest = x - (shifted - 12582912.0f);
     vf p = rest * 1.32647e-3f + 9.67151e-3f;
     p = p * rest + 5.550734e-2f;
     p = p * rest + 2.4022242e-1f;
@@ -86,6 +85,8 @@ INLINE vf exponential(vf x) {
     return p * (vf)(((vi)shifted - 0x4b400000 + 127) << 23);
 }
 #endif
+// e^x to 2e-7 (and 1e-7 |x|), exactly 1 at 0, 0 far below 0 and at -inf, inf above 88, NaN for NaN.
+INLINE vf exponential(vf x) { return power2(x * 1.44269504088896341f); }
 
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)

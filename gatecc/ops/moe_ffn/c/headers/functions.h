@@ -1,6 +1,6 @@
 // The nonlinearities of activations.py, by their place in kernels.py.
 #pragma once
-#include "numbers.h"
+#include "../../../../codegen/c/headers/numbers.h"
 
 enum { IDENTITY, RELU, RELU2, RELU6, SILU, GELU, GELU_TANH, QUICK_GELU, TANH, SIGMOID, MISH, SOFTPLUS, HARDSWISH,
        LEAKY_RELU, ELU, SELU, SWIGLU };

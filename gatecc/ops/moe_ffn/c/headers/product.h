@@ -2,7 +2,7 @@
 // of the weight's columns are packed for the moment in which they are used: turning 16 x 16 numbers takes 64 shuffles,
 // 16 products of a number with each of 16 rows as many steps, so with 32 rows packing takes an eighth of the time.
 #pragma once
-#include "numbers.h"
+#include "../../../../codegen/c/headers/numbers.h"
 
 #define MR 6                                // rows of a tile
 #define NV (LANES == 16 ? 4 : 2)            // vectors of a row of it: with MR rows, all registers but a few

@@ -1,6 +1,6 @@
 // Numbers as tensors hold them (el), as products read them (num), and vectors of lanes of 32 bits, PAIR numbers a lane.
 #pragma once
-#include "../../../../codegen/c/headers/vectors.h"
+#include "vectors.h"
 
 #ifndef BF16
 #define BF16 0  // whether tensors are bfloat16, not float: kernels.py says it
@@ -53,9 +53,9 @@ INLINE vf same(const num *p) {
 INLINE vf lanes(const el *p) { return load((const float *)(const void *)p); }
 #else
 INLINE vf lanes(const el *p) {
-    vf x;
-    for (int i = 0; i < LANES; i++) ((float *)&x)[i] = widen(p[i]);
-    return x;
+    typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+    typedef uint32_t whole __attribute__((vector_size(4 * LANES)));
+    return (vf)(__builtin_convertvector(*(const halves *)p, whole) << 16);
 }
 #endif
 // The first n numbers (n < LANES * PAIR), zeros after them.

@@ -1,0 +1,137 @@
+"""The C kernels against the ATen form in float64: every option, sizes that fill no vector, any strides, any threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gatecc.codegen.c.build import find_compiler
+from gatecc.ops.attention import attention, reference
+from gatecc.ops.attention.arguments import arguments
+from gatecc.ops.attention.c.kernels import CpuKernels
+from tests.ops.attention.cases import operands, to
+
+pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C compiler")
+KERNELS = CpuKernels()
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> Iterator[None]:
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def check(case: dict[str, Any], dtype: torch.dtype) -> None:
+    low = {
+        n: x.to(dtype) if n in ("q", "k", "v") else x.float() if n == "sinks" else x
+        for n, x in case.items()
+        if x is not None
+    }
+    expected, sums = reference.attention(arguments(**to(low, torch.float64)))
+    found = KERNELS.forward(arguments(**low))
+    assert found is not None
+    assert found[0].dtype == dtype
+    close(found[0], expected, dtype)
+    assert torch.equal(found[1] == -torch.inf, sums == -torch.inf)
+    close(found[1].where(sums > -torch.inf, 0.0), sums.where(sums > -torch.inf, 0.0), dtype)
+
+
+def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    assert found.shape == expected.shape
+    # Terms are about 1: a sum of them that happens to be small is not more exact.
+    assert (found.double() - expected).abs().max() <= TOLERANCE[dtype] * (1 + expected.abs().max())
+
+
+BIASES: tuple[dict[str, Any], ...] = (
+    {},
+    {"bias": "hnm"},
+    {"bias": "m"},
+    {"hidden": "bhnm"},
+    {"seen": "bm"},
+    {"bias": "n"},
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    N=st.sampled_from([1, 2, 5, 6, 33, 64, 200, 300]),
+    more=st.sampled_from([0, 0, 0, 1, 70, 300, -3]),
+    D=st.sampled_from([1, 8, 20, 64, 65]),
+    E=st.sampled_from([1, 8, 20, 64, 100]),
+    G=st.sampled_from([1, 2, 4]),
+    causal=st.booleans(),
+    window=st.sampled_from([None, None, 1, 10, 100]),
+    softcap=st.sampled_from([None, 2.0]),
+    gate=st.sampled_from(["", "head", "element"]),
+    gate_activation=st.sampled_from(["identity", "sigmoid", "silu"]),
+    bias=st.sampled_from(BIASES),
+    sinks=st.booleans(),
+    turned=st.booleans(),
+    narrow=st.booleans(),
+    threads=st.sampled_from([1, 3]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_every_size(
+    N: int,
+    more: int,
+    E: int,
+    gate: str,
+    bias: dict[str, Any],
+    turned: bool,
+    narrow: bool,
+    threads: int,
+    dtype: Any,
+    **o: Any,
+) -> None:
+    torch.set_num_threads(threads)
+    S = max(N + more, 1)
+    shapes = {
+        name: tuple(n if axis in of else 1 for axis, n in zip("bhnm", (2, 4, N, S), strict=True))
+        for name, of in bias.items()
+    }
+    case = operands(N=N, S=S, E=E, gate={"": 0, "head": 1, "element": E}[gate], **shapes, **o)
+    for name in ("q", "k", "v", "gate") if turned else ():  # heads beside each other, as projections give them
+        case[name] = None if case[name] is None else case[name].transpose(1, 2).contiguous().transpose(1, 2)
+    if narrow:  # gates and biases of the operands' own dtype
+        case |= {n: case[n].to(dtype) for n in ("gate", "bias") if case[n] is not None and case[n].dtype != torch.bool}
+    check(case, dtype)
+
+
+@pytest.mark.parametrize(("scale", "softcap"), [(1e-3, 30.0), (1.0, 30.0), (30.0, None), (1e4, 30.0)])
+def test_large_scores_and_caps_are_as_exact_as_in_aten(scale: float, softcap: float | None) -> None:
+    case = to(operands(N=70, D=16, G=2, causal=True, softcap=softcap, scale=scale), torch.float32)
+    exact = reference.attention(arguments(**to(case, torch.float64)))
+    eager, mine = reference.attention(arguments(**case)), KERNELS.forward(arguments(**case))
+    assert mine is not None
+    for found, plain, truth in zip(mine, eager, exact, strict=True):
+        errors = [(x.double() - truth).norm() for x in (found, plain)]
+        assert errors[0] <= 2 * errors[1] + 1e-7 * truth.norm()
+
+
+def test_numbers_that_are_none_stay_in_their_rows() -> None:
+    case = to(operands(B=1, H=2, N=40, D=16, causal=True), torch.float32)
+    case["q"][0, 0, 7, 3] = float("nan")
+    case["k"][0, 1, 39, 3] = float("nan")
+    out, logsumexp = attention(**case)
+    for found in ((~out.isfinite()).any(-1), ~logsumexp.isfinite()):
+        assert found.nonzero().tolist() == [[0, 0, 7], [0, 1, 39]]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_threads_change_no_bit(dtype: torch.dtype) -> None:
+    case = to(operands(N=300, D=20, G=2, causal=True, window=50), dtype)
+    found: list[tuple[Tensor, ...]] = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        found.append(attention(**case))
+    for other in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
