@@ -90,7 +90,10 @@ def test_gates_are_in_the_graph_and_sizes_stay_free(gated: nn.Module, tmp_path: 
     assert not gated.get_submodule("drop").training
     assert result.inputs == {"ids": ["batch", "sequence"], "mask": ["batch", "sequence"]}
     assert result.outputs == {"hidden": ["batch", "sequence", 16], "pooled_0": ["batch", 16]}
-    assert [(c.sizes["batch"], c.sizes["sequence"]) for c in result.compared] == [(1, 5), (3, 5), (1, 8), (3, 8)]
+    assert [(c.sizes["batch"], c.sizes["sequence"]) for c in result.compared] == [
+        *((1, 5), (3, 5), (1, 8), (3, 8)),
+        *((1, 1), (3, 7), (1, 131)),
+    ]
     assert max(c.error for c in result.compared) < 1e-5
     assert count(tmp_path / "a" / "b")["Sigmoid"] == result.operators["Sigmoid"] == 3
     assert result.notes == ()
@@ -116,7 +119,7 @@ def test_what_the_files_hold(gated: nn.Module, tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "one" / "gatecc.json").read_text())
     assert manifest["dims"] == ["batch", "sequence"]
     assert manifest["files"] == result.files
-    assert len(manifest["compared"]) == 4
+    assert len(manifest["compared"]) == 7
     assert [s["recipe"] for s in manifest["steps"]] == ["gated-attention", "custom"]
     assert manifest["steps"][0]["sites"] == ["#0"]
 
@@ -287,7 +290,7 @@ def test_a_batch_that_must_be_one(tmp_path: Path) -> None:
 
     result = gatecc.export(Single(4, 4), tmp_path, (torch.randn(1, 5, 4),))
     assert result.inputs == {"input": [1, "sequence", 4]}
-    assert [c.sizes for c in result.compared] == [{"sequence": 5}, {"sequence": 8}]
+    assert [c.sizes["sequence"] for c in result.compared] == [5, 8, 1, 7, 131]
     assert "batch size is fixed at 1" in result.notes[0]
 
 

@@ -25,7 +25,7 @@ from gatecc.codegen.onnx.runtime import check, check_dtypes, is_apart
 from gatecc.engine.analyse import Inputs, check_model, evaluation
 from gatecc.engine.whole import reads_masks, whole_program
 from gatecc.errors import ArgumentError, CaptureError, ExampleInputsError, ExportError, GateccError
-from gatecc.export.compare import Compared, Outcome, compare
+from gatecc.export.compare import Compared, Outcome, compare, located
 from gatecc.export.files import MANIFEST, Exported, describe, metadata, move, parent, write_manifest
 from gatecc.ops import registry
 from gatecc.passes.ensemble.ensemble import in_branches
@@ -177,7 +177,7 @@ def _freest(
             if outcome.failure is None:
                 return graph, _fixed(graph, outcome, made, external), [*given_up, *notes]
             if kind is kinds[-1]:
-                raise outcome.failure
+                raise located(outcome, call, graph, made / MODEL)
             failure = outcome.failure
         then = kinds[kinds.index(kind) + 1]
         given_up = [f"{_GIVEN_UP[then]} as in the example, for free ones fail: {failure.what}; {failure.found}"]

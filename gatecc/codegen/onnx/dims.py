@@ -11,7 +11,7 @@ import sympy
 import torch
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 
-BATCH = "batch"
+BATCH, SEQUENCE = "batch", "sequence"
 _SYMBOL = re.compile(r"\b[su]\d+\b")
 _STEPS = (3, -1, 1, 2, 5, 7, 8, 16, 32)  # tried in turn as the difference of a second length
 
@@ -105,4 +105,4 @@ def _usual(name: str, value: torch.Tensor, axis: int) -> str:
     if value.dim() == 4 and value.is_floating_point() and "mask" not in name:
         return ("channels", "height", "width")[axis - 1]
     prefix = "decoder_" if name.startswith("decoder_") else ""
-    return f"{prefix}sequence" if axis == 1 and value.dim() in (2, 3) else f"{name}_{axis}"
+    return f"{prefix}{SEQUENCE}" if axis == 1 and value.dim() in (2, 3) else f"{name}_{axis}"

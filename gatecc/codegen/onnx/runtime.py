@@ -42,13 +42,15 @@ def check(path: Path, places: Mapping[str, str], *, apart: bool = False) -> None
 
 class Session:
     """A file in ONNX Runtime on the CPU; ``apart`` in a process of its own. Raises ExportError if it cannot be loaded
-    or run."""
+    or run. ``names`` are those of the outputs; these ``values`` inside the graph are among them."""
 
-    def __init__(self, path: Path, places: Mapping[str, str], *, apart: bool = False) -> None:
+    def __init__(
+        self, path: Path, places: Mapping[str, str], *, apart: bool = False, values: Sequence[str] = ()
+    ) -> None:
         self._worker = Apart() if apart else Worker()
         self._places = places
         try:
-            self._inputs = self._worker.load(str(path), _NO_COPIES if apart else {})
+            self._inputs, self.names = self._worker.load(str(path), _NO_COPIES if apart else {}, values)
         except Exception as e:
             self.close()
             told = _blame(e, places)

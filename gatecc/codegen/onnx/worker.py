@@ -11,7 +11,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 Arrays = list[Any]
@@ -37,16 +37,20 @@ class Worker:
 
         onnx.checker.check_model(path, full_check=True)
 
-    def load(self, path: str, settings: Mapping[str, str]) -> list[str]:
-        """Load a file into ONNX Runtime with these entries of its configuration. Returns the names of its inputs."""
+    def load(self, path: str, settings: Mapping[str, str], values: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+        """Load a file into ONNX Runtime with these entries of its configuration, and these values inside it as further
+        outputs. Returns the names of its inputs and outputs."""
         import onnxruntime as ort
+
+        if values:
+            path = _with_outputs(path, values)
 
         options = ort.SessionOptions()
         options.log_severity_level = 4  # what fails raises
         for key, value in settings.items():
             options.add_session_config_entry(key, value)
         self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        return [i.name for i in self._session.get_inputs()]
+        return [i.name for i in self._session.get_inputs()], [o.name for o in self._session.get_outputs()]
 
     def run(self, feeds: Mapping[str, Any]) -> Arrays:
         """The outputs of the file that was loaded."""
@@ -74,8 +78,8 @@ class Apart(Worker):
     def check(self, path: str) -> None:
         self._ask("check", path)
 
-    def load(self, path: str, settings: Mapping[str, str]) -> list[str]:
-        return self._ask("load", path, dict(settings))
+    def load(self, path: str, settings: Mapping[str, str], values: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+        return self._ask("load", path, dict(settings), list(values))
 
     def run(self, feeds: Mapping[str, Any]) -> Arrays:
         return self._ask("run", dict(feeds))
@@ -95,6 +99,18 @@ class Apart(Worker):
         if answer == "raised":
             raise RaisedThereError(*told)
         return told[0]
+
+
+def _with_outputs(path: str, values: Sequence[str]) -> str:
+    """A file beside this one, so that weights in a file of their own are found."""
+    import onnx
+
+    proto = onnx.load(path, load_external_data=False)
+    known = {output.name for output in proto.graph.output}
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in values if name not in known)
+    written = f"{path}.values"
+    onnx.save(proto, written)
+    return written
 
 
 def _send(file: IO[bytes], message: Any) -> None:

@@ -28,7 +28,7 @@ def test_apart_is_as_here(tmp_path: Path) -> None:
     with closing(Apart()) as apart, closing(Worker()) as here:
         for worker in (apart, here):
             worker.check(path)
-            assert worker.load(path, {}) == ["x"]
+            assert worker.load(path, {}) == (["x"], ["y"])
             np.testing.assert_array_equal(worker.run(feeds)[0], [-0.0, -1.0, -2.0])
         with pytest.raises(RaisedThereError) as there:
             apart.load(wrong, {})
