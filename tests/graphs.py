@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -76,9 +76,9 @@ class _Function(nn.Module):
         return self.function(*inputs)
 
 
-def program_of(function: Callable[..., Tensor], *inputs: Tensor) -> Program:
+def program_of(function: Callable[..., Tensor], *inputs: Tensor, dynamic: Literal["auto", "none"] = "auto") -> Program:
     """A function as a canonical program."""
-    program = capture(_Function(function), inputs)
+    program = capture(_Function(function), inputs, dynamic=dynamic)
     canonical_form(program)
     return program
 

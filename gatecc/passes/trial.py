@@ -15,7 +15,7 @@ from torch.fx.node import map_aggregate
 
 from gatecc.ir.ops import CASTS, DROPOUTS, opname
 from gatecc.ir.program import Program
-from gatecc.ir.sizes import on_example
+from gatecc.ir.sizes import Sizes, UnknownSizeError, on_example, value
 
 
 class UntriedError(Exception):
@@ -25,7 +25,8 @@ class UntriedError(Exception):
 class Trial:
     """``known``: nodes with the numbers that they hold; ``weight``: numbers for a parameter, by its name and its fake
     tensor, None for one that the part may not read. Sizes are those of the example, but for those of ``sizes``, which
-    are replaced by others wherever they stand in the graph."""
+    are replaced by others wherever they stand in the graph, and for what ``symbols`` says of free ones; ``shapes``: of
+    a node, the place of the argument that holds the sizes of its result, and what they are instead."""
 
     def __init__(
         self,
@@ -33,8 +34,11 @@ class Trial:
         known: Mapping[fx.Node, Tensor],
         weight: Callable[[str, Tensor], Tensor | None],
         sizes: Mapping[int, int] | None = None,
+        symbols: Sizes | None = None,
+        shapes: Callable[[fx.Node], tuple[int, list[int]] | None] = lambda node: None,
     ) -> None:
         self._program, self._weight, self._sizes = program, weight, sizes or {}
+        self._symbols, self._shapes = symbols or {}, shapes
         self._known: dict[fx.Node, Any] = dict(known)
 
     def run(self, out: fx.Node) -> Tensor:
@@ -78,7 +82,7 @@ class Trial:
     def _value(self, node: fx.Node) -> Any:
         held = node.meta.get("val")
         if isinstance(held, int | torch.SymInt):
-            return self._size(on_example(held) or 1)
+            return self._number(held)
         name = self._program.weight_name(node)
         if name is not None and isinstance(held, Tensor) and (found := self._weight(name, held)) is not None:
             return found
@@ -87,6 +91,8 @@ class Trial:
         if node.op != "call_function":
             raise UntriedError(f"it reads {name or node.name}")
         args, kwargs = map_aggregate((node.args, node.kwargs), self._argument)
+        if (given := self._shapes(node)) is not None:
+            args = (*args[: given[0]], given[1], *args[given[0] + 1 :])
         if opname(node) in DROPOUTS or _leaves_as_it_is(node, args):
             return args[0]
         try:
@@ -98,6 +104,14 @@ class Trial:
         if isinstance(item, torch.dtype):
             return torch.float64 if item.is_floating_point else item
         return self._known[item] if isinstance(item, fx.Node) else self._size(item)
+
+    def _number(self, held: int | torch.SymInt) -> int:
+        if not self._symbols:
+            return self._size(on_example(held) or 1)
+        try:
+            return int(value(held, self._symbols))
+        except UnknownSizeError as e:
+            raise UntriedError(str(e)) from e
 
     def _size(self, item: Any) -> Any:
         return self._sizes.get(item, item) if type(item) is int else item

@@ -47,11 +47,11 @@ def product(node: fx.Node) -> Product | None:
     if name in ("matmul", "bmm", "mm"):
         return _matmul(node, argument(node, 0, "self"), argument(node, 1, "mat2"))
     if name in ("baddbmm", "addmm"):
-        alpha = node.kwargs.get("alpha", 1)
-        factor = float(alpha) if isinstance(alpha, int | float) else 1.0
-        return _matmul(
-            node, argument(node, 1, "batch1"), argument(node, 2, "batch2"), factor, argument(node, 0, "self")
-        )
+        alpha, beta = (node.kwargs.get(factor, 1) for factor in ("alpha", "beta"))
+        if not isinstance(alpha, int | float) or not isinstance(beta, int | float):
+            return None
+        left, right = argument(node, 1, "batch1"), argument(node, 2, "batch2")
+        return _matmul(node, left, right, float(alpha), argument(node, 0, "self"))
     if name == "linear":
         return _linear(node)
     if name == "einsum":

@@ -18,8 +18,11 @@ from torch import Tensor, fx
 
 from gatecc import ops as ops  # registers the operator
 from gatecc.ir.program import Program, shape
-from gatecc.ir.sizes import on_example, same
+from gatecc.ir.sizes import Sizes, on_example
+from gatecc.passes.causal.lengths import other_sizes
+from gatecc.passes.causal.narrow import Narrow
 from gatecc.passes.causal.parts import Part
+from gatecc.passes.trial import UntriedError
 
 _TOLERANCE = 1e-6  # of a token in float64, relative to its largest number
 NEAREST = "the nearest recurrence"  # so begins the reason where one was compared
@@ -47,7 +50,7 @@ class Operand:
 @dataclass(frozen=True, eq=False)
 class Formula:
     """o = scale * linear_attention(q * factor, k, v, decay, beta). A v of None is ones; ``constant``: log decays of the
-    heads that stand in the graph as numbers."""
+    heads that stand in the graph as numbers; with a ``normalizer`` the log decay is logsigmoid(decay) / normalizer."""
 
     q: Operand
     k: Operand
@@ -58,6 +61,7 @@ class Formula:
     factor: Operand | None = None
     constant: tuple[float, ...] = ()
     scale: float = 1.0
+    normalizer: float | None = None
 
     @property
     def domains(self) -> tuple[str, str]:
@@ -101,6 +105,7 @@ def compute(
     constant: tuple[float, ...],
     domains: tuple[str, str],
     scale: float,
+    normalizer: float | None = None,
 ) -> Tensor:
     """The operator on values (B, H, N, D), in the widest of the dtypes of q, k, v; ``domains``: of decay and beta."""
     dtype = torch.promote_types(q.dtype, k.dtype)
@@ -114,7 +119,7 @@ def compute(
     if constant:
         decay = torch.cat([q.new_full((1, 1, 1, 1), number) for number in constant], 1)
     q, k, v = (x if x.dtype == dtype else x.to(dtype) for x in (q, k, v))
-    o, _ = torch.ops.gatecc.linear_attention(q, k, v, decay, beta, scale=scale)
+    o, _ = torch.ops.gatecc.linear_attention(q, k, v, decay, beta, scale=scale, gate_normalizer=normalizer)
     return o
 
 
@@ -122,25 +127,41 @@ def find_formula(program: Program, part: Part) -> Formula | str:
     """What a part computes, or why it is nothing that the operator does. Raises UntriedError."""
     if not 2 <= len(part.operands) <= _MOST:
         return f"{len(part.operands)} values enter it"
-    if any(not same(shape(n)[axis], shape(part.out)[part.axis]) for n, axis in part.operands.items()):
+    if not _has_one_length(part, Narrow((), ())):
         return "its values have different numbers of tokens"
     if len(part.held) > 1:
         return f"it reads {len(part.held)} weights or buffers"
-    return _Search(program, part).found()
+    formula = _tried(program, part, {}, _Search.found)
+    sizes = {} if isinstance(formula, str) else other_sizes(program, part)
+    if isinstance(formula, str) or not sizes:
+        return formula
+    return sizes if isinstance(sizes, str) else _tried(program, part, sizes, lambda at: at.confirmed(formula))
+
+
+def _tried(program: Program, part: Part, sizes: Sizes, how: Callable[[_Search], Formula | str]) -> Formula | str:
+    """What a search finds with free sizes as given, and with narrow ones where that can be."""
+    narrow = part.narrowed(sizes)
+    if narrow:
+        try:
+            return how(_Search(program, part, narrow))
+        except UntriedError:
+            pass  # something in it cannot be made narrow: it is tried as it is
+    return how(_Search(program, part, Narrow((), (), sizes)))
 
 
 class _Search:
-    def __init__(self, program: Program, part: Part) -> None:
-        self.program, self.part = program, part
+    def __init__(self, program: Program, part: Part, narrow: Narrow) -> None:
+        self.program, self.part, self.narrow = program, part, narrow
         self.generator = torch.Generator().manual_seed(0)
         self.out = _places(len(shape(part.out)), part.axis)
-        self.heads = 1 if self.out[1] < 0 else on_example(shape(part.out)[self.out[1]]) or 1
-        self.width = on_example(shape(part.out)[self.out[3]]) if self.out[3] >= 0 else 1
+        sizes = narrow.sizes(part.out)
+        self.heads = 1 if self.out[1] < 0 else sizes[self.out[1]]
+        self.width = 1 if self.out[3] < 0 else sizes[self.out[3]]
         if len(shape(part.out)) == 3 and any(
             len(shape(n)) == 4 for n in part.operands
         ):  # (B, N, H): one number per head
             heads = next(i for i in (1, 2) if i != part.axis)
-            self.out, self.heads, self.width = (0, heads, part.axis, -1), on_example(shape(part.out)[heads]) or 1, 1
+            self.out, self.heads, self.width = (0, heads, part.axis, -1), sizes[heads], 1
 
     def found(self) -> Formula | str:
         """The first assignment that is proved. On the first tokens most are told apart, at little cost."""
@@ -169,6 +190,16 @@ class _Search:
         return (
             f"{NEAREST} differs by {nearest:.1e}" if nearest < float("inf") else "no sizes of queries, keys and values"
         )
+
+    def confirmed(self, formula: Formula) -> Formula | str:
+        """The formula if it holds at these sizes too."""
+        tokens = self.narrow.sizes(self.part.out)[self.part.axis]
+        if not _has_one_length(self.part, self.narrow):
+            return f"the length is free, and at {tokens} tokens its values have different numbers of them"
+        found, error = self._proved(formula, formula.scale)
+        if found is not None:
+            return formula
+        return f"the length is free, and at {tokens} tokens it differs by {error:.1e} from what it is on the example"
 
     def _assignments(
         self, operands: list[Operand], held: list[Operand], domains: tuple[str, ...], error_on: _ErrorOn
@@ -217,7 +248,7 @@ class _Search:
 
     def _constant(self, start: Formula) -> tuple[float, ...] | None:
         """Log decays that stand in the graph: of a state that one key wrote once, and that every query reads."""
-        numbers = {x.node: torch.zeros(_sizes(x.node), dtype=torch.float64) for x in start.operands}
+        numbers = {x.node: torch.zeros(self.narrow.sizes(x.node), dtype=torch.float64) for x in start.operands}
         for x in start.operands:
             spread(numbers[x.node], x.places)[..., 0].fill_(1)
         for x in (start.k, start.v):
@@ -229,9 +260,9 @@ class _Search:
             return None
         return tuple(float(torch.tensor(r, dtype=torch.float64).log()) for r in ratios)
 
-    def _proved(self, formula: Formula) -> tuple[Formula | None, float]:
+    def _proved(self, formula: Formula, scale: float | None = None) -> tuple[Formula | None, float]:
         """The formula with its scale, if it is the same; else None and how far off it is."""
-        worst, scale = 0.0, None
+        worst = 0.0
         for draw in (_weak, _strong, _mixed):
             numbers = self._numbers(formula, draw)
             theirs = spread(self._run(numbers), self.out)
@@ -240,7 +271,10 @@ class _Search:
             if not worst <= _TOLERANCE:
                 return None, worst
         assert scale is not None
-        width = self._width(formula.q)
+        width = 1 if formula.q.places[3] < 0 else on_example(shape(formula.q.node)[formula.q.places[3]]) or 1
+        heads = 1 if self.out[1] < 0 else on_example(shape(self.part.out)[self.out[1]]) or 1
+        if formula.constant and self.heads < heads:  # then all of them are alike
+            formula = replace(formula, constant=formula.constant[:1] * heads)
         near = next((x for x in (1.0, width**-0.5, 1 / width) if abs(scale - x) <= 1e-9 * x), scale)
         return replace(formula, scale=near), worst
 
@@ -270,7 +304,7 @@ class _Search:
         """Numbers for each role: keys of length one, so that delta rules do not grow; decays as they are drawn."""
         numbers: dict[fx.Node, Tensor] = {}
         for x in formula.operands:
-            drawn = torch.rand(_sizes(x.node), generator=self.generator, dtype=torch.float64)
+            drawn = torch.rand(self.narrow.sizes(x.node), generator=self.generator, dtype=torch.float64)
             if x is formula.decay:
                 logs = draw(drawn)
                 kept = logs.exp()
@@ -292,7 +326,8 @@ class _Search:
 
         v, decay, beta, factor = (given(x) for x in (formula.v, formula.decay, formula.beta, formula.factor))
         q, k = given(formula.q), given(formula.k)
-        return compute(q, k, v, decay, beta, factor, formula.constant, formula.domains, 1.0)
+        constant = formula.constant[: self.heads]  # fewer are tried where all are alike
+        return compute(q, k, v, decay, beta, factor, constant, formula.domains, 1.0)
 
     def _places_of(self, node: fx.Node, axis: int) -> Places:
         sizes = shape(node)
@@ -302,7 +337,7 @@ class _Search:
 
     def _held(self, node: fx.Node) -> Operand | None:
         """A decay that is the same for all tokens: one number per head."""
-        sizes = _sizes(node)
+        sizes = self.narrow.sizes(node)
         wide = [at for at, size in enumerate(sizes) if size > 1]
         if len(wide) > 1 or (wide and sizes[wide[0]] != self.heads) or len(sizes) > 4:
             return None
@@ -310,26 +345,27 @@ class _Search:
         return Operand(node, (-1, head, -1, -1)) if len(sizes) == 1 else None
 
     def _width(self, x: Operand) -> int:
-        return 1 if x.places[3] < 0 else on_example(shape(x.node)[x.places[3]]) or 1
+        return 1 if x.places[3] < 0 else self.narrow.sizes(x.node)[x.places[3]]
 
     def _heads_of(self, x: Operand) -> int:
-        return 1 if x.places[1] < 0 else on_example(shape(x.node)[x.places[1]]) or 1
+        return 1 if x.places[1] < 0 else self.narrow.sizes(x.node)[x.places[1]]
 
     def _uniform(self, node: fx.Node, low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(_sizes(node), generator=self.generator, dtype=torch.float64)
+        return low + (high - low) * torch.rand(self.narrow.sizes(node), generator=self.generator, dtype=torch.float64)
 
     def _run(self, numbers: Mapping[fx.Node, Tensor]) -> Tensor:
-        return self.part.run(self.program, numbers)
+        return self.part.run(self.program, numbers, self.narrow)
+
+
+def _has_one_length(part: Part, narrow: Narrow) -> bool:
+    """Whether as many tokens leave as enter in each value, where sizes are as given."""
+    return all(narrow.sizes(n)[axis] == narrow.sizes(part.out)[part.axis] for n, axis in part.operands.items())
 
 
 def _places(rank: int, axis: int) -> Places:
     """Of a value with tokens at an axis: the batch first, heads before features."""
     rest = [i for i in range(1, rank) if i != axis]
     return (0, rest[0], axis, rest[1]) if rank == 4 else (0, -1, axis, rest[0])
-
-
-def _sizes(node: fx.Node) -> list[int]:
-    return [on_example(size) or 1 for size in shape(node)]
 
 
 def _weak(drawn: Tensor) -> Tensor:

@@ -18,7 +18,9 @@ from torch import Tensor, fx
 from gatecc.ir.dataflow import Flow, value_inputs
 from gatecc.ir.ops import CASTS, CONTRACTIONS, VIEWS, opname
 from gatecc.ir.program import Program, fake, shape
-from gatecc.ir.sizes import on_example
+from gatecc.ir.sizes import Sizes, on_example
+from gatecc.passes.causal.narrow import Narrow
+from gatecc.passes.causal.settled import Settled
 from gatecc.passes.trial import Trial, UntriedError
 
 _SAME = 1e-10  # relative: the same number, computed again
@@ -41,15 +43,17 @@ class Part:
     operands: dict[fx.Node, int]
     held: list[fx.Node]
 
-    def run(self, program: Program, numbers: Mapping[fx.Node, Tensor]) -> Tensor:
+    def narrowed(self, symbols: Sizes | None = None) -> Narrow:
+        """Sizes with which it may be tried: all tokens, and no more heads and features than tell it apart."""
+        return Narrow(self.nodes, [(self.out, self.axis), *self.operands.items()], symbols)
+
+    def run(self, program: Program, numbers: Mapping[fx.Node, Tensor], narrow: Narrow) -> Tensor:
         """What comes out of the part on numbers of one's own, in float64. Raises UntriedError."""
-        trial = Trial(program, {node: x.clone() for node, x in numbers.items()}, lambda name, held: None)
+        known = {node: x.clone() for node, x in numbers.items()}
+        trial = _trial(program, known, narrow)
         last = _last_uses(self.nodes)
         for at, node in enumerate(self.nodes):
-            for source in node.all_input_nodes:
-                if source not in trial and source not in value_inputs(node):  # its shape alone
-                    trial[source] = torch.zeros(_sizes(source), dtype=torch.float64)
-            trial.step(node)
+            _step(trial, node, narrow)
             for done in last.get(at, ()):
                 if done is not self.out:
                     trial.forget(done)
@@ -72,15 +76,21 @@ class Probe:
     touched: set[fx.Node] = field(default_factory=set[fx.Node])  # nodes that depend on the sources
     origins: dict[fx.Node, int] = field(default_factory=dict[fx.Node, int])
     _tokens: int = 0
+    _entering: dict[fx.Node, int] = field(default_factory=dict[fx.Node, int])
 
     def __post_init__(self) -> None:
         sizes = {on_example(shape(node)[axis]) or 0 for node, axis in self.sources.items()}
         self._tokens = next(iter(sizes)) if len(sizes) == 1 else 0
-        for node, axis in self.sources.items():
-            self.kinds[node] = ("token", axis)
-            self.touched.add(node)
-        if self._tokens >= _LEAST:
-            self._run()
+        if self._tokens < _LEAST:
+            return
+        settled = Settled(self.flow, self.nodes, self.sources)
+        self.touched = settled.touched
+        nodes = settled.needed([n for n in self.nodes if n in self.touched and n not in settled.axes])
+        self._entering = {n: axis for n, axis in settled.axes.items() if not self.touched.isdisjoint(n.users)}
+        narrow = Narrow(nodes, self._entering.items())
+        self.kinds = {n: ("token", axis) for n, axis in settled.axes.items()}
+        if not self._run(nodes, narrow) and narrow:  # something in it cannot be made narrow: it is tried as it is
+            self._run(nodes, Narrow((), ()))
 
     def parts(self) -> list[Part]:
         """The parts that end in a value with causal tokens, the smallest first; each again with products of two values,
@@ -113,62 +123,54 @@ class Probe:
         source = node.all_input_nodes[0]
         return opname(node) in _SHOWN and source in self.kinds and len(shape(source)) in (3, 4)
 
-    def _run(self) -> None:
-        """Two runs side by side: as it is, and with a token changed."""
-        places = (self._tokens // 3,)
-        trials = self._trials(places)
+    def _run(self, nodes: Sequence[fx.Node], narrow: Narrow) -> bool:
+        """Two runs side by side: as it is, and with a token changed. Whether every node could be run."""
+        place = self._tokens // 3
+        trials = self._trials(nodes, place, narrow)
         failed: set[fx.Node] = set()
-        last = _last_uses(self.nodes)
-        for at, node in enumerate(self.nodes):
-            if node not in self.sources and node not in self.others:
-                try:
-                    self._judge(node, [_stepped(trial, node, failed) for trial in trials], places)
-                except UntriedError:
-                    failed.add(node)
+        last = _last_uses(nodes)
+        for at, node in enumerate(nodes):
+            try:
+                if failed.intersection(node.all_input_nodes):
+                    raise UntriedError(node.name)
+                for trial in trials:
+                    _step(trial, node, narrow)
+                if node in self.touched:
+                    self._judge(node, [trial[node] for trial in trials], place)
+            except UntriedError:
+                failed.add(node)
             for done in last.get(at, ()):
                 for trial in trials:
                     trial.forget(done)
+        return not failed
 
-    def _trials(self, places: Sequence[int]) -> list[Trial]:
+    def _trials(self, nodes: Sequence[fx.Node], place: int, narrow: Narrow) -> list[Trial]:
+        """What enters, weights too, is random: small, so that sums of what may be log decays stay small."""
         generator = torch.Generator().manual_seed(0)
-        numbers = [dict[fx.Node, Tensor](), dict[fx.Node, Tensor]()]
-        for node, axis in self.sources.items():
-            x = numbers[0][node] = torch.randn(_sizes(node), generator=generator, dtype=torch.float64)
-            for changed, place in zip(numbers[1:], places, strict=True):
-                changed[node] = x.clone()
-                token = changed[node].select(axis, place)
-                token += torch.randn(token.shape, generator=generator, dtype=torch.float64)
-        for node in self.others:
-            x = torch.randn(_sizes(node), generator=generator, dtype=torch.float64)
-            for known in numbers:
-                known[node] = x
-        weights: dict[str, Tensor] = {}
+        known: dict[fx.Node, Tensor] = {}
+        for node in (*self._entering, *self.others, *(n for n in nodes if self.program.weight_name(n) is not None)):
+            held = fake(node)
+            if held is not None and held.is_floating_point():
+                known[node] = _drawn(narrow.sizes(node), generator)
+        changed = dict(known)
+        for node, axis in self._entering.items():
+            if node in known:
+                x = changed[node] = known[node].clone()
+                token = x.select(axis, place)
+                token += _drawn(token.shape, generator)
+        return [_trial(self.program, numbers, narrow) for numbers in (known, changed)]
 
-        def weight(name: str, held: Tensor) -> Tensor:
-            if name not in weights:
-                x = torch.randn(held.shape, generator=generator, dtype=torch.float64)
-                weights[name] = x / max(held.shape[-1], 1) ** 0.5 if held.is_floating_point() else torch.zeros_like(x)
-            return weights[name]
-
-        return [Trial(self.program, known, weight) for known in numbers]
-
-    def _judge(self, node: fx.Node, values: list[object], places: Sequence[int]) -> None:
-        sources = [*value_inputs(node), *self.flow.writers.get(self.flow.base[node], ())]
-        if any(n in self.touched for n in sources):
-            self.touched.add(node)
-            self.touched.add(self.flow.base[node])
-        tensors = [v for v in values if isinstance(v, Tensor)]
-        if len(tensors) < len(values) or node not in self.touched or not tensors[0].is_floating_point():
+    def _judge(self, node: fx.Node, values: list[object], place: int) -> None:
+        held, changed = values
+        if not isinstance(held, Tensor) or not isinstance(changed, Tensor) or not held.is_floating_point():
             return
-        held, *changed = tensors
         axes = [axis for axis, size in enumerate(held.shape) if size >= self._tokens]  # more if padded to whole chunks
-        differ = [_difference(held, x) for x in changed if axes]
+        differ = _difference(held, changed) if axes else held
         for axis in axes:
-            hit = [d.movedim(axis, 0).flatten(1).any(1) if d.dim() > 1 else d for d in differ]
-            if any(not bool(h[place]) or bool(h[:place].any()) for h, place in zip(hit, places, strict=True)):
+            hit = differ.movedim(axis, 0).flatten(1).any(1) if differ.dim() > 1 else differ
+            if not bool(hit[place]) or bool(hit[:place].any()):
                 continue
-            alone = all(int(h.sum()) == 1 for h in hit)
-            after = all(bool(h[place + 1 :].any()) for h, place in zip(hit, places, strict=True))
+            alone, after = int(hit.sum()) == 1, bool(hit[place + 1 :].any())
             if alone or after:
                 self.kinds[node] = ("token" if alone else "causal", axis)
                 return
@@ -241,15 +243,20 @@ def is_held(program: Program, node: fx.Node) -> bool:
     return False
 
 
-def _stepped(trial: Trial, node: fx.Node, failed: set[fx.Node]) -> object:
-    """What a node holds, whose inputs may lie outside of the nodes that are run. Raises UntriedError."""
-    if failed.intersection(node.all_input_nodes):
-        raise UntriedError(node.name)
+def _trial(program: Program, known: Mapping[fx.Node, Tensor], narrow: Narrow) -> Trial:
+    return Trial(program, known, lambda name, held: None, symbols=narrow.symbols, shapes=narrow.argument)
+
+
+def _step(trial: Trial, node: fx.Node, narrow: Narrow) -> None:
+    """Compute a node, of some of whose inputs only the shape matters. Raises UntriedError."""
     for source in node.all_input_nodes:
-        if source not in trial:
-            trial.run(source)
+        if source not in trial and source not in value_inputs(node):
+            trial[source] = torch.zeros(narrow.sizes(source), dtype=torch.float64)
     trial.step(node)
-    return trial[node]
+
+
+def _drawn(sizes: Sequence[int], generator: torch.Generator) -> Tensor:
+    return 0.2 * torch.rand(sizes, generator=generator, dtype=torch.float64) - 0.1
 
 
 def _sizes(node: fx.Node) -> list[int]:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from gatecc.ir.match.facts import Facts
@@ -23,6 +22,7 @@ from gatecc.ir.site import Site
 from gatecc.ir.sizes import on_example
 from gatecc.passes.causal.formula import NEAREST, Formula, Places, compute, find_formula, gathered, spread
 from gatecc.passes.causal.parts import Part, Probe
+from gatecc.passes.causal.peeled import peeled
 from gatecc.passes.causal.remembered import Remembered
 from gatecc.passes.lower.insert import insert
 from gatecc.passes.lower.lowering import Lowering, Outcome, Settings
@@ -34,7 +34,6 @@ _OTHERS = SOFTMAXES | frozenset(
     "scaled_dot_product_attention linear_attention moe_ffn topk sort lstm gru rnn_tanh rnn_relu".split()
 )
 _UNROLLED = 4  # tokens taken one by one
-_ALL = 2**31  # where slices that go to the end say so
 
 
 class LinearAttention(Lowering):
@@ -66,11 +65,13 @@ class LinearAttention(Lowering):
                         self.name, owner, line, "tokens that are mixed causally, without softmax", "", formula
                     )
                 return
+            found = str(formula)
+            part, formula = peeled(part, formula)
             y = _edit(program, self.name, part, formula)
             made[y] = part.axis
             proof = "run in float64 with weak, strong and mixed gates"
             gain = "time linear in the tokens, and nothing stored between"
-            yield Outcome(self.name, owner, line, str(formula), "gatecc::linear_attention", proof, gain)
+            yield Outcome(self.name, owner, line, found, "gatecc::linear_attention", proof, gain)
 
 
 def _owners(program: Program) -> list[str]:
@@ -155,15 +156,7 @@ def _unfit(part: Part, settings: Settings) -> str:
     """Why a part stays, whatever it computes; empty if it need not."""
     if settings.training and any(opname(n) == "detach" and _is_float(n) for n in part.nodes):
         return "gradients are stopped inside of it (detach)"
-    length = shape(part.out)[part.axis]
-    if isinstance(length, int):
-        return ""
-    tokens = on_example(length) or 1
-    numbers = [x for n in part.nodes for x in pytree.tree_leaves((n.args, n.kwargs)) if type(x) in (int, float)]
-    large = [x for x in numbers if tokens <= abs(x) < _ALL]
-    return (
-        f"the length is free, and {large[0]} in the graph may count more tokens than the example has" if large else ""
-    )
+    return ""
 
 
 def _is_float(node: fx.Node) -> bool:
@@ -179,7 +172,7 @@ def _edit(program: Program, name: str, part: Part, formula: Formula) -> fx.Node:
     assert held is not None
     (y,) = insert(
         program, name, part.out, _call, *(None if x is None else x.node for x in given), places, formula.out,
-        formula.constant, formula.domains, formula.scale, held.dtype,
+        formula.constant, formula.domains, formula.scale, formula.normalizer, held.dtype,
     )  # fmt: skip
     replace(program, part.out, y)
     return y
@@ -188,11 +181,11 @@ def _edit(program: Program, name: str, part: Part, formula: Formula) -> fx.Node:
 def _call(
     q: Tensor, k: Tensor, v: Tensor | None, decay: Tensor | None, beta: Tensor | None, factor: Tensor | None,
     places: list[Places | None], out: Places, constant: tuple[float, ...], domains: tuple[str, str],
-    scale: float, dtype: torch.dtype,
+    scale: float, normalizer: float | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """The recurrence on values as they stand in the graph."""
     given = (q, k, v, decay, beta, factor)
     wide: list[Any] = [None if x is None or p is None else spread(x, p) for x, p in zip(given, places, strict=True)]
     q, k, v, decay, beta, factor = wide
-    y = gathered(compute(q, k, v, decay, beta, factor, constant, domains, scale), out)
+    y = gathered(compute(q, k, v, decay, beta, factor, constant, domains, scale, normalizer), out)
     return y if y.dtype == dtype else y.to(dtype)

@@ -71,3 +71,12 @@ def test_what_is_added_and_the_factor() -> None:
 def test_no_product(function: Callable[..., Tensor], shapes: list[tuple[int, ...]]) -> None:
     node, _ = only(*case(function, *shapes))
     assert product(node) is None
+
+
+@pytest.mark.parametrize("name", ["alpha", "beta"])
+def test_a_factor_that_is_no_constant(name: str) -> None:
+    """Such a factor was read as 1."""
+    node, _ = only(*case(torch.baddbmm, (3, 4, 6), (3, 4, 5), (3, 5, 6)))
+    with node.graph.inserting_before(node):
+        node.update_kwarg(name, node.graph.call_function(torch.ops.aten.item.default, (node.args[0],)))
+    assert product(node) is None

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from gatecc import backend
 from gatecc.backend.options import Options
+from gatecc.ir.ops import opname
 from gatecc.passes.lower import Outcome
 
 C = 8  # tokens of a chunk
@@ -243,18 +244,68 @@ def test_one_graph_for_all_lengths() -> None:
     assert any(isinstance(n.meta["val"], torch.Tensor) and n.meta["val"].shape[1:2] != (16,) for n in calls)
 
 
-def test_a_free_length_and_a_window_that_is_longer_than_the_example() -> None:
-    """On the example it is all that came before."""
+def test_scales_gate_activations_and_padding_are_the_operators() -> None:
+    """q * D**-0.5 is its scale, logsigmoid(x) / 16 its gate activation, and padding to whole chunks needs nobody."""
 
-    def long_window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        place = torch.arange(q.size(2))
-        distance = place[:, None] - place
-        return (q @ k.transpose(-1, -2)).masked_fill((distance < 0) | (distance > 100), 0.0) @ v
+    def gated(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+        return chunks_by_head(q * q.size(-1) ** -0.5, k / 3, v, F.logsigmoid(-g) / 16)
 
-    _, (outcome,), _ = compiled(Mixer(long_window), input_(), dynamic=True)
-    assert "may count more tokens" in outcome.reason
-    _, (outcome,), _ = compiled(Mixer(long_window), input_())
+    model, x = Mixer(gated, "head"), input_(19)
+    y, (outcome,), calls = compiled(model, x)
+    assert outcome.found == "gated linear attention, scale 1"
+    (call,) = (n for n in calls if "linear_attention" in str(n.target))
+    assert call.kwargs["scale"] == pytest.approx(4**-0.5 / 3)
+    assert call.kwargs["gate_normalizer"] == 16
+    names = [opname(n) for n in calls]
+    assert not {"mul", "div", "pad", "slice"}.intersection(names)
+    assert names.count("log_sigmoid") == 1  # that of the mixer
+    expected = model(x)
+    assert (y - expected).abs().max() <= 2e-6 * expected.abs().max()
+
+
+def long_window(q: Tensor, k: Tensor, v: Tensor, reach: int = 100) -> Tensor:
+    """On 16 tokens it is all that came before."""
+    place = torch.arange(q.size(2))
+    distance = place[:, None] - place
+    return (q @ k.transpose(-1, -2)).masked_fill((distance < 0) | (distance > reach), 0.0) @ v
+
+
+def longer_window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return long_window(q, k, v, 100_000)
+
+
+def mean_of_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The scale is that of one length."""
+    return (q @ k.transpose(-1, -2) / q.size(2)).tril() @ v
+
+
+@pytest.mark.parametrize(
+    ("core", "reason"),
+    [
+        (long_window, "the length is free, and at 403 tokens it differs"),
+        (longer_window, "may count more tokens"),
+        (mean_of_all, "the length is free, and at 67 tokens it differs"),
+    ],
+)
+def test_what_holds_at_one_length_alone_is_not_accepted_where_the_length_is_free(
+    core: Callable[..., Tensor], reason: str
+) -> None:
+    x = input_()
+    y, (outcome,), _ = compiled(model := Mixer(core), x, dynamic=True)
+    assert reason in outcome.reason
+    assert torch.equal(y, model(x))
+    _, (outcome,), _ = compiled(model, x)
     assert outcome.became  # of this length, it is
+
+
+@pytest.mark.parametrize("core", [retention, chunks_by_head])
+def test_a_free_length(core: Callable[..., Tensor]) -> None:
+    model = Mixer(core, SPELLINGS[core])
+    y, outcomes, calls = compiled(model, x := input_(19), dynamic=True)
+    assert [o.became for o in outcomes] == ["gatecc::linear_attention"], outcomes
+    assert not any(name in str([n.target for n in calls]) for name in ("tril", "where"))
+    expected = model(x)
+    assert (y - expected).abs().max() <= 2e-6 * expected.abs().max()
 
 
 def gated_delta_net() -> nn.Module:
