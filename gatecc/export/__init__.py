@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from torch import nn
 
 from gatecc.capture.adapters import adapted, experts_open
 from gatecc.capture.budget import budget
-from gatecc.capture.exported import exported_program
 from gatecc.capture.shield import random_states_kept, shielded
 from gatecc.capture.signature import OpaqueArgumentError, map_tensors, split_inputs
 from gatecc.codegen.onnx.build import MODEL, Capture, Freedom, Graph, build, free_axes, write
 from gatecc.codegen.onnx.leaves import Call, flat_call
+from gatecc.codegen.onnx.lower import Target
 from gatecc.codegen.onnx.packages import EXPORT, RUNTIME, need
 from gatecc.codegen.onnx.place import blame
 from gatecc.codegen.onnx.runtime import check, check_dtypes, is_apart
@@ -27,6 +28,7 @@ from gatecc.engine.whole import reads_masks, whole_program
 from gatecc.errors import ArgumentError, CaptureError, ExampleInputsError, ExportError, GateccError
 from gatecc.export.compare import Compared, Outcome, compare, located
 from gatecc.export.files import MANIFEST, Exported, describe, metadata, move, parent, write_manifest
+from gatecc.export.lower import context_of, lower
 from gatecc.ops import registry
 from gatecc.passes.ensemble.ensemble import in_branches
 from gatecc.scope.printed_rows import bodies_in_branches
@@ -35,6 +37,7 @@ from gatecc.scope.transformers_loops import transformers_loops
 
 __all__ = ["MANIFEST", "Compared", "Exported", "export"]
 
+TARGETS = ("ort", "portable")
 OPSETS = range(18, 26)  # torch.onnx writes invalid files for 26
 TIMEOUT = 600.0  # seconds of CPU time
 FREEDOMS = tuple(Freedom)
@@ -51,6 +54,7 @@ def export(
     folder: str | os.PathLike[str],
     example_inputs: Inputs,
     *,
+    target: Target = "ort",
     opset: int = 24,
     verify: bool = True,
     timeout: float | None = TIMEOUT,
@@ -69,6 +73,8 @@ def export(
     A size is free if the model runs at another one and the graph is right there. Where height and width of images, or
     lengths, cannot be free (or take too long to be), they are those of the example, and a note says so.
 
+    ``target``: "ort" writes operators of ONNX Runtime (com.microsoft) beside those of the standard, "portable" the
+    latter alone.
     ``timeout``: seconds of CPU time after which the export is stopped; None is no limit.
     ``group_experts``: experts of transformers that are set to "batched_mm", which copies a matrix for each token, are
     written as products by expert, and a note says so; of a model that is rewritten, what its graphs hold is written.
@@ -78,6 +84,8 @@ def export(
     need(*EXPORT, *(RUNTIME if verify else ()))
     if opset not in OPSETS:
         raise ArgumentError("this opset cannot be written", found=str(opset), expected="18 to 25; 24 is best tried")
+    if target not in TARGETS:
+        raise ArgumentError("this target is not known", found=repr(target), expected=" or ".join(map(repr, TARGETS)))
     if timeout is not None and not timeout > 0:
         raise ArgumentError("a timeout is a time", found=str(timeout), expected="seconds above 0, or None for no limit")
     args, kwargs = split_inputs(example_inputs)
@@ -86,7 +94,9 @@ def export(
         check_dtypes([*model.parameters(), *model.buffers()])
     try:
         with budget(timeout, lambda seconds: _too_long(model, seconds)):
-            return _export(model, Path(folder), (args, kwargs), opset, verify, timeout, group_experts, external_data)
+            return _export(
+                model, Path(folder), (args, kwargs), target, opset, verify, timeout, group_experts, external_data
+            )
     except GateccError:
         raise
     except Exception as e:
@@ -106,6 +116,7 @@ def _export(
     model: nn.Module,
     folder: Path,
     inputs: tuple[Any, Any],
+    target: Target,
     opset: int,
     verify: bool,
     timeout: float | None,
@@ -130,9 +141,11 @@ def _export(
             if branches:
                 notes.append("a member of an ensemble runs on all samples of a batch if one of them chose it, else not")
             capture = _capture(call)
+            lowered = partial(lower, target=target, opset=opset, context=context_of(model))
 
             def make(free: Freedom, limit: float | None) -> Graph:
-                graph = build(call, opset, metadata(model), registry.lowerings("ort"), capture, free, limit)
+                forms = registry.lowerings(target)
+                graph = build(call, opset, metadata(model), forms, capture, free, limit, lowered)
                 _write(graph, made, external_data)
                 return graph
 
@@ -230,7 +243,7 @@ def _capture(call: Call) -> Capture | None:
         return None
     args, kwargs = call.arguments(call.leaves)
     forward = call.flat.tensors
-    return lambda axes: exported_program(whole_program(model, args, kwargs, dynamic=axes, forward=forward))
+    return lambda axes: whole_program(model, args, kwargs, dynamic=axes, forward=forward)
 
 
 def _per_sample(one: torch.Tensor, two: torch.Tensor) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from torch import nn
@@ -33,6 +34,10 @@ class Exported:
     operators: dict[str, int]
     compared: tuple[Compared, ...]
     notes: tuple[str, ...] = ()
+    lowered: dict[str, int] = field(default_factory=dict[str, int])
+    """How many places each lowering put in its ONNX form: ``{"attention: GroupQueryAttention": 6}``."""
+    kept: dict[str, int] = field(default_factory=dict[str, int])
+    """What was left as the model spells it, how often, and why: ``{"attention: causal+padding: ...": 6}``."""
 
     @property
     def dims(self) -> tuple[str, ...]:
@@ -58,7 +63,13 @@ def describe(folder: Path, made: Path, graph: Graph, compared: Sequence[Compared
         operators=graph.operators,
         compared=tuple(compared),
         notes=tuple(notes),
+        lowered=_counted(f"{o.lowering}: {o.became}" for o in graph.outcomes if o.became),
+        kept=_counted(f"{o.lowering}: {o.found}: {o.reason}" for o in graph.outcomes if not o.became),
     )
+
+
+def _counted(texts: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(texts).items()))
 
 
 def write_manifest(path: Path, model: nn.Module, result: Exported) -> None:

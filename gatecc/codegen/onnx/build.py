@@ -43,6 +43,8 @@ from gatecc.codegen.onnx.stable import FORMS
 from gatecc.codegen.onnx.stream import save
 from gatecc.errors import CaptureError, ExportError
 from gatecc.ir.loops import free_lengths
+from gatecc.ir.outcome import Outcome
+from gatecc.ir.program import Program
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -55,7 +57,8 @@ _OTHER_OPERATOR = "write it with other operators, or select sites or gates witho
 
 
 Axes = Sequence[set[int]]  # of each input
-Capture = Callable[[Axes], ExportedProgram]
+Capture = Callable[[Axes], Program]
+Lower = Callable[[Program], Sequence[Outcome]]
 
 
 class Freedom(Enum):
@@ -77,6 +80,8 @@ class Graph:
     """Which operator of the model a node comes from."""
     program: Callable[[], ExportedProgram]
     """Captures the call again, as it was before anything was put in its ONNX form."""
+    outcomes: Sequence[Outcome] = ()
+    """What the lowerings say of each place that they looked at."""
 
     @property
     def operators(self) -> dict[str, int]:
@@ -113,25 +118,30 @@ def build(
     capture: Capture | None = None,
     free: Freedom = Freedom.ALL,
     limit: float | None = None,
+    lower: Lower | None = None,
 ) -> Graph:
     """Export one call; gradients are off. Raises CaptureError if a capture fails, ExportError if torch.onnx does.
 
-    ``lowerings`` are the ONNX forms of operators that torch.onnx does not know, by overload.
+    ``lowerings`` are the ONNX forms of operators that torch.onnx does not know, by overload; ``lower`` edits the
+    captured program in place and says what became of it.
     ``capture`` captures the call with these axes of its inputs free, by default with scopes traced as they run;
     ``limit`` is the CPU time in seconds that it may take.
     """
-    capture = capture or partial(exported, call)
+    capture = capture or partial(captured, call)
     axes = free_axes(call.leaves, free)
-    program = _program(call, capture, axes, limit)
+    source, program = _program(call, capture, axes, limit)
     numbers = _fixed_symbols(program, lowerings)
     if numbers:  # sizes that an ONNX node holds as attributes
         axes = [
             {i for i in of_one if not _holds(x, i, numbers)}
             for of_one, x in zip(axes, _values(program, call), strict=True)
         ]
-        program = _program(call, capture, axes, limit)
+        source, program = _program(call, capture, axes, limit)
     dims = Dims.of(_values(program, call), call.leaves, call.inputs)
     accepts = compile_guards(size_guards(program, _placeholders(program, call)))
+    outcomes = [] if lower is None else lower(source)
+    if outcomes:
+        program = exported_program(source)
     model = _convert(_lowered(program, opset, lowerings), call, opset)
     if model.opset_imports.get("") != opset:
         raise ExportError(
@@ -145,7 +155,7 @@ def build(
     places = {n.name: place(n.meta["node"]) for n in model.graph.all_nodes() if n.name and "node" in n.meta}
     clean(model, dims)
     model.metadata_props.update(metadata)
-    return Graph(model, dims, accepts, places, lambda: _program(call, capture, axes, None))
+    return Graph(model, dims, accepts, places, lambda: _program(call, capture, axes, None)[1], outcomes)
 
 
 def free_axes(leaves: Sequence[torch.Tensor], free: Freedom) -> list[set[int]]:
@@ -185,23 +195,23 @@ def write(graph: Graph, folder: Path, *, external: bool = False) -> None:
     save({MODEL: graph.model}, folder, DATA if external or graph.nbytes > EXTERNAL else None)
 
 
-def exported(call: Call, axes: Axes) -> ExportedProgram:
-    """The call as a Program, made an ExportedProgram."""
+def captured(call: Call, axes: Axes) -> Program:
+    """The call as a Program."""
     args, kwargs = call.arguments(call.leaves)
     try:
-        program = capture_model(call.flat.m, args, kwargs, forward=call.flat.tensors, dynamic=axes)
+        return capture_model(call.flat.m, args, kwargs, forward=call.flat.tensors, dynamic=axes)
     except CaptureError as e:
         raise CaptureError(
             "torch.export could not capture the model", where=type(call.flat.m).__name__, found=e.found, do=_WHERE
         ) from e
-    return exported_program(program)
 
 
-def _program(call: Call, capture: Capture, axes: Axes, limit: float | None) -> ExportedProgram:
+def _program(call: Call, capture: Capture, axes: Axes, limit: float | None) -> tuple[Program, ExportedProgram]:
     where = type(call.flat.m).__name__
     try:
         with budget(limit, lambda seconds: _too_long(where, seconds)), quiet(), _quiet(), free_lengths():
-            return capture(axes)
+            program = capture(axes)
+            return program, exported_program(program)
     except CaptureError:
         raise
     except Exception as e:

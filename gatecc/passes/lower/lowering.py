@@ -12,30 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from gatecc.ir.outcome import Outcome
 from gatecc.ir.program import Program
 from gatecc.ir.site import Site
 
 LOWERINGS: dict[str, type[Lowering]] = {}  # by name, in the order in which they run
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a lowering says of one place.
-
-    ``place``: FQN of the module; ``line``: of its source; ``found``: what stands there ("softmax attention, causal");
-    ``became``: the operator that stands there now, empty if it was left alone; ``reason``: why it was left alone, or
-    what proved it; ``gain``: what it saves, in words and numbers, an estimate; ``assumes``: names of the buffers that
-    the proof read the values of, which the compiled graph must check on every call.
-    """
-
-    lowering: str
-    place: str
-    line: str
-    found: str
-    became: str = ""
-    reason: str = ""
-    gain: str = ""
-    assumes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,3 +47,6 @@ class Lowering(ABC):
         ``sites`` are those of the program as it is now. What cannot be lowered is an Outcome with a reason, no
         error: an exception stops this lowering for the whole graph, which is then compiled without it.
         """
+
+
+__all__ = ["LOWERINGS", "Lowering", "Outcome", "Settings"]

@@ -1,0 +1,67 @@
+"""Packing: queries, keys and values with tokens before heads, and as one product where they read one value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from gatecc.codegen.onnx.lower.views import Views
+from gatecc.codegen.onnx.lower.write import Writer, aten
+from gatecc.ir.ops import opname
+from gatecc.ir.program import Program
+
+
+def tokens_first(writer: Writer, views: Views, node: fx.Node) -> fx.Node:
+    """(B, heads, N, D) as (B, N, heads * D): what was split into heads, if that is all that was done to it."""
+    B, H, N, D = node.meta["val"].shape
+    turned = views.settled(writer.call(aten.transpose.int, views.settled(node), 1, 2))
+    return views.settled(writer.call(aten.reshape.default, turned, [B, N, H * D]))
+
+
+def packed(
+    writer: Writer, views: Views, q: fx.Node, k: fx.Node, v: fx.Node
+) -> tuple[fx.Node, fx.Node | None, fx.Node | None]:
+    """The three with tokens first; one value with all of them, and None, where there is one or can be made."""
+    parts = [tokens_first(writer, views, node) for node in (q, k, v)]
+    whole = _split(parts)
+    if whole is None and _alike(writer.program, parts):
+        whole = _one_product(writer, parts)
+    return (parts[0], parts[1], parts[2]) if whole is None else (whole, None, None)
+
+
+def _split(parts: Sequence[fx.Node]) -> fx.Node | None:
+    """What the parts are consecutive pieces of."""
+    source = parts[0].args[0] if opname(parts[0]) == "getitem" else None
+    if not isinstance(source, fx.Node) or opname(source) not in ("split", "split_with_sizes", "chunk", "tensor_split"):
+        return None
+    whole = source.args[0]
+    if not isinstance(whole, fx.Node) or len(source.meta["val"]) != len(parts):
+        return None
+    axis = source.args[2] if len(source.args) > 2 else source.kwargs.get("dim", 0)
+    consecutive = all(p.args == (source, i) for i, p in enumerate(parts))
+    return whole if consecutive and axis in (-1, 2) else None
+
+
+def _alike(program: Program, parts: Sequence[fx.Node]) -> bool:
+    """Whether all are products of one value with weights, which nobody else reads."""
+    if any(opname(p) != "linear" or len(p.users) > 1 for p in parts):
+        return False
+    weights = [w for p in parts for w in p.args[1:3] if w is not None]
+    known = all(isinstance(w, fx.Node) and program.tensor(w) is not None for w in weights)
+    return known and len({p.args[0] for p in parts}) == 1
+
+
+def _one_product(writer: Writer, parts: Sequence[fx.Node]) -> fx.Node:
+    weight = writer.call(aten.cat.default, [p.args[1] for p in parts], 0)
+    bias = None
+    if any(p.args[2] is not None for p in parts):
+        bias = writer.call(aten.cat.default, [p.args[2] or _zeros(writer, p) for p in parts], 0)
+    return writer.call(aten.linear.default, parts[0].args[0], weight, bias)
+
+
+def _zeros(writer: Writer, product: fx.Node) -> fx.Node:
+    held = product.meta["val"]
+    width = int(held.shape[-1])
+    return writer.constant(f"no_bias_{width}", torch.zeros(width, dtype=held.dtype))

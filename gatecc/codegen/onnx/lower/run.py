@@ -1,0 +1,49 @@
+"""run: all lowerings of a target on one program, each behind those that it comes after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import fx
+
+from gatecc.codegen.onnx.lower.lowering import GRAPH_LOWERINGS, GraphLowering, Subject
+from gatecc.codegen.onnx.lower.write import UnwritableError
+from gatecc.ir.outcome import Outcome
+
+
+def lower_graph(subject: Subject) -> list[Outcome]:
+    """Put what is recognised in the program in the form of ONNX nodes, in place; what was done and what was not.
+
+    ``subject.program`` is canonical; its sites are those of the program as it is. Any Program will do: that of a full
+    call or that of a decoder's step. The graph is ready for `gatecc.capture.exported.exported_program` afterwards.
+    """
+    outcomes: list[Outcome] = []
+    for kind in _order():
+        if subject.target not in kind.targets or subject.opset < kind.since:
+            continue
+        outcomes += kind().lower(subject)
+        subject.program.graph.eliminate_dead_code(_may_stay)
+    subject.program.graph.lint()
+    return outcomes
+
+
+def _may_stay(node: fx.Node) -> bool:
+    return node.is_impure()
+
+
+def _order() -> Iterator[type[GraphLowering]]:
+    done: list[str] = []
+
+    def add(name: str) -> None:
+        if name in done:
+            return
+        for earlier in GRAPH_LOWERINGS[name].after:
+            add(earlier)
+        done.append(name)
+
+    for name in sorted(GRAPH_LOWERINGS):
+        add(name)
+    return (GRAPH_LOWERINGS[name] for name in done)
+
+
+__all__ = ["UnwritableError", "lower_graph"]

@@ -1,0 +1,35 @@
+"""lower: a Program through the lowerings of an ONNX target: that of a whole call, or that of a decoder's step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from gatecc.codegen.onnx.lower import Subject, Target, lower_graph
+from gatecc.ir.outcome import Outcome
+from gatecc.ir.program import Program
+from gatecc.pipeline import prepare
+
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
+
+
+def lower(program: Program, target: Target, opset: int, context: int | None = None) -> list[Outcome]:
+    """Lower a program in place; what was put in its ONNX form, and what was not and why.
+
+    ``context`` is the number of positions that tables (of rotary embeddings) are made for; None leaves what depends on
+    it in the graph. Afterwards `gatecc.capture.exported.exported_program` makes the program what torch.onnx takes.
+    """
+    prepared = prepare(program)
+    return lower_graph(Subject(program, prepared.sites, target, opset, context))
+
+
+def context_of(model: nn.Module) -> int | None:
+    """The largest length that a model's config says it is made for; None if it says none."""
+    config: Any = getattr(model, "config", None)
+    for part in (config, getattr(config, "text_config", None)):
+        for name in _LENGTHS:
+            length = getattr(part, name, None)
+            if isinstance(length, int) and length > 0:
+                return length
+    return None
