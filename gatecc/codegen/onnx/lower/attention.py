@@ -18,16 +18,18 @@ from gatecc.codegen.onnx.lower.lowering import GraphLowering, Subject, lacking_k
 from gatecc.codegen.onnx.lower.packing import packed, tokens_first
 from gatecc.codegen.onnx.lower.rotation import Rotation, rotation
 from gatecc.codegen.onnx.lower.sizes import key_counts, positions
-from gatecc.codegen.onnx.lower.views import Views
+from gatecc.codegen.onnx.lower.views import Views, equal_shapes
 from gatecc.codegen.onnx.lower.write import UnwritableError, Writer, aten
 from gatecc.ir.dataflow import Flow
 from gatecc.ir.evaluate import Evaluator, UnprovableError
 from gatecc.ir.match.mask.evaluate import AT_EXAMPLE_ONLY
+from gatecc.ir.ops import CONTRACTIONS, opname
 from gatecc.ir.outcome import Outcome
 from gatecc.ir.program import fake
 from gatecc.ir.site import Attention
 from gatecc.ir.sizes import node_shape, same
 
+_TRIES = 6  # values that may be the queries before their rotary embedding
 _STEP = 16  # channels: the rotary embedding of GroupQueryAttention turns a multiple of so many
 
 
@@ -85,24 +87,45 @@ class AttentionNode(GraphLowering):
 
     def _turn(self, call: Call, subject: Subject, evaluator: Evaluator) -> None:
         """Take the rotary embedding into the node, where it is proved to be one."""
-        raw = [call.site.find(name) for name in ("q_raw", "k_raw")]
         if not call.site.rotary:
             return
-        if any(value is None or str(value.axes) not in ("bhnd", "bhmd") for value in raw):
-            call.kept_rotary = "what it turns is not found"
-            return
-        before = [value.node for value in raw if value is not None]
         try:
-            found = [
-                _tables(subject, one, other, evaluator) for one, other in zip(before, (call.q, call.k), strict=True)
-            ]
+            turned = [_unturned(subject, call.site, name, evaluator) for name in ("q", "k")]
         except UnprovableError as e:
             call.kept_rotary = str(e)
             return
+        found, before = [one for one, _ in turned], [raw for _, raw in turned]
         if not found[0].equals(found[1]):
             call.kept_rotary = "queries and keys are turned differently"
             return
         call.rotation, (call.q, call.k) = found[0], before
+
+
+def _unturned(subject: Subject, site: Attention, name: str, evaluator: Evaluator) -> tuple[Rotation, fx.Node]:
+    """What turns the queries or keys of a site, and what they are before. Raises UnprovableError."""
+    turned, raw = site.values[name].node, site.find(f"{name}_raw")
+    known = [raw.node] if raw is not None and str(raw.axes) in ("bhnd", "bhmd") else []
+    reason = "what it turns is not found"
+    for candidate in [*known, *_before(turned, evaluator.flow)][:_TRIES]:
+        try:
+            return _tables(subject, candidate, turned, evaluator), candidate
+        except UnprovableError as e:
+            reason = str(e)
+    raise UnprovableError(reason)
+
+
+def _before(turned: fx.Node, flow: Flow) -> list[fx.Node]:
+    """The values of the same shape that a value is made of, the latest first, up to the product that made them."""
+    found: list[fx.Node] = []
+    seen, stack = set[fx.Node](), [turned]
+    while stack:
+        for node in stack.pop().all_input_nodes:
+            if node in seen or node not in flow.data or opname(node) in CONTRACTIONS:
+                continue
+            seen.add(node)
+            stack.append(node)
+            found += [node] if equal_shapes(node, turned) else []
+    return sorted(found, key=flow.order.__getitem__, reverse=True)
 
 
 def _tables(subject: Subject, raw: fx.Node, turned: fx.Node, evaluator: Evaluator) -> Rotation:
@@ -154,13 +177,9 @@ def _unfit(site: Attention, subject: Subject, flow: Flow) -> str:
         return f"{site.heads} heads do not share {site.kv_heads}"
     if subject.target == "portable" and mask.kind == "sliding_window":
         return "Attention of the standard has no sliding window"
-    if site.sinks and _sinks(site) is None:
-        return "the further logit of the softmax is no weight of the heads"
+    if site.sinks:
+        return "a further logit takes part in the softmax"
     return lacking_kernel(*(site.values[name].node for name in "qkv"))
-
-
-def _sinks(site: Attention) -> fx.Node | None:
-    return None  # TODO
 
 
 # --- the nodes --------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import fx
@@ -84,9 +85,9 @@ class Gelu(GraphLowering):
         if own and (tanh or _biased(match)):
             op, inputs = ("FastGelu" if tanh else "BiasGelu"), [x]
             if _biased(match):
-                product = writer.call(aten.linear.default, x.args[0], x.args[1])
-                inputs = [product, x.args[2]]
-            return op, writer.onnx(f"com.microsoft::{op}", inputs, {}, match.root)  # pyright: ignore
+                given: Any = x.args
+                inputs = [writer.call(aten.linear.default, *given[:2]), given[2]]
+            return op, writer.onnx(f"com.microsoft::{op}", inputs, {}, match.root)
         attributes = {"approximate": "tanh" if tanh else "none"}
         return "Gelu", writer.onnx("Gelu", [x], attributes, match.root)
 

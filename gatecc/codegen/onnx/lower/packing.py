@@ -50,7 +50,7 @@ def _alike(program: Program, parts: Sequence[fx.Node]) -> bool:
         return False
     weights = [w for p in parts for w in p.args[1:3] if w is not None]
     known = all(isinstance(w, fx.Node) and program.tensor(w) is not None for w in weights)
-    return known and len({p.args[0] for p in parts}) == 1
+    return known and all(p.args[0] is parts[0].args[0] for p in parts)
 
 
 def _one_product(writer: Writer, parts: Sequence[fx.Node]) -> fx.Node:

@@ -64,7 +64,7 @@ class RmsNorm(GraphLowering):
 
 
 def _epsilon(match: Match) -> float:
-    given = match.constants.get("eps", match.constants.get("e"))
+    given = match.constants.get("eps", match.constants.get("given"))
     dtype = match.root.meta["val"].dtype
     return float(torch.finfo(dtype).eps if given is None else given)
 

@@ -58,7 +58,7 @@ class _Run:
 
     def __init__(self, evaluator: Evaluator, part: Slice, raw: fx.Node, positions: int | None) -> None:
         self.evaluator, self.part, self.raw = evaluator, part, raw
-        held: Tensor = raw.meta["val"]
+        held: Any = raw.meta["val"]
         sizes: dict[sympy.Symbol, int] = {}
         for axis, size in enumerate(held.shape):
             if isinstance(size, int):
@@ -70,8 +70,8 @@ class _Run:
                 raise UnprovableError("nobody says for how many positions the model is made (config)")
             sizes[symbol] = 1 if axis == 0 else positions or 1
         self.sizes: Any = sizes
-        batch, _, tokens, width = (s if isinstance(s, int) else sizes[expression(s)] for s in held.shape)
-        self.shape, self.dtype = (batch, int(held.shape[1]), tokens, width), held.dtype
+        batch, heads, tokens, width = (s if isinstance(s, int) else sizes[expression(s)] for s in held.shape)
+        self.shape, self.dtype = (batch, heads, tokens, width), held.dtype
         self.random = torch.randn(self.shape, generator=torch.Generator().manual_seed(0)).to(self.dtype)
         self.after = self.at(self.random)
 

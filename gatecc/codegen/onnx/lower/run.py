@@ -8,6 +8,7 @@ from torch import fx
 
 from gatecc.codegen.onnx.lower.lowering import GRAPH_LOWERINGS, GraphLowering, Subject
 from gatecc.codegen.onnx.lower.write import UnwritableError
+from gatecc.ir.ops import DROPOUTS, opname
 from gatecc.ir.outcome import Outcome
 
 
@@ -28,7 +29,10 @@ def lower_graph(subject: Subject) -> list[Outcome]:
 
 
 def _may_stay(node: fx.Node) -> bool:
-    return node.is_impure()
+    """Whether a node does something that nobody reads. Attention and dropout would draw numbers, at a rate above 0."""
+    if opname(node) == "scaled_dot_product_attention" and node.args[4] == 0.0:
+        return False
+    return node.is_impure() and not (opname(node) in DROPOUTS and node.args[2] is False)
 
 
 def _order() -> Iterator[type[GraphLowering]]:

@@ -83,15 +83,16 @@ class SkipNorm(GraphLowering):
 
 
 def _norm(node: fx.Node) -> _Norm | None:
+    given: Any = node.args
     if is_rms_norm(node):
-        x, scale = node.args[0][:2]  # pyright: ignore[reportIndexIssue, reportArgumentType, reportOptionalSubscript]
-        return _Norm(node, x, scale, None, float(node.kwargs["attr_floats"][0]))  # pyright: ignore
+        epsilon: Any = node.kwargs["attr_floats"]
+        return _Norm(node, given[0][0], given[0][1], None, float(epsilon[0]))
     if opname(node) != "layer_norm":
         return None
-    x, axes, scale, shift, epsilon = node.args[:5]
-    if not isinstance(x, fx.Node) or not isinstance(scale, fx.Node) or len(tuple(axes)) != 1:  # pyright: ignore
+    x, axes, scale, shift, epsilon = given[:5]
+    if not isinstance(x, fx.Node) or not isinstance(scale, fx.Node) or len(tuple(axes)) != 1:
         return None
-    return _Norm(node, x, scale, shift if isinstance(shift, fx.Node) else None, float(epsilon))  # pyright: ignore
+    return _Norm(node, x, scale, shift if isinstance(shift, fx.Node) else None, float(epsilon))
 
 
 def _unfit(norm: _Norm, total: fx.Node, flow: Flow) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._guards import detect_fake_mode
+from torch.fx.node import map_aggregate
 from torch.onnx.ops import _symbolic_impl
 
 from gatecc.ir.loops import free_lengths
@@ -20,7 +21,8 @@ from gatecc.ir.sizes import same
 aten: Any = torch.ops.aten
 _ONE: Any = torch.ops.onnx_symbolic._symbolic.default
 _SEVERAL: Any = torch.ops.onnx_symbolic._symbolic_multi_out.default
-_CODES = {dtype: code for code, dtype in _symbolic_impl._dtype_mappings.ONNX_DTYPE_TO_TORCH_DTYPE.items()}
+_TYPES: Any = vars(_symbolic_impl)["_dtype_mappings"]
+_CODES = {dtype: code for code, dtype in _TYPES.ONNX_DTYPE_TO_TORCH_DTYPE.items()}
 Attributes = Mapping[str, Any]
 Shape = Sequence[int | torch.SymInt]
 
@@ -70,7 +72,7 @@ class Writer:
         def sized(value: Any) -> Any:
             return self.size(value, given) if isinstance(value, torch.SymInt) else value
 
-        written = fx.node.map_aggregate(args, sized)
+        written = map_aggregate(args, sized)
         made = self._add(target, written, kwargs)
         values: Any = fx.map_arg((written, kwargs), lambda n: n.meta["val"])
         with self._mode(given) or nullcontext(), free_lengths():
@@ -141,7 +143,7 @@ class Writer:
     def _empty(self, inputs: Sequence[fx.Node | None], shape: Shape, dtype: torch.dtype) -> torch.Tensor:
         device = next((n.meta["val"].device for n in inputs if n is not None), torch.device("cpu"))
         with self._mode(inputs) or nullcontext():
-            return torch.empty(shape, dtype=dtype, device=device)  # pyright: ignore[reportArgumentType]
+            return torch.empty(shape, dtype=dtype, device=device)
 
     def _mode(self, inputs: Sequence[fx.Node | None]) -> Any:
         nodes = [n for n in inputs if n is not None] or self.program.placeholders
