@@ -135,8 +135,17 @@ def compile_launch(made: Launch, target: str) -> Resources:
 
 
 def kernel_names(launcher: ModuleType) -> list[str]:
-    """The names under which a module holds kernels."""
-    return [name for name, value in vars(launcher).items() if isinstance(value, KernelInterface)]
+    """The names under which a module holds kernels that are launched: not those that others among them call."""
+    found = {name: _function(value) for name, value in vars(launcher).items() if isinstance(value, KernelInterface)}
+    called = {name for function in found.values() for name in function.__code__.co_names}
+    return [name for name in found if name not in called]
+
+
+def _function(kernel: Any) -> Any:
+    """What a kernel was written as, below what it is wrapped in."""
+    while isinstance(kernel, KernelInterface):
+        kernel = kernel.fn  # pyright: ignore[reportAttributeAccessIssue]
+    return kernel
 
 
 def faults(found: Resources, target: str, *, spills: float = 0, vector: float = WIDE, matrix: float = 1) -> list[str]:

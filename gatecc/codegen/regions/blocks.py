@@ -7,6 +7,7 @@ GPU has confirmed its order.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from gatecc.codegen.triton.sizes import block_of, cdiv
 
 _PACKAGE = "gatecc.codegen.regions"
 MAKES = {"nvidia": "sm_90", "amd": "gfx942"}  # the part that stands for a make
+_LANES = {"nvidia": 32, "amd": 64}  # threads of a warp
 _REGISTERS = 65536  # of a multiprocessor, 32 bits each
 _ROWS = (16, 64, 1 << 30)  # up to so many rows a choice of its own
 
@@ -46,44 +48,58 @@ def rowwise_blocks(width: int, tiles: int, *, reduces: bool) -> dict[str, Blocks
     return found
 
 
-def product_blocks(
-    columns: int, inner: int, products: int, dtype: torch.dtype, *, whole: bool
-) -> dict[str, list[tuple[int, Blocks]]]:
-    """By make, for up to so many rows: the best of the table. ``whole``: a program must have all columns."""
-    return {
-        make: [(most, _best(make, min(most, 4096), columns, inner, products, dtype, whole)) for most in _ROWS]
-        for make in MAKES
-    }
+@dataclass(frozen=True)
+class Products:
+    """What a region multiplies: so many products of (rows, inner) by (inner, columns), summed in one loop.
+
+    tiles: values over rows and columns that are held at once behind the loop; whole: a program must have all columns.
+    """
+
+    columns: int
+    inner: int
+    count: int
+    tiles: int
+    dtype: torch.dtype
+    whole: bool
 
 
-def _best(make: str, rows: int, columns: int, inner: int, products: int, dtype: torch.dtype, whole: bool) -> Blocks:
-    table = config(_PACKAGE, "matmul", width(dtype), make=make)
-    part, found = PARTS[MAKES[make]], list[tuple[float, Blocks]]()
+def product_blocks(p: Products) -> dict[str, list[tuple[int, Blocks]]]:
+    """By make, for up to so many rows: the best of the table."""
+    return {make: [(most, _best(make, min(most, 4096), p)) for most in _ROWS] for make in MAKES}
+
+
+def _best(make: str, rows: int, p: Products) -> Blocks:
+    table = config(_PACKAGE, "matmul", width(p.dtype), make=make)
+    part, found = PARTS[MAKES[make]], list[tuple[tuple[float, float], Blocks]]()
     for name in table:
         c = Blocks(**table[name])  # pyright: ignore[reportCallIssue]
-        cols = block_of(columns) if whole else block_of(columns, max(16, c.cols // _power(products)))
-        c = c._replace(cols=cols, inner=block_of(inner, c.inner), rows=block_of(rows, c.rows))
-        found.append((seconds(c, part, rows, columns, inner, products, dtype), c))
+        cols = block_of(p.columns) if p.whole else block_of(p.columns, max(16, c.cols // _power(p.count)))
+        c = c._replace(cols=cols, inner=block_of(p.inner, c.inner), rows=block_of(rows, c.rows))
+        widest = c.rows * max(c.cols, c.inner) * p.dtype.itemsize // 16  # accesses of 16 bytes to the largest block
+        c = c._replace(warps=max(1, min(c.warps, widest // _LANES[make])))
+        found.append((seconds(c, part, rows, p), c))
     return min(found)[1]
 
 
-def seconds(c: Blocks, part: Part, rows: int, columns: int, inner: int, products: int, dtype: torch.dtype) -> float:
-    """An estimate of a product's time on a part; infinite for what does not fit."""
-    itemsize, threads = dtype.itemsize, 32 * c.warps
-    shared = (c.rows + products * c.cols) * c.inner * itemsize * c.stages
-    held = c.rows * c.cols * products  # accumulators
-    if dtype == torch.float32:
+def seconds(c: Blocks, part: Part, rows: int, p: Products) -> tuple[float, float]:
+    """An estimate of a product's time on a part, and of it without memory; infinite for what does not fit."""
+    itemsize, threads = p.dtype.itemsize, 32 * c.warps
+    shared = (c.rows + p.count * c.cols) * c.inner * itemsize * c.stages
+    held = c.rows * c.cols * p.count  # accumulators
+    if p.dtype == torch.float32:
         held += 3 * (c.rows + c.cols) * c.inner // 2  # operands in three parts
-    if shared > part.shared or held / threads > 128:
-        return float("inf")
+    behind = c.rows * c.cols * max(p.count, p.tiles)
+    if shared > part.shared or max(held, behind) / threads > 128:
+        return float("inf"), behind / threads
     at_once = max(1, min(part.shared // (shared + 1024), _REGISTERS // max(1, 2 * held), 2048 // threads))
-    programs = cdiv(rows, c.rows) * cdiv(columns, c.cols)
+    programs = cdiv(rows, c.rows) * cdiv(p.columns, c.cols)
     waves = cdiv(programs, part.units * at_once)
     small = min(1.0, c.rows * c.cols / (128 * 128)) ** 0.35 * min(1.0, at_once * c.warps / 8)
-    flops = 2 * c.rows * c.cols * inner * products * at_once / (part.rate(dtype) / part.units * small)
-    fed = (c.rows + products * c.cols) * inner * itemsize * at_once / (2 * part.bandwidth / part.units)
-    least = (rows * inner + products * inner * columns + rows * columns) * itemsize / part.bandwidth
-    return max(waves * max(flops, fed), least)
+    flops = 2 * c.rows * c.cols * p.inner * p.count * at_once / (part.rate(p.dtype) / part.units * small)
+    fed = (c.rows + p.count * c.cols) * p.inner * itemsize * at_once / (2 * part.bandwidth / part.units)
+    least = (rows * p.inner + p.count * p.inner * p.columns + rows * p.columns) * itemsize / part.bandwidth
+    busy = waves * max(flops, fed)
+    return max(busy, least), busy
 
 
 def _power(count: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from gatecc.codegen.regions.expressions import UnprintableError, expression, literal
+from gatecc.codegen.regions.expressions import FUNCTIONS, UnprintableError, expression, literal
 from gatecc.codegen.regions.region import (
     ALIASES,
     CASTS,
@@ -25,7 +25,10 @@ from gatecc.codegen.regions.region import (
 )
 
 _TYPES = {torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16", torch.float32: "tl.float32"}
-_RESERVED = frozenset("tl triton torch rows cols mask row_mask col_mask at inner parts kernel a b k".split())
+_RESERVED = {
+    *"tl triton torch rows cols mask row_mask col_mask at inner parts kernel a b k".split(),
+    *FUNCTIONS.values(),
+}
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,11 @@ class Body:
         if node not in self.values:
             self.values[node] = self._load(node) if node.op == "placeholder" else self._call(node)
         return self.values[node]
+
+    def tiles(self) -> set[str]:
+        """The names of values that run over rows and columns."""
+        found = [x for v in self.values.values() for x in (v if isinstance(v, tuple) else (v,))]
+        return {v.text for v in found if v.kind == "tile"}
 
     def _call(self, node: fx.Node) -> Any:
         name = name_of(node)

@@ -1,6 +1,7 @@
 """Expressions: what operators are in Triton, on float32 operands. One table for every kernel that is printed.
 
-Only what ``tl`` itself has: its interpreter runs no libdevice, and the judge runs every kernel in it.
+Only what ``tl`` itself has, and functions made of it: its interpreter runs no libdevice, and the judge runs every
+kernel in it.
 """
 
 from __future__ import annotations
@@ -21,8 +22,6 @@ SIMPLE = {
     "rsqrt": "tl.rsqrt({0})",
     "reciprocal": "1.0 / {0}",
     "square": "{0} * {0}",
-    "sin": "tl.sin({0})",
-    "cos": "tl.cos({0})",
     "erf": "tl.erf({0})",
     "floor": "tl.floor({0})",
     "ceil": "tl.ceil({0})",
@@ -57,16 +56,8 @@ SIMPLE = {
     "tanh_backward": "{0} * (1.0 - {1} * {1})",
 }
 _ROOT, _CUBIC = 1 / math.sqrt(2), math.sqrt(2 / math.pi)
-# Near 0 what tl has cancels. exp and log of a sum are mended by what rounding made of it (Kahan).
-_EXP = "tl.where(tl.exp({0}) == 1.0, {0}, (tl.exp({0}) - 1.0) * {0} / tl.log(tl.exp({0})))"
-_LOG = "tl.where(1.0 + {0} == 1.0, {0}, tl.log(1.0 + {0}) * {0} / ((1.0 + {0}) - 1.0))"
-_FAR = "tl.where({0} < 0.0, -1.0, 1.0) * (1.0 - tl.exp(-2.0 * tl.abs({0}))) / (1.0 + tl.exp(-2.0 * tl.abs({0})))"
-_TANH = "{0} * (1.0 - {0} * {0} * (0.3333333333 - {0} * {0} * (0.1333333333 - 0.05396825397 * {0} * {0})))"
-_MENDED = {
-    "expm1": f"tl.where(tl.abs({{0}}) < 0.5, {_EXP}, tl.exp({{0}}) - 1.0)",
-    "log1p": f"tl.where(tl.abs({{0}}) < 0.5, {_LOG}, tl.log(1.0 + {{0}}))",
-    "tanh": f"tl.where(tl.abs({{0}}) < 0.1, {_TANH}, {_FAR})",
-}
+# Functions of gatecc.codegen.regions.kernels.functions, by operator.
+FUNCTIONS = {"tanh": "tanh", "expm1": "expm1", "log1p": "log1p", "sin": "sine", "cos": "cosine"}
 
 
 class UnprintableError(Exception):
@@ -87,7 +78,9 @@ def expression(node: fx.Node, name: str, operands: list[str]) -> str:
     """A node's operator on printed operands: those of its positional arguments. Raises UnprintableError."""
     if name in _SPECIAL:
         return _SPECIAL[name](node, operands)
-    simple = _MENDED.get(name) or SIMPLE.get(name)
+    if name in FUNCTIONS:
+        return f"{FUNCTIONS[name]}({operands[0]})"
+    simple = SIMPLE.get(name)
     if simple is None:
         raise UnprintableError(f"{name} is not in the table of expressions")
     if name == "div" and node.kwargs.get("rounding_mode"):
@@ -144,8 +137,8 @@ def _leaky(node: fx.Node, x: list[str]) -> str:
 
 def _elu(node: fx.Node, x: list[str]) -> str:
     alpha, scale, within = (*node.args[1:], *(1, 1, 1)[len(node.args) - 1 :])
-    below = _MENDED["expm1"].format(f"({literal(within)} * {x[0]})")
-    return f"{literal(scale)} * tl.where({x[0]} > 0.0, {x[0]}, {literal(alpha)} * ({below}))"
+    below = f"expm1({literal(within)} * {x[0]})"
+    return f"{literal(scale)} * tl.where({x[0]} > 0.0, {x[0]}, {literal(alpha)} * {below})"
 
 
 def _multiplied(sign: str) -> Any:
@@ -170,4 +163,4 @@ _SPECIAL: dict[str, Any] = {
     "addcdiv": _multiplied("/"),
     "lerp": lambda node, x: f"{x[0]} + {x[2]} * ({x[1]} - {x[0]})",
 }
-NAMES = frozenset(SIMPLE) | frozenset(_MENDED) | frozenset(_SPECIAL)
+NAMES = frozenset(SIMPLE) | frozenset(FUNCTIONS) | frozenset(_SPECIAL)

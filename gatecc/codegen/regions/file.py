@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import fx
 
 from gatecc.codegen.regions.aten import print_aten
+from gatecc.codegen.regions.expressions import FUNCTIONS
 from gatecc.codegen.regions.matmul import print_matmul
 from gatecc.codegen.regions.region import Region, dtype, rows_of, shape
 from gatecc.codegen.regions.rowwise import Printed, print_rowwise
 
-FORM = "1"  # of the files: what was printed in another is not used
+FORM = "2"  # of the files: what was printed in another is not used
 PAGE = '''"""{title}
 
 {notes}Printed by gatecc from this graph (gatecc.codegen.regions); another graph is another file. On a GPU the kernel
@@ -28,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from gatecc.codegen.regions.runtime import Blocks, cdiv, choose, precision
+{functions}from gatecc.codegen.regions.runtime import Blocks, cdiv, choose, precision
 
 # By make of GPU: for up to so many rows, these blocks.
 BLOCKS = {blocks}
@@ -117,6 +119,7 @@ def print_page(region: Region, derivative: Derivative | None = None) -> Page:
         notes="".join(f"    {note}\n" for note in region.notes) + "\n" * bool(region.notes),
         graph="\n".join(f"    {line}" for line in _lines(region.graph)),
         blocks=_blocks(printed),
+        functions=_functions(printed.kernel),
         kernel=printed.kernel,
         inputs=", ".join(inputs),
         outputs=", ".join(outputs),
@@ -162,6 +165,12 @@ def _lines(graph: fx.Graph) -> list[str]:
         elif node.op == "output":
             found.append(f"return {', '.join(map(str, node.args[0]))}")
     return [line.replace('"""', "'''").replace("\\", "/") for line in found]
+
+
+def _functions(kernel: str) -> str:
+    """The line that imports those that a kernel calls."""
+    names = sorted(name for name in FUNCTIONS.values() if re.search(rf"\b{name}\(", kernel))
+    return f"from gatecc.codegen.regions.kernels.functions import {', '.join(names)}\n" if names else ""
 
 
 def _blocks(printed: Printed) -> str:

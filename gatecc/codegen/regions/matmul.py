@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from gatecc.codegen.regions.blocks import product_blocks
+from gatecc.codegen.regions.alive import most_alive
+from gatecc.codegen.regions.blocks import Products, product_blocks
 from gatecc.codegen.regions.body import Body, Space, Value
 from gatecc.codegen.regions.region import (
     REDUCTIONS,
@@ -62,7 +63,8 @@ def print_matmul(region: Region) -> Printed:
     after.lines += [stored(after, output, i) for i, output in enumerate(region.outputs)]
     text = _text(region, weights, loop, after.lines, K)
     reduces = any(name_of(n) in REDUCTIONS for n in region.calls)
-    blocks = product_blocks(N, K, len(region.products), dtype(left[0]), whole=reduces)
+    tiles = most_alive(after.lines, after.tiles())
+    blocks = product_blocks(Products(N, K, len(region.products), tiles, dtype(left[0]), reduces))
     strides = ", ".join(f"{w.name}.stride({axis})" for w in weights for axis in _axes(w, dict(right)[w]))
     grid = f"(cdiv(count, blocks.rows) * cdiv({N}, blocks.cols),)"
     constants = f", BLOCK_INNER=blocks.inner, PRECISION=precision({left[0].meta['val'].dtype})"

@@ -75,3 +75,4 @@ register(
 register(Operator(overload=_ops.linear_attention_backward.default, flops=cost.backward))
 register(Operator(overload=_ops.linear_attention_step.default, flops=cost.step))
 judge.register("gatecc.ops.linear_attention.triton.judged")
+judge.register("gatecc.ops.linear_attention.triton.judged_step")

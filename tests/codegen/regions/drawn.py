@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from gatecc.codegen.judge.family import DTYPES
 
 UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
@@ -58,12 +62,14 @@ BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "where": lambda x, y: torch.where(x >= y, x, y),
     "addcmul": lambda x, y: torch.addcmul(x, torch.tanh(x), torch.tanh(y), value=0.5),
 }
+_AT_ONCE = 20
 
 
 @dataclass(frozen=True)
 class Drawn:
     """A region. ``shapes`` of its inputs; those of ``weights`` are right operands of products."""
 
+    dtype: str
     steps: tuple[Any, ...]
     shapes: tuple[Any, ...]
     weights: tuple[int, ...]
@@ -83,6 +89,12 @@ class Drawn:
         found: tuple[Any, ...] = tuple(values[i] for i in self.outputs)
         return found if len(self.outputs) > 1 else found[0]
 
+    def many(self, rows: int, **options: Any) -> list[Tensor]:
+        """Empty tensors of at least so many rows: the first axis is longer."""
+        lead = self.shapes[0][:-1]
+        first = -(-rows // math.prod(lead[1:]))
+        return [torch.empty((first, *s[1:]) if s[:-1] == lead else s, **options) for s in self.shapes]
+
     def tensors(self) -> list[Tensor]:
         return [
             torch.randn(s, dtype=torch.float64) * (s[-1] ** -0.5 if i in self.weights else 1)
@@ -92,6 +104,7 @@ class Drawn:
 
 @st.composite
 def regions(draw: st.DrawFn) -> Drawn:
+    dtype = draw(st.sampled_from(list(DTYPES)))
     lead = (*draw(st.lists(st.integers(2, 6), min_size=1, max_size=2)), draw(st.integers(2, 9)))
     N, K = draw(st.integers(3, 70)), draw(st.integers(3, 40))
     shapes: list[tuple[int, ...]] = [(*lead, N)]
@@ -132,4 +145,56 @@ def regions(draw: st.DrawFn) -> Drawn:
         tiles.append(where)
         where += 1
     outputs = (where - 1,) if draw(st.booleans()) or len(steps) < 2 else (where - 1, where - 2)
-    return Drawn(tuple(steps), tuple(shapes), tuple(weights), tuple(outputs))
+    return _used(Drawn(dtype, tuple(steps), tuple(shapes), tuple(weights), tuple(outputs)))
+
+
+def _used(region: Drawn) -> Drawn:
+    """Without what no result reads."""
+    inputs, kept = len(region.shapes), set(region.outputs)
+    for place in range(inputs + len(region.steps) - 1, inputs - 1, -1):
+        if place in kept:
+            kept.update(_read(region.steps[place - inputs]))
+    moved = {old: new for new, old in enumerate(sorted(kept))}
+    steps = [
+        (kind, *[moved[x] if type(x) is int else x for x in rest])
+        for place, (kind, *rest) in enumerate(region.steps, inputs)
+        if place in kept
+    ]
+    return Drawn(
+        region.dtype,
+        tuple(steps),
+        tuple(s for place, s in enumerate(region.shapes) if place in kept),
+        tuple(moved[w] for w in region.weights if w in kept),
+        tuple(moved[o] for o in region.outputs),
+    )
+
+
+def _read(step: tuple[Any, ...]) -> list[int]:
+    return [x for x in step if type(x) is int]  # not the flag of a product
+
+
+def drawn(first: int, last: int) -> list[Drawn]:
+    """Regions of several steps by their numbers, the same in every run and in every cut of the numbers."""
+    found = [region for part in range(first // _AT_ONCE, -(-last // _AT_ONCE)) for region in _part(part)]
+    return found[first % _AT_ONCE :][: last - first]
+
+
+def _part(number: int) -> list[Drawn]:
+    """So many regions of one seed, each once."""
+    found: dict[Drawn, None] = {}
+
+    @seed(number)
+    @settings(
+        max_examples=4 * _AT_ONCE,
+        phases=[Phase.generate],
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
+    )
+    @given(region=regions())
+    def draw(region: Drawn) -> None:
+        if len(region.steps) > 1:
+            found.setdefault(region)
+
+    draw()
+    assert len(found) >= _AT_ONCE
+    return list(found)[:_AT_ONCE]

@@ -14,7 +14,7 @@ from gatecc.codegen.triton.sizes import block_of, cdiv
 LEVELS = 5
 CHUNK = 1 << LEVELS  # tokens
 
-Kernel = Literal["scan", "mix", "differentiate", "solve", "strengths", "delta_scan"]
+Kernel = Literal["scan", "mix", "differentiate", "solve", "strengths", "delta_scan", "token"]
 
 
 class Operand(NamedTuple):
