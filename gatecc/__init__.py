@@ -1,6 +1,6 @@
 """gatecc: a compiler that puts gates, experts and linear attention into PyTorch models."""
 
-from gatecc import adapters, checks, diagnose, state_space, train
+from gatecc import adapters, checks, diagnose, onnx, state_space, train
 from gatecc.backend.explain import explain
 from gatecc.checkpoint import load, materialise, save
 from gatecc.decoder import Decoder, decoder
@@ -85,6 +85,7 @@ __all__ = [
     "last_report",
     "load",
     "materialise",
+    "onnx",
     "recipe",
     "recipes",
     "revert",

@@ -41,7 +41,7 @@ LAYERS = (
     Layer(("decoder", "diagnose", "backend")),
     Layer(("transform", "state_space")),
     Layer(("checkpoint", "export", "adapters", "handoff", "specialise")),
-    Layer(("integrations", "checks")),
+    Layer(("integrations", "checks", "onnx")),
     Layer(("__init__",)),
     Layer(("cli", "__main__"), peers=True),
 )

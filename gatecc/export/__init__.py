@@ -27,6 +27,7 @@ from gatecc.engine.analyse import Inputs, check_model, evaluation
 from gatecc.engine.whole import reads_masks, whole_program
 from gatecc.errors import ArgumentError, CaptureError, ExampleInputsError, ExportError, GateccError
 from gatecc.export.compare import Compared, Outcome, compare, located
+from gatecc.export.decode import decode as decode_step
 from gatecc.export.files import MANIFEST, Exported, describe, metadata, move, parent, write_manifest
 from gatecc.export.lower import context_of, lower
 from gatecc.ops import registry
@@ -56,6 +57,7 @@ def export(
     *,
     target: Target = "ort",
     opset: int = 24,
+    decode: bool = False,
     verify: bool = True,
     timeout: float | None = TIMEOUT,
     group_experts: bool = True,
@@ -75,11 +77,15 @@ def export(
 
     ``target``: "ort" writes operators of ONNX Runtime (com.microsoft) beside those of the standard, "portable" the
     latter alone.
+    ``decode``: write ``decode.onnx`` as well, the derived decoder's step: one graph for prompts and steps, whose states
+    are inputs and outputs. `gatecc.onnx.Session` generates with it. It is compared with one full forward of torch after
+    prefills and steps of several lengths.
     ``timeout``: seconds of CPU time after which the export is stopped; None is no limit.
     ``group_experts``: experts of transformers that are set to "batched_mm", which copies a matrix for each token, are
     written as products by expert, and a note says so; of a model that is rewritten, what its graphs hold is written.
     ``example_inputs``: a tuple is positional, a dict is keyword arguments, ``(tuple, dict)`` is both.
-    Raises ArgumentError, MissingPackageError, ExampleInputsError, UnsupportedModelError, CaptureError, ExportError.
+    Raises ArgumentError, MissingPackageError, ExampleInputsError, UnsupportedModelError, CaptureError, ExportError;
+    DecoderError with ``decode=True`` for a model from which no decode step can be derived.
     """
     need(*EXPORT, *(RUNTIME if verify else ()))
     if opset not in OPSETS:
@@ -94,9 +100,8 @@ def export(
         check_dtypes([*model.parameters(), *model.buffers()])
     try:
         with budget(timeout, lambda seconds: _too_long(model, seconds)):
-            return _export(
-                model, Path(folder), (args, kwargs), target, opset, verify, timeout, group_experts, external_data
-            )
+            how = target, opset, decode, verify, timeout, group_experts, external_data
+            return _export(model, Path(folder), (args, kwargs), *how)
     except GateccError:
         raise
     except Exception as e:
@@ -118,6 +123,7 @@ def _export(
     inputs: tuple[Any, Any],
     target: Target,
     opset: int,
+    decode: bool,
     verify: bool,
     timeout: float | None,
     group_experts: bool,
@@ -153,7 +159,8 @@ def _export(
             notes += of_attempt
             if bodies:
                 notes.append("a block that is skipped runs on all samples of a batch if one of them takes it, else not")
-            result = describe(folder, made, graph, compared, notes)
+            steps = decode_step(model, inputs, made, graph, target, opset, verify) if decode else None
+            result = describe(folder, made, graph, compared, notes, steps)
             write_manifest(made / MANIFEST, model, result)
             move(made, folder)
     return result

@@ -16,6 +16,7 @@ from gatecc.codegen.onnx.build import DATA, IR_VERSION, MODEL, Graph
 from gatecc.codegen.onnx.packages import EXPORT, RUNTIME, versions
 from gatecc.errors import ExportError
 from gatecc.export.compare import Compared
+from gatecc.export.decode import DECODE, Decode
 from gatecc.transform import history
 
 MANIFEST = "gatecc.json"
@@ -38,6 +39,7 @@ class Exported:
     """How many places each lowering put in its ONNX form: ``{"attention: GroupQueryAttention": 6}``."""
     kept: dict[str, int] = field(default_factory=dict[str, int])
     """What was left as the model spells it, how often, and why: ``{"attention: causal+padding: ...": 6}``."""
+    decode: Decode | None = None
 
     @property
     def dims(self) -> tuple[str, ...]:
@@ -51,7 +53,14 @@ def metadata(model: nn.Module) -> dict[str, str]:
     return {"gatecc.version": versions("gatecc").get("gatecc", ""), **({"gatecc.recipe": recipes} if recipes else {})}
 
 
-def describe(folder: Path, made: Path, graph: Graph, compared: Sequence[Compared], notes: Sequence[str]) -> Exported:
+def describe(
+    folder: Path,
+    made: Path,
+    graph: Graph,
+    compared: Sequence[Compared],
+    notes: Sequence[str],
+    decode: Decode | None = None,
+) -> Exported:
     """The record of the files in ``made``, which are to be moved to ``folder``."""
     return Exported(
         folder=folder,
@@ -65,6 +74,7 @@ def describe(folder: Path, made: Path, graph: Graph, compared: Sequence[Compared
         notes=tuple(notes),
         lowered=_counted(f"{o.lowering}: {o.became}" for o in graph.outcomes if o.became),
         kept=_counted(f"{o.lowering}: {o.found}: {o.reason}" for o in graph.outcomes if not o.became),
+        decode=decode,
     )
 
 
@@ -100,7 +110,7 @@ def move(made: Path, folder: Path) -> None:
         if not folder.exists():
             os.replace(made, folder)
             return
-        for name in (DATA, MODEL, MANIFEST):
+        for name in (DATA, MODEL, DECODE, MANIFEST):
             if (made / name).exists():
                 os.replace(made / name, folder / name)
             else:

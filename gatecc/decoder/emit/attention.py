@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
@@ -40,12 +38,16 @@ class AttentionWriter:
         return self.writer.call(_aten.scaled_dot_product_attention.default, tuple(read), options)
 
     def _causal(self, span: Span, device: torch.device) -> fx.Node:
-        """Which keys of a span the new positions see: the mask that ``is_causal`` stands for. -> (new, keys) bool"""
-        numbers = self.operands.numbers
-        (past, _), (start, _), (_, end) = numbers.bounds[NOW], numbers.bound(span), numbers.bounds[ALL]
-        return self.writer.once(("causal", span, device), lambda: self._mask(past, start, end, device))
+        """Which keys of a span the new positions see: no later one, and none before the window. -> (new, keys) bool"""
+        return self.writer.once(("causal", span, device), lambda: self._mask(span, device))
 
-    def _mask(self, past: Any, start: Any, end: Any, device: torch.device) -> fx.Node:
-        call, options = self.writer.call, {"device": device}
+    def _mask(self, span: Span, device: torch.device) -> fx.Node:
+        call, options, numbers = self.writer.call, {"device": device}, self.operands.numbers
+        (past, _), (start, _), (_, end) = numbers.bounds[NOW], numbers.bound(span), numbers.bounds[ALL]
         queries = call(_aten.unsqueeze.default, (call(_aten.arange.start, (past, end), options), 1))
-        return call(_aten.le.Tensor, (call(_aten.arange.start, (start, end), options), queries))
+        keys = call(_aten.arange.start, (start, end), options)
+        seen = call(_aten.le.Tensor, (keys, queries))
+        if span.window is None:
+            return seen
+        first = call(_aten.sub.Tensor, (queries, span.window))
+        return call(_aten.logical_and.default, (seen, call(_aten.gt.Tensor, (keys, first))))

@@ -14,7 +14,7 @@ from torch import fx
 from torch._ops import OpOverload
 from torch.fx.node import map_aggregate
 
-from gatecc.decoder.analysis.axes import ALL, Span, Spans
+from gatecc.decoder.analysis.axes import ALL, NOW, Span, Spans
 from gatecc.decoder.emit.alias import is_alias
 from gatecc.decoder.emit.numbers import Numbers
 from gatecc.decoder.emit.sources import Sources
@@ -31,6 +31,7 @@ _FILLS = {
     "full": _aten.full.default,
     "empty": _aten.empty.memory_format,
 }
+_LOGIC = frozenset("__and__ __or__ __xor__".split())  # of which torch does not say that they are pointwise
 _MOVES = TRANSPOSES | SAME_SHAPE | CASTS | frozenset("unsqueeze squeeze expand detach".split())
 
 
@@ -55,6 +56,10 @@ class PositionWriter:
     def _value(self, node: fx.Node, spans: Spans) -> Any:
         if all(span in (None, ALL) for span in spans):
             return self.whole(node)
+        if node.op == "placeholder" and spans == (None, NOW):
+            new = self.sources.new(node)
+            if new is not None:
+                return new
         if not self._is_static(node):
             pushed = self._pushed(node, spans)
             if pushed is not None:
@@ -62,8 +67,13 @@ class PositionWriter:
         source = self._table(node) if self._is_static(node) else self.whole(node)
         for axis, span in enumerate(spans):
             if span is not None and not (span == ALL and not self._is_static(node)):
-                source = self.writer.narrow(source, axis, *self.numbers.bound(span))
-        return source
+                source = self._narrowed(source, axis, span)
+        return self.sources.spread(source, node, self.numbers.batch) if self._is_static(node) else source
+
+    def _narrowed(self, source: fx.Node, axis: int, span: Span) -> fx.Node:
+        return self.writer.once(
+            ("narrow", source, axis, span), lambda: self.writer.narrow(source, axis, *self.numbers.bound(span))
+        )
 
     # --- all positions ---
 
@@ -88,12 +98,12 @@ class PositionWriter:
         if self.plan.program.path(node) is not None:
             return self.writer.weight(node)
         if node.op == "placeholder":
-            return self.writer.narrow(self.sources.history[node], 1, 0, self.numbers.bounds[ALL][1])
+            return self.sources.whole(node, self.numbers.bounds[ALL][1])
         if self._is_static(node):
             source = self._table(node)
             for axis in self.lengths.axes(node):
-                source = self.writer.narrow(source, axis, *self.numbers.bounds[ALL])
-            return source
+                source = self._narrowed(source, axis, ALL)
+            return self.sources.spread(source, node, self.numbers.batch)
         if is_alias(node) and isinstance(node.args[0], fx.Node):
             return self.whole(node.args[0])
         return self._called(node, self.whole, [ALL] * len(node_shape(node) or ()))
@@ -143,7 +153,8 @@ class PositionWriter:
         if opname(node) == "index":
             return self._indexed(node, spans)
         moves = opname(node) in _MOVES or is_alias(node)
-        if not moves and not (isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags):
+        pointwise = isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
+        if not moves and not pointwise and opname(node) not in _LOGIC:
             return None
         wanted: dict[fx.Node, Spans] = {}
         for source in node.all_input_nodes:

@@ -19,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 from gatecc.decoder.emit.step import Step
 from gatecc.ir.loops import free_lengths
+from gatecc.ir.program import Program
 
 _NUMBER = count()  # symbols are told apart by their sources
 
@@ -35,13 +36,34 @@ def record(step: Step, example: Sequence[Any]) -> None:
     placeholders = program.graph.find_nodes(op="placeholder")
     given = dict(zip(placeholders, example, strict=True))
     with mode, enable_python_dispatcher(), free_lengths(), torch.no_grad():
-        for node, value in _inputs(step, given, mode.shape_env):
+        for node, value in _inputs(step, given, Symbols(mode.shape_env)):
             node.meta["val"] = value
-        with mode.shape_env.ignore_fresh_unbacked_symbols():
-            for node in program.calls():
-                node.meta["val"] = _value(node)
+        record_calls(program, mode.shape_env)
     program.example = [x for x in example if isinstance(x, torch.Tensor)]
     program.paths = [(node.name,) for node in program.placeholders]
+
+
+def record_calls(program: Program, shape_env: Any) -> None:
+    """Record the values of all calls of a program whose inputs and weights have theirs."""
+    with shape_env.ignore_fresh_unbacked_symbols():
+        for node in program.calls():
+            node.meta["val"] = _value(node)
+
+
+class Symbols:
+    """The symbols of the sizes of one program's inputs, by name."""
+
+    def __init__(self, shape_env: Any) -> None:
+        self._shape_env = shape_env
+        self._made: dict[str, Any] = {}
+
+    def __call__(self, name: str, hint: int) -> Any:
+        """The symbol of this name. ``hint``: its size in the example."""
+        if name not in self._made:
+            source = ConstantSource(f"gatecc_step_{next(_NUMBER)}_{name}")
+            made = self._shape_env.create_unspecified_symbol(hint, source, DimDynamic.DYNAMIC)
+            self._made[name] = self._shape_env.create_symintnode(made, hint=hint, source=source)
+        return self._made[name]
 
 
 def _value(node: fx.Node) -> Any:
@@ -49,17 +71,9 @@ def _value(node: fx.Node) -> Any:
     return cast("Callable[..., Any]", node.target)(*args, **kwargs)
 
 
-def _inputs(step: Step, given: dict[fx.Node, Any], shape_env: Any) -> Iterator[tuple[fx.Node, Any]]:
+def _inputs(step: Step, given: dict[fx.Node, Any], symbol: Symbols) -> Iterator[tuple[fx.Node, Any]]:
     """The fake value of every placeholder."""
     sources, plan = step.sources, step.plan
-    symbols: dict[str, Any] = {}
-
-    def symbol(name: str, hint: int) -> Any:
-        if name not in symbols:
-            source = ConstantSource(f"gatecc_step_{next(_NUMBER)}_{name}")
-            made = shape_env.create_unspecified_symbol(hint, source, DimDynamic.DYNAMIC)
-            symbols[name] = shape_env.create_symintnode(made, hint=hint, source=source)
-        return symbols[name]
 
     def along(like: torch.Tensor, axes: Sequence[int], size: Any) -> torch.Tensor:
         return like.new_empty([size if i in axes else plan.lengths.settled(s) for i, s in enumerate(like.shape)])

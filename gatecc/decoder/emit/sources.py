@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
 from gatecc.decoder.emit.writer import GraphWriter
@@ -30,6 +32,19 @@ class Sources:
         if of is not None:
             self._last.meta[META] = origin(of)
         return self._last
+
+    def whole(self, node: fx.Node, length: Any) -> fx.Node:
+        """The values per token of all ``length`` positions up to now."""
+        return self.writer.narrow(self.history[node], 1, 0, length)
+
+    def new(self, node: fx.Node) -> fx.Node | None:
+        """The values per token of the new positions, where they are given by themselves."""
+        del node
+
+    def spread(self, part: fx.Node, node: fx.Node, batch: Any) -> fx.Node:
+        """Part of a table, with a row for each sample."""
+        del node, batch
+        return part
 
     def table(self, node: fx.Node) -> fx.Node:
         """The table of a position node, which is asked for if it was not yet."""

@@ -57,6 +57,13 @@ class GraphWriter:
         made.meta["val"] = node.meta["val"]
         return made
 
+    def constant(self, name: str, value: torch.Tensor) -> fx.Node:
+        """A constant of the program's own."""
+        self.weights[name] = value
+        made = self._noted(self.graph.create_node("get_attr", name))
+        made.meta["val"] = value
+        return made
+
     def size(self, x: fx.Node, axis: int) -> fx.Node:
         """The size of an axis."""
         return self.once(("size", x, axis), lambda: self.call(_aten.sym_size.int, (x, axis)))

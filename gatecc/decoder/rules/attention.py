@@ -49,11 +49,12 @@ def attention(program: Program, site: Attention, slots: list[Slot], lengths: Len
     span = causal_span(site.core, site.mask)
     marks: list[fx.Node] = []
     repeats: list[fx.Node] = []
-    for start, reader in ((k.node, _product(program, site, k.node)), (v.node, site.core)):
+    for role, start, reader in (("key", k.node, _product(program, site, k.node)), ("value", v.node, site.core)):
         path = _path(start, reader)
         if path is None:
             raise refusal(reader, f"{start.name} reaches it through operators that are not understood")
-        mark, copies = keep(start, path, reader, Slot("keys", start, span=span, owner=site.owner), slots, lengths)
+        slot = Slot("keys", start, span=span, owner=site.owner, role=role)
+        mark, copies = keep(start, path, reader, slot, slots, lengths)
         marks.append(mark)
         repeats += copies
     if site.spelling != "sdpa":

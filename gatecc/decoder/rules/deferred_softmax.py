@@ -44,9 +44,10 @@ def deferred_softmaxes(flow: Flow, known: Collection[fx.Node], slots: list[Slot]
         span = causal_span(applied.source.node, masks.classify(_mask_graph(node, scores, applied, lengths, flow)))
         product = scores.source
         keys = product.right if scores.keys in product.right_axes else product.left
-        for operand, reader in ((keys, product.node), (applied.values, applied.source.node)):
+        for role, operand, reader in (("key", keys, product.node), ("value", applied.values, applied.source.node)):
             start, path = _narrowest(operand)
-            keep(start, path, reader, Slot("keys", start, span=span, owner=origin(node).owner), slots, lengths)
+            slot = Slot("keys", start, span=span, owner=origin(node).owner, role=role)
+            keep(start, path, reader, slot, slots, lengths)
 
 
 def _mask_graph(node: fx.Node, scores: Scores, applied: WeightedSum, lengths: Lengths, flow: Flow) -> MaskGraph:

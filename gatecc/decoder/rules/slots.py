@@ -36,6 +36,7 @@ class Slot:
     value: torch.Tensor | None = None  # the recorded value that has the shape, if it is not the node's own
     owner: str = ""
     output: int = 1
+    role: str = ""  # of keys: "key" or "value"
 
     @property
     def like(self) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from gatecc.decoder.emit.closed import Closed, write_closed
 from gatecc.decoder.emit.lower import lower
 from gatecc.decoder.emit.record import record
 from gatecc.decoder.emit.step import Step, write_step
@@ -91,6 +92,18 @@ class Decoder(Generation):
             _, state = self.prefill(ids[:, :past], state, **{name: x[:, :past] for name, x in values.items()})
         call = self._prepared(ids[:, past:], state, {name: x[:, past:] for name, x in values.items()})
         return call.inputs
+
+    def closed(self, capacity: int) -> Closed:
+        """The step for any number of tokens as a function of tensors alone: `gatecc.export` writes it as a file.
+
+        ``capacity``: how many tokens its tables of positions are made for, if it has any.
+        """
+        return write_closed(self.plan, self._live, self.reach(capacity))
+
+    def reach(self, wanted: int) -> int:
+        """The largest length up to ``wanted`` that the model has positions for."""
+        step = write_step(self.plan, single=False, live=self._live | self._square())
+        return Tables(self.plan, step.tables).reach(wanted)
 
     def lowered(self, *, single: bool = True) -> fx.GraphModule:
         """What runs in the place of `program`: the same step as a straight line of Python calls."""

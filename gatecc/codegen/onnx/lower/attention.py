@@ -175,7 +175,7 @@ def _unfit(site: Attention, subject: Subject, flow: Flow) -> str:
         return "heads or channels are free sizes"
     if site.heads % max(site.kv_heads, 1):
         return f"{site.heads} heads do not share {site.kv_heads}"
-    if subject.target == "portable" and mask.kind == "sliding_window":
+    if mask.kind == "sliding_window" and not _is_grouped(subject, site):
         return "Attention of the standard has no sliding window"
     if site.sinks:
         return "a further logit takes part in the softmax"
@@ -185,12 +185,16 @@ def _unfit(site: Attention, subject: Subject, flow: Flow) -> str:
 # --- the nodes --------------------------------------------------------------------------------------------------------
 
 
+def _is_grouped(subject: Subject, site: Attention) -> bool:
+    """Whether GroupQueryAttention takes it, if any node does."""
+    k_width, v_width = (int((node_shape(site.values[name].node) or (0,))[-1]) for name in "kv")
+    causal = site.mask.kind != "bidirectional"
+    return subject.target == "ort" and causal and k_width == v_width and k_width % 8 == 0
+
+
 def _written(writer: Writer, subject: Subject, call: Call, views: Views) -> str:
     """Put the node in the place of the core; its name."""
-    k_width, v_width = call.widths
-    causal = call.site.mask.kind != "bidirectional"
-    grouped = subject.target == "ort" and causal and k_width == v_width and k_width % 8 == 0
-    op, y = (_grouped if grouped else _standard)(writer, subject, call, views)
+    op, y = (_grouped if _is_grouped(subject, call.site) else _standard)(writer, subject, call, views)
     shape = call.out.meta["val"].shape
     apart = writer.call(aten.reshape.default, y, [shape[0], shape[2], shape[1], shape[3]])
     call.out.replace_all_uses_with(writer.call(aten.transpose.int, apart, 1, 2))

@@ -37,7 +37,7 @@ def _last(axes: object) -> bool:
 _PATTERNS = Patterns(
     Pattern("rms-norm", _spelled()),
     Pattern(
-        "rms_norm", call("rms_norm", anything("x"), constant(name="shape"), anything("weight"), constant(name="e"))
+        "rms_norm", call("rms_norm", anything("x"), constant(name="shape"), anything("weight"), constant(name="eps"))
     ),
 )
 
@@ -64,7 +64,7 @@ class RmsNorm(GraphLowering):
 
 
 def _epsilon(match: Match) -> float:
-    given = match.constants.get("eps", match.constants.get("given"))
+    given = match.constants.get("eps")
     dtype = match.root.meta["val"].dtype
     return float(torch.finfo(dtype).eps if given is None else given)
 

@@ -1,0 +1,273 @@
+"""Session: a folder of `gatecc.export` with ``decode=True``, run by ONNX Runtime without the model and its code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Collection, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gatecc.codegen.onnx.packages import RUNTIME, need
+from gatecc.codegen.onnx.place import first_line
+from gatecc.decoder.runtime.generate import Generation
+from gatecc.errors import ArgumentError, CheckpointError, MissingPackageError
+from gatecc.export.decode import DECODE
+from gatecc.export.files import MANIFEST
+
+_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+State = dict[str, Any]
+
+
+class Session(Generation):
+    """A decoder in ONNX Runtime: prefill, step and generate as those of `gatecc.Decoder`, from files alone.
+
+    ``providers``: of ONNX Runtime, best first; by default CUDA's if the installed build has it, and the CPU's. States
+    stay in ONNX Runtime, on its device, from one call to the next. A state that you hold is never changed.
+
+    Raises MissingPackageError if ONNX Runtime is missing, or both of its builds are there, of which one overwrites the
+    other; CheckpointError if the folder holds no decode.onnx, or files that were changed since the export;
+    ArgumentError for a provider that this build does not have.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], providers: Sequence[str] | None = None) -> None:
+        need(*RUNTIME)
+        _one_build()
+        self.folder = Path(folder)
+        self.manifest = _manifest(self.folder)
+        held: dict[str, Any] = self.manifest["decode"]
+        self.inputs: dict[str, list[int | str]] = held["inputs"]
+        self.outputs: dict[str, list[int | str]] = held["outputs"]
+        self.states: list[dict[str, Any]] = held["states"]
+        self.padding: str = held["padding"]
+        self.context_length: int | None = held["context_length"]
+        self._values: list[str] = held["values"]
+        self._mask: bool = held["mask"]
+        self._session = _session(self.folder / DECODE, providers)
+        self._device = "cuda" if _CUDA in self._session.get_providers() else "cpu"
+        self._types = {i.name: _TYPES[i.type] for i in self._session.get_inputs()}
+        self.state: State | None = None
+
+    def reset(self) -> None:
+        """Forget the text so far."""
+        self.state = None
+
+    def prefill(self, ids: Tensor, state: State | None = None, **values: Tensor) -> tuple[Tensor, State]:
+        """Run T tokens at once, of a new text if no state is given. ids: (B, T) -> logits (B, T, V), the state after
+        them.
+
+        ``values``: ``attention_mask`` (B, T), 0 for padding on the left, where the file knows padding; and the model's
+        other inputs with a value per token. Raises ArgumentError for tokens, values or a state that do not fit.
+        """
+        self._check(ids, state, values)
+        state = self._empty(len(ids)) if state is None else state
+        logits, self.state = self._run(ids, state, values)
+        return logits, self.state
+
+    def step(self, ids: Tensor, state: State | None = None, **values: Tensor) -> tuple[Tensor, State]:
+        """Run the next token of every sample, of the text so far if no state is given. ids: (B,) or (B, 1) -> logits
+        (B, V) or (B, 1, V), the next state.
+
+        More than one token at once is allowed, as in prefill.
+        """
+        state = self.state if state is None else state
+        if state is None:
+            raise ArgumentError("there is no text to continue", found="no state", do="call prefill first")
+        if ids.dim() == 1:
+            logits, state = self.prefill(ids.unsqueeze(1), state, **values)
+            return logits[:, 0], state
+        return self.prefill(ids, state, **values)
+
+    # --- one call ---
+
+    def _run(self, ids: Tensor, state: State, values: Mapping[str, Tensor]) -> tuple[Tensor, State]:
+        past, new = int(state["length"]), ids.shape[1]
+        mask = self._masked(state["mask"], values.get("attention_mask"), new)
+        given = {"input_ids": ids, **{name: self._value(name, values, mask, past, new) for name in self._values}}
+        if self._mask:
+            given["attention_mask"] = mask
+        binding = self._session.io_binding()
+        for name, x in given.items():
+            if name in self._types:
+                binding.bind_cpu_input(name, x.detach().cpu().to(self._types[name]).contiguous().numpy())
+        for held, x in zip(self.states, state["states"], strict=True):
+            binding.bind_ortvalue_input(held["input"], x)
+        for name in self.outputs:
+            binding.bind_output(name, "cpu" if name == _LOGITS else self._device)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as e:
+            raise ArgumentError(
+                "ONNX Runtime cannot run these tokens",
+                where=f"input_ids {tuple(ids.shape)} after {past} tokens",
+                found=f"{type(e).__name__}: {first_line(e)}",
+                do="token ids must be below the size of the vocabulary",
+            ) from e
+        logits, *after = binding.get_outputs()
+        made = {"length": past + new, "batch": len(ids), "mask": mask, "states": list(after)}
+        return torch.from_numpy(logits.numpy()).to(ids.device), made
+
+    def _empty(self, batch: int) -> State:
+        """The state before the first token."""
+        mask = torch.ones(batch, 0, dtype=torch.int64)
+        return {"length": 0, "batch": batch, "mask": mask, "states": [self._zero(held, batch) for held in self.states]}
+
+    def _zero(self, held: Mapping[str, Any], batch: int) -> Any:
+        import onnxruntime as ort
+
+        shape = [0 if axis == held["grows"] else _size(size, batch) for axis, size in enumerate(held["shape"])]
+        x = torch.full(shape, held["fill"], dtype=getattr(torch, held["dtype"]))
+        return ort.OrtValue.ortvalue_from_numpy(x.numpy(), self._device, 0)
+
+    def _masked(self, before: Tensor, given: Tensor | None, new: int) -> Tensor:
+        """The mask of all tokens; those that nothing is said of count."""
+        after = torch.ones(len(before), new, dtype=torch.int64) if given is None else given.detach().cpu().long()
+        return torch.cat([before, after], 1)
+
+    def _value(self, name: str, values: Mapping[str, Tensor], mask: Tensor, past: int, new: int) -> Tensor:
+        """What an input is for the new tokens. Positions count the tokens that the mask shows."""
+        if name in values:
+            return values[name]
+        if name == "position_ids":
+            return (mask.cumsum(1) - 1).clamp(min=0)[:, past : past + new]
+        if name == "token_type_ids":
+            return torch.zeros(len(mask), new, dtype=torch.int64)
+        raise ArgumentError("a value per token is missing", found="none", expected=name)
+
+    # --- what is given ---
+
+    def _check(self, ids: Tensor, state: State | None, values: Mapping[str, Tensor]) -> None:
+        if ids.dim() != 2 or not ids.numel():
+            raise ArgumentError("no tokens", found=f"shape {tuple(ids.shape)}", expected="(batch, length)")
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ArgumentError("token ids are whole numbers", found=str(ids.dtype), expected="torch.int64")
+        self._check_values(ids, values)
+        if state is not None and state["batch"] != len(ids):
+            raise ArgumentError(
+                "the state is of another batch", found=f"{len(ids)} samples", expected=str(state["batch"])
+            )
+        length = ids.shape[1] + (0 if state is None else int(state["length"]))
+        if self.context_length is not None and length > self.context_length:
+            raise ArgumentError(
+                f"the model has positions for {self.context_length} tokens",
+                found=f"{length} tokens",
+                expected=f"at most {self.context_length}",
+            )
+
+    def _check_values(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:
+        known = [*self._values, *(["attention_mask"] if self.padding != "none" else [])]
+        for name, x in values.items():
+            if name == "attention_mask" and name not in known and bool(x.bool().all()):
+                continue
+            if name not in known:
+                raise ArgumentError(
+                    "the file was exported without this input",
+                    found=name,
+                    expected=", ".join(known) or "no value per token",
+                    do="export from example inputs that hold it: {'input_ids': ids, 'attention_mask': mask}",
+                )
+            if x.shape[:2] != ids.shape[:2]:
+                raise ArgumentError(
+                    "a value per token is of another shape", where=name, found=str(tuple(x.shape)),
+                    expected=str(tuple(ids.shape)),
+                )  # fmt: skip
+
+
+_LOGITS = "logits"
+_TYPES = {
+    "tensor(int64)": torch.int64,
+    "tensor(int32)": torch.int32,
+    "tensor(bool)": torch.bool,
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(double)": torch.float64,
+}
+
+
+def _size(size: int | str, batch: int) -> int:
+    """A size of a state: a number, or an expression of the batch."""
+    return size if isinstance(size, int) else int(eval(size, {"__builtins__": {}}, {"batch": batch}))
+
+
+def _one_build() -> None:
+    """Raise MissingPackageError if both builds of ONNX Runtime are installed."""
+    found: list[str] = []
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    if len(found) > 1:
+        raise MissingPackageError(
+            "both builds of ONNX Runtime are installed, and one has overwritten files of the other",
+            found=", ".join(found),
+            expected="one of them",
+            do="pip uninstall onnxruntime onnxruntime-gpu, then install the one that you want",
+        )
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """What the export wrote down. Raises CheckpointError if it is not that of these files."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as e:
+        raise CheckpointError(
+            f"the folder holds no {MANIFEST} that can be read",
+            where=str(folder),
+            found=f"{type(e).__name__}: {e}",
+            do="make it with gatecc.export(model, folder, inputs, decode=True)",
+        ) from e
+    if not manifest.get("decode"):
+        raise CheckpointError(
+            f"the folder holds no {DECODE}",
+            where=str(folder),
+            found=", ".join(manifest.get("files", ())),
+            do="gatecc.export(model, folder, inputs, decode=True) writes it",
+        )
+    for name in _read(manifest["files"]):
+        _check_file(folder / name, manifest["files"][name])
+    return manifest
+
+
+def _read(files: Collection[str]) -> list[str]:
+    """The files that decode.onnx is made of."""
+    return [name for name in files if name == DECODE or name.endswith(".data")]
+
+
+def _check_file(path: Path, expected: str) -> None:
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as e:
+        raise CheckpointError("a file of the export is missing", where=str(path), found=str(e)) from e
+    if found != expected:
+        raise CheckpointError(
+            "a file is not the one that was exported and compared",
+            where=str(path),
+            found=f"SHA-256 {found[:16]}...",
+            expected=f"{expected[:16]}...",
+            do="export again; a file that was changed on purpose runs in onnxruntime.InferenceSession",
+        )
+
+
+def _session(path: Path, providers: Sequence[str] | None) -> Any:
+    import onnxruntime as ort
+
+    available = ort.get_available_providers()
+    wanted = [p for p in (_CUDA, _CPU) if p in available] if providers is None else list(providers)
+    unknown = [p for p in wanted if p not in available]
+    if unknown:
+        raise ArgumentError(
+            "this build of ONNX Runtime does not have the provider",
+            found=", ".join(unknown),
+            expected=", ".join(available),
+            do="pip install onnxruntime-gpu in the place of onnxruntime, for CUDA",
+        )
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    return ort.InferenceSession(str(path), options, providers=wanted)

@@ -1,0 +1,113 @@
+"""decode.onnx: prompts and steps of any length give what one full forward of torch gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gatecc
+from gatecc.codegen.onnx import build
+from gatecc.errors import DecoderError, ExportError
+from gatecc.export import steps
+from tests.decoder.emit.test_step import MIXERS
+from tests.decoder.mixing import D, Mixed, V
+from tests.decoder.rules.test_scan import Convolution
+
+ort = pytest.importorskip("onnxruntime")
+IDS = torch.randint(V, (2, 12))
+
+
+class Several(nn.Module):
+    """One mixer behind the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixers = nn.ModuleList(MIXERS[name]() for name in ("conv", "mean", "linear attention", "lstm"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, N, D)"""
+        for mixer in self.mixers:
+            x = x + mixer(x)
+        return x
+
+
+def test_every_kind_of_state(tmp_path: Path) -> None:
+    made = gatecc.export(Mixed(Several()).eval(), tmp_path / "x", (IDS,), decode=True).decode
+    assert made is not None
+    names = ["0.conv", "1.sum", "2.recurrent", "3.recurrent", "3.recurrent_1"]
+    assert [(s.input, s.output) for s in made.states] == [(f"past.{n}", f"present.{n}") for n in names]
+    compared = {(c.sizes["batch"], c.sizes["prefill"]) for c in made.compared}
+    assert compared == {(batch, prefill) for batch in (1, 3) for prefill in (1, 7, 64)}
+    assert max(c.error for c in made.compared) < 1e-5
+
+
+class Windowed(nn.Module):
+    """Attention over a window of 5 with heads that share keys, and positions that are learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Embedding(40, D)
+        self.q, self.k, self.v = nn.Linear(D, D), nn.Linear(D, D // 2), nn.Linear(D, D // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, N, D)"""
+        at = torch.arange(x.shape[1])
+        x = x + self.places(at)
+        q, k, v = (f(x).unflatten(-1, (-1, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        seen = (at <= at[:, None]) & (at > at[:, None] - 5)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
+        return y.transpose(1, 2).flatten(2)
+
+
+def test_a_window_and_a_table_of_positions(tmp_path: Path) -> None:
+    made = gatecc.export(Mixed(Windowed()).eval(), tmp_path / "x", (IDS,), decode=True).decode
+    assert made is not None
+    assert made.context_length == 40
+    key, _ = made.states
+    assert (key.input, key.grows, key.shape) == ("past_key_values.0.key", 2, ["batch", 2, "past_sequence", 4])
+    assert {c.sizes["prefill"] for c in made.compared} == {1, 7, 37}
+
+
+def test_by_hand_with_one_file_of_weights(tmp_path: Path) -> None:
+    """Tokens one by one, as somebody runs the files who reads the manifest alone; weights are held once."""
+    model = Mixed(Convolution(cut=False)).eval()
+    made = gatecc.export(model, tmp_path / "x", (IDS,), decode=True, external_data=True)
+    assert sorted(made.files) == ["decode.onnx", "model.onnx", "model.onnx.data"]
+    unique = sum(4096 * -(-w.nbytes // 4096) for w in model.parameters() if w.nbytes > 1024)
+    assert unique == (-(-(tmp_path / "x" / build.DATA).stat().st_size // 4096)) * 4096
+    session = ort.InferenceSession(str(tmp_path / "x" / "decode.onnx"))
+    state, parts = torch.zeros(2, D, 3).numpy(), []
+    for token in IDS.split(1, 1):
+        logits, state = session.run(["logits", "present.0.conv"], {"input_ids": token.numpy(), "past.0.conv": state})
+        parts.append(torch.from_numpy(logits))
+    torch.testing.assert_close(torch.cat(parts, 1), model(IDS).detach(), rtol=0, atol=1e-5)
+
+
+def test_a_difference_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = steps.before_first
+
+    def wrong(*args: Any) -> list[Tensor]:
+        return [x + 0.1 for x in right(*args)]
+
+    monkeypatch.setattr(steps, "before_first", wrong)
+    with pytest.raises(ExportError, match=r"batch 3, prefill 64, .*decode.onnx does not compute what the model does"):
+        gatecc.export(Mixed(Convolution(cut=True)).eval(), tmp_path / "x", (IDS,), decode=True)
+    assert not list(tmp_path.iterdir())
+
+
+class Backward(nn.Module):
+    """Each token sees all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, N, D)"""
+        return nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+def test_a_model_without_a_step_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DecoderError, match="does not prove causal"):
+        gatecc.export(Mixed(Backward()).eval(), tmp_path / "x", (IDS,), decode=True)
+    assert not list(tmp_path.iterdir())
