@@ -23,6 +23,7 @@ _Q, _X = (1, 16, 2048, 128), (2048, 1024)
 CALLS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "linear attention, gated": ("gatecc::linear_attention", (_Q, _Q, _Q, _Q)),
     "linear attention, gated delta": ("gatecc::linear_attention", (_Q, _Q, _Q, _Q, _Q[:3])),
+    "attention, a gate per channel": ("gatecc::attention", (_Q, _Q, _Q, _Q)),
     "experts, 2 of 8": ("gatecc::moe_ffn", (_X, (2048, 2), (2048, 2), (8, 5632, 1024), (8, 1024, 2816))),
 }
 

@@ -2,7 +2,7 @@
 
 from gatecc.ops.attention.operator import attention
 
-from gatecc.ops.attention import c  # isort: skip  (kernels, which register themselves)
+from gatecc.ops.attention import c, triton  # isort: skip  (kernels, which register themselves)
 from gatecc.ops.attention import registration  # isort: skip  (of the operators above)
 
-__all__ = ["attention", "c", "registration"]
+__all__ = ["attention", "c", "registration", "triton"]

@@ -19,7 +19,8 @@ class Arguments(NamedTuple):
     """The arguments of one call, checked. Sizes may be symbolic.
 
     q: (B, H, N, D), k: (B, G, S, D), v: (B, G, S, E), gate: (B, H, N, E or 1), bias: four axes that broadcast to
-    (B, H, N, S), sinks: (H,). Query i stands at the place S - N + i of the keys.
+    (B, H, N, S), sinks: (H,). Query i stands at the place S - N + i of the keys. blocks: (B or 1, H or 1, rows,
+    columns), as many rows and columns as blocks of these sizes cover N and S.
     """
 
     q: Tensor
@@ -33,6 +34,8 @@ class Arguments(NamedTuple):
     window: int | None
     softcap: float | None
     gate_activation: GateActivation
+    blocks: Tensor | None = None
+    block_sizes: tuple[int, int] = (64, 64)
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -72,6 +75,8 @@ def arguments(
     window: int | None = None,
     softcap: float | None = None,
     gate_activation: str = "identity",
+    blocks: Tensor | None = None,
+    block_sizes: Sequence[int] = (64, 64),
 ) -> Arguments:
     """Check the arguments of a call. Raises ArgumentError for shapes, dtypes or options that do not fit."""
     for name, tensor in (("q", q), ("k", k), ("v", v), ("gate", gate), ("bias", bias)):
@@ -85,8 +90,9 @@ def arguments(
         raise _misfit("scores are capped at a positive number", softcap, "more than 0, or None")
     _check_shapes(q, k, v, gate, bias, sinks)
     _check_dtypes(q, k, v, gate, bias, sinks)
+    sizes = _checked_blocks(blocks, block_sizes, (*q.shape[:3], k.size(2)))
     factor = q.size(3) ** -0.5 if scale is None else scale
-    return Arguments(q, k, v, gate, bias, sinks, factor, causal, window, softcap, gate_activation)
+    return Arguments(q, k, v, gate, bias, sinks, factor, causal, window, softcap, gate_activation, blocks, sizes)
 
 
 def read(tensors: Sequence[Tensor | None], options: dict[str, Any]) -> Arguments:
@@ -116,6 +122,22 @@ def _check_shapes(
         raise _misfit("the bias does not fit the scores", bias.shape, f"({B}, {H}, {N}, {S}), or 1 in their place")
     if sinks is not None and sinks.shape != (H,):
         raise _misfit("there is one sink for each head", sinks.shape, f"({H},)")
+
+
+def _checked_blocks(blocks: Tensor | None, sizes: Sequence[int], full: tuple[int, ...]) -> tuple[int, int]:
+    """How many queries and keys a block has. ``full``: batch, heads, queries, keys."""
+    if len(sizes) != 2 or min(sizes) < 1:
+        raise _misfit("blocks of attention have so many queries and so many keys", list(sizes), "two positive numbers")
+    queries, keys = sizes
+    if blocks is not None:
+        B, H, N, S = full
+        rows, columns = -(-N // queries), -(-S // keys)
+        if blocks.dim() != 4 or tuple(blocks.shape[2:]) != (rows, columns) or blocks.dtype != torch.bool:
+            expected = f"booleans, ({B} or 1, {H} or 1, {rows}, {columns})"
+            raise _misfit("the map of blocks does not fit", f"{blocks.dtype} {tuple(blocks.shape)}", expected)
+        if blocks.size(0) not in (1, B) or blocks.size(1) not in (1, H):
+            raise _misfit("the map of blocks does not fit", blocks.shape, f"({B} or 1, {H} or 1, {rows}, {columns})")
+    return queries, keys
 
 
 def _check_dtypes(

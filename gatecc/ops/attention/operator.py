@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,10 @@ from gatecc.ops.attention.arguments import TENSORS, padded, read
 from gatecc.ops.transforms import LIBRARY, UNDER_FUNC, has_tangents
 
 _TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? gate=None, Tensor? bias=None, Tensor? sinks=None"
-_OPTIONS = 'float? scale=None, bool causal=False, int? window=None, float? softcap=None, str gate_activation="identity"'
+_OPTIONS = (
+    'float? scale=None, bool causal=False, int? window=None, float? softcap=None, str gate_activation="identity", '
+    "Tensor? blocks=None, int[] block_sizes=[64, 64]"
+)
 LIBRARY.define(f"attention({_TENSORS}, *, {_OPTIONS}) -> (Tensor out, Tensor logsumexp)")
 LIBRARY.define(
     "attention_backward(Tensor grad, Tensor? grad_logsumexp, Tensor out, Tensor logsumexp, "
@@ -183,6 +187,8 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
     gate_activation: str = "identity",
+    blocks: Tensor | None = None,
+    block_sizes: Sequence[int] = (64, 64),
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention with what surrounds it: out (B, H, N, E) in q's dtype, and the logsumexp of scores (B, H, N).
 
@@ -203,6 +209,9 @@ def attention(
         window: a query sees the keys less than so many places before it, and unless ``causal`` behind it.
         softcap: cap(s) = softcap tanh(s / softcap) (Gemma 2), before the bias.
         gate_activation: "sigmoid" or "silu" where the gate holds logits, else "identity".
+        blocks: booleans, four axes, the first two B and H or 1, the others N and S over the sizes of a block, rounded
+            up: queries of a block see keys of another only where it is True. GPU kernels read no others.
+        block_sizes: how many queries and how many keys a block has.
 
     A query that sees no key yields zeros, and a logsumexp of -inf; the sink belongs to the logsumexp. Scores are summed
     in float32 (float64 for float64), which the logsumexp has. Differentiable in all six, to any order, in both modes,
@@ -223,4 +232,6 @@ def attention(
         window=window,
         softcap=softcap,
         gate_activation=gate_activation,
+        blocks=blocks,
+        block_sizes=list(block_sizes),
     )

@@ -54,6 +54,10 @@ def masked(a: Arguments, scores: Tensor) -> Tensor:
 def visible(a: Arguments) -> Tensor | None:
     """Where queries see keys, broadcast to (B, H, N, S); None for everywhere."""
     seen = a.bias if a.bias is not None and a.bias.dtype == torch.bool else None
+    if a.blocks is not None:
+        rows, columns = (torch.arange(n, device=a.q.device) for n in (a.q.size(2), a.k.size(2)))
+        opened = a.blocks[:, :, rows[:, None] // a.block_sizes[0], columns // a.block_sizes[1]]
+        seen = opened if seen is None else seen & opened
     if a.causal or a.window is not None:
         N, S = a.q.size(2), a.k.size(2)
         ahead = torch.arange(S, device=a.q.device) - torch.arange(S - N, S, device=a.q.device)[:, None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from gatecc.codegen.judge import family as judge
 from gatecc.ops.attention import cost
 from gatecc.ops.attention.kernels import KERNELS
 from gatecc.ops.attention.onnx import LOWERING
@@ -27,3 +28,4 @@ register(
     )
 )
 register(Operator(overload=_ops.attention_backward.default, flops=cost.backward))
+judge.register("gatecc.ops.attention.triton.judged")

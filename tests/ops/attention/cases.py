@@ -22,6 +22,10 @@ CASES: dict[str, dict[str, Any]] = {
     "padding": {"seen": (2, 1, 1, 6), "causal": True},
     "hidden keys": {"hidden": (2, 4, 6, 6)},
     "sinks": {"sinks": True, "causal": True, "window": 2, "G": 2},
+    "blocks": {"blocks": (2, 1, 3, 2), "block_sizes": (2, 4), "G": 2},
+    "blocks of each head": {
+        "blocks": (1, 4, 2, 3), "block_sizes": (4, 3), "causal": True, "S": 9, "seen": (2, 1, 1, 9),
+    },
     "everything": {
         "causal": True, "window": 4, "sinks": True, "softcap": 2.0, "hidden": (1, 4, 6, 6), "gate": 5, "G": 2, "E": 5,
         "gate_activation": "sigmoid",
@@ -43,9 +47,11 @@ def operands(
     hidden: tuple[int, ...] = (),
     seen: tuple[int, ...] = (),
     sinks: bool = False,
+    blocks: tuple[int, ...] = (),
     **options: Any,
 ) -> dict[str, Any]:
-    """The arguments of a call in float64. ``bias``, ``hidden`` (with -inf in it) and ``seen`` (booleans): its shape."""
+    """The arguments of a call in float64. ``bias``, ``hidden`` (with -inf in it) and ``seen`` (booleans): its shape;
+    ``blocks``: that of the map."""
     heads, keys, width = G or H, S or N, E or D
     added: Tensor | None = torch.randn(bias or hidden) if bias or hidden else None
     if hidden and added is not None:
@@ -58,6 +64,8 @@ def operands(
         "bias": torch.rand(seen) < 0.6 if seen else added,
         "sinks": torch.randn(H) if sinks else None,
     }
+    if blocks:
+        found["blocks"] = torch.rand(blocks) < 0.6
     return {**to(found, torch.float64), **options}
 
 
@@ -74,6 +82,8 @@ def by_hand(
     window: int | None = None,
     softcap: float | None = None,
     gate_activation: str = "identity",
+    blocks: Tensor | None = None,
+    block_sizes: tuple[int, int] = (64, 64),
 ) -> tuple[Tensor, Tensor]:
     """The definition, a query at a time."""
     (B, H, N, D), (G, S) = q.shape, k.shape[1:3]
@@ -85,7 +95,10 @@ def by_hand(
         terms, values = [q.new_zeros(()) if sinks is None else sinks[h].exp()], [q.new_zeros(v.size(3))]
         for j in range(S):
             near = window is None or (at - window < j and (causal or j < at + window))
-            if (causal and j > at) or not near:
+            opened = (
+                blocks is None or blocks[b % len(blocks), h % blocks.size(1), i // block_sizes[0], j // block_sizes[1]]
+            )
+            if (causal and j > at) or not near or not opened:
                 continue
             score = (q[b, h, i] * k[b, head, j]).sum() * (D**-0.5 if scale is None else scale)
             score = score if softcap is None else softcap * (1 - 2 / ((2 * score / softcap).exp() + 1))

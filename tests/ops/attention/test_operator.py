@@ -77,7 +77,7 @@ def test_vmap_over_samples() -> None:
     torch.testing.assert_close(found, torch.stack([by_hand(**x)[0] for x in several]))
 
 
-@pytest.mark.parametrize("name", ["causal", "everything", "padding"])
+@pytest.mark.parametrize("name", ["causal", "everything", "padding", "blocks"])
 def test_registration(name: str) -> None:
     given = leaves(to(operands(**CASES[name]), torch.float32))
     tensors = [v for n, v in given.items() if n in ("q", "k", "v", "gate", "bias", "sinks")]
@@ -149,6 +149,10 @@ def test_flops() -> None:
         ({"window": 0}, "window"),
         ({"softcap": 0.0}, "capped"),
         ({"gate_activation": "relu"}, "activation"),
+        ({"blocks": torch.ones(1, 1, 3, 2, dtype=torch.bool), "block_sizes": (2, 2)}, "map of blocks"),
+        ({"blocks": torch.ones(1, 2, 3, 3, dtype=torch.bool), "block_sizes": (2, 2)}, "map of blocks"),
+        ({"blocks": torch.ones(1, 1, 3, 3), "block_sizes": (2, 2)}, "map of blocks"),
+        ({"block_sizes": (2,)}, "so many queries"),
     ],
 )
 def test_refusals(wrong: dict[str, Any], message: str) -> None:

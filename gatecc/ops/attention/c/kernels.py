@@ -120,8 +120,8 @@ def _operand(x: Tensor | None) -> bytes:
 
 
 def _library(a: Arguments) -> ctypes.CDLL | None:
-    """None for what is left to ATen: other dtypes, and calls without a single number."""
-    full = all(t.numel() for t in (a.q, a.k, a.v))
+    """None for what is left to ATen: other dtypes, maps of blocks, and calls without a single number."""
+    full = a.blocks is None and all(t.numel() for t in (a.q, a.k, a.v))
     return library(a.q.dtype) if full and a.q.dtype in DTYPES else None
 
 
