@@ -41,6 +41,7 @@ from gatecc.codegen.onnx.scalars import scalars_as_tensors
 from gatecc.codegen.onnx.sigmoids import exact_sigmoids
 from gatecc.codegen.onnx.stable import FORMS
 from gatecc.codegen.onnx.stream import save
+from gatecc.codegen.onnx.tidy import tidy
 from gatecc.errors import CaptureError, ExportError
 from gatecc.ir.loops import free_lengths
 from gatecc.ir.outcome import Outcome
@@ -267,6 +268,7 @@ def _convert(program: ExportedProgram, call: Call, opset: int) -> ir.Model:
     split_groups(made.model)
     fold_padded_weights(made.model.graph)
     put_in_branches(made.model.graph)
+    tidy(made.model)
     name_ends(made.model.graph, call)
     return made.model
 

@@ -64,7 +64,7 @@ class Gelu(GraphLowering):
     """gelu(x + bias) -> BiasGelu, FastGelu, or Gelu."""
 
     name = "gelu"
-    after = ("attention",)
+    after = ("copies",)
     since = 20
 
     def lower(self, subject: Subject) -> Iterator[Outcome]:
@@ -86,7 +86,7 @@ class Gelu(GraphLowering):
             op, inputs = ("FastGelu" if tanh else "BiasGelu"), [x]
             if _biased(match):
                 given: Any = x.args
-                inputs = [writer.call(aten.linear.default, *given[:2]), given[2]]
+                inputs = [writer.called(x, aten.linear.default, *given[:2]), given[2]]
             return op, writer.onnx(f"com.microsoft::{op}", inputs, {}, match.root)
         attributes = {"approximate": "tanh" if tanh else "none"}
         return "Gelu", writer.onnx("Gelu", [x], attributes, match.root)

@@ -22,13 +22,54 @@ def tokens_first(writer: Writer, views: Views, node: fx.Node) -> fx.Node:
 
 def packed(
     writer: Writer, views: Views, q: fx.Node, k: fx.Node, v: fx.Node
-) -> tuple[fx.Node, fx.Node | None, fx.Node | None]:
-    """The three with tokens first; one value with all of them, and None, where there is one or can be made."""
-    parts = [tokens_first(writer, views, node) for node in (q, k, v)]
+) -> tuple[tuple[fx.Node, fx.Node | None, fx.Node | None], float]:
+    """The three with tokens first, or one value with all of them where there is one or can be made; and a number that
+    queries or keys were multiplied by, which the scores are to be multiplied by instead."""
+    parts, factor = _plain(writer, views, q, k, v)
     whole = _split(parts)
     if whole is None and _alike(writer.program, parts):
         whole = _one_product(writer, parts)
-    return (parts[0], parts[1], parts[2]) if whole is None else (whole, None, None)
+    return ((parts[0], parts[1], parts[2]) if whole is None else (whole, None, None)), factor
+
+
+def unbiased(
+    writer: Writer, views: Views, q: fx.Node, k: fx.Node, v: fx.Node
+) -> tuple[list[fx.Node], fx.Node | None, float]:
+    """The three with tokens first and without the biases of their products; the biases, one after the other; and what
+    the scores are to be multiplied by."""
+    parts, factor = _plain(writer, views, q, k, v)
+    biased = [_has_bias(p) for p in parts]
+    if not any(biased) or factor != 1.0:
+        return parts, None, factor
+    widths = [int(p.meta["val"].shape[-1]) for p in parts]
+    biases = [p.args[2] if b else _zeros(writer, p) for p, b in zip(parts, biased, strict=True)]
+    bias = writer.call(aten.cat.default, biases, 0)
+    assert sum(widths) == bias.meta["val"].shape[0]
+    plain = [writer.called(p, aten.linear.default, *p.args[:2]) if b else p for p, b in zip(parts, biased, strict=True)]
+    return plain, bias, factor
+
+
+def _has_bias(node: fx.Node) -> bool:
+    return opname(node) == "linear" and isinstance(node.args[2], fx.Node) and len(node.users) == 1
+
+
+def _plain(writer: Writer, views: Views, q: fx.Node, k: fx.Node, v: fx.Node) -> tuple[list[fx.Node], float]:
+    parts = [tokens_first(writer, views, node) for node in (q, k, v)]
+    factor = 1.0
+    for i in range(2):
+        parts[i], times = _unscaled(parts[i], views)
+        factor *= times
+    return parts, factor
+
+
+def _unscaled(node: fx.Node, views: Views) -> tuple[fx.Node, float]:
+    """A value without the positive number that it is multiplied by."""
+    if opname(node) not in ("mul", "div") or views.written(node) or len(node.users) > 1:
+        return node, 1.0
+    source, number = node.args[:2]
+    if not isinstance(source, fx.Node) or not isinstance(number, int | float) or number <= 0:
+        return node, 1.0
+    return source, float(number) if opname(node) == "mul" else 1.0 / float(number)
 
 
 def _split(parts: Sequence[fx.Node]) -> fx.Node | None:

@@ -46,7 +46,7 @@ class RmsNorm(GraphLowering):
     """x * rsqrt(mean(x^2) + eps) * weight -> RMSNormalization."""
 
     name = "rms-norm"
-    after = ("attention",)
+    after = ("copies",)
     since = 23
 
     def lower(self, subject: Subject) -> Iterator[Outcome]:

@@ -15,10 +15,10 @@ def key_counts(writer: Writer, subject: Subject, out: fx.Node, source: fx.Node) 
     B, _, N, _ = out.meta["val"].shape
     key = ("key_counts", expression(B), expression(N))
     if key not in subject.shared:
-        tokens = _one(writer, N, source)
+        tokens = one_size(writer, N, source)
         total = writer.shaped("Cast", [tokens], {"to": 6}, (1,), torch.int32)
         last = writer.call(aten.sub.Tensor, total, 1)
-        batch = _one(writer, B, source)
+        batch = one_size(writer, B, source)
         subject.shared[key] = writer.shaped("Expand", [last, batch], {}, (B,), torch.int32), total
     return subject.shared[key]
 
@@ -33,7 +33,7 @@ def positions(writer: Writer, subject: Subject, out: fx.Node) -> fx.Node:
     return subject.shared[key]
 
 
-def _one(writer: Writer, size: int | torch.SymInt, source: fx.Node) -> fx.Node:
+def one_size(writer: Writer, size: int | torch.SymInt, source: fx.Node) -> fx.Node:
     """A size as a tensor of one number."""
     if not isinstance(size, int):
         for node in (*writer.program.placeholders, source):

@@ -39,7 +39,7 @@ class SkipNorm(GraphLowering):
     """norm(a + b) -> Skip(Simplified)LayerNormalization, with the sum as its last output."""
 
     name = "skip-norm"
-    after = ("rms-norm",)
+    after = ("rms-norm", "tables", "turned")
     targets = ("ort",)
 
     def lower(self, subject: Subject) -> Iterator[Outcome]:
@@ -61,8 +61,7 @@ class SkipNorm(GraphLowering):
         writer = Writer(subject.program, total, self.name)
         rms = is_rms_norm(norm.node)
         if bias is not None:
-            a_linear = b.args
-            b = writer.call(aten.linear.default, a_linear[0], a_linear[1])
+            b = writer.called(b, aten.linear.default, *b.args[:2])
         op = "SkipSimplifiedLayerNormalization" if rms else "SkipLayerNormalization"
         inputs = [a, b, norm.scale, *([] if rms else [norm.shift]), bias]
         for held in (norm.scale, norm.shift):  # a weight may stand behind the sum
@@ -101,18 +100,33 @@ def _unfit(norm: _Norm, total: fx.Node, flow: Flow) -> str:
     if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or total.kwargs.get("alpha", 1) != 1:
         return "a summand is a number"
     shapes = [node_shape(n) or () for n in (a, b, total)]
-    if len({len(s) for s in shapes}) > 1 or not all(map(same, shapes[0], shapes[1])) or a is b:
+    if not any(_fits(one, shapes[2]) and _fits(other, shapes[2], several=True) for one, other in _orders(shapes)):
         return "the summands are of different shapes"
-    if len(shapes[0]) not in _RANKS:
-        return f"the node takes {' or '.join(map(str, _RANKS))} axes, not {len(shapes[0])}"
+    if len(shapes[2]) not in _RANKS:
+        return f"the node takes {' or '.join(map(str, _RANKS))} axes, not {len(shapes[2])}"
     if norm.scale in flow.data or norm.shift in flow.data or flow.writers.get(flow.base[total]):
         return "scale or sum change while the graph runs"
     return lacking_kernel(a, b, norm.scale, norm.node)
 
 
+def _orders(shapes: Sequence[Any]) -> Sequence[tuple[Any, Any]]:
+    return ((shapes[0], shapes[1]), (shapes[1], shapes[0]))
+
+
+def _fits(shape: Sequence[Any], whole: Sequence[Any], *, several: bool = False) -> bool:
+    """Whether a summand has the shape of the sum; with ``several`` one for all samples will do, (N, C) or (1, N, C)."""
+    if several and len(whole) == 3 and len(shape) in (2, 3) and (len(shape) == 2 or shape[0] == 1):
+        shape, whole = shape[-2:], whole[-2:]
+    return len(shape) == len(whole) and all(map(same, shape, whole))
+
+
 def _summands(total: fx.Node, views: Views) -> tuple[fx.Node, fx.Node, fx.Node | None]:
     """The stream, the branch, and the bias of the product that the branch ends in."""
     a, b = (n for n in total.args[:2] if isinstance(n, fx.Node))
+    if not _fits(node_shape(a) or (), node_shape(total) or ()):
+        a, b = b, a  # what is broadcast comes second
+    if not _fits(node_shape(b) or (), node_shape(total) or ()):
+        return a, b, None
     for stream, branch in ((a, b), (b, a)):
         product = views.idle(branch)
         alone = len(product.users) == 1 and all(len(n.users) == 1 for n in _path(branch, product))

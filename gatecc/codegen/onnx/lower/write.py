@@ -79,6 +79,13 @@ class Writer:
             made.meta["val"] = target(*values[0], **values[1])
         return made
 
+    def called(self, source: fx.Node, target: Any, *args: Any) -> fx.Node:
+        """A call in the name of another node than the place."""
+        made = self.call(target, *args)
+        made.meta.update({k: source.meta[k] for k in ("nn_module_stack", "stack_trace") if k in source.meta})
+        made.meta[META] = replace(origin(source), inserted_by=self.lowering)
+        return made
+
     def constant(self, name: str, tensor: torch.Tensor) -> fx.Node:
         """A tensor that the graph holds; one of the same name and values is used again."""
         at = f"_onnx_{name}"
