@@ -31,7 +31,7 @@ from gatecc.passes.trial import UntriedError
 
 _SIGNS = frozenset("cumsum tril triu masked_fill where".split())  # of what is causal
 _OTHERS = SOFTMAXES | frozenset(
-    "scaled_dot_product_attention linear_attention moe_ffn topk sort lstm gru rnn_tanh rnn_relu".split()
+    "scaled_dot_product_attention attention linear_attention moe_ffn topk sort lstm gru rnn_tanh rnn_relu".split()
 )
 _UNROLLED = 4  # tokens taken one by one
 

@@ -38,6 +38,7 @@ from gatecc.ir.match.attention.walk import spelled_out
 from gatecc.ir.program import Program, fake
 from gatecc.ir.site import Attention, Site
 from gatecc.ir.sizes import node_shape, on_example
+from gatecc.passes.lower.attention.autocast import autocasts
 from gatecc.passes.lower.attention.fused_call import FusedCall
 from gatecc.passes.lower.attention.mask_proof import MaskProof, prove
 from gatecc.passes.lower.attention.operands import Operands, operands
@@ -170,15 +171,9 @@ def _inexact(call: FusedCall, program: Program, proof: MaskProof, settings: Sett
     finite = any(h.fill != -torch.inf for h in call.hidden) or bool(call.terms)
     if settings.training and finite and not call.as_boolean:
         return "nothing proves that every query sees a key, and one that sees none would get another gradient"
-    if finite and (_autocasts(program) or any(t is not None and t.dtype == torch.float16 for t in tensors)):
+    if finite and (autocasts(program) or any(t is not None and t.dtype == torch.float16 for t in tensors)):
         return "nothing proves that every query sees a key, and half precision holds no number that hides all keys"
     return ""
-
-
-def _autocasts(program: Program) -> bool:
-    """Whether operators may run in another precision than the graph records."""
-    around = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
-    return around or any(getattr(n.target, "__name__", "") == "_enter_autocast" for n in program.calls())
 
 
 def _unprofitable(call: FusedCall, flow: Flow, settings: Settings) -> str:

@@ -26,8 +26,8 @@ INLINE float widen(el x) { return x; }
 INLINE el narrow(float x) { return x; }
 #endif
 
-#if BF16 && defined(__AVX512BF16__) && LANES == 16
-// The CPU multiplies pairs of bfloat16 and adds both products to a float.
+#if BF16 && defined(__AVX512BF16__) && LANES == 16 && !defined(SINGLE)
+// The CPU multiplies pairs of bfloat16 (unless numbers are to be SINGLE ones) and adds both products to a float.
 #include <immintrin.h>
 #define PAIR 2
 typedef uint16_t num;

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gatecc.codegen.c.build import find_compiler
-from gatecc.ops.attention import attention, reference
+from gatecc.ops.attention import attention, kernels, reference
 from gatecc.ops.attention.arguments import arguments
 from gatecc.ops.attention.c.kernels import CpuKernels
 from tests.ops.attention.cases import operands, to
@@ -42,13 +42,23 @@ def check(case: dict[str, Any], dtype: torch.dtype) -> None:
     assert found[0].dtype == dtype
     close(found[0], expected, dtype)
     assert torch.equal(found[1] == -torch.inf, sums == -torch.inf)
-    close(found[1].where(sums > -torch.inf, 0.0), sums.where(sums > -torch.inf, 0.0), dtype)
+    sees = sums > -torch.inf
+    close(found[1].where(sees, 0.0), sums.where(sees, 0.0), dtype)
+    grad, of_sums = torch.randn_like(found[0]), torch.where(sees, torch.randn_like(found[1]), 0.0)
+    needs = [low.get(name) is not None and name != "bias" for name in ("q", "k", "v", "gate", "bias", "sinks")]
+    gradients = KERNELS.backward(arguments(**low), *found, grad, of_sums, needs)
+    truth = kernels.differentiate(arguments(**to(low, torch.float64)), grad.double(), of_sums.double(), needs)
+    assert gradients is not None
+    for one, other in zip(gradients, truth, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            close(one, other, dtype, times=8)  # of the result as it was rounded: differences of sums over features
 
 
-def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+def close(found: Tensor, expected: Tensor, dtype: torch.dtype, times: float = 1) -> None:
     assert found.shape == expected.shape
     # Terms are about 1: a sum of them that happens to be small is not more exact.
-    assert (found.double() - expected).abs().max() <= TOLERANCE[dtype] * (1 + expected.abs().max())
+    assert (found.double() - expected).abs().max() <= times * TOLERANCE[dtype] * (1 + expected.abs().max())
 
 
 BIASES: tuple[dict[str, Any], ...] = (

@@ -10,6 +10,8 @@
 #define BLOCK 256  // keys of a block
 #endif
 
+#define ROOM_OF_ROWS (MR + LANES)
+
 struct work {  // a job's memory
     float *q;                       // [rows][D in lanes, whole vectors]
     float *keys, *values;           // packed
@@ -20,7 +22,7 @@ struct work {  // a job's memory
 };
 
 static void meet(
-    const struct attention *p, const struct work *w, int64_t b, int64_t h, int64_t first, int n, int64_t at,
+    const struct attention *p, const struct tensors *t, const struct work *w, int64_t b, int64_t h, int64_t first, int n, int64_t at,
     struct range block
 ) {
     struct range all = seen(p, first, first + n - 1);
@@ -34,18 +36,25 @@ static void meet(
         tile_of(n, (int)((next - key) / LANES), w->q + at * w->lanes, w->lanes, panel, NR, K, w->scores + key, BLOCK, NULL);
         key = next;
     }
-    float keep[MR];
+    float most[ROOM_OF_ROWS], keep[ROOM_OF_ROWS];
     for (int r = 0; r < n; r++) {
         struct row row = {seen(p, first + r, first + r), NULL};
         row.keys.from -= block.from;
         row.keys.to -= block.from;
-        if (p->bias.at) row.bias = place(&p->bias, b, h, first + r) + block.from * p->bias.step * size_of(p->bias.kind);
-        float *const s = w->scores + r * BLOCK, before = w->largest[at + r];
-        const float found = largest_score(p, &row, s, from, to, block.to - block.from, factor_of(p));
-        const float most = found > before ? found : before, shift = most == -INFINITY ? 0 : most;
-        keep[r] = exp2f(before - shift);
-        w->total[at + r] = w->total[at + r] * keep[r] + weigh(s, from, to, shift);
-        w->largest[at + r] = most;
+        if (t->bias)
+            row.bias = (const char *)place(t->bias, &p->bias, b, h, first + r) +
+                       block.from * p->bias.step * size_of(p->bias.kind);
+        most[r] = largest_score(p, &row, w->scores + r * BLOCK, from, to, block.to - block.from, factor_of(p));
+    }
+    for (int r = 0; r < n; r += LANES) {  // the rest of a vector belongs to rows that come later, or to none
+        const vf before = load(w->largest + at + r), now = most_of(before, load(most + r));
+        store(most + r, now);
+        store(keep + r, power2(before - either(now == -INFINITY, splat(0.0f), now)));
+    }
+    for (int r = 0; r < n; r++) {
+        const float shift = most[r] == -INFINITY ? 0 : most[r];
+        w->total[at + r] = w->total[at + r] * keep[r] + weigh(w->scores + r * BLOCK, from, to, shift);
+        w->largest[at + r] = most[r];
     }
     for (int64_t e = 0; e < w->width; e += NR) {
         const int columns = (int)(smaller(w->width - e, NR) / LANES);
@@ -61,18 +70,20 @@ INLINE vf activated(int32_t activation, vf x) {
     return activation == SIGMOID ? s : x * s;
 }
 
-static void finish(const struct attention *p, const struct work *w, int64_t b, int64_t h, int64_t query, int64_t at) {
+static void finish(
+    const struct attention *p, const struct tensors *t, const struct work *w, int64_t b, int64_t h, int64_t query, int64_t at
+) {
     const float total = w->total[at];
     const vf factor = splat(total > 0 || total != total ? 1.0f / total : 0.0f);
-    const char *const gate = p->gate.at ? place(&p->gate, b, h, query) : NULL;
-    el *const out = (el *)(uintptr_t)place(&p->out, b, h, query);
+    const void *const gate = t->gate ? place(t->gate, &p->gate, b, h, query) : NULL;
+    el *const out = (el *)(uintptr_t)place(t->out, &p->out, b, h, query);
     for (int64_t e = 0; e < p->E; e += LANES) {
         vf x = load(w->sums + at * w->width + e) * factor;
         if (gate) x = x * activated(p->activation, floats_at(&p->gate, gate, e, p->E - e));
         store_els(out + e, x, p->E - e);
     }
     const float most = w->largest[at] == -INFINITY ? 0 : w->largest[at];
-    p->logsumexp[(b * p->H + h) * p->N + query] = LN2 * most + logf(total);
+    t->logsumexp[(b * p->H + h) * p->N + query] = LN2 * most + logf(total);
 }
 
 static int64_t floats_of_job(const struct attention *p, struct work *w, float *memory) {
@@ -86,7 +97,7 @@ static int64_t floats_of_job(const struct attention *p, struct work *w, float *m
     ROOM(values, BLOCK * w->width);
     ROOM(sums, rows * w->width);
     ROOM(scores, MR * BLOCK);
-    ROOM(largest, rows);
+    ROOM(largest, rows + LANES);
     ROOM(total, rows);
 #undef ROOM
     return at - memory;
@@ -94,6 +105,7 @@ static int64_t floats_of_job(const struct attention *p, struct work *w, float *m
 
 struct call {
     const struct attention *p;
+    const struct tensors *t;
     int64_t blocks;  // of queries
     int failed;
 };
@@ -101,6 +113,7 @@ struct call {
 static void job(const void *context, int64_t index) {
     struct call *const call = (struct call *)(uintptr_t)context;
     const struct attention *const p = call->p;
+    const struct tensors *const t = call->t;
     // The last queries have the most keys where it is causal: they go first.
     const int64_t block = call->blocks - 1 - index / (p->B * p->G), g = index % p->G, b = index / p->G % p->B;
     const int64_t first = block * p->rows, queries = smaller(p->rows, p->N - first), group = p->H / p->G;
@@ -115,12 +128,12 @@ static void job(const void *context, int64_t index) {
     const float factor = factor_of(p);
     for (int64_t j = 0; j < group; j++) {
         const int64_t h = g * group + j;
-        const float sink = p->sinks ? p->sinks[h] * LOG2E : -INFINITY;
+        const float sink = t->sinks ? t->sinks[h] * LOG2E : -INFINITY;
         for (int64_t i = 0; i < queries; i++) {
             const int64_t at = j * queries + i;
-            pack_query((const el *)(const void *)place(&p->q, b, h, first + i), p->D, factor, w.q + at * w.lanes);
+            pack_query(place(t->q, &p->q, b, h, first + i), p->D, factor, w.q + at * w.lanes);
             w.largest[at] = sink;
-            w.total[at] = p->sinks && sink > -INFINITY;
+            w.total[at] = t->sinks && sink > -INFINITY;
         }
     }
     memset(w.sums, 0, (size_t)(group * queries * w.width) * 4);
@@ -128,21 +141,22 @@ static void job(const void *context, int64_t index) {
     for (int64_t from = all.from / LANES * LANES; from < all.to; from += BLOCK) {
         const struct range keys = {from, smaller(from + BLOCK, p->S)};
         const int64_t count = smaller(keys.to, all.to) - from;
-        pack_keys((const el *)(const void *)place(&p->k, b, g, from), p->k.token, count, p->D, w.keys);
-        pack_values((const el *)(const void *)place(&p->v, b, g, from), p->v.token, count, p->E, w.values);
+        pack_keys(place(t->k, &p->k, b, g, from), p->k.token, count, p->D, w.keys);
+        pack_values(place(t->v, &p->v, b, g, from), p->v.token, count, p->E, w.values);
         const int64_t filled = whole(count, PAIR) / PAIR, needed = whole(count, LANES) / PAIR;
         memset(w.values + filled * w.width, 0, (size_t)((needed - filled) * w.width) * 4);
         for (int64_t j = 0; j < group; j++)
             for (int64_t i = 0; i < queries; i += MR)
-                meet(p, &w, b, g * group + j, first + i, (int)smaller(MR, queries - i), j * queries + i, keys);
+                meet(p, t, &w, b, g * group + j, first + i, (int)smaller(MR, queries - i), j * queries + i, keys);
     }
     for (int64_t j = 0; j < group; j++)
-        for (int64_t i = 0; i < queries; i++) finish(p, &w, b, g * group + j, first + i, j * queries + i);
+        for (int64_t i = 0; i < queries; i++) finish(p, t, &w, b, g * group + j, first + i, j * queries + i);
     free(memory);
 }
 
-int forward(const struct attention *p) {
-    struct call call = {p, (p->N + p->rows - 1) / p->rows, 0};
+int forward(const struct attention *p, const struct tensors *t) {
+    struct call call = {p, t, (p->N + p->rows - 1) / p->rows, 0};
     parallel(job, &call, call.blocks * p->B * p->G, p->threads);
     return call.failed;
 }
+int vector_lanes(void) { return LANES; }

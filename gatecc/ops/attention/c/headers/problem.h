@@ -7,35 +7,38 @@
 enum { NUMBERS, FLOATS, BOOLEANS };  // what an operand holds: el, float, or a byte
 enum { IDENTITY, SIGMOID, SILU };    // of a gate
 
-struct operand {  // (B, heads, tokens, features), features side by side unless ``step`` is 0; NULL where there is none
-    void *at;
-    int64_t batch, head, token, step;
-    int64_t kind;
+struct layout {  // of (B, heads, tokens, features), features side by side unless ``step`` is 0
+    int64_t batch, head, token, step, kind;
 };
 
-struct attention {
-    struct operand q, k, v, gate, bias, out;  // bias: (B, H, N, S)
-    const float *sinks;                       // (H)
-    float *logsumexp;                         // (B, H, N)
+struct tensors {  // of a call; NULL where there is none
+    const void *q, *k, *v, *gate, *bias;
+    const float *sinks;  // (H)
+    void *out;
+    float *logsumexp;  // (B, H, N)
+};
+
+struct attention {  // what calls on tensors of the same shapes share
+    struct layout q, k, v, gate, bias, out;  // bias: (B, H, N, S)
     int64_t B, H, G, N, S, D, E;
-    int64_t window;                           // 0: none
-    int64_t rows;                             // queries of a job: a block of them for each head of a group
-    float scale, cap;                         // 0: none
-    int32_t causal, activation, threads;
+    int64_t window;  // 0: none
+    int64_t rows;    // queries of a job: a block of them for each head of a group
+    float scale, cap;  // 0: none
+    int32_t causal, activation, threads, unused;
 };
 
 INLINE int64_t size_of(int64_t kind) { return kind == FLOATS ? 4 : kind == BOOLEANS ? 1 : (int64_t)sizeof(el); }
-INLINE const char *place(const struct operand *o, int64_t b, int64_t h, int64_t n) {
-    return (const char *)o->at + (b * o->batch + h * o->head + n * o->token) * size_of(o->kind);
+INLINE const void *place(const void *at, const struct layout *o, int64_t b, int64_t h, int64_t n) {
+    return (const char *)at + (b * o->batch + h * o->head + n * o->token) * size_of(o->kind);
 }
 // LANES floats of an operand from a feature on, or the first n.
-INLINE vf floats_at(const struct operand *o, const char *row, int64_t feature, int64_t n) {
-    if (!o->step) return splat(o->kind == FLOATS ? *(const float *)(const void *)row : widen(*(const el *)(const void *)row));
+INLINE vf floats_at(const struct layout *o, const void *row, int64_t feature, int64_t n) {
+    if (!o->step) return splat(o->kind == FLOATS ? *(const float *)row : widen(*(const el *)row));
     if (o->kind == FLOATS) {
-        const float *const p = (const float *)(const void *)row + feature;
+        const float *const p = (const float *)row + feature;
         return n >= LANES ? load(p) : floats_of(p, n);
     }
-    return load_els((const el *)(const void *)row + feature, n);
+    return load_els((const el *)row + feature, n);
 }
 
 // What scores are multiplied by: to be capped, or to be powers of two.

@@ -27,30 +27,53 @@ INLINE vf hidden_outside(vf s, int64_t key, struct range r) {
     return either((at >= low) & (at < high), s, splat(-INFINITY));
 }
 
-INLINE vf biased(const struct operand *bias, const char *row, vf s, int64_t key, int64_t n) {
-    if (bias->kind != BOOLEANS) return s + floats_at(bias, row, key, n) * LOG2E;
-    if (!bias->step) return *row ? s : splat(-INFINITY);
-    vf x = splat(-INFINITY);
-    for (int i = 0; i < LANES && i < n; i++)
-        if (row[key + i]) ((float *)&x)[i] = ((float *)&s)[i];
-    return x;
+// A score and its bias, in powers of two. The least finite numbers, which hide a key where there is another one, stay
+// finite: 3e38 * log2(e) is not.
+INLINE vf biased(const struct layout *bias, const void *row, vf s, int64_t key, int64_t n) {
+    if (bias->kind != BOOLEANS) {
+        const vf x = floats_at(bias, row, key, n), low = splat(-2.3e38f);
+        return s + either((x < low) & (x > -INFINITY), low, x) * LOG2E;
+    }
+    const uint8_t *const seen = row;
+    if (!bias->step) return *seen ? s : splat(-INFINITY);
+    typedef uint8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+    bytes x = {0};
+    if (n >= LANES) x = *(const bytes *)(seen + key);
+    else memcpy(&x, seen + key, (size_t)n);
+    return either(__builtin_convertvector(x, vi) != 0, s, splat(-INFINITY));
 }
 
-// The largest of a vector.
+// The largest of a vector and its sum: halves are folded onto each other.
+INLINE vf most_of(vf x, vf y) { return either(x < y, y, x); }
+#if LANES == 16
+#define FOLD(x, f) \
+    x = f(x, SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)); \
+    x = f(x, SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)); \
+    x = f(x, SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)); \
+    x = f(x, SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14))
+#elif LANES == 8
+#define FOLD(x, f) \
+    x = f(x, SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3)); \
+    x = f(x, SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5)); \
+    x = f(x, SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6))
+#else
+#define FOLD(x, f) \
+    x = f(x, SHUFFLE(x, x, 2, 3, 0, 1)); \
+    x = f(x, SHUFFLE(x, x, 1, 0, 3, 2))
+#endif
 INLINE float largest_of(vf x) {
-    float y[LANES];
-    for (int half = LANES / 2; half; half /= 2) {
-        store(y, x);
-        vf other = x;
-        memcpy(&other, y + half, (size_t)half * 4);
-        x = either(x < other, other, x);
-    }
-    return ((float *)&x)[0];
+    FOLD(x, most_of);
+    return x[0];
+}
+INLINE vf plus(vf x, vf y) { return x + y; }
+INLINE float sum_of(vf x) {
+    FOLD(x, plus);
+    return x[0];
 }
 
 struct row {
     struct range keys;  // that it sees, counted from the first of the block
-    const char *bias;   // its row, from the first key of the block on
+    const void *bias;   // its row, from the first key of the block on
 };
 
 // Scores of one row, in powers of two: what they become by cap and bias, and the largest of them.
@@ -69,7 +92,7 @@ INLINE float largest_score(
             if (!inside) x = hidden_outside(x, key, row->keys);
             store(s + key, x);
         }
-        most = either(most < x, x, most);
+        most = most_of(most, x);
     }
     return largest_of(most);
 }
@@ -87,7 +110,5 @@ INLINE float weigh(float *s, int64_t from, int64_t to, float shift) {
         store(s + key, w);
 #endif
     }
-    float sum = 0;
-    for (int i = 0; i < LANES; i++) sum += ((float *)&total)[i];
-    return sum;
+    return sum_of(total);
 }

@@ -1,0 +1,154 @@
+"""attention-operator: fused attention on a CPU becomes `gatecc::attention` where that was measured to be faster.
+
+torch's kernel computes whole blocks of a causal mask, and has no word for a sliding window. What the operator gains on
+this kind of CPU is data (gatecc.ops.attention.c.profit); where it gains nothing, torch's stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from gatecc.ir.dataflow import Flow
+from gatecc.ir.ops import named
+from gatecc.ir.program import Program, fake
+from gatecc.ir.site import Attention, Site
+from gatecc.ir.sizes import Size, on_example, same
+from gatecc.ops.attention.c.profit import Kind, gain
+from gatecc.passes.lower.attention.autocast import autocasts
+from gatecc.passes.lower.attention.mask_proof import prove
+from gatecc.passes.lower.attention.numbers import number
+from gatecc.passes.lower.insert import insert
+from gatecc.passes.lower.lowering import Lowering, Outcome, Settings
+from gatecc.passes.lower.replace import replace as replace_node
+from gatecc.passes.lower.restride import restride
+
+LEAST = 1.05  # times the speed of torch's, of which the measurement is sure
+
+
+class AttentionOperator(Lowering):
+    """SDPA -> gatecc::attention."""
+
+    name = "attention-operator"
+    after = ("causal-mask", "spelled-attention")
+
+    def lower(self, program: Program, sites: Sequence[Site], settings: Settings) -> Iterator[Outcome]:
+        fused = [s for s in sites if isinstance(s, Attention) and s.spelling == "sdpa"]
+        flow = Flow(program) if fused else None
+        for site in fused:
+            if flow is not None:
+                yield self._at(site, flow, settings)
+
+    def _at(self, site: Attention, flow: Flow, settings: Settings) -> Outcome:
+        at = Outcome(self.name, site.owner, site.line, f"fused attention, {site.mask}")
+        found = _read(site, flow, settings)
+        if isinstance(found, str):
+            return replace(at, reason=found)
+        call, assumes, proof = found
+        tensors = [n for n in site.core.args[:4] if isinstance(n, fx.Node)]
+        if not call.masked:
+            tensors = tensors[:3]
+        speed = _speed(site, call, settings)
+        if speed < LEAST:
+            return replace(at, reason=f"on this CPU the operator would run at {speed:.2f} times the speed of torch's")
+        (made,) = insert(flow.program, self.name, site.core, call, *tensors)
+        readers = list(site.core.users)
+        site.core.replace_all_uses_with(made)
+        if not restride(flow.program, made):  # somebody views the result as it lay before
+            (laid_out,) = insert(flow.program, self.name, site.core, replace(call, contiguous=True), *tensors)
+            for reader in readers:
+                reader.replace_input_with(made, laid_out)
+            made = laid_out
+            restride(flow.program, made)
+        replace_node(flow.program, site.core, made)
+        what = f"{speed:.2f} times the speed of torch's fused attention, measured on this kind of CPU"
+        return replace(at, became=str(call), reason=proof, gain=what, assumes=assumes)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The operator's call, as a function of (q, k, v) and a mask if it is ``masked``."""
+
+    scale: float | None
+    causal: bool
+    window: int | None
+    masked: bool
+    contiguous: bool = False
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *masks: torch.Tensor) -> torch.Tensor:
+        bias = masks[0][(None,) * (4 - masks[0].dim())] if masks else None
+        options: dict[str, Any] = {"scale": self.scale, "causal": self.causal, "window": self.window}
+        out = torch.ops.gatecc.attention(q, k, v, None, bias, **options)[0]
+        return out.contiguous() if self.contiguous else out
+
+    def __str__(self) -> str:
+        words = ["causal"] * self.causal + [f"window={self.window}"] * bool(self.window) + ["with a mask"] * self.masked
+        return "gatecc::attention" + ", " * bool(words) + ", ".join(words)
+
+
+def _read(site: Attention, flow: Flow, settings: Settings) -> tuple[_Call, tuple[str, ...], str] | str:
+    """The call, the buffers that it rests on and what proved it; or why there is none."""
+    core, learned = site.core, settings.training
+    q, k, v = (fake(n) if isinstance(n, fx.Node) else None for n in core.args[:3])
+    if q is None or k is None or v is None or {q.dim(), k.dim(), v.dim()} != {4}:
+        return "queries, keys and values do not have four axes"
+    if q.device.type != "cpu":
+        return "on this device torch's fused attention serves"
+    if autocasts(flow.program):
+        return "operators run in another precision than the graph records"
+    if named(core, "dropout_p"):
+        return "weights are dropped out, which the operator does not"
+    scale = named(core, "scale")
+    scale = scale if scale is None else number(scale, flow)
+    if scale is None and named(core, "scale") is not None:
+        return "the scale is not known"
+    heads: tuple[Any, Any] = q.size(1), k.size(1)
+    if not (same(q.size(0), k.size(0)) and same(k.size(0), v.size(0)) and same(k.size(1), v.size(1))):
+        return "keys are broadcast to the queries"
+    if not all(isinstance(h, int) for h in heads) or heads[0] % heads[1]:
+        return "the number of heads changes from call to call"
+    mask, causal = named(core, "attn_mask"), bool(named(core, "is_causal"))
+    if causal and not same(q.size(2), k.size(2)):
+        return "there are more keys than queries, and is_causal counts queries from the first key"
+    if not isinstance(mask, fx.Node):
+        return _Call(scale, causal, None, False), (), "the fused operator says what is hidden"
+    return _masked(site, mask, scale, flow, learned)
+
+
+def _masked(
+    site: Attention, mask: fx.Node, scale: float | None, flow: Flow, training: bool
+) -> tuple[_Call, tuple[str, ...], str] | str:
+    held = fake(mask)
+    if held is None or (training and mask in flow.learned):
+        return "the mask is learned"
+    sizes = _lengths(site)
+    proof = prove(site.mask, [mask], sizes, flow, windows=True)
+    if proof.kind == "sliding_window":
+        return _Call(scale, True, site.mask.window, False), proof.buffers, "the mask was evaluated at several sizes"
+    known = site.mask.causal and same(*sizes) and (held.dtype == torch.bool or proof.all_see)
+    if known and proof.known:
+        return _Call(scale, True, None, True), proof.buffers, "no query sees a later key, and the mask says the rest"
+    return _Call(scale, False, None, True), (), "the mask stays as it is"
+
+
+def _lengths(site: Attention) -> tuple[Size, Size]:
+    """The numbers of queries and keys."""
+    held = [fake(n) for n in site.core.args[:2] if isinstance(n, fx.Node)]
+    queries, keys = (x.size(2) for x in held if x is not None)
+    return queries, keys
+
+
+def _speed(site: Attention, call: _Call, settings: Settings) -> float:
+    query = site.core.args[0]
+    held = fake(query) if isinstance(query, fx.Node) else None
+    assert held is not None
+    kind: Kind = "causal" if call.causal else "masked" if call.masked else "full"
+    queries, keys = (on_example(size) or 0 for size in _lengths(site))
+    return gain(held.dtype, kind, queries, keys, training=settings.training)
+
+
+__all__ = ["AttentionOperator"]

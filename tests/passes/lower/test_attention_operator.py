@@ -1,0 +1,136 @@
+"""attention-operator: fused attention becomes the operator with the same numbers and gradients, or stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from gatecc import backend
+from gatecc.passes.lower import Outcome, attention_operator
+
+B, N, H, D = 2, 9, 4, 8
+
+
+@pytest.fixture(autouse=True)
+def gaining(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operator gains everywhere, so that small models show it."""
+    monkeypatch.setattr(attention_operator, "gain", lambda *_, **__: 2.0)
+    torch._dynamo.reset()
+
+
+class Attention(nn.Module):
+    """One attention of x: (B, N, 32) by ``attend``, a function of q, k, v: (B, H, N, D)."""
+
+    def __init__(self, attend: Callable[..., Tensor], groups: int = H) -> None:
+        super().__init__()
+        self.q, self.kv = nn.Linear(H * D, H * D), nn.Linear(H * D, 2 * groups * D)
+        self.attend = attend
+
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        """x: (B, N, 32)."""
+        q = self.q(x).unflatten(-1, (-1, D)).transpose(1, 2)
+        k, v = self.kv(x).unflatten(-1, (-1, D)).transpose(1, 2).chunk(2, 1)
+        return self.attend(q, k, v, *others).transpose(1, 2).flatten(2)
+
+
+def seen(x: Tensor, window: int = 0) -> Tensor:
+    places = torch.arange(x.size(2))
+    ahead = places - places[:, None]
+    return (ahead <= 0) & (ahead > -window) if window else ahead <= 0
+
+
+def additive(q: Tensor) -> Tensor:
+    return torch.zeros(1, 1, q.size(2), q.size(2), dtype=q.dtype).masked_fill(~seen(q, 4), torch.finfo(q.dtype).min)
+
+
+def padded(q: Tensor, k: Tensor, v: Tensor, there: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, seen(q) & there[:, None, None, :])
+
+
+sdpa: Any = F.scaled_dot_product_attention
+MODELS: dict[str, tuple[Callable[..., Tensor], int, str]] = {
+    "causal": (lambda q, k, v: sdpa(q, k, v, is_causal=True), H, "gatecc::attention, causal"),
+    "groups": (
+        lambda q, k, v: sdpa(q, k, v, is_causal=True, enable_gqa=True, scale=0.3),
+        2,
+        "gatecc::attention, causal",
+    ),
+    "one key head": (lambda q, k, v: sdpa(q, k, v), 1, "gatecc::attention"),
+    "full": (lambda q, k, v: sdpa(q, k, v), H, "gatecc::attention"),
+    "window": (lambda q, k, v: sdpa(q, k, v, seen(q, 4)), H, "gatecc::attention, causal, window=4"),
+    "additive window": (lambda q, k, v: sdpa(q, k, v, additive(q)), H, "gatecc::attention, causal, window=4"),
+    "padding": (padded, H, "gatecc::attention, causal, with a mask"),
+    "bias": (lambda q, k, v, x: sdpa(q, k, v, x[:, None, :, :N]), H, "gatecc::attention, with a mask"),
+}
+LEFT: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "dropout": (lambda q, k, v: sdpa(q, k, v, dropout_p=0.1), "dropped out"),
+    "fewer queries": (lambda q, k, v: sdpa(q[:, :, 2:], k, v, is_causal=True), "more keys than queries"),
+    "three axes": (lambda q, k, v: sdpa(q[0], k[0], v[0])[None], "four axes"),
+    "one batch of keys": (lambda q, k, v: sdpa(q, k[:1], v[:1]), "broadcast"),
+}
+
+
+def compiled(model: nn.Module, **options: Any) -> tuple[Callable[..., Any], list[Outcome]]:
+    outcomes: list[Outcome] = []
+
+    def spy(graph_module: fx.GraphModule, example: Any) -> Callable[..., Any]:
+        lowered = backend.lower(graph_module, example)
+        assert not lowered.faults
+        outcomes.extend(o for o in lowered.outcomes if o.lowering == "attention-operator")
+        calls = lowered.graph.graph.find_nodes(op="call_function", target=torch.ops.gatecc.attention.default)
+        assert len(calls) == sum(bool(o.became) for o in outcomes)
+        return lowered.graph.forward
+
+    return torch.compile(model, backend=spy, **options), outcomes
+
+
+def given(name: str) -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    x = torch.randn(B, N, H * D, dtype=torch.float64)
+    others = {"padding": (torch.tensor([[False] * 2 + [True] * 7, [True] * 9]),), "bias": (x,)}
+    return (x, *others.get(name, ()))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_it_becomes(name: str) -> None:
+    attend, groups, became = MODELS[name]
+    model, inputs = Attention(attend, groups).double(), given(name)
+    function, outcomes = compiled(model)
+    found, expected = function(*inputs), model(*inputs)
+    assert [o.became for o in outcomes] == [became]
+    assert "2.00 times" in outcomes[0].gain
+    torch.testing.assert_close(found, expected)
+    weights = torch.linspace(-1, 1, found.numel(), dtype=found.dtype).view_as(found)
+    grads = [torch.autograd.grad((y * weights).sum(), list(model.parameters())) for y in (found, expected)]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_stays(name: str) -> None:
+    attend, reason = LEFT[name]
+    function, outcomes = compiled(Attention(attend).double())
+    function(*given(name))
+    assert [bool(o.became) for o in outcomes] == [False]
+    assert reason in outcomes[0].reason
+
+
+def test_free_lengths_and_kernels() -> None:
+    model = Attention(MODELS["causal"][0])
+    function, outcomes = compiled(model, dynamic=True)
+    for length in (9, 150, 41):
+        x = torch.randn(B, length, H * D)
+        torch.testing.assert_close(function(x), model(x), rtol=2e-5, atol=2e-6)
+    assert [bool(o.became) for o in outcomes] == [True]
+
+
+def test_it_stays_where_nothing_is_gained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_operator, "gain", lambda *_, **__: 1.01)
+    function, outcomes = compiled(Attention(MODELS["causal"][0]).double())
+    function(*given("causal"))
+    assert "1.01 times" in outcomes[0].reason
+    assert not outcomes[0].became
