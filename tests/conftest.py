@@ -6,9 +6,14 @@ import os
 
 # Before torch and transformers are imported: both read these once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Inductor compiles here: its pool is a process that imports torch, and one of it may outlive the tests.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from tests import leaving
+
+# isort: split
 import gc
 import logging
 import random
@@ -35,6 +40,12 @@ torch.set_num_threads(1)
 # pytest hangs its handlers on every logger that does not propagate. On this one torch takes any handler for a wish to
 # have each compilation described in JSON, which costs a third of the time of a capture.
 logging.getLogger("torch.__trace").propagate = True
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A process of pytest-xdist has nothing to do after its tests."""
+    if hasattr(config, "workerinput"):
+        leaving.at_once()
 
 
 def pytest_report_header() -> str:
