@@ -39,13 +39,13 @@ def opened(model: nn.Module) -> nn.Module:
 
 
 def expected(x: Tensor = X) -> Tensor:
-    return opened(gatecc.transform(tiny(layers=2).eval(), "gated-attention", (X,)))(x)
+    return opened(gatecc.transform(tiny(layers=2).eval(), "gated-attention", (X,), verify=False))(x)
 
 
 def test_the_model_behind_is_rewritten_and_compiled_again(tmp_path: Path) -> None:
     counter = Counter()
     shell: Any = torch.compile(tiny(layers=2).eval(), backend=counter, fullgraph=True)
-    gated: Any = opened(gatecc.transform(shell, "gated-attention", (X,)))
+    gated: Any = opened(gatecc.transform(shell, "gated-attention", (X,), verify=False))
     assert counter.graphs == 0, "nothing is compiled on the way"
     assert gatecc.last_report(gated).model == "Tiny"
     assert type(gated) is type(shell)
@@ -63,7 +63,7 @@ def test_the_model_behind_is_rewritten_and_compiled_again(tmp_path: Path) -> Non
 def test_in_place_the_shell_stays() -> None:
     shell: Any = torch.compile(tiny(layers=2).eval(), backend="eager")
     before = shell(X)  # compiled already: what it compiled must not be run again
-    assert gatecc.transform(shell, "gated-attention", (X,), inplace=True) is shell
+    assert gatecc.transform(shell, "gated-attention", (X,), inplace=True, verify=False) is shell
     opened(shell)
     assert torch.allclose(shell(X), expected(), atol=1e-6)
     assert gatecc.revert(shell, inplace=True) is shell
@@ -100,6 +100,6 @@ def test_compiled_code_inside_is_refused(make: Any, where: str, do: str) -> None
 def test_taken_off_compiled_code_is_no_hindrance() -> None:
     model: Any = _in_place(tiny(layers=2).eval())
     model.blocks[0]._compiled_call_impl = None
-    gated = opened(gatecc.transform(model, "gated-attention", (X,)))
+    gated = opened(gatecc.transform(model, "gated-attention", (X,), verify=False))
     assert torch.equal(gated(X), expected())
     assert torch.equal(copy.deepcopy(gated)(X), expected())

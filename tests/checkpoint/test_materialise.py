@@ -71,8 +71,8 @@ def output(model: nn.Module, *args: Any) -> Tensor:
 def both(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module]:
     """Transformed without weights, and with them."""
     torch.manual_seed(1)
-    real = gatecc.transform(llama(), request.param, (IDS,))
-    return gatecc.transform(empty(llama), request.param, (IDS,), inplace=True), real
+    real = gatecc.transform(llama(), request.param, (IDS,), verify=False)
+    return gatecc.transform(empty(llama), request.param, (IDS,), inplace=True, verify=False), real
 
 
 def test_the_same_decisions_without_weights(both: tuple[nn.Module, nn.Module]) -> None:
@@ -116,12 +116,12 @@ def test_weights_shard_by_shard(recipe: str, tmp_path: Path) -> None:
     """From a folder of the library; new modules are then filled from them, and the contract is checked."""
     llama().save_pretrained(tmp_path, max_shard_size="8KB")  # pyright: ignore[reportCallIssue]
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    shaped = gatecc.transform(empty(llama), recipe, (IDS,), inplace=True)
+    shaped = gatecc.transform(empty(llama), recipe, (IDS,), inplace=True, verify=False)
     torch.manual_seed(3)
     made = gatecc.materialise(shaped, [tables(llama()), tmp_path])
     assert made is shaped
     torch.manual_seed(3)
-    right = gatecc.transform(llama(), recipe, (IDS,))
+    right = gatecc.transform(llama(), recipe, (IDS,), verify=False)
     assert made.state_dict().keys() == right.state_dict().keys()
     assert all(torch.equal(t, right.state_dict()[n]) for n, t in made.state_dict().items())
     assert made.get_parameter("lm_head.weight") is made.get_parameter("model.embed_tokens.weight")
@@ -136,7 +136,7 @@ def test_a_model_of_ones_own_in_two_transforms(tmp_path: Path) -> None:
     x = torch.randn(2, 5, 16)
     shaped = empty(own)
     for recipe in ("upcycle", [gatecc.Gate(gatecc.Residual[...].branch, gatecc.GateSpec("param", "none"))]):
-        shaped = gatecc.transform(shaped, recipe, (x,))
+        shaped = gatecc.transform(shaped, recipe, (x,), verify=False)
     save_file(own().to(torch.float64).state_dict(), tmp_path / "weights.safetensors")
     made = gatecc.materialise(shaped, tmp_path / "weights.safetensors")
     assert len(history(made)) == 2

@@ -52,7 +52,7 @@ def upcycled() -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(Block(), Block()).eval()
     recipe = gatecc.recipe("upcycle", experts=EXPERTS, k=SLOTS)
-    model = gatecc.transform(model, recipe, (torch.randn(4, 5, WIDTH),), inplace=True)
+    model = gatecc.transform(model, recipe, (torch.randn(4, 5, WIDTH),), inplace=True, verify=False)
     generator = torch.Generator().manual_seed(1)
     for p in model.parameters():
         p.data = torch.randn(p.shape, generator=generator) * 0.3
@@ -193,7 +193,7 @@ class Rank:
         with torch.device("meta"):
             model = nn.Sequential(Block(), Block()).eval()
         recipe = gatecc.recipe("upcycle", experts=EXPERTS, k=SLOTS)
-        model = gatecc.transform(model, recipe, (torch.randn(4, 5, WIDTH),), inplace=True)
+        model = gatecc.transform(model, recipe, (torch.randn(4, 5, WIDTH),), inplace=True, verify=False)
         expert_parallel(model, self.mesh("empty model"))
         fully_shard(model, mesh=self.mesh("empty rest"), ignored_params=set(expert_parameters(model)))
         model.to_empty(device="cpu")

@@ -45,7 +45,9 @@ def scramble(mlp: Any) -> None:
 def test_a_point_goes_to_the_expert_of_its_place() -> None:
     torch.manual_seed(0)
     model, (x,) = samples.points()
-    routed = gatecc.transform(model, gatecc.recipe("hash-experts", experts=3, weigh="gate", levels=2), (x,))
+    routed = gatecc.transform(
+        model, gatecc.recipe("hash-experts", experts=3, weigh="gate", levels=2), (x,), verify=False
+    )
     scramble(routed)
     mlp = cast("Any", routed)
     flat = x.flatten(0, 1)
@@ -60,7 +62,7 @@ def test_a_point_goes_to_the_expert_of_its_place() -> None:
 def by_task() -> tuple[nn.Module, Any]:
     model, inputs = samples.conditioned()
     recipe = gatecc.recipe("m3vit", experts=6, k=2, tasks=3, init="random(std=1)")
-    return gatecc.transform(model, recipe, inputs), inputs
+    return gatecc.transform(model, recipe, inputs, verify=False), inputs
 
 
 def test_every_second_block_is_routed(by_task: tuple[nn.Module, Any]) -> None:
@@ -98,7 +100,7 @@ def test_half_of_the_steps_are_balanced() -> None:
     torch.manual_seed(0)
     model, (ids,) = samples.language()
     recipe = gatecc.recipe("selective-sinkhorn", experts=4, iters=50, init="random(std=1)")
-    routed = gatecc.transform(model, recipe, (ids,)).train()
+    routed = gatecc.transform(model, recipe, (ids,), verify=False).train()
     one = router(routed)
     x = torch.randn(2, 32, one.get_parameter("weight").size(1))
     z = one.logits(x, x)
@@ -116,7 +118,7 @@ def test_experts_are_diverse_copies_and_the_gate_gets_sparse() -> None:
     torch.manual_seed(0)
     model, (ids,) = samples.language()
     recipe = gatecc.recipe("evomoe", experts=4, share=0.25, start=100.0, end=0.001, steps=4)
-    routed = gatecc.transform(model, recipe, (ids,)).train()
+    routed = gatecc.transform(model, recipe, (ids,), verify=False).train()
     mlp = state(routed)
     rows = mlp.experts.gate_up_proj
     dense = cast("Any", model.get_submodule("blocks.0.mlp")).up.weight

@@ -40,7 +40,7 @@ def test_neurons_that_fire_for_the_same_tokens_become_an_expert() -> None:
     assert sorted(torch.bincount(chosen).tolist()) == [6, 6, 6, 6]
     assert not model.down._forward_pre_hooks
 
-    split = gatecc.transform(model, gatecc.recipe("split-experts", experts=4, by=measured), (batches[0],))
+    split = gatecc.transform(model, gatecc.recipe("split-experts", experts=4, by=measured), (batches[0],), verify=False)
     with torch.no_grad():
         assert float((split(batches[0]) - model(batches[0])).abs().max()) < 1e-6
     experts: Any = split.get_submodule("experts")

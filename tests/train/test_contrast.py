@@ -27,7 +27,7 @@ def test_the_loss_is_that_of_the_paper() -> None:
 def test_sequences_of_a_task_are_routed_alike_after_training() -> None:
     torch.manual_seed(0)
     model, inputs = samples.sequences()
-    routed = gatecc.transform(model, gatecc.recipe("t2mir", experts=4, k=1), inputs)
+    routed = gatecc.transform(model, gatecc.recipe("t2mir", experts=4, k=1), inputs, verify=False)
     contrast = TaskContrast(routed, momentum=0.5)
     assert sorted(contrast.routers) == ["blocks.0.mlp.router_1", "blocks.1.mlp.router_1"]
     with pytest.raises(ArgumentError, match="did not run"):

@@ -81,13 +81,13 @@ def net() -> nn.Module:
 @pytest.fixture(scope="module")
 def skipping(net: nn.Module, inputs: dict[str, Tensor]) -> nn.Module:
     torch.manual_seed(0)
-    return noised(gatecc.transform(net, route("copies(1)", init="zero", skip=True), inputs))
+    return noised(gatecc.transform(net, route("copies(1)", init="zero", skip=True), inputs, verify=False))
 
 
 @pytest.fixture(scope="module")
 def mixing(net: nn.Module, inputs: dict[str, Tensor]) -> nn.Module:
     torch.manual_seed(1)
-    return noised(gatecc.transform(net, route("copies(2)", "softmax_topk(2)", skip=True), inputs))
+    return noised(gatecc.transform(net, route("copies(2)", "softmax_topk(2)", skip=True), inputs, verify=False))
 
 
 def by_hand(net: Any, routed: Any, inputs: dict[str, Tensor], k: int) -> tuple[Tensor, list[list[int]]]:
@@ -235,7 +235,7 @@ def test_running_statistics_see_all_samples_in_training() -> None:
     torch.manual_seed(0)
     net: Any = Noisy().eval()
     x = torch.randn(5, 4, 6, 6)
-    made: Any = noised(gatecc.transform(net, route("copies(1)", init="zero", skip=True), (x,)))
+    made: Any = noised(gatecc.transform(net, route("copies(1)", init="zero", skip=True), (x,), verify=False))
     made.train()(x).sum().backward()
     net.train()(x)
     assert torch.allclose(made.blocks[0][1].running_mean, net.blocks[0][1].running_mean)
@@ -342,9 +342,10 @@ def test_a_sample_that_keeps_its_way_can_be_decoded() -> None:
     torch.manual_seed(0)
     inputs = {"ids": torch.randint(0, 11, (4, 6)), "task": torch.randn(4, 3)}
     speaking = Speaking().eval()
-    made = noised(gatecc.transform(speaking, route("copies(1)", init="zero", source="cond(task)", skip=True), inputs))
+    by_task = route("copies(1)", init="zero", source="cond(task)", skip=True)
+    made = noised(gatecc.transform(speaking, by_task, inputs, verify=False))
     gatecc.decoder(made, inputs)  # compared with the full forward
-    pooled = gatecc.transform(speaking, route("copies(1)", init="zero", skip=True), inputs)
+    pooled = gatecc.transform(speaking, route("copies(1)", init="zero", skip=True), inputs, verify=False)
     with pytest.raises(GateccError, match="mixes positions"):
         gatecc.decoder(pooled, inputs)
 
