@@ -7,6 +7,7 @@ from gatecc.decoder import Decoder, decoder
 from gatecc.engine.analyse import inspect
 from gatecc.errors import GateccError
 from gatecc.export import export
+from gatecc.export.quantize import Quantize
 from gatecc.handoff import to_transformers
 from gatecc.ir.contract import Contract
 from gatecc.ir.gate import GateSpec
@@ -66,6 +67,7 @@ __all__ = [
     "Merge",
     "Mix",
     "Model",
+    "Quantize",
     "Recipe",
     "Report",
     "Residual",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from gatecc.export.compare import Compared, Outcome, compare, located
 from gatecc.export.decode import decode as decode_step
 from gatecc.export.files import MANIFEST, Exported, describe, metadata, move, parent, write_manifest
 from gatecc.export.lower import context_of, lower
+from gatecc.export.quantize import Quantize, quantized, resolve
 from gatecc.ops import registry
 from gatecc.passes.ensemble.ensemble import in_branches
 from gatecc.scope.printed_rows import bodies_in_branches
@@ -62,6 +64,8 @@ def export(
     timeout: float | None = TIMEOUT,
     group_experts: bool = True,
     external_data: bool = False,
+    quantize: str | Quantize | None = None,
+    evaluation_inputs: Iterable[Inputs] | None = None,
 ) -> Exported:
     """Write ``model.onnx`` and a manifest ``gatecc.json`` to ``folder``; batch, length and the like stay free.
 
@@ -80,6 +84,9 @@ def export(
     ``decode``: write ``decode.onnx`` as well, the derived decoder's step: one graph for prompts and steps, whose states
     are inputs and outputs. `gatecc.onnx.Session` generates with it. It is compared with one full forward of torch after
     prefills and steps of several lengths.
+    ``quantize``: "w8", "w4", "int8" or "fp16", or a ``Quantize`` with its options; the record's ``quantized`` tells
+    how far the outputs are from the graph that was compared with torch, on ``evaluation_inputs`` (inputs like the
+    example's) if there are some, and the time of a run. It needs ONNX Runtime.
     ``timeout``: seconds of CPU time after which the export is stopped; None is no limit.
     ``group_experts``: experts of transformers that are set to "batched_mm", which copies a matrix for each token, are
     written as products by expert, and a note says so; of a model that is rewritten, what its graphs hold is written.
@@ -87,7 +94,7 @@ def export(
     Raises ArgumentError, MissingPackageError, ExampleInputsError, UnsupportedModelError, CaptureError, ExportError;
     DecoderError with ``decode=True`` for a model from which no decode step can be derived.
     """
-    need(*EXPORT, *(RUNTIME if verify else ()))
+    need(*EXPORT, *(RUNTIME if verify or quantize is not None else ()))
     if opset not in OPSETS:
         raise ArgumentError("this opset cannot be written", found=str(opset), expected="18 to 25; 24 is best tried")
     if target not in TARGETS:
@@ -95,12 +102,13 @@ def export(
     if timeout is not None and not timeout > 0:
         raise ArgumentError("a timeout is a time", found=str(timeout), expected="seconds above 0, or None for no limit")
     args, kwargs = split_inputs(example_inputs)
+    narrow = resolve(quantize, target)
     check_model(model)
     if verify:
         check_dtypes([*model.parameters(), *model.buffers()])
     try:
         with budget(timeout, lambda seconds: _too_long(model, seconds)):
-            how = target, opset, decode, verify, timeout, group_experts, external_data
+            how = target, opset, decode, verify, timeout, group_experts, external_data, narrow, evaluation_inputs
             return _export(model, Path(folder), (args, kwargs), *how)
     except GateccError:
         raise
@@ -128,6 +136,8 @@ def _export(
     timeout: float | None,
     group_experts: bool,
     external_data: bool,
+    quantize: Quantize | None,
+    evaluation_inputs: Iterable[Inputs] | None,
 ) -> Exported:
     notes: list[str] = []
     slow = _SLOW_EXPERTS if group_experts and not any(True for _ in scopes(model)) else ()
@@ -160,7 +170,15 @@ def _export(
             if bodies:
                 notes.append("a block that is skipped runs on all samples of a batch if one of them takes it, else not")
             steps = decode_step(model, inputs, made, graph, target, opset, verify) if decode else None
+            narrow = None
+            if quantize is not None:
+                sizes = [c.sizes for c in compared] or [graph.dims.sizes(call.leaves)]
+                narrow = quantized(
+                    call, graph, made, quantize, sizes=sizes, evaluation=evaluation_inputs, external=external_data
+                )
             result = describe(folder, made, graph, compared, notes, steps)
+            if narrow is not None:
+                result = replace(result, operators=narrow.operators, quantized=narrow)
             write_manifest(made / MANIFEST, model, result)
             move(made, folder)
     return result

@@ -17,6 +17,7 @@ from gatecc.codegen.onnx.packages import EXPORT, RUNTIME, versions
 from gatecc.errors import ExportError
 from gatecc.export.compare import Compared
 from gatecc.export.decode import DECODE, Decode
+from gatecc.export.quantize import Quantized
 from gatecc.transform import history
 
 MANIFEST = "gatecc.json"
@@ -40,6 +41,7 @@ class Exported:
     kept: dict[str, int] = field(default_factory=dict[str, int])
     """What was left as the model spells it, how often, and why: ``{"attention: causal+padding: ...": 6}``."""
     decode: Decode | None = None
+    quantized: Quantized | None = None
 
     @property
     def dims(self) -> tuple[str, ...]:

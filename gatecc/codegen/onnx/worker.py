@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import os
 import pickle
+import runpy
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 Arrays = list[Any]
+_ROUNDS = 5  # at least
 
 
 class RaisedThereError(Exception):
@@ -56,6 +59,27 @@ class Worker:
         """The outputs of the file that was loaded."""
         return self._session.run(None, dict(feeds))
 
+    def quantize(self, paths: Sequence[str], folder: str, form: str, options: Mapping[str, Any]) -> list[Any]:
+        """See ``quantizer.quantize``."""
+        beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "quantizer.py")
+        return runpy.run_path(beside)["quantize"](paths, folder, form, options)
+
+    def race(self, paths: Sequence[str], feeds: Mapping[str, Any], seconds: float) -> list[float]:
+        """The least CPU time of one run of each file on one thread, in turn for about so many seconds."""
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.log_severity_level, options.intra_op_num_threads = 4, 1
+        sessions = [ort.InferenceSession(p, options, providers=["CPUExecutionProvider"]) for p in paths]
+        best, start, rounds = [float("inf")] * len(paths), time.process_time(), 0
+        while rounds < _ROUNDS or time.process_time() - start < seconds:
+            rounds += 1
+            for i, session in enumerate(sessions):
+                before = time.process_time()
+                session.run(None, dict(feeds))
+                best[i] = min(best[i], time.process_time() - before)
+        return best
+
     def close(self) -> None:
         """Let go of the file."""
         self._session = None
@@ -83,6 +107,12 @@ class Apart(Worker):
 
     def run(self, feeds: Mapping[str, Any]) -> Arrays:
         return self._ask("run", dict(feeds))
+
+    def quantize(self, paths: Sequence[str], folder: str, form: str, options: Mapping[str, Any]) -> list[Any]:
+        return self._ask("quantize", list(paths), folder, form, dict(options))
+
+    def race(self, paths: Sequence[str], feeds: Mapping[str, Any], seconds: float) -> list[float]:
+        return self._ask("race", list(paths), dict(feeds), seconds)
 
     def close(self) -> None:
         self._process.kill()

@@ -1,0 +1,219 @@
+"""Quantize: an exported graph in fewer bits, kept if its outputs and its time, which are measured, allow it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from gatecc.capture import signature
+from gatecc.codegen.onnx.build import DATA, MODEL, Graph
+from gatecc.codegen.onnx.leaves import Call
+from gatecc.codegen.onnx.runtime import Session, check, is_apart
+from gatecc.codegen.onnx.worker import Apart, Worker
+from gatecc.engine.analyse import Inputs
+from gatecc.errors import ArgumentError, ExportError
+from gatecc.export.accuracy import Accuracy, Gathered, tokens_of
+from gatecc.export.compare import Sizes
+
+Form = Literal["w8", "w4", "int8", "fp16"]
+FORMS: tuple[str, ...] = get_args(Form)
+_BLOCKS = (16, 32, 64, 128, 256)
+_SLOWER, _NOISE = 1.15, 2e-5  # times, and seconds, from which on a graph is slower
+_RACE = 0.3  # seconds of CPU time for each size
+_WRONG = 0.8  # the cosine of outputs below which a graph computes something else
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """How the weights of a graph are held.
+
+    ``form``: "w8" and "w4" hold the matrices of products in blocks of integers with a scale each (MatMulNBits of ONNX
+    Runtime: for decoding, which reads weights); "int8" computes products in integers, scales found when it runs (for
+    long inputs); "fp16" is for GPUs.
+    ``block``: how many entries of a column share a scale. ``accuracy_level``: what products are computed in, 4 is int8.
+    ``embedding``, ``head``: whether the table of tokens, and the last product, are quantised too.
+    ``keep``: patterns of weights or nodes that stay as they are.
+    """
+
+    form: Form
+    block: int = 32
+    accuracy_level: int = 4
+    embedding: bool = False
+    head: bool = True
+    keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise ArgumentError("this form of weights is not known", found=repr(self.form), expected=", ".join(FORMS))
+        if self.block not in _BLOCKS:
+            raise ArgumentError("this block cannot be had", found=str(self.block), expected=f"one of {_BLOCKS}")
+        if self.embedding and self.form == "w8":
+            raise ArgumentError(
+                "ONNX Runtime's quantizer holds tables in 4 bits alone", found="w8 with embedding=True", expected="w4"
+            )
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What became of the products of model.onnx: what they are now, which were left and why, all operators, and the
+    bytes of the weights. ``on`` says which inputs ``accuracy`` is of; ``time`` is the CPU time of one run on one
+    thread, divided by that of the graph before."""
+
+    options: Quantize
+    quantized: dict[str, int]
+    kept: dict[str, int]
+    operators: dict[str, int]
+    bytes_before: int
+    bytes_after: int
+    on: str
+    accuracy: tuple[Accuracy, ...]
+    time: dict[str, float]
+
+
+def resolve(given: str | Quantize | None, target: str) -> Quantize | None:
+    """The options of a name. Raises ArgumentError."""
+    if given is None:
+        return None
+    options = given if isinstance(given, Quantize) else Quantize(given)  # pyright: ignore[reportArgumentType]
+    if target == "portable" and options.form in ("w4", "w8"):
+        raise ArgumentError(
+            "weights in blocks are an operator of ONNX Runtime",
+            found=f"{options.form}, target={target!r}",
+            expected="int8 or fp16, or target='ort'",
+        )
+    return options
+
+
+def quantized(
+    call: Call,
+    graph: Graph,
+    made: Path,
+    options: Quantize,
+    *,
+    sizes: Sequence[Sizes],
+    evaluation: Iterable[Inputs] | None,
+    external: bool,
+) -> Quantized:
+    """Put quantised graphs in the place of those in a folder; ``model.onnx``, which is ``graph``, is compared with what
+    it was on ``evaluation``, else at ``sizes``.
+
+    Raises ExportError if nothing of it can be quantised, if it computes something else, or if it is slower.
+    """
+    inside = made / "quantized"
+    inside.mkdir()
+    paths = sorted(made.glob("*.onnx"), key=lambda p: p.name != MODEL)
+    apart = is_apart(graph.nbytes)
+    with closing(Apart() if apart else Worker()) as worker:
+        settings = {**asdict(options), "external": external, "data": DATA}
+        told, *_ = worker.quantize([str(p) for p in paths], str(inside), options.form, settings)
+        if not told["quantized"] and options.form != "fp16":
+            raise ExportError(
+                "nothing in this graph can be quantised",
+                found=", ".join(f"{why}: {n}" for why, n in told["kept"].items())
+                or "no product with a constant matrix",
+                do="leave quantize out",
+            )
+        for path in paths:
+            check(inside / path.name, graph.places, apart=apart)
+        samples = (
+            [graph.dims.resized(call.leaves, s) for s in sizes] if evaluation is None else _leaves(call, evaluation)
+        )
+        pair = made / MODEL, inside / MODEL
+        accuracy = _accuracy(call, graph, *pair, samples)
+        times = {} if options.form == "fp16" else _times(worker, call, graph, pair, sizes)
+    _refuse(options, accuracy, times)
+    (made / DATA).unlink(missing_ok=True)
+    for written in sorted(inside.iterdir()):
+        os.replace(written, made / written.name)
+    inside.rmdir()
+    on = f"{len(samples)} inputs of the user" if evaluation is not None else "the example inputs"
+    return Quantized(
+        options,
+        told["quantized"],
+        told["kept"],
+        told["operators"],
+        graph.nbytes,
+        told["bytes"],
+        on,
+        tuple(accuracy),
+        times,
+    )
+
+
+def _leaves(call: Call, evaluation: Iterable[Inputs]) -> list[tuple[torch.Tensor, ...]]:
+    """The tensors of each input, which has the form of the example's."""
+    samples: list[tuple[torch.Tensor, ...]] = []
+    for inputs in evaluation:
+        _, leaves = signature.flatten(*signature.split_inputs(inputs))
+        if [(x.dtype, x.dim()) for x in leaves] != [(x.dtype, x.dim()) for x in call.leaves]:
+            raise ArgumentError(
+                "these evaluation inputs are not like the example inputs",
+                found=", ".join(f"{x.dtype} {tuple(x.shape)}" for x in leaves),
+                expected=", ".join(
+                    f"{n}: {x.dtype} {tuple(x.shape)}" for n, x in zip(call.inputs, call.leaves, strict=True)
+                ),
+            )
+        samples.append(tuple(leaves))
+    if not samples:
+        raise ArgumentError("there are no evaluation inputs", expected="inputs like the example's")
+    return samples
+
+
+def _accuracy(
+    call: Call, graph: Graph, before: Path, after: Path, samples: Sequence[Sequence[torch.Tensor]]
+) -> list[Accuracy]:
+    gathered = [Gathered(name) for name in call.outputs]
+    apart = is_apart(graph.nbytes)
+    with (
+        closing(Session(before, graph.places, apart=apart)) as one,
+        closing(Session(after, graph.places, apart=apart)) as other,
+    ):
+        for leaves in samples:
+            ids, mask = tokens_of(call.inputs, leaves)
+            results = (s.run(call.inputs, leaves) for s in (one, other))
+            for g, x, y in zip(gathered, *results, strict=True):
+                g.add(x, y, ids, mask)
+    return [g.result() for g in gathered]
+
+
+def _times(
+    worker: Worker, call: Call, graph: Graph, paths: tuple[Path, Path], sizes: Sequence[Sizes]
+) -> dict[str, float]:
+    """At the fewest and at the most entries of its inputs: products of few rows read weights, those of many compute."""
+    ordered = sorted((dict(s) for s in sizes), key=lambda s: sum(s.values()))
+    result: dict[str, float] = {}
+    for one in (ordered[0], ordered[-1]):
+        leaves = graph.dims.resized(call.leaves, one)
+        feeds = {n: x.detach().cpu().numpy() for n, x in zip(call.inputs, leaves, strict=True)}
+        feeds = {i.name: feeds[i.name] for i in graph.model.graph.inputs if i.name in feeds}
+        before, after = worker.race([str(p) for p in paths], feeds, _RACE)
+        result[", ".join(f"{k} {v}" for k, v in one.items()) or "example"] = (
+            after / before if after - before > _NOISE or after < before else 1.0
+        )
+    return result
+
+
+def _refuse(options: Quantize, accuracy: Sequence[Accuracy], times: Mapping[str, float]) -> None:
+    wrong = [a for a in accuracy if a.cosine < _WRONG]
+    if wrong:
+        raise ExportError(
+            "the quantised graph computes something else",
+            where=wrong[0].output,
+            found=f"{options.form}: a cosine of {wrong[0].cosine:.3g} to the graph as it was",
+            expected=f"at least {_WRONG}",
+            do='"w8" is more exact than "w4" and "int8"; Quantize(..., keep=("*.weight",)) leaves weights out',
+        )
+    if times and min(times.values()) > _SLOWER:
+        measured = "; ".join(f"{ratio:.2f}x at {sizes}" for sizes, ratio in times.items())
+        raise ExportError(
+            "ONNX Runtime runs the quantised graph slower on this machine",
+            found=f"{options.form}, accuracy_level {options.accuracy_level}, block {options.block}: {measured}",
+            expected="less than the graph as it was at some size",
+            do="accuracy_level=4 computes in integers; small models gain nothing",
+        )

@@ -1,0 +1,182 @@
+"""Weights in fewer bits: what is quantised, how far the outputs are from those of before, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from onnx import helper, numpy_helper
+from torch import Tensor, nn
+
+import gatecc
+from gatecc.errors import ArgumentError, ExportError
+from gatecc.export.accuracy import Gathered, spearman
+from gatecc.export.quantize import Quantize
+
+pytest.importorskip("onnxruntime")
+
+
+QUANTIZE = sys.modules["gatecc.export.quantize"]  # not by attributes: gatecc.export is a function
+
+
+class Words(nn.Module):
+    """A language model of one block whose embedding is its head too: (B, N) -> (B, N, 48)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(48, 32)
+        self.up, self.down, self.norm = nn.Linear(32, 64), nn.Linear(64, 32, bias=False), nn.LayerNorm(32)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        x = x + self.down(self.up(x).relu())
+        return self.norm(x) @ self.embed.weight.T
+
+
+def ids(batch: int = 2, length: int = 5) -> Tensor:
+    return torch.randint(0, 48, (batch, length))
+
+
+@pytest.fixture(scope="module")
+def words() -> nn.Module:
+    torch.manual_seed(0)
+    return Words().eval()
+
+
+@pytest.mark.parametrize(
+    ("options", "quantized", "error"),
+    [
+        (Quantize("w8"), {"com.microsoft::MatMulNBits": 3}, 0.02),
+        (
+            Quantize("w4", embedding=True, head=False),
+            {"com.microsoft::GatherBlockQuantized": 1, "com.microsoft::MatMulNBits": 2},
+            0.4,
+        ),
+        (Quantize("int8", keep=("*up*", "node_MatMul_3")), {"MatMulInteger": 2}, 0.06),
+        (Quantize("fp16"), {}, 0.005),
+    ],
+    ids=lambda o: o.form if isinstance(o, Quantize) else "",
+)
+def test_every_form(
+    words: nn.Module, tmp_path: Path, options: Quantize, quantized: dict[str, int], error: float
+) -> None:
+    samples = [(ids(3, n),) for n in (4, 9)]
+    made = gatecc.export(words, tmp_path / "one", (ids(),), quantize=options, evaluation_inputs=samples)
+    told = made.quantized
+    assert told is not None
+    assert told.quantized == quantized
+    assert {k: made.operators[k] for k in quantized} == quantized
+    assert told.on == "2 inputs of the user"
+    assert told.bytes_after < (0.7 if options.form == "fp16" else 0.8) * told.bytes_before
+    (accuracy,) = told.accuracy
+    session: Any = __import__("onnxruntime").InferenceSession(str(tmp_path / "one" / "model.onnx"))
+    pairs = [(words(x).detach(), torch.from_numpy(session.run(None, {"input_ids": x.numpy()})[0])) for (x,) in samples]
+    worst = max(float((a - b).abs().max() / a.abs().max().clamp(min=1)) for a, b in pairs)
+    assert 0 < worst < error
+    assert accuracy.error == pytest.approx(worst, rel=0.01)
+    same = torch.cat([(a.argmax(-1) == b.argmax(-1)).flatten() for a, b in pairs])
+    assert accuracy.agreement == pytest.approx(same.float().mean().item(), abs=0.03)
+    losses = [
+        nn.functional.cross_entropy(b[:, :-1].flatten(0, 1), x[:, 1:].flatten(), reduction="sum").item()
+        for (x,), (_, b) in zip(samples, pairs, strict=True)
+    ]
+    assert accuracy.bits_after == pytest.approx(sum(losses) / math.log(2) / (3 * 3 + 3 * 8), rel=1e-3)
+    manifest = json.loads((tmp_path / "one" / "gatecc.json").read_text())
+    assert manifest["quantized"]["options"]["form"] == options.form
+    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == ["gatecc.json", "model.onnx"]
+
+
+class Pooled(nn.Module):
+    """The mean over tokens that are some, with casts of a mask and a running sum: (B, N, 8), (B, N) -> (B, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        kept = mask[..., None].to(x.dtype)
+        places = mask.float().cumsum(1)[..., None] / 10
+        return ((self.inner(x) + places) * kept).sum(1) / kept.sum(1).clamp_min(1)
+
+
+def test_half_precision_with_masks(tmp_path: Path) -> None:
+    inputs = (torch.randn(2, 5, 8), torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]))
+    made = gatecc.export(Pooled().eval(), tmp_path, inputs, quantize="fp16", evaluation_inputs=[inputs])
+    assert made.quantized is not None
+    assert 0 < made.quantized.accuracy[0].error < 5e-3
+
+
+def test_the_same_bytes_and_weights_beside(words: nn.Module, tmp_path: Path) -> None:
+    made = [gatecc.export(words, tmp_path / n, (ids(),), quantize="w8", external_data=True) for n in ("one", "two")]
+    assert made[0].files == made[1].files
+    assert sorted(made[0].files) == ["model.onnx", "model.onnx.data"]
+    onnx.checker.check_model(str(tmp_path / "one" / "model.onnx"))
+
+
+def test_what_is_refused(words: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ArgumentError, match=r"(?s)'w3'.*w8, w4, int8, fp16"):
+        gatecc.export(words, tmp_path / "x", (ids(),), quantize="w3")
+    with pytest.raises(ArgumentError, match="target='portable'"):
+        gatecc.export(words, tmp_path / "x", (ids(),), quantize="w8", target="portable")
+    with pytest.raises(ArgumentError, match="4 bits alone"):
+        Quantize("w8", embedding=True)
+    with pytest.raises(ArgumentError, match="block"):
+        Quantize("w8", block=24)
+    with pytest.raises(ArgumentError, match="not like the example inputs"):
+        gatecc.export(words, tmp_path / "x", (ids(),), quantize="w8", evaluation_inputs=[(torch.randn(2, 3),)])
+    with pytest.raises(ExportError, match="nothing in this graph can be quantised"):
+        gatecc.export(nn.Conv1d(4, 4, 3).eval(), tmp_path / "x", (torch.randn(2, 4, 9),), quantize="w8")
+    monkeypatch.setattr(QUANTIZE, "_SLOWER", -1.0)
+    with pytest.raises(ExportError, match=r"(?s)slower on this machine.*x at batch"):
+        gatecc.export(words, tmp_path / "x", (ids(),), quantize="w8")
+    monkeypatch.setattr(QUANTIZE, "_WRONG", 1.1)
+    with pytest.raises(ExportError, match=r"(?s)computes something else.*a cosine of"):
+        gatecc.export(words, tmp_path / "x", (ids(),), quantize="w8")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_products_of_every_spelling_are_one(tmp_path: Path) -> None:
+    """Gemm with and without a bias and a transposed weight, and a transposed table, are what MatMul computes."""
+    from gatecc.codegen.onnx.quantizer import plain_products
+
+    torch.manual_seed(0)
+    w, v, b = torch.randn(4, 4), torch.randn(4, 4), torch.randn(4)
+    x, y = (helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["batch", 4]) for n in "xy")
+    nodes = [
+        helper.make_node("Gemm", ["x", "w", "b"], ["h"], transB=1, name="first"),
+        helper.make_node("Gemm", ["h", "v"], ["i"], name="second"),
+        helper.make_node("Gemm", ["i", "w", "b"], ["j"], alpha=2.0, name="scaled"),
+        helper.make_node("Transpose", ["w"], ["t"], perm=[1, 0], name="turned"),
+        helper.make_node("MatMul", ["j", "t"], ["y"], name="tied"),
+    ]
+    held = [numpy_helper.from_array(t.numpy(), n) for n, t in (("w", w), ("v", v), ("b", b))]
+    model = helper.make_model(helper.make_graph(nodes, "main", [x], [y], held), ir_version=10)
+    model.opset_import[0].version = 24
+    plain_products(model)
+    assert [n.op_type for n in model.graph.node] == ["MatMul", "Add", "MatMul", "Gemm", "MatMul"]
+    value = torch.randn(3, 4)
+    session: Any = __import__("onnxruntime").InferenceSession(model.SerializeToString())
+    expected = (2 * ((value @ w.T + b) @ v) @ w + b) @ w.T
+    torch.testing.assert_close(torch.from_numpy(session.run(None, {"x": value.numpy()})[0]), expected)
+
+
+def test_ranks_and_masks() -> None:
+    a = torch.tensor([1.0, 5.0, 2.0, 9.0])
+    assert spearman(a, a.exp()) == pytest.approx(1.0)
+    assert spearman(a, -a) == pytest.approx(-1.0)
+    gathered = Gathered("y")
+    rows = torch.eye(4) + torch.arange(16.0).reshape(4, 4) / 10
+    for row in rows:
+        gathered.add(row[None], row[None] * 3, None, None)
+    assert gathered.result().ranks == pytest.approx(1.0)
+    logits, tokens = torch.randn(1, 4, 5), torch.tensor([[0, 3, 2, 4]])
+    padded = Gathered("logits")
+    padded.add(logits, logits, tokens, torch.tensor([[0, 1, 1, 1]]))
+    expected = nn.functional.cross_entropy(logits[0, 1:3], tokens[0, 2:]).item() / math.log(2)
+    assert padded.result().bits_before == pytest.approx(expected)
