@@ -21,6 +21,7 @@ from gatecc.codegen.onnx.reference import reference
 from gatecc.codegen.onnx.runtime import Session, is_apart
 from gatecc.errors import ExportError
 from gatecc.export.locate import locate
+from gatecc.export.lower import context_of
 from gatecc.scope.family import difference
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2}
@@ -109,10 +110,12 @@ def _sizes(call: Call, graph: Graph, example: Sizes, fixed: Sizes, notes: list[s
 
 def _extremes(call: Call, graph: Graph, batches: list[Sizes], others: list[Sizes], fixed: Sizes) -> Iterator[Sizes]:
     """Lengths at which forms of attention, scans and states go wrong: one token, fewer than any chunk, an odd number
-    beyond the usual chunks. Batches take turns."""
+    beyond the usual chunks, up to what the model is made for. Batches take turns."""
     names = [n for n in batches[0] if n.endswith(SEQUENCE) and n not in fixed]
+    longest = context_of(call.flat.m)
     for i, lengths in enumerate(_LENGTHS if names else ()):
-        candidates = ({**batches[i % len(batches)], **dict.fromkeys(names, length)} for length in lengths)
+        known = [length for length in lengths if longest is None or length <= longest]
+        candidates = ({**batches[i % len(batches)], **dict.fromkeys(names, length)} for length in known)
         yield from islice((s for s in candidates if s not in others and _runs(call, graph, s)), 1)
 
 

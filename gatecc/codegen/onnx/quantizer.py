@@ -142,11 +142,6 @@ def _half(model: Any) -> Any:
 
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    read = {name for node in model.graph.node for name in node.input} | {o.name for o in model.graph.output}
-    for node in model.graph.node:  # means and deviations of norms are float32 whatever the graph says
-        for i in (1, 2) if node.op_type.endswith("LayerNormalization") else ():
-            if i < len(node.output) and node.output[i] not in read:
-                node.output[i] = ""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of numbers that are clamped
         made = convert_float_to_float16(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _LARGE = 1024  # bytes of a tensor from which on it is streamed
 _PIECE = 2**24  # bytes of what is copied at once
-_ALIGNED = 4096  # where large tensors begin in a data file: runtimes map it into memory
+_PAGE, _WORD, _MANY = 4096, 64, 2**16  # where tensors, of more than so many bytes, begin: runtimes map the file
 _GRAPH, _INITIALIZER, _RAW_DATA = (number << 3 | 2 for number in (7, 5, 9))  # of ModelProto, GraphProto, TensorProto
 
 
@@ -91,7 +91,8 @@ def _place(file: BinaryIO, tensor: Any, known: dict[bytes, tuple[int, int]]) -> 
         digest.update(piece)
     key = digest.digest()
     if key not in known:
-        known[key] = (file.seek(-(-file.tell() // _ALIGNED) * _ALIGNED), tensor.nbytes)
+        step = _PAGE if tensor.nbytes > _MANY else _WORD
+        known[key] = (file.seek(-(-file.tell() // step) * step), tensor.nbytes)
         _append(file, tensor)
     return known[key]
 
