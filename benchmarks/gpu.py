@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
+from _gpu_attention import attention
+from _races import Place, Race, Result, Work, call, differentiated, mode, other, quietly, show, timed
 from torch import Tensor, nn
 
 import gatecc
@@ -30,41 +29,6 @@ from gatecc.codegen.judge.numbers import Numbers, judge_numbers
 from gatecc.ir.files import write_atomic
 from gatecc.ops.linear_attention import linear_attention, linear_attention_step
 from gatecc.ops.moe_ffn.operator import moe_ffn
-
-Work = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Race:
-    """One piece of work by several contenders: ``ours`` and others, or the reason why one does not take part."""
-
-    what: str
-    contenders: dict[str, Work | str]
-
-
-@dataclass
-class Result:
-    """Milliseconds by contender, the median of several runs, and why others have none."""
-
-    what: str
-    milliseconds: dict[str, float] = field(default_factory=dict[str, float])
-    absent: dict[str, str] = field(default_factory=dict[str, str])
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where and how large. ``small``: a rehearsal."""
-
-    device: torch.device
-    dtype: torch.dtype
-    small: bool
-
-    def randn(self, *shape: int) -> Tensor:
-        return torch.randn(shape, device=self.device, dtype=self.dtype)
-
-    def pick(self, full: int, rehearsal: int) -> int:
-        return rehearsal if self.small else full
-
 
 # --- correctness ------------------------------------------------------------------------------------------------------
 
@@ -84,29 +48,6 @@ def correctness(place: Place) -> Iterator[Numbers]:
 
 
 # --- races ------------------------------------------------------------------------------------------------------------
-
-
-def attention(place: Place) -> Iterator[Race]:
-    """Attention with a gate on its heads: compiled by gatecc and by Inductor, against attention without one."""
-    B, H, D = place.pick(4, 1), place.pick(16, 2), place.pick(128, 16)
-    for N in (2048, 8192) if not place.small else (32,):
-        q, k, v, g = (place.randn(B, H, N, D) for _ in range(4))
-
-        def plain(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-        def gated(q: Tensor = q, k: Tensor = k, v: Tensor = v, g: Tensor = g) -> Tensor:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True) * g.sigmoid()
-
-        yield Race(
-            f"gated attention, B={B} H={H} N={N} D={D}",
-            {
-                "ours": torch.compile(gated, backend="gatecc", mode=_mode(place)),
-                "Inductor": torch.compile(gated, backend=_other(place)),
-                "eager": gated,
-                "attention without a gate": plain,
-            },
-        )
 
 
 def linear(place: Place) -> Iterator[Race]:
@@ -134,7 +75,7 @@ def linear(place: Place) -> Iterator[Race]:
             what = f"linear attention, {rule}, {'forward and backward' if backward else 'forward'}, "
             yield Race(
                 f"{what}B={B} H={H} N={N} D={D}",
-                {name: _call(call, name, tensors, backward=backward) for name, call in calls.items()},
+                {name: call(f, name, tensors, backward=backward) for name, f in calls.items()},
             )
     state = torch.zeros(B, H, D, D, device=place.device)
     one = [x[:, :, 0].contiguous() for x in (q, k, v, gate)]
@@ -142,12 +83,12 @@ def linear(place: Place) -> Iterator[Race]:
     def step(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
         return linear_attention_step(q, k, v, gate, None, state)
 
-    compiled = torch.compile(step, backend=_other(place))
+    compiled = torch.compile(step, backend=other(place))
     yield Race(
         f"linear attention, one token, B={B} H={H} D={D}",
         {
-            "ours": _quietly(lambda: step(*one)),
-            "ours, compiled": _quietly(lambda: compiled(*one)),
+            "ours": quietly(lambda: step(*one)),
+            "ours, compiled": quietly(lambda: compiled(*one)),
             "fla-core": _fla_step(one, state),
         },
     )
@@ -179,9 +120,9 @@ def experts(place: Place) -> Iterator[Race]:
 
             runs: dict[str, Work] = {"ours": ours}
             runs |= {name: lambda name=name, run=theirs: run(name) for name in ("eager", "grouped_mm", "batched_mm")}
-            yield Race(f"experts, E={E} k={k} T={T} d={d}, forward", {n: _quietly(f) for n, f in runs.items()})
+            yield Race(f"experts, E={E} k={k} T={T} d={d}, forward", {n: quietly(f) for n, f in runs.items()})
             if T > 64 or place.small:
-                learned = {n: lambda f=f, m=module: _differentiated(f(), list(m.parameters())) for n, f in runs.items()}
+                learned = {n: lambda f=f, m=module: differentiated(f(), list(m.parameters())) for n, f in runs.items()}
                 yield Race(f"experts, E={E} k={k} T={T} d={d}, forward and backward", dict(learned))
 
 
@@ -222,52 +163,19 @@ def models(place: Place) -> Iterator[Race]:
         model = model.to(place.device, place.dtype)
 
         def run(f: Any, m: Any = model) -> Work:
-            return _quietly(lambda: f(input_ids=ids, use_cache=False).logits)
+            return quietly(lambda: f(input_ids=ids, use_cache=False).logits)
 
         yield Race(
             f"{name}, prefill of {N} tokens",
             {
-                "ours": run(torch.compile(model, backend="gatecc", mode=_mode(place))),
-                "Inductor": run(torch.compile(model, backend=_other(place))),
+                "ours": run(torch.compile(model, backend="gatecc", mode=mode(place))),
+                "Inductor": run(torch.compile(model, backend=other(place))),
                 "eager": run(model),
             },
         )
 
 
 SECTIONS = (attention, linear, experts, models)
-
-
-def _mode(place: Place) -> str | None:
-    return "aot_eager" if place.small else None
-
-
-def _other(place: Place) -> str:
-    return "aot_eager" if place.small else "inductor"
-
-
-def _call(call: Any, name: str, tensors: tuple[Tensor | None, ...], *, backward: bool) -> Work | str:
-    """A call with gradients of everything, or without any."""
-    if isinstance(call, str):
-        return call
-    given = tensors[:3] if name == "flash SDPA" else tensors
-    if name == "fla-core":
-        given = tuple(_with_heads_last(x) for x in given)
-    if not backward:
-        return _quietly(lambda: call(*given))
-    leaves = [None if x is None else x.detach().requires_grad_() for x in given]
-    return lambda: _differentiated(call(*leaves), [x for x in leaves if x is not None])
-
-
-def _differentiated(y: Tensor, leaves: list[Tensor]) -> object:
-    return torch.autograd.grad(y, leaves, torch.ones_like(y), allow_unused=True)
-
-
-def _quietly(work: Work) -> Work:
-    def run() -> object:
-        with torch.no_grad():
-            return work()
-
-    return run
 
 
 def _fla(module: str, name: str, options: dict[str, Any]) -> Callable[..., Tensor] | str:
@@ -280,56 +188,12 @@ def _fla(module: str, name: str, options: dict[str, Any]) -> Callable[..., Tenso
     return lambda *given: found(*(x for x in given if x is not None), **options)[0]
 
 
-def _with_heads_last(x: Tensor | None) -> Tensor | None:
-    """(B, H, N, ...) as fla-core has it, (B, N, H, ...), copied once; a gate per head has no last axis there."""
-    if x is None:
-        return None
-    x = x.transpose(1, 2)
-    return (x.squeeze(-1) if x.dim() == 4 and x.size(-1) == 1 else x).contiguous()
-
-
 def _fla_step(one: list[Tensor], state: Tensor) -> Work | str:
     found = _fla("gla", "fused_recurrent_gla", {"initial_state": state, "output_final_state": True})
-    return found if isinstance(found, str) else _quietly(lambda: found(*(x.unsqueeze(1) for x in one)))
+    return found if isinstance(found, str) else quietly(lambda: found(*(x.unsqueeze(1) for x in one)))
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
-
-
-def timed(race: Race, place: Place) -> Result:
-    """Each contender in turn. One that fails is absent, with its error."""
-    result = Result(race.what)
-    for name, work in race.contenders.items():
-        if isinstance(work, str):
-            result.absent[name] = work
-            continue
-        try:
-            result.milliseconds[name] = _median(work, place)
-        except Exception as e:  # out of memory, a kernel of others that this GPU lacks
-            result.absent[name] = f"{type(e).__name__}: {e}"[:300]
-    return result
-
-
-def _median(work: Work, place: Place) -> float:
-    """Median of up to 20 runs with cold caches, after two that compile; CPU time in a rehearsal."""
-    work()
-    if place.device.type != "cuda":
-        start = time.process_time()
-        work()
-        return 1e3 * (time.process_time() - start)
-    work()
-    flush = torch.empty(1 << 28, dtype=torch.int8, device=place.device)  # larger than any L2
-    found: list[float] = []
-    until = time.monotonic() + 2
-    while len(found) < 20 and (len(found) < 3 or time.monotonic() < until):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
-        start.record()
-        work()
-        end.record()
-        torch.cuda.synchronize()
-        found.append(start.elapsed_time(end))
-    return statistics.median(found)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -358,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
                     late.append(race.what)
                     break
                 results.append(timed(race, place))
-                _show(results[-1])
+                show(results[-1])
         except Exception as e:  # the figures of the other sections are kept
             results.append(Result(section.__name__, absent={"all": f"{type(e).__name__}: {e}"[:500]}))
     data = _data(place, checks, results, late)
@@ -382,18 +246,6 @@ def _data(place: Place, checks: list[Numbers], results: list[Result], late: list
         "races": [asdict(r) for r in results],
         "late": late,
     }
-
-
-def _show(result: Result) -> None:
-    table = Table(title=result.what)
-    for column in ("contender", "ms", "of ours"):
-        table.add_column(column, justify="left" if column == "contender" else "right")
-    ours = result.milliseconds.get("ours")
-    for name, ms in result.milliseconds.items():
-        table.add_row(name, f"{ms:.4g}", "" if not ours else f"{ms / ours:.2f}")
-    for name, why in result.absent.items():
-        table.add_row(name, "", why)
-    Console().print(table)
 
 
 if __name__ == "__main__":
