@@ -1,7 +1,8 @@
 """attention-operator: fused attention on a CPU becomes `gatecc::attention` where that was measured to be faster.
 
-torch's kernel computes whole blocks of a causal mask, and has no word for a sliding window. What the operator gains on
-this kind of CPU is data (gatecc.ops.attention.c.profit); where it gains nothing, torch's stays.
+torch's kernel computes whole blocks of a causal mask, and has no word for a sliding window. Nor has it one for capped
+scores, or values that are not as wide as keys: what is spelled out for their sake becomes the operator, too. What it
+gains on this kind of CPU is data (gatecc.ops.attention.c.profit); where it gains nothing, all stays as it is.
 """
 
 from __future__ import annotations
@@ -14,18 +15,22 @@ import torch
 from torch import fx
 
 from gatecc.ir.dataflow import Flow
+from gatecc.ir.match.attention.walk import spelled_out
 from gatecc.ir.ops import named
 from gatecc.ir.program import Program, fake
 from gatecc.ir.site import Attention, Site
 from gatecc.ir.sizes import Size, on_example, same
 from gatecc.ops.attention.c.profit import Kind, gain
 from gatecc.passes.lower.attention.autocast import autocasts
-from gatecc.passes.lower.attention.mask_proof import prove
+from gatecc.passes.lower.attention.fused_call import FusedCall
+from gatecc.passes.lower.attention.mask_proof import MaskProof, prove
 from gatecc.passes.lower.attention.numbers import number
+from gatecc.passes.lower.attention.softmax_reading import UnreadableError
 from gatecc.passes.lower.insert import insert
 from gatecc.passes.lower.lowering import Lowering, Outcome, Settings
 from gatecc.passes.lower.replace import replace as replace_node
 from gatecc.passes.lower.restride import restride
+from gatecc.passes.lower.spelled_attention import hints, plan, replace_core
 
 LEAST = 1.05  # times the speed of torch's, of which the measurement is sure
 
@@ -37,11 +42,44 @@ class AttentionOperator(Lowering):
     after = ("causal-mask", "spelled-attention")
 
     def lower(self, program: Program, sites: Sequence[Site], settings: Settings) -> Iterator[Outcome]:
-        fused = [s for s in sites if isinstance(s, Attention) and s.spelling == "sdpa"]
+        found = [s for s in sites if isinstance(s, Attention)]
+        spelled = [s for s in found if s.spelling != "sdpa"]
+        if spelled:
+            yield from self._spelled(program, spelled, settings)
+        fused = [s for s in found if s.spelling == "sdpa"]
         flow = Flow(program) if fused else None
         for site in fused:
             if flow is not None:
                 yield self._at(site, flow, settings)
+
+    def _spelled(self, program: Program, sites: list[Attention], settings: Settings) -> Iterator[Outcome]:
+        """Those that are beyond torch's operator alone; what else keeps one from being fused was said before."""
+        flow = Flow(program)
+        parts = spelled_out(program, flow)
+        plans: list[tuple[Attention, FusedCall, set[fx.Node], MaskProof]] = []
+        for site in sites:
+            try:
+                plans.append((site, *plan(site, parts[site.core], flow, settings, own=True)))
+            except UnreadableError:
+                continue
+        made: dict[fx.Node, fx.Node] = {}
+        for site, call, inner, proof in plans:
+            words = _beyond_torch(call)
+            if not words:
+                continue
+            at = Outcome(self.name, site.owner, site.line, f"spelled-out attention, {site.mask}, {words}")
+            held = fake(call.operands.q.node)
+            kind: Kind = "causal" if call.causal else "masked" if call.terms or call.hidden else "full"
+            on_cpu = held is not None and held.device.type == "cpu"
+            queries, keys = hints(call)
+            speed = gain(held.dtype, kind, queries, keys, training=settings.training) if held is not None else 0.0
+            if not on_cpu or speed < LEAST or autocasts(program):
+                yield replace(at, reason=f"on this device the operator gains nothing at {queries} x {keys} tokens")
+                continue
+            arguments = [made.get(node, node) for node in call.nodes]
+            made[site.core] = replace_core(program, self.name, site.core, call, arguments, inner)
+            reason, gained = "every operator between the two products was read", "the scores are not written to memory"
+            yield replace(at, became=f"gatecc::attention, {words}", reason=reason, gain=gained, assumes=proof.buffers)
 
     def _at(self, site: Attention, flow: Flow, settings: Settings) -> Outcome:
         at = Outcome(self.name, site.owner, site.line, f"fused attention, {site.mask}")
@@ -67,6 +105,13 @@ class AttentionOperator(Lowering):
         replace_node(flow.program, site.core, made)
         what = f"{speed:.2f} times the speed of torch's fused attention, measured on this kind of CPU"
         return replace(at, became=str(call), reason=proof, gain=what, assumes=assumes)
+
+
+def _beyond_torch(call: FusedCall) -> str:
+    """What torch's operator has no word for, or no kernel on a CPU; empty if it is nothing."""
+    widths = call.operands.width[0].size != call.operands.v_width[0].size
+    words = [f"scores capped at {call.softcap:g}"] if call.softcap is not None else []
+    return ", ".join(words + ["values of another width"] * widths)
 
 
 @dataclass(frozen=True)

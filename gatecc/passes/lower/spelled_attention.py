@@ -64,13 +64,13 @@ class SpelledAttention(Lowering):
         plans: list[tuple[Attention, FusedCall, set[fx.Node], MaskProof]] = []
         for site in spelled:
             try:
-                plans.append((site, *_plan(site, parts[site.core], flow, settings)))
+                plans.append((site, *plan(site, parts[site.core], flow, settings)))
             except UnreadableError as e:
                 yield Outcome(self.name, site.owner, site.line, _found(site), reason=str(e))
         made: dict[fx.Node, fx.Node] = {}
         for site, call, inner, proof in plans:
             arguments = [made.get(node, node) for node in call.nodes]
-            made[site.core] = _replace(program, site.core, call, arguments, inner)
+            made[site.core] = replace_core(program, self.name, site.core, call, arguments, inner)
             became = "fused attention, " + _described(call)
             reason = "every operator between the two products was read"
             gain = "the scores are not written to memory" + ", half of them are not computed" * call.causal
@@ -90,14 +90,24 @@ def _described(call: FusedCall) -> str:
 # --- what is called ---------------------------------------------------------------------------------------------------
 
 
-def _plan(site: Attention, parts: Parts, flow: Flow, settings: Settings) -> tuple[FusedCall, set[fx.Node], MaskProof]:
-    """Raises UnreadableError if the site has to stay."""
+def plan(
+    site: Attention, parts: Parts, flow: Flow, settings: Settings, own: bool = False
+) -> tuple[FusedCall, set[fx.Node], MaskProof]:
+    """The call in the place of a site, the nodes that go, and what its mask proves; ``own``: of gatecc's operator.
+
+    Raises UnreadableError if the site has to stay.
+    """
     reading = read(parts, flow, settings.training)
     found = operands(reading, flow)
     tensors = [one.node for one in (*reading.terms, *reading.hidden)]
     lengths = _length(found, found.queries), _length(found, found.keys)
-    proof = prove(site.mask, tensors, lengths, flow)
+    if reading.softcap is not None and not own:
+        raise UnreadableError("the scores are capped, which torch's fused operator cannot")
+    proof = prove(site.mask, tensors, lengths, flow, windows=own)
     call = _call(reading, found, proof, flow)
+    if own:
+        window = site.mask.window if proof.kind == "sliding_window" else None
+        call = replace(call, own=True, window=window, causal=proof.kind in ("causal", "sliding_window"))
     for node in call.nodes:
         _check_operand(node, reading, flow)
     if reason := _inexact(call, flow.program, proof, settings) or _unprofitable(call, flow, settings):
@@ -114,7 +124,7 @@ def _call(reading: Reading, found: Operands, proof: MaskProof, flow: Flow) -> Fu
     assert core is not None
     return FusedCall(
         found,
-        found.q.factor * found.k.factor * reading.scale,
+        found.q.factor * found.k.factor * reading.scale * (1.0 if reading.softcap is None else reading.uncapped),
         [replace(m, layout=now(m.layout)) for m in reading.multipliers],
         terms,
         hidden,
@@ -124,6 +134,7 @@ def _call(reading: Reading, found: Operands, proof: MaskProof, flow: Flow) -> Fu
         floor=reading.floor if terms else None,
         dropout=reading.dropout,
         dtype=core.dtype,
+        softcap=reading.softcap,
     )
 
 
@@ -184,9 +195,9 @@ def _unprofitable(call: FusedCall, flow: Flow, settings: Settings) -> str:
         return ""
     if call.dropout:
         return "the fused operator of the CPU has no dropout"
-    if o.width[0].size != o.v_width[0].size:
+    if o.width[0].size != o.v_width[0].size and not call.own:
         return "the fused operator of the CPU wants values as wide as keys"
-    if any(_is_square(t, call) for t in call.terms) and max(_hints(call)) < SHORT:
+    if any(_is_square(t, call) for t in call.terms) and max(hints(call)) < SHORT:
         return f"a bias for each pair of tokens gains nothing below {SHORT} tokens"
     if settings.training and any(t.node in flow.learned for t in call.terms):
         return "the fused operator of the CPU has no gradient for a learned bias"
@@ -199,7 +210,7 @@ def _is_square(term: Term, call: FusedCall) -> bool:
     return atoms.issuperset(call.operands.queries) and atoms.issuperset(call.operands.keys)
 
 
-def _hints(call: FusedCall) -> list[int]:
+def hints(call: FusedCall) -> list[int]:
     """The numbers of queries and keys in this call."""
     sizes = [_length(call.operands, group) for group in (call.operands.queries, call.operands.keys)]
     return [on_example(size) or SHORT for size in sizes]
@@ -208,15 +219,15 @@ def _hints(call: FusedCall) -> list[int]:
 # --- the edit ---------------------------------------------------------------------------------------------------------
 
 
-def _replace(
-    program: Program, core: fx.Node, call: FusedCall, arguments: Sequence[fx.Node], inner: set[fx.Node]
+def replace_core(
+    program: Program, name: str, core: fx.Node, call: FusedCall, arguments: Sequence[fx.Node], inner: set[fx.Node]
 ) -> fx.Node:
-    """Put the call in the place of the core, and take out what only the core read."""
-    (made,) = insert(program, SpelledAttention.name, core, call, *arguments)
+    """Put the call of a lowering in the place of the core, and take out what only the core read."""
+    (made,) = insert(program, name, core, call, *arguments)
     readers = list(core.users)
     core.replace_all_uses_with(made)
     if not restride(program, made):  # somebody views the result as it lay before
-        (laid_out,) = insert(program, SpelledAttention.name, core, replace(call, contiguous=True), *arguments)
+        (laid_out,) = insert(program, name, core, replace(call, contiguous=True), *arguments)
         for reader in readers:
             reader.replace_input_with(made, laid_out)
         made = laid_out
@@ -227,4 +238,4 @@ def _replace(
     return made
 
 
-__all__ = ["SpelledAttention"]
+__all__ = ["SpelledAttention", "hints", "plan", "replace_core"]

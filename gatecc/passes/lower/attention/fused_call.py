@@ -33,6 +33,9 @@ class FusedCall:
     dropout: float
     dtype: torch.dtype  # of the result
     contiguous: bool = False
+    own: bool = False  # by gatecc's operator, which alone has the next two
+    softcap: float | None = None
+    window: int | None = None
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -78,7 +81,17 @@ class FusedCall:
             for x, h in zip(hidden, self.hidden, strict=True)
         ]
         mask = self._mask(added, concealed, dtype)
-        result = scaled_dot_product_attention(
+        result = self._by_own(query, key, value, mask) if self.own else self._by_torch(query, key, value, mask)
+        if self.nan_rows and mask is not None:
+            seen = mask if mask.dtype == torch.bool else mask > -torch.inf
+            result = result.masked_fill(~seen.any(-1, keepdim=True), torch.nan)
+        result = _cast(rearrange(result, (*want, o.queries, o.v_width), o.core, sizes), self.dtype)
+        return result.contiguous() if self.contiguous else result
+
+    def _by_torch(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        return scaled_dot_product_attention(
             query,
             key,
             value,
@@ -88,11 +101,12 @@ class FusedCall:
             scale=self.scale,
             enable_gqa=self.grouped,
         )
-        if self.nan_rows and mask is not None:
-            seen = mask if mask.dtype == torch.bool else mask > -torch.inf
-            result = result.masked_fill(~seen.any(-1, keepdim=True), torch.nan)
-        result = _cast(rearrange(result, (*want, o.queries, o.v_width), o.core, sizes), self.dtype)
-        return result.contiguous() if self.contiguous else result
+
+    def _by_own(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        options: dict[str, Any] = {"scale": self.scale, "causal": self.causal, "softcap": self.softcap}
+        return torch.ops.gatecc.attention(query, key, value, None, mask, window=self.window, **options)[0]
 
     def _mask(
         self, added: Sequence[torch.Tensor], concealed: Sequence[torch.Tensor], dtype: torch.dtype

@@ -68,6 +68,8 @@ class Reading:
     letters: dict[str, Group]
     cuts: Cuts = field(default_factory=Cuts)
     scale: float = 1.0
+    softcap: float | None = None  # scores are softcap * tanh(uncapped * q k^T), and ``scale`` is softcap
+    uncapped: float = 1.0
     terms: list[Term] = field(default_factory=list[Term])
     hidden: list[Hidden] = field(default_factory=list[Hidden])
     multipliers: list[Multiplier] = field(default_factory=list[Multiplier])
@@ -157,12 +159,18 @@ class _Reader:
         elif name in DROPOUTS and not argument(node, 2, "train"):
             pass
         elif name == "tanh":
-            raise UnreadableError("the scores are capped, which the fused operator cannot")
+            self._cap()
         elif name not in _MOVING:
             raise UnreadableError(f"the scores are changed by {name}")
         elif name == "detach" and self.training:
             raise UnreadableError("no gradient passes the scores")
         return found
+
+    def _cap(self) -> None:
+        reading = self.reading
+        if reading.softcap is not None or reading.terms or reading.hidden or reading.multipliers:
+            raise UnreadableError("the scores are changed before they are capped")
+        reading.scale, reading.uncapped, reading.softcap = 1.0, reading.scale, 1.0
 
     def _add(self, node: fx.Node, source: fx.Node, layout: Layout) -> None:
         one, other = node.args[0], node.args[1]
@@ -195,6 +203,8 @@ class _Reader:
     def _multiply(self, node: fx.Node, source: fx.Node, layout: Layout) -> None:
         reading, times = self.reading, factor(node, source, self.flow)
         if times is not None and times > 0:
+            if reading.softcap is not None:
+                reading.softcap *= times
             reading.scale *= times
             reading.terms = [replace(t, factor=t.factor * times) for t in reading.terms]
             reading.hidden = [replace(h, fill=h.fill * times) for h in reading.hidden]
@@ -203,7 +213,7 @@ class _Reader:
         if times is not None or not isinstance(other, fx.Node) or (opname(node) == "div" and node.args[0] is other):
             raise UnreadableError("the scores are multiplied with what is no positive number")
         aligned = self._aligned(other, layout)
-        if aligned[self._key_axis(layout)] or reading.terms or reading.hidden:
+        if aligned[self._key_axis(layout)] or reading.terms or reading.hidden or reading.softcap:
             raise UnreadableError("the scores are multiplied with a tensor that is not the same for all keys")
         reading.multipliers.append(Multiplier(other, aligned, opname(node) == "div"))
 
