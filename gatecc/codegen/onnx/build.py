@@ -238,6 +238,8 @@ def _lowered(program: ExportedProgram, opset: int, lowerings: Mapping[Any, Lower
     for node in program.graph.nodes:
         if node.target in lowerings:
             lowerings[node.target].check(node)
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default  # a lowering may have changed the layout of what it reads
     exact_sigmoids(program)
     long_indices(program)
     scalars_as_tensors(program, float64=False)
