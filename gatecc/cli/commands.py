@@ -22,6 +22,7 @@ from torch import nn
 
 import gatecc
 from gatecc.cli.doctor import Finding, diagnose
+from gatecc.cli.exporting import Bits, Decode, Evaluation, OnnxTarget, Opset, export_progress, summary
 from gatecc.cli.kernels import kernels
 from gatecc.cli.reference import load_batches, load_model, load_recipe, parse_options
 from gatecc.errors import ArgumentError, GateccError
@@ -175,13 +176,20 @@ def export(
         Path | None, typer.Option("--checkpoint", metavar="FOLDER", help="Load this checkpoint into the model first.")
     ] = None,
     inputs: Inputs = None,
+    target: OnnxTarget = "ort",
+    opset: Opset = 24,
+    decode: Decode = False,
+    quantize: Bits = None,
+    evaluation: Evaluation = None,
+    external_data: Annotated[bool, typer.Option("--external-data", help="Weights in a file of their own.")] = False,
     timeout: Annotated[float, typer.Option("--timeout", help="Stop after so many seconds of CPU time.")] = 600.0,
     group_experts: Annotated[
         bool, typer.Option(help='Write experts that are set to "batched_mm" as products by expert.')
     ] = True,
     traceback: Traceback = False,
 ) -> None:
-    """Write model.onnx after comparing it with torch; if they differ nothing is written."""
+    """Write model.onnx after comparing it with torch, and say what was lowered and what not; if they differ nothing is
+    written."""
     with _errors(traceback):
         if recipe and checkpoint:
             raise ArgumentError(
@@ -195,8 +203,12 @@ def export(
         if checkpoint:
             with _status("loading the checkpoint"):
                 chosen = gatecc.load(chosen, checkpoint)
-        with _status("exporting and comparing"):
-            gatecc.export(chosen, out, example, timeout=timeout, group_experts=group_experts)
+        options: dict[str, Any] = {"target": target, "opset": opset, "decode": decode, "quantize": quantize}
+        options.update(timeout=timeout, group_experts=group_experts, external_data=external_data)
+        samples = load_batches(evaluation) if evaluation else None
+        with export_progress(decode + (quantize is not None)):
+            made = gatecc.export(chosen, out, example, evaluation_inputs=samples, **options)
+        Console(file=sys.stderr).print(summary(made))
         typer.echo(out)
 
 

@@ -31,6 +31,7 @@ from gatecc.export.compare import Compared, Outcome, compare, located
 from gatecc.export.decode import decode as decode_step
 from gatecc.export.files import MANIFEST, Exported, describe, metadata, move, parent, write_manifest
 from gatecc.export.lower import context_of, lower
+from gatecc.export.progress import stage
 from gatecc.export.quantize import Quantize, quantized, resolve
 from gatecc.ops import registry
 from gatecc.passes.ensemble.ensemble import in_branches
@@ -144,6 +145,7 @@ def _export(
     with evaluation(model), adapted(model), torch.no_grad(), random_states_kept(), experts_open(model, slow) as grouped:
         if grouped:
             notes.append('experts set to "batched_mm" are grouped: it copies a matrix per token (group_experts=False)')
+        stage("running the model")
         call = _call(model, *inputs, notes)
         notes.extend(f"not a tensor, left out of the outputs: {what}" for what in call.left_out)
         temporary = tempfile.TemporaryDirectory(dir=parent(folder), prefix=".gatecc-")
@@ -160,6 +162,7 @@ def _export(
             lowered = partial(lower, target=target, opset=opset, context=context_of(model))
 
             def make(free: Freedom, limit: float | None) -> Graph:
+                stage("capturing and lowering")
                 forms = registry.lowerings(target)
                 graph = build(call, opset, metadata(model), forms, capture, free, limit, lowered)
                 _write(graph, made, external_data)
@@ -169,9 +172,12 @@ def _export(
             notes += of_attempt
             if bodies:
                 notes.append("a block that is skipped runs on all samples of a batch if one of them takes it, else not")
+            if decode:
+                stage("deriving the decode step")
             steps = decode_step(model, inputs, made, graph, target, opset, verify) if decode else None
             narrow = None
             if quantize is not None:
+                stage(f"quantising ({quantize.form})")
                 sizes = [c.sizes for c in compared] or [graph.dims.sizes(call.leaves)]
                 narrow = quantized(
                     call, graph, made, quantize, sizes=sizes, evaluation=evaluation_inputs, external=external_data
@@ -185,6 +191,7 @@ def _export(
 
 
 def _write(graph: Graph, made: Path, external: bool) -> None:
+    stage("writing and checking")
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir()
     write(graph, made, external=external)
@@ -211,6 +218,7 @@ def _freest(
         else:
             if made is None:
                 return graph, [], [*given_up, "not compared"]
+            stage("comparing with torch")
             outcome = compare(call, graph, made / MODEL, notes)
             if outcome.failure is None:
                 return graph, _fixed(graph, outcome, made, external), [*given_up, *notes]

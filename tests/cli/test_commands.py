@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 
 import gatecc
 from gatecc.cli import app
+from gatecc.export import Compared, Exported
+from gatecc.export.quantize import Quantize, Quantized
 from gatecc.report import Report
 
 SOURCE = """
@@ -164,19 +166,47 @@ def test_export_takes_the_model_a_recipe_or_a_checkpoint(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts: list[int] = []
+    asked: list[dict[str, Any]] = []
     grouped: list[bool] = []
+    record = Exported(
+        folder=tmp_path,
+        files={},
+        opset=24,
+        ir_version=10,
+        inputs={"x": ["batch", 8]},
+        outputs={"y": [1]},
+        operators={"Add": 2, "MatMul": 3},
+        compared=(Compared({"batch": 3}, 1.5e-7),),
+        notes=("a note",),
+        lowered={"attention: GroupQueryAttention": 6},
+        kept={"gelu: erf: no form": 1},
+        quantized=Quantized(Quantize("w8"), {}, {"MatMul: head=False": 1}, {}, 100, 30, "the example inputs", (), {}),
+    )
 
-    def export(chosen: torch.nn.Module, folder: Path, inputs: tuple[torch.Tensor, ...], **options: Any) -> None:
+    def export(chosen: torch.nn.Module, folder: Path, inputs: tuple[torch.Tensor, ...], **options: Any) -> Exported:
+        asked.append({k: options[k] for k in ("target", "opset", "decode", "quantize", "evaluation_inputs")})
         counts.append(sum(p.numel() for p in chosen.parameters()))
         grouped.append(options["group_experts"])
         assert folder == tmp_path / "onnx"
         assert chosen(*inputs).shape == (2, 5, 8)
+        return record
 
     monkeypatch.setattr(gatecc, "export", export, raising=False)
     out = ["--out", str(tmp_path / "onnx")]
     checkpoint = str(tmp_path / "ckpt")
     run("transform", model, "-r", "gated-attention", "--out", checkpoint)
-    run("export", model, *out)
+    told, said = run("export", model, *out, "--target", "portable", "--opset", "25", "--decode", "--quantize", "w8")
+    assert told == f"{tmp_path / 'onnx'}\n"
+    expected = (
+        "x (batch, 8)",
+        "5, opset 24",
+        "at 1 sizes, largest difference 1.5e-07",
+        "0.30x the bytes",
+        "note: a note",
+    )
+    assert all(text in said for text in (*expected, "GroupQueryAttention", "gelu: erf: no form", "MatMul: head=False"))
+    wanted = {"target": "portable", "opset": 25, "decode": True, "quantize": "w8", "evaluation_inputs": None}
+    assert asked == [wanted]
     run("export", model, *out, "-r", "gated-attention")
     run("export", model, *out, "--checkpoint", checkpoint, "--no-group-experts")
     assert grouped == [True, True, False]
