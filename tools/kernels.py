@@ -14,6 +14,7 @@ from torch import Tensor
 from gatecc.codegen.judge.family import DTYPES, Family, families
 from gatecc.codegen.triton.parts import PARTS
 from gatecc.ops.registry import operators
+from tools.binaries import table
 from tools.marks import between, marks
 
 FIGURES = Path(__file__).parent.parent / "docs" / "figures" / "gpu.json"  # kept from a run of benchmarks/gpu.py
@@ -30,7 +31,7 @@ CALLS: dict[str, tuple[str, tuple[Any, ...]]] = {
 
 def with_estimates(page: str) -> str:
     """The page with its tables made anew."""
-    for name, lines in (("estimates", [*_calls(), "", *_kernels()]), ("measured", _measured())):
+    for name, lines in (("estimates", [*_calls(), "", *_kernels()]), ("binaries", table()), ("measured", _measured())):
         page = between(marks(name), page, "\n" + "\n".join(lines) + "\n\n")
     return page
 

@@ -59,7 +59,7 @@ def check(
             for finding in findings(*chosen, compiling=compiling, processes=jobs, told=told):
                 found.append(finding)
                 for fault in finding.faults:
-                    bar.console.print(Text(f"{place(finding)}: {fault}", style="red"))
+                    bar.console.print(Text(f"{place(finding)}: {fault}", style="red"), soft_wrap=True)
     except GateccError as error:
         errors.print(Text(str(error), style="red"))
         raise typer.Exit(2) from error
