@@ -38,6 +38,9 @@ def _wrong(finding: dict[str, Any]) -> bool:
 
 def table() -> Iterator[str]:
     """The lines of docs/kernels.md."""
+    if not KEPT.exists():
+        yield "No run was kept so far."
+        return
     data = json.loads(KEPT.read_text(encoding="utf-8"))
     targets = list(dict.fromkeys(t for of in data["kernels"].values() for t in of))
     yield f"{data['cases']} cases in the interpreter, {data['binaries']} binaries, {data['faults']} with faults."

@@ -45,7 +45,9 @@ def test_it_is_lowered_and_takes_the_call_of_the_model() -> None:
 def test_aot_inductor_compiles_it(tmp_path: Path) -> None:
     model = Masked()
     program = lowered_program(model, (inputs(),))
-    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    place = str(tmp_path / "model.pt2")
+    once = {"aot_inductor.precompile_headers": False}  # to precompile them takes longer than the one compilation
+    path = torch._inductor.aoti_compile_and_package(program, package_path=place, inductor_configs=once)
     other = inputs(3, 7)
     assert torch.allclose(torch._inductor.aoti_load_package(path)(other), model(other), atol=1e-5)
 

@@ -22,6 +22,7 @@ from gatecc.codegen.judge.family import Exemption, Family
 from gatecc.codegen.judge.interpreted import interpreting
 from gatecc.errors import ArgumentError
 from tests.codegen.judge.toys import FAMILY
+from tools.binaries import summed
 
 Judged = Callable[[Family], None]
 NUMBERS = count()  # what a module speaks of is asked for once
@@ -112,7 +113,12 @@ def test_the_command(judged: Judged, spoil: dict[str, Any], code: int) -> None:
     assert run.exit_code == code
     assert "1 binaries" in run.stdout
     listed = CliRunner().invoke(app, [*words, "--json"])
-    assert len(json.loads(listed.stdout)) == 2
+    found = json.loads(listed.stdout)
+    assert len(found) == 2
+    kept = summed(found)
+    assert (kept["binaries"], kept["faults"]) == (1, code)
+    assert set(kept["kernels"]) == {"toy: scaled"}
+    assert kept["kernels"]["toy: scaled"]["sm_80"]["registers"] > 0
     assert "scaled" in CliRunner().invoke(app, words).stdout
     assert CliRunner().invoke(app, ["kernels", "check", "--only", "nothing"]).exit_code == 2
 
