@@ -47,6 +47,9 @@ def unit() -> str:
 @cache
 def _gains(dtype: torch.dtype, kind: Kind, training: bool) -> list[tuple[int, float]]:
     table = json.loads(_TABLE.read_text(encoding="utf-8"))
-    of_unit = table.get(unit(), table["avx2"])
+    c = library(dtype)
+    # Without products of bfloat16 both kinds of CPU compute in float32.
+    single = dtype == torch.bfloat16 and c is not None and c.numbers_of_a_lane() == 1
+    of_unit = table["avx2"] if single else table.get(unit(), table["avx2"])
     rows = of_unit[str(dtype).removeprefix("torch.")][f"{kind}, training" if training else kind]
     return sorted((int(length), value) for length, value in rows.items())

@@ -160,3 +160,4 @@ int forward(const struct attention *p, const struct tensors *t) {
     return call.failed;
 }
 int vector_lanes(void) { return LANES; }
+int numbers_of_a_lane(void) { return PAIR; }
