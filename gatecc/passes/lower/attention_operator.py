@@ -1,8 +1,10 @@
-"""attention-operator: fused attention on a CPU becomes `gatecc::attention` where that was measured to be faster.
+"""attention-operator: fused attention becomes `gatecc::attention` where that is faster.
 
 torch's kernel computes whole blocks of a causal mask, and has no word for a sliding window. Nor has it one for capped
 scores, or values that are not as wide as keys: what is spelled out for their sake becomes the operator, too. What it
-gains on this kind of CPU is data (gatecc.ops.attention.c.profit); where it gains nothing, all stays as it is.
+gains on this kind of CPU is data (gatecc.ops.attention.c.profit); where it gains nothing, all stays as it is. On a GPU,
+where nothing was measured, windows and caps alone become the operator: a window's pairs are a part of those that
+torch's kernel goes through with a mask, and capped scores are written to memory otherwise.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from gatecc.ir.program import Program, fake
 from gatecc.ir.site import Attention, Site
 from gatecc.ir.sizes import Size, on_example, same
 from gatecc.ops.attention.c.profit import Kind, gain
+from gatecc.ops.attention.cost import pairs
 from gatecc.passes.lower.attention.autocast import autocasts
 from gatecc.passes.lower.attention.fused_call import FusedCall
 from gatecc.passes.lower.attention.mask_proof import MaskProof, prove
@@ -39,7 +42,7 @@ class AttentionOperator(Lowering):
     """SDPA -> gatecc::attention."""
 
     name = "attention-operator"
-    after = ("causal-mask", "spelled-attention")
+    after = ("causal-mask", "gated-attention", "spelled-attention")
 
     def lower(self, program: Program, sites: Sequence[Site], settings: Settings) -> Iterator[Outcome]:
         found = [s for s in sites if isinstance(s, Attention)]
@@ -68,12 +71,14 @@ class AttentionOperator(Lowering):
             if not words:
                 continue
             at = Outcome(self.name, site.owner, site.line, f"spelled-out attention, {site.mask}, {words}")
+            at_gpu = on_gpu(site.core)
             held = fake(call.operands.q.node)
             kind: Kind = "causal" if call.causal else "masked" if call.terms or call.hidden else "full"
             on_cpu = held is not None and held.device.type == "cpu"
             queries, keys = hints(call)
             speed = gain(held.dtype, kind, queries, keys, training=settings.training) if held is not None else 0.0
-            if not on_cpu or speed < LEAST or autocasts(program):
+            gains = call.softcap is not None if at_gpu else on_cpu and speed >= LEAST
+            if not gains or autocasts(program):
                 yield replace(at, reason=f"on this device the operator gains nothing at {queries} x {keys} tokens")
                 continue
             arguments = [made.get(node, node) for node in call.nodes]
@@ -83,16 +88,23 @@ class AttentionOperator(Lowering):
 
     def _at(self, site: Attention, flow: Flow, settings: Settings) -> Outcome:
         at = Outcome(self.name, site.owner, site.line, f"fused attention, {site.mask}")
-        found = _read(site, flow, settings)
+        found = read_call(site, flow, settings)
         if isinstance(found, str):
             return replace(at, reason=found)
         call, assumes, proof = found
         tensors = [n for n in site.core.args[:4] if isinstance(n, fx.Node)]
         if not call.masked:
             tensors = tensors[:3]
-        speed = _speed(site, call, settings)
-        if speed < LEAST:
-            return replace(at, reason=f"on this CPU the operator would run at {speed:.2f} times the speed of torch's")
+        if on_gpu(site.core):
+            if call.window is None:
+                return replace(at, reason="on a GPU torch's fused attention serves all but windows")
+            what = f"of the pairs of a query and a key {_share(site, call):.2f} are computed, and no mask is read"
+        else:
+            speed = _speed(site, call, settings)
+            if speed < LEAST:
+                slow = f"on this CPU the operator would run at {speed:.2f} times the speed of torch's"
+                return replace(at, reason=slow)
+            what = f"{speed:.2f} times the speed of torch's fused attention, measured on this kind of CPU"
         (made,) = insert(flow.program, self.name, site.core, call, *tensors)
         readers = list(site.core.users)
         site.core.replace_all_uses_with(made)
@@ -103,7 +115,6 @@ class AttentionOperator(Lowering):
             made = laid_out
             restride(flow.program, made)
         replace_node(flow.program, site.core, made)
-        what = f"{speed:.2f} times the speed of torch's fused attention, measured on this kind of CPU"
         return replace(at, became=str(call), reason=proof, gain=what, assumes=assumes)
 
 
@@ -115,19 +126,24 @@ def _beyond_torch(call: FusedCall) -> str:
 
 
 @dataclass(frozen=True)
-class _Call:
-    """The operator's call, as a function of (q, k, v) and a mask if it is ``masked``."""
+class Call:
+    """The operator's call, as a function of (q, k, v), a mask if it is ``masked`` and, with an ``activation``, a gate
+    (B, H, N, E or 1)."""
 
     scale: float | None
     causal: bool
     window: int | None
     masked: bool
     contiguous: bool = False
+    activation: str = ""
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *masks: torch.Tensor) -> torch.Tensor:
-        bias = masks[0][(None,) * (4 - masks[0].dim())] if masks else None
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        bias = others[0][(None,) * (4 - others[0].dim())] if self.masked else None
         options: dict[str, Any] = {"scale": self.scale, "causal": self.causal, "window": self.window}
-        out = torch.ops.gatecc.attention(q, k, v, None, bias, **options)[0]
+        gate = others[-1] if self.activation else None
+        if gate is not None:
+            options["gate_activation"] = self.activation
+        out = torch.ops.gatecc.attention(q, k, v, gate, bias, **options)[0]
         return out.contiguous() if self.contiguous else out
 
     def __str__(self) -> str:
@@ -135,13 +151,13 @@ class _Call:
         return "gatecc::attention" + ", " * bool(words) + ", ".join(words)
 
 
-def _read(site: Attention, flow: Flow, settings: Settings) -> tuple[_Call, tuple[str, ...], str] | str:
+def read_call(site: Attention, flow: Flow, settings: Settings) -> tuple[Call, tuple[str, ...], str] | str:
     """The call, the buffers that it rests on and what proved it; or why there is none."""
     core, learned = site.core, settings.training
     q, k, v = (fake(n) if isinstance(n, fx.Node) else None for n in core.args[:3])
     if q is None or k is None or v is None or {q.dim(), k.dim(), v.dim()} != {4}:
         return "queries, keys and values do not have four axes"
-    if q.device.type != "cpu":
+    if q.device.type not in ("cpu", "cuda"):
         return "on this device torch's fused attention serves"
     if autocasts(flow.program):
         return "operators run in another precision than the graph records"
@@ -160,24 +176,24 @@ def _read(site: Attention, flow: Flow, settings: Settings) -> tuple[_Call, tuple
     if causal and not same(q.size(2), k.size(2)):
         return "there are more keys than queries, and is_causal counts queries from the first key"
     if not isinstance(mask, fx.Node):
-        return _Call(scale, causal, None, False), (), "the fused operator says what is hidden"
+        return Call(scale, causal, None, False), (), "the fused operator says what is hidden"
     return _masked(site, mask, scale, flow, learned)
 
 
 def _masked(
     site: Attention, mask: fx.Node, scale: float | None, flow: Flow, training: bool
-) -> tuple[_Call, tuple[str, ...], str] | str:
+) -> tuple[Call, tuple[str, ...], str] | str:
     held = fake(mask)
     if held is None or (training and mask in flow.learned):
         return "the mask is learned"
     sizes = _lengths(site)
     proof = prove(site.mask, [mask], sizes, flow, windows=True)
     if proof.kind == "sliding_window":
-        return _Call(scale, True, site.mask.window, False), proof.buffers, "the mask was evaluated at several sizes"
+        return Call(scale, True, site.mask.window, False), proof.buffers, "the mask was evaluated at several sizes"
     known = site.mask.causal and same(*sizes) and (held.dtype == torch.bool or proof.all_see)
     if known and proof.known:
-        return _Call(scale, True, None, True), proof.buffers, "no query sees a later key, and the mask says the rest"
-    return _Call(scale, False, None, True), (), "the mask stays as it is"
+        return Call(scale, True, None, True), proof.buffers, "no query sees a later key, and the mask says the rest"
+    return Call(scale, False, None, True), (), "the mask stays as it is"
 
 
 def _lengths(site: Attention) -> tuple[Size, Size]:
@@ -187,7 +203,18 @@ def _lengths(site: Attention) -> tuple[Size, Size]:
     return queries, keys
 
 
-def _speed(site: Attention, call: _Call, settings: Settings) -> float:
+def on_gpu(node: fx.Node) -> bool:
+    """Whether a node's value is on a GPU."""
+    return node.meta["val"].device.type == "cuda"
+
+
+def _share(site: Attention, call: Call) -> float:
+    """How many of all pairs a query sees."""
+    N, S = (on_example(size) or 1 for size in _lengths(site))
+    return pairs(N, S, causal=call.causal, window=call.window) / (N * S)
+
+
+def _speed(site: Attention, call: Call, settings: Settings) -> float:
     query = site.core.args[0]
     held = fake(query) if isinstance(query, fx.Node) else None
     assert held is not None
@@ -196,4 +223,4 @@ def _speed(site: Attention, call: _Call, settings: Settings) -> float:
     return gain(held.dtype, kind, queries, keys, training=settings.training)
 
 
-__all__ = ["AttentionOperator"]
+__all__ = ["AttentionOperator", "Call", "on_gpu", "read_call"]

@@ -136,6 +136,7 @@ class _Run:
         flags = None if self.map is None else self.map.at.view(torch.uint8)
         own_batches, own_heads, rows, _ = bias.shape
         per_query = rows > 1
+        chunk = min(block_of(max(self.D, self.E)), 128 // a.q.element_size())
         down = cdiv(self.N, block.queries) if per_query else 1
         grid = (cdiv(self.S, block.keys) * down * own_batches * own_heads,)
         given = (*self.operands(a.q, a.k, a.v), self.bias, *self.operands(opened), logsumexp, deltas)
@@ -147,7 +148,7 @@ class _Run:
             *given,
             *rest,
             PER_QUERY=per_query,
-            CHUNK=min(64, block_of(max(self.D, self.E))),
+            CHUNK=chunk,
         )
         return dbias if a.bias.size(3) == self.S else dbias.sum(3, keepdim=True)
 
@@ -166,6 +167,8 @@ class _Run:
     def blocks(self, kernel: Kernel) -> Blocks:
         """The blocks of a kernel, no larger than what there is."""
         most = blocks(kernel, self.a.q.dtype, max(block_of(self.D), block_of(self.E)))
+        if kernel == "differentiate_queries" and self.bias is not None:  # a block of it is held beside four products
+            most = most._replace(queries=max(16, most.queries // 2), stages=1)
         found = most._replace(queries=block_of(self.N, most.queries), keys=block_of(self.S, most.keys))
         if self.map is not None:  # a program takes parts of blocks of the map, never of two
             found = found._replace(
