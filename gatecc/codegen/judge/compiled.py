@@ -36,6 +36,7 @@ _POINTERS = {
     torch.int64: "*i64",
 }
 _AMD_BYTES = {"dwordx2": 8, "dwordx3": 12, "dwordx4": 16, "b64": 8, "b96": 12, "b128": 16}
+_OPTIONS = ("num_warps", "num_stages", "maxnreg")  # of a launch: no arguments of the kernel
 WIDE = 16  # bytes, the widest access there is
 _THREADS = 1024  # of a program; compilers accept more, GPUs do not
 
@@ -107,7 +108,7 @@ def recorded(target: str, launcher: ModuleType) -> Generator[list[Launch]]:
             return partial(self._call, grid)
 
         def _call(self, grid: Any, *args: Any, **kwargs: Any) -> None:
-            options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+            options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
             given = dict(zip(self.arg_names, args, strict=False)) | kwargs
             programs: Any = grid({**given, **options}) if callable(grid) else grid
             found.append(Launch(self.name, self.kernel, tuple(programs), given, options))

@@ -75,7 +75,7 @@ def _best(make: str, rows: int, p: Products) -> Blocks:
         c = Blocks(**table[name])  # pyright: ignore[reportCallIssue]
         cols = block_of(p.columns) if p.whole else block_of(p.columns, max(16, c.cols // _power(p.count)))
         c = c._replace(cols=cols, inner=block_of(p.inner, c.inner), rows=block_of(rows, c.rows))
-        widest = c.rows * max(c.cols, c.inner) * p.dtype.itemsize // 16  # accesses of 16 bytes to the largest block
+        widest = c.rows * c.inner * p.dtype.itemsize // 16  # accesses of 16 bytes to a block of the left operand
         c = c._replace(warps=max(1, min(c.warps, widest // _LANES[make])))
         found.append((seconds(c, part, rows, p), c))
     return min(found)[1]

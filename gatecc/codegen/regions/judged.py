@@ -86,10 +86,10 @@ def family_of(name: str, built: Built, function: Callable[..., Any], example: Ca
 
 def _widest(built: Built) -> int:
     """Bytes of the widest access that the sizes allow: rows lie one behind the other, so the next one begins at a
-    multiple of its bytes, and no more than that is known of where. Rows of less than 16 columns are no measure: a block
-    has 16, most of them empty."""
+    multiple of its bytes, and no more than that is known of where. Rows of less than 32 columns are no measure: a block
+    of 16 by 16 has not 16 bytes for each thread of a warp."""
     sizes = [(x.shape[-1] * x.element_size(), x.element_size()) for x in built.example if x.dim()]
-    return max(min(WIDE, size & -size) if size >= 16 * one else one for size, one in sizes)
+    return max(min(WIDE, size & -size) if size >= 32 * one else one for size, one in sizes)
 
 
 def _families() -> Iterator[Family]:

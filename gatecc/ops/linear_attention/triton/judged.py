@@ -86,7 +86,6 @@ _TF32 = "16-bit inputs are multiplied in TF32, which resolves what float16 does,
 _PARTS = "products in three parts of TF32 (tf32x3), which float32 asks for, hold each operand twice"
 _WHOLE = f"{_PARTS}; a block holds all 128 keys of the state, and 16 values are the fewest that a product takes"
 _HALVES = f"{_PARTS}; blocks of half as many values do not spill, and compute the weights of a chunk twice"
-_STAGED = "no lack of registers: with 8 warps it takes 48 and still does; the cause is not known"
 FAMILY = Family(
     name="linear_attention",
     launcher=LAUNCHER.name,
@@ -104,7 +103,6 @@ FAMILY = Family(
     exemptions=(
         Exemption("delta_scan_backward", "spills", 4, _WHOLE, ("fp32",), ("gated_delta, D=128",), ("sm_90", "sm_100")),
         Exemption("scan", "spills", 2, _PARTS, ("fp32",), targets=("sm_100",)),
-        Exemption("scan", "spills", 44, _STAGED, ("bf16", "fp16"), targets=("sm_100",)),
         Exemption("mix", "spills", 8, _HALVES, ("fp32",), ("linear, D=64", "linear, D=128"), ("sm_100",)),
         Exemption("differentiate", "traffic", 1.4, "a block of keys reads the values of its chunk again", ("fp32",)),
         Exemption("delta", "error", 2, _TF32, dtypes=("fp16",)),

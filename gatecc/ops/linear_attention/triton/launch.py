@@ -94,7 +94,8 @@ class _Run:
     def scan(self, x: Tensor, y: Tensor, start: Tensor | None, *, backward: bool = False) -> tuple[Tensor, Tensor]:
         """States before each chunk (backward: gradients after), (chunks, H, Dk, Dv), and the last, (S, H, Dk, Dv)."""
         states, final = self.new_states()
-        block = self.blocks("scan")
+        # Left to itself ptxas gives kernels in the tensor memory of sm_100 64 registers, and spills, if they are small.
+        block = self.blocks("scan" if self.p.log_decay is not None else "plain_scan")
         grid = (self.sequences(), cdiv(self.Dk, block.keys), cdiv(self.Dv, block.values))
         operands = self.operands(x, y, self.p.log_decay)
         buffers = (start, states, final, self.chunks.table, self.chunks.sequences)
@@ -185,7 +186,7 @@ class _Run:
         known |= {"REVERSE": p.reverse, "NORMALIZER": p.normalizer, "PRECISION": precision(p.q.dtype)}
         constants |= {name: x for name, x in known.items() if name in kernel.arg_names}
         with torch.cuda.device_of(p.q):
-            kernel[grid](*given, **constants, num_warps=block.warps, num_stages=1)
+            kernel[grid](*given, **constants, **block.options)
 
     def blocks(self, kernel: Kernel) -> Blocks:
         return blocks(kernel, self.p.q.dtype, self.Dk, self.Dv)

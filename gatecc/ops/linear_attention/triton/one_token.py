@@ -45,7 +45,7 @@ def step(
     kernel: Any = token
     with torch.cuda.device_of(q):
         kernel[(B * H, cdiv(Dv, block.values))](
-            *operands, state, after, operand(o, H), H, scale, **sizes, num_warps=block.warps, num_stages=1
+            *operands, state, after, operand(o, H), H, scale, **sizes, **block.options
         )
     return o if q.dim() == 4 else o.squeeze(2)
 

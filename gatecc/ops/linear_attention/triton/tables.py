@@ -14,7 +14,7 @@ from gatecc.codegen.triton.sizes import block_of, cdiv
 LEVELS = 5
 CHUNK = 1 << LEVELS  # tokens
 
-Kernel = Literal["scan", "mix", "differentiate", "solve", "strengths", "delta_scan", "token"]
+Kernel = Literal["scan", "plain_scan", "mix", "differentiate", "solve", "strengths", "delta_scan", "token"]
 
 
 class Operand(NamedTuple):
@@ -37,23 +37,31 @@ class Chunks(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """How much of a head a program takes, at most, and how many warps run it."""
+    """How much of a head a program takes, at most, how many warps run it, and, where it is not left to the assembler,
+    how many registers a thread may have."""
 
     keys: int
     values: int
     warps: int
+    registers: int = 0
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Of a launch."""
+        return {"num_warps": self.warps, "num_stages": 1} | ({"maxnreg": self.registers} if self.registers else {})
 
 
 def blocks(kernel: Kernel, dtype: torch.dtype, Dk: int, Dv: int) -> Blocks:
     """The blocks of a kernel for heads of these sizes, on this machine's make of GPU.
 
-    ``state`` of an entry: elements of a state that a program holds, whose blocks have every key.
+    ``plain_scan`` is ``scan`` without decays. ``state`` of an entry: elements of a state that a program holds, whose
+    blocks have every key.
     """
     most = config(__package__ or "", kernel, width(dtype))
     keys, values = block_of(Dk, most["keys"]), block_of(Dv, most["values"])
     if "state" in most:
         values = max(16, min(values, most["state"] // keys))
-    return Blocks(keys, values, most["warps"])
+    return Blocks(keys, values, most["warps"], most.get("registers", 0))
 
 
 def operand(x: Tensor | None, heads: int) -> Operand | None:
