@@ -77,8 +77,8 @@ def test_by_hand_with_one_file_of_weights(tmp_path: Path) -> None:
     model = Mixed(Convolution(cut=False)).eval()
     made = gatecc.export(model, tmp_path / "x", (IDS,), decode=True, external_data=True)
     assert sorted(made.files) == ["decode.onnx", "model.onnx", "model.onnx.data"]
-    unique = sum(4096 * -(-w.nbytes // 4096) for w in model.parameters() if w.nbytes > 1024)
-    assert unique == (-(-(tmp_path / "x" / build.DATA).stat().st_size // 4096)) * 4096
+    large = [w.nbytes for w in model.parameters() if w.nbytes > 1024]
+    assert sum(large) <= (tmp_path / "x" / build.DATA).stat().st_size < sum(large) + min(large)
     session = ort.InferenceSession(str(tmp_path / "x" / "decode.onnx"))
     state, parts = torch.zeros(2, D, 3).numpy(), []
     for token in IDS.split(1, 1):
