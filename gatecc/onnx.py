@@ -28,7 +28,8 @@ class Session(Generation):
     """A decoder in ONNX Runtime: prefill, step and generate as those of `gatecc.Decoder`, from files alone.
 
     ``providers``: of ONNX Runtime, best first; by default CUDA's if the installed build has it, and the CPU's. States
-    stay in ONNX Runtime, on its device, from one call to the next. A state that you hold is never changed.
+    stay in ONNX Runtime, on its device, from one call to the next; keys and values in one buffer, where a node can. A
+    state that you hold is never changed.
 
     Raises MissingPackageError if ONNX Runtime is missing, or both of its builds are there, of which one overwrites the
     other; CheckpointError if the folder holds no decode.onnx, or files that were changed since the export;
@@ -48,6 +49,7 @@ class Session(Generation):
         self.context_length: int | None = held["context_length"]
         self._values: list[str] = held["values"]
         self._mask: bool = held["mask"]
+        self._singly: bool = held["singly"]
         self._session = _session(self.folder / DECODE, providers)
         self._device = "cuda" if _CUDA in self._session.get_providers() else "cpu"
         self._types = {i.name: _TYPES[i.type] for i in self._session.get_inputs()}
@@ -61,12 +63,18 @@ class Session(Generation):
         """Run T tokens at once, of a new text if no state is given. ids: (B, T) -> logits (B, T, V), the state after
         them.
 
-        ``values``: ``attention_mask`` (B, T), 0 for padding on the left, where the file knows padding; and the model's
-        other inputs with a value per token. Raises ArgumentError for tokens, values or a state that do not fit.
+        ``values``: ``attention_mask`` (B, T), 0 for padding, where the file knows padding; and the model's other inputs
+        with a value per token. Raises ArgumentError for tokens, values or a state that do not fit.
         """
         self._check(ids, state, values)
         state = self._empty(len(ids)) if state is None else state
-        logits, self.state = self._run(ids, state, values)
+        mask = values.get("attention_mask")
+        if self.padding == "right" and mask is not None and not bool(mask.bool().all()):
+            logits, self.state = self._ragged(ids, state, mask)
+        elif self._singly and state["length"] and len(ids) > 1:
+            logits, self.state = self._one_by_one(ids, state, values)
+        else:
+            logits, self.state = self._run(ids, state, values)
         return logits, self.state
 
     def step(self, ids: Tensor, state: State | None = None, **values: Tensor) -> tuple[Tensor, State]:
@@ -83,7 +91,33 @@ class Session(Generation):
             return logits[:, 0], state
         return self.prefill(ids, state, **values)
 
-    # --- one call ---
+    # --- one call, or several ---
+
+    def _ragged(self, ids: Tensor, state: State, mask: Tensor) -> tuple[Tensor, State]:
+        """Prompts of several lengths, padded on either side, as the file takes them: padded on the right."""
+        mask = mask.detach().cpu().long()
+        lengths, first = mask.sum(1), mask.argmax(1)
+        places = (torch.arange(ids.shape[1]) + first[:, None]) % ids.shape[1]
+        moved = mask.gather(1, places)
+        if state["length"] or not bool(lengths.all()) or not torch.equal(moved, moved.sort(1, descending=True).values):
+            raise ArgumentError(
+                "only a whole prompt may be padded, on one side",
+                where="attention_mask",
+                found=f"zeros among or behind the tokens, after {state['length']} earlier ones",
+                expected="ones for the tokens of each row, beside one another",
+            )
+        places = places.to(ids.device)
+        logits, after = self._run(ids.gather(1, places), state, {"attention_mask": moved})
+        back = places.argsort(1)[..., None].expand_as(logits)
+        return logits.gather(1, back), after
+
+    def _one_by_one(self, ids: Tensor, state: State, values: Mapping[str, Tensor]) -> tuple[Tensor, State]:
+        """Several tokens of several samples, for which the file has no one call."""
+        parts: list[Tensor] = []
+        for at in range(ids.shape[1]):
+            logits, state = self._run(ids[:, at : at + 1], state, {k: x[:, at : at + 1] for k, x in values.items()})
+            parts.append(logits)
+        return torch.cat(parts, 1), state
 
     def _run(self, ids: Tensor, state: State, values: Mapping[str, Tensor]) -> tuple[Tensor, State]:
         past, new = int(state["length"]), ids.shape[1]
@@ -95,10 +129,15 @@ class Session(Generation):
         for name, x in given.items():
             if name in self._types:
                 binding.bind_cpu_input(name, x.detach().cpu().to(self._types[name]).contiguous().numpy())
-        for held, x in zip(self.states, state["states"], strict=True):
+        before, written = self._with_room(state, past, past + new)
+        for held, x in zip(self.states, before, strict=True):
             binding.bind_ortvalue_input(held["input"], x)
-        for name in self.outputs:
-            binding.bind_output(name, "cpu" if name == _LOGITS else self._device)
+        binding.bind_output(_LOGITS, "cpu")
+        for held, x in zip(self.states, before, strict=True):
+            if held["shared"]:
+                binding.bind_ortvalue_output(held["output"], x)
+            else:
+                binding.bind_output(held["output"], self._device)
         try:
             self._session.run_with_iobinding(binding)
         except Exception as e:
@@ -108,21 +147,47 @@ class Session(Generation):
                 found=f"{type(e).__name__}: {first_line(e)}",
                 do="token ids must be below the size of the vocabulary",
             ) from e
-        logits, *after = binding.get_outputs()
-        made = {"length": past + new, "batch": len(ids), "mask": mask, "states": list(after)}
+        logits, *outputs = binding.get_outputs()  # which know nothing of the memory that a buffer was made of
+        after = [x if held["shared"] else y for held, x, y in zip(self.states, before, outputs, strict=True)]
+        written[0] = past + new
+        made = {"length": past + new, "batch": len(ids), "mask": mask, "states": after, "written": written}
         return torch.from_numpy(logits.numpy()).to(ids.device), made
 
     def _empty(self, batch: int) -> State:
         """The state before the first token."""
+        states = [self._filled(held, batch, _FIRST if held["shared"] else 0) for held in self.states]
         mask = torch.ones(batch, 0, dtype=torch.int64)
-        return {"length": 0, "batch": batch, "mask": mask, "states": [self._zero(held, batch) for held in self.states]}
+        return {"length": 0, "batch": batch, "mask": mask, "states": states, "written": [0]}
 
-    def _zero(self, held: Mapping[str, Any], batch: int) -> Any:
+    def _filled(self, held: Mapping[str, Any], batch: int, room: int, earlier: Any = None, past: int = 0) -> Any:
+        """One tensor of the state with room for some tokens, and the first ``past`` of an earlier one in it."""
         import onnxruntime as ort
 
-        shape = [0 if axis == held["grows"] else _size(size, batch) for axis, size in enumerate(held["shape"])]
+        shape = [room if axis == held["grows"] else _size(size, batch) for axis, size in enumerate(held["shape"])]
         x = torch.full(shape, held["fill"], dtype=getattr(torch, held["dtype"]))
+        if past:
+            x.narrow(held["grows"], 0, past).copy_(torch.from_numpy(earlier.numpy()).narrow(held["grows"], 0, past))
         return ort.OrtValue.ortvalue_from_numpy(x.numpy(), self._device, 0)
+
+    def _with_room(self, state: State, past: int, length: int) -> tuple[list[Any], list[int]]:
+        """The tensors of a state for tokens up to ``length``, and how far the shared buffers among them are written.
+
+        States that follow one another share buffers. One that is not the newest of its buffers, or has no more room,
+        gets others first.
+        """
+        shared = [held for held in self.states if held["shared"]]
+        if not shared:
+            return state["states"], [length]
+        at = self.states.index(shared[0])
+        room = int(state["states"][at].shape()[shared[0]["grows"]])
+        if length <= room and state["written"][0] == past:
+            return state["states"], state["written"]
+        room = room if length <= room else max(2 * room, length)
+        made = [
+            self._filled(held, state["batch"], room, x, past) if held["shared"] else x
+            for held, x in zip(self.states, state["states"], strict=True)
+        ]
+        return made, [past]
 
     def _masked(self, before: Tensor, given: Tensor | None, new: int) -> Tensor:
         """The mask of all tokens; those that nothing is said of count."""
@@ -179,6 +244,7 @@ class Session(Generation):
 
 
 _LOGITS = "logits"
+_FIRST = 64  # tokens that buffers have room for at first
 _TYPES = {
     "tensor(int64)": torch.int64,
     "tensor(int32)": torch.int32,

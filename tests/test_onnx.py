@@ -70,6 +70,40 @@ def test_generates_what_the_decoder_does(case: Case) -> None:
     assert torch.equal(torch.stack(streamed, 1), text[:, 9:])
 
 
+def test_keys_stay_in_one_buffer_and_prompts_are_padded_on_either_side(tmp_path: Path) -> None:
+    """Softmax layers alone, captured without a mask: GroupQueryAttention counts the tokens of each row."""
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+    )
+    torch.manual_seed(0)
+    model, ids = transformers.LlamaForCausalLM(config).eval(), torch.randint(VOCABULARY, (3, 9))
+    made = gatecc.export(model, tmp_path / "x", (ids,), decode=True).decode
+    assert made is not None
+    assert made.operators["com.microsoft::GroupQueryAttention"] == 1
+    assert (made.padding, made.singly, [s.shared for s in made.states]) == ("right", True, [True, True])
+    session, decoder = Session(tmp_path / "x"), gatecc.decoder(model, (ids,))
+    assert torch.equal(session.generate(ids, 80), decoder.generate(ids, 80))  # beyond the first buffer
+    for side in (slice(0, 4), slice(5, 9)):
+        mask = torch.ones_like(ids)
+        mask[0, side] = 0
+        logits, state = session.prefill(ids, attention_mask=mask)
+        alone = decoder.prefill(ids[:1, mask[0].bool()])[0]
+        torch.testing.assert_close(logits[:1, mask[0].bool()], alone, rtol=0, atol=1e-5)
+        with pytest.raises(ArgumentError, match="only a whole prompt may be padded"):
+            session.step(ids[:, :2], state, attention_mask=mask[:, 3:5] * 0)
+    _, state = session.prefill(ids)
+    one, _ = session.step(ids[:, 0], state)
+    session.step(ids[:, 1], state)  # another branch of the same state
+    chunk, _ = session.step(ids[:, :3], state)  # token by token, for the node takes no chunk of several samples
+    torch.testing.assert_close(chunk[:, 0], one, rtol=0, atol=1e-5)
+
+
 def test_states_are_kept_and_stay_as_they_are(case: Case) -> None:
     session = Session(case.folder, providers=["CPUExecutionProvider"])
     whole, _ = session.prefill(case.ids)

@@ -39,10 +39,11 @@ class Plan:
     labels: Labels
     logits: fx.Node
     output: int  # the index of the logits among the leaves of the model's output
-    fused: dict[fx.Node, Recalled]
+    attentions: dict[fx.Node, Recalled]  # by the node that yields their result
 
     def __post_init__(self) -> None:
         self.nodes: list[fx.Node] = list(self.program.graph.nodes)
+        self.fused = {core: found for core, found in self.attentions.items() if found.fused}
         self.context = self._context()
         self.evaluator = Evaluator(self.flow)
         self.windows: list[int] = sorted({s.span.window for s in self.slots if s.span.window is not None})
@@ -85,12 +86,12 @@ def plan(program: Program) -> Plan:
     inputs = read_inputs(program)
     logits, output_at = _only_logits(program, inputs)
     slots: list[Slot] = []
-    fused: dict[fx.Node, Recalled] = {}
+    attentions: dict[fx.Node, Recalled] = {}
     sites = [site for site in prepare(program, canonical=True).found if isinstance(site, Attention)]
     for site in sites:
         recalled = attention(program, site, slots, inputs.lengths)
         if recalled is not None:
-            fused[site.core] = recalled
+            attentions[site.core] = recalled
     deferred_softmaxes(Flow(program), {site.core for site in sites}, slots, inputs.lengths)
     scans(program, Flow(program).data, slots, inputs.lengths)
     program.graph.eliminate_dead_code()
@@ -98,7 +99,7 @@ def plan(program: Program) -> Plan:
     dependence = Dependence(flow, inputs)
     labels = label(dependence, slots, program.graph.nodes)
     _check_output(logits, labels)
-    return Plan(program, inputs, slots, flow, dependence, labels, logits, output_at, fused)
+    return Plan(program, inputs, slots, flow, dependence, labels, logits, output_at, attentions)
 
 
 def _only_logits(program: Program, inputs: Inputs) -> tuple[fx.Node, int]:

@@ -24,7 +24,7 @@ from gatecc.decoder.emit.names import input_names, layer_numbers, output_names, 
 from gatecc.errors import ExportError
 from gatecc.export.compare import Compared
 from gatecc.export.lower import context_of, lower
-from gatecc.export.steps import compare_steps, text
+from gatecc.export.steps import compare_steps, takes_padding, text
 from gatecc.ops import registry
 
 DECODE = "decode.onnx"
@@ -34,7 +34,8 @@ _REACH = 1 << 13  # positions that tables are made for if nobody says how many t
 @dataclass(frozen=True)
 class Carried:
     """One state: ``output`` of a call is ``input`` of the next. ``shape``: of the input; ``grows``: the axis that is 0
-    before the first token and gets longer with each, None if its size stays; ``fill``: its value before the first."""
+    before the first token and gets longer with each, None if its size stays; ``fill``: its value before the first.
+    ``shared``: input and output may be one buffer with room for more tokens."""
 
     input: str
     output: str
@@ -44,6 +45,7 @@ class Carried:
     dtype: str
     grows: int | None
     fill: float
+    shared: bool
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,11 @@ class Decode:
     """What decode.onnx is: tokens and states in, logits of all tokens and the next states out.
 
     ``mask``: whether it takes ``attention_mask`` (batch, all tokens so far and the new ones). ``padding``: where a
-    prompt may be padded: "left" as in the model, "none" where a mask, if there is one, says how many tokens there are.
-    ``values``: the inputs with a value per new token. ``context_length``: the most tokens that it has positions for,
-    None if there is no limit.
+    prompt may be padded: "left" as in the model, "right" if that was found to give what each prompt gives by itself,
+    "none" where a mask, if there is one, says how many tokens there are.
+    ``values``: the inputs with a value per new token. ``singly``: behind the first call it takes several samples or
+    several tokens, not both (GroupQueryAttention on a CPU). ``context_length``: the most tokens that it has positions
+    for, None if there is no limit.
     """
 
     inputs: dict[str, list[int | str]]
@@ -62,6 +66,7 @@ class Decode:
     mask: bool
     padding: str
     values: tuple[str, ...]
+    singly: bool
     context_length: int | None
     operators: dict[str, int]
     compared: tuple[Compared, ...]
@@ -79,7 +84,8 @@ def decode(
     """Derive the decoder, and write its step to ``folder``, where ``whole`` lies as model.onnx: if that has a file of
     weights, both share it. Raises DecoderError if there is no step, ExportError."""
     made = decoder(model, inputs)
-    step = made.closed(_reach(model, made))
+    reach = _reach(model, made)
+    step = made.closed(reach, counted=target == "ort")
     if step.context:
         raise ExportError(
             "a decode graph of a model with an encoder cannot be written yet",
@@ -87,17 +93,19 @@ def decode(
             found="inputs that are no tokens: " + ", ".join(n.name for n in made.plan.inputs.context),
             do="export with decode=False; gatecc.decoder runs it in torch",
         )
-    lowered = partial(lower, target=target, opset=opset, context=context_of(model))
+    lowered = partial(lower, target=target, opset=opset, context=reach)
     graph = _graph(model, step, opset, registry.lowerings(target), lowered, whole.model.metadata_props)
     _write(graph, whole, folder)
     apart = is_apart(graph.nbytes)
     check(folder / DECODE, graph.places, apart=apart)
     compared: list[Compared] = []
+    padded = False
     if verify:
         of = text(made, step, model, inputs)
         with closing(Session(folder / DECODE, graph.places, apart=apart)) as session:
-            compared = compare_steps(made, step, of, session)
-    return _described(step, graph, compared)
+            compared = compare_steps(made, step, of, session, singly=_singly(graph))
+            padded = _singly(graph) and takes_padding(step, of, session)
+    return _described(step, graph, compared, "right" if padded else "left" if _masks(step) else "none")
 
 
 def _graph(
@@ -122,13 +130,28 @@ def _write(graph: Graph, whole: Graph, folder: Path) -> None:
         save({DECODE: graph.model}, folder)
 
 
+def _singly(graph: Graph) -> bool:
+    return "com.microsoft::GroupQueryAttention" in graph.operators
+
+
+def _made_by_one_node(value: Any) -> bool:
+    """Whether the node that appends to a state writes to the buffer that it is given."""
+    node = value.producer()
+    return node is not None and node.op_type == "GroupQueryAttention"
+
+
 def _reach(model: nn.Module, made: Decoder) -> int:
     """How many tokens tables of positions are made for: as many as the model is."""
     return min(context_of(model) or _REACH, made.bound)
 
 
-def _described(step: Closed, graph: Graph, compared: list[Compared]) -> Decode:
+def _masks(step: Closed) -> bool:
+    return step.mask is not None and not step.counted
+
+
+def _described(step: Closed, graph: Graph, compared: list[Compared], padding: str) -> Decode:
     inputs = graph.shapes(graph.model.graph.inputs)
+    shared = {v.name for v in graph.model.graph.outputs if _made_by_one_node(v)}
     states = [
         Carried(
             input=past,
@@ -139,6 +162,7 @@ def _described(step: Closed, graph: Graph, compared: list[Compared]) -> Decode:
             dtype=str(held.source.meta["val"].dtype).removeprefix("torch."),
             grows=held.grows,
             fill=0.0 if held.slot is None else held.slot.fill,
+            shared=present in shared,
         )
         for held, layer, (past, present) in zip(step.held, layer_numbers(step), state_names(step), strict=True)
     ]
@@ -147,8 +171,9 @@ def _described(step: Closed, graph: Graph, compared: list[Compared]) -> Decode:
         outputs=graph.shapes(graph.model.graph.outputs),
         states=tuple(states),
         mask=step.mask is not None,
-        padding="left" if step.mask is not None and not step.counted else "none",
+        padding=padding,
         values=tuple(node.name for node in step.given if node is not step.mask),
+        singly=_singly(graph),
         context_length=step.capacity,
         operators=graph.operators,
         compared=tuple(compared),

@@ -75,10 +75,39 @@ def _resized(x: Tensor, inputs: Any, node: fx.Node, length: int) -> Tensor:
     return x.index_select(1, torch.arange(length, device=x.device) % x.shape[1])
 
 
-def compare_steps(made: Decoder, step: Closed, of: Text, session: Session) -> list[Compared]:
-    """Run the file in pieces. Raises ExportError if its logits are not those of the full forward."""
-    pieces = _pieces(of.ids.shape[1])
-    return [_compared(made, step, session, of.sample(batch), each) for batch in _BATCHES for each in pieces]
+def compare_steps(made: Decoder, step: Closed, of: Text, session: Session, *, singly: bool) -> list[Compared]:
+    """Run the file in pieces. Raises ExportError if its logits are not those of the full forward.
+
+    ``singly``: behind a prefill it takes several samples or several tokens, not both.
+    """
+    found: list[Compared] = []
+    for batch in _BATCHES:
+        for each in _pieces(of.ids.shape[1]):
+            pieces = (each[0], *[1] * sum(each[1:])) if singly and batch > 1 else each
+            found.append(_compared(made, step, session, of.sample(batch), pieces))
+    return found
+
+
+def takes_padding(step: Closed, of: Text, session: Session) -> bool:
+    """Whether prompts of several lengths, padded on the right, give what each gives by itself, and so do the tokens
+    that follow them."""
+    rows, length = of.ids.shape[0], min(20, of.ids.shape[1] - 3)
+    if length < rows or not step.counted or step.given or any(held.grows is None for held in step.held):
+        return False
+    lengths = torch.tensor([length // (row + 1) for row in range(rows)])
+    mask = (torch.arange(length) < lengths[:, None]).long()
+    ids, states = of.ids[:, :length], before_first(step, rows)
+    tolerance = TOLERANCE.get(of.logits.dtype, 0.0)
+    for number in range(3):
+        feeds = {step.tokens: ids, **({} if step.mask is None else {step.mask: mask})}
+        feeds.update({held.source: x for held, x in zip(step.held, states, strict=True)})
+        logits, *states = session.run(input_names(step), [feeds[node] for node in step.program.placeholders])
+        last = lengths - 1 if number == 0 else torch.zeros_like(lengths)
+        each = torch.arange(rows)
+        if not difference(of.logits[each, lengths + number - 1], logits[each, last]) <= tolerance:
+            return False
+        ids, mask = of.ids[each, lengths + number].unsqueeze(1), torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+    return True
 
 
 def _pieces(length: int) -> list[Sequence[int]]:

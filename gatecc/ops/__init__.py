@@ -1,9 +1,21 @@
 """Operators, one package or file each. Importing this package registers them: see gatecc.ops.registry."""
 
-from gatecc.ops import attention, estimators, grouped, linear_attention, moe_ffn, only_if, rnn, routing, sequences
+from gatecc.ops import (
+    attention,
+    cached_attention,
+    estimators,
+    grouped,
+    linear_attention,
+    moe_ffn,
+    only_if,
+    rnn,
+    routing,
+    sequences,
+)
 
 __all__ = [
     "attention",
+    "cached_attention",
     "estimators",
     "grouped",
     "linear_attention",

@@ -81,18 +81,20 @@ class Closed:
     capacity: int | None
 
 
-def write_closed(plan: Plan, live: frozenset[fx.Node], capacity: int) -> Closed:
-    """Write the step. ``live``: the position nodes that no constant can hold. ``capacity``: how far constants reach."""
+def write_closed(plan: Plan, live: frozenset[fx.Node], capacity: int, *, counted: bool = False) -> Closed:
+    """Write the step. ``live``: the position nodes that no constant can hold. ``capacity``: how far constants reach.
+    ``counted``: attention is to count the tokens of each row by a mask, so that prompts may be padded on the right.
+    """
     live |= {n for n in plan.dependence.positions if len(plan.lengths.axes(n)) > 1 or _mixed(n, plan)}
     while True:
-        step, differ = _written(plan, live, capacity)
+        step, differ = _written(plan, live, capacity, counted)
         if not differ:
             _record(step)
             return step
         live |= differ
 
 
-def _written(plan: Plan, live: frozenset[fx.Node], capacity: int) -> tuple[Closed, frozenset[fx.Node]]:
+def _written(plan: Plan, live: frozenset[fx.Node], capacity: int, ragged: bool) -> tuple[Closed, frozenset[fx.Node]]:
     """The step, and the position nodes whose values differ between samples, so that constants were no use."""
     writer = GraphWriter(plan)
     sources = _Sources(writer, capacity)
@@ -101,7 +103,7 @@ def _written(plan: Plan, live: frozenset[fx.Node], capacity: int) -> tuple[Close
     sources.mask = next((made for node, made in sources.history.items() if node.name.endswith(MASK)), None)
     sources.slots = [sources.add(f"slot_{i}", slot.node) for i, slot in enumerate(plan.slots)]
     sources.context = {node: sources.add(node.name, node) for node in plan.context}
-    counted = _counts(plan, sources)
+    counted = _counts(plan, sources, ragged)
     numbers = Numbers(writer, sources, writer.size(tokens, 0))
     new = writer.size(tokens, 1)
     past = _past(plan, sources, new, numbers)
@@ -109,7 +111,7 @@ def _written(plan: Plan, live: frozenset[fx.Node], capacity: int) -> tuple[Close
     numbers.bounds[ALL] = 0, numbers.combine(operator.add, past, new)
     operands = Operands(PositionWriter(sources, numbers, live), tokens)
     slots = _Slots(operands, single=False)
-    data = DataWriter(operands, slots, _Attention(operands, single=False))
+    data = _Data(operands, slots, _Attention(operands, single=False), sources.mask if counted else None)
     for node in plan.nodes:
         if node in plan.labels.of and node not in operands.env:
             operands.env[node] = data.write(node)
@@ -142,21 +144,24 @@ def _mixed(node: fx.Node, plan: Plan) -> bool:
     )
 
 
-def _counts(plan: Plan, sources: _Sources) -> bool:
-    """Give the program a mask if nothing else tells how many tokens there were. Whether it did."""
-    if sources.mask is not None or any(slot.kind == "keys" for slot in plan.slots):
+def _counts(plan: Plan, sources: _Sources, ragged: bool) -> bool:
+    """Give the program a mask if nothing else tells how many tokens there were, or attention is to count them. Whether
+    it did."""
+    attends = ragged and any(found.scale is not None for found in plan.attentions.values())
+    if sources.mask is not None or (any(slot.kind == "keys" for slot in plan.slots) and not attends):
         return False
     sources.mask = sources.add(MASK)
     return True
 
 
 def _past(plan: Plan, sources: _Sources, new: fx.Node, numbers: Numbers) -> Any:
-    """The number of tokens before the new ones."""
+    """The number of tokens before the new ones; by the mask where there is one, for buffers may hold room for more."""
+    if sources.mask is not None:
+        return numbers.combine(operator.sub, sources.writer.size(sources.mask, 1), new)
     for slot, held in zip(plan.slots, sources.slots, strict=True):
         if slot.kind == "keys":
             return sources.writer.size(held, slot.axis)
-    assert sources.mask is not None
-    return numbers.combine(operator.sub, sources.writer.size(sources.mask, 1), new)
+    raise AssertionError("a step without keys has a mask")
 
 
 class _Sources(Sources):
@@ -226,6 +231,33 @@ class _Slots(SlotWriter):
         return self.writer.narrow(whole, axis, *self.numbers.bound(span))
 
 
+class _Data(DataWriter):
+    """Attention that is known through and through is one operator, which keeps keys and values as well."""
+
+    def __init__(self, operands: Operands, slots: SlotWriter, attention: AttentionWriter, mask: fx.Node | None) -> None:
+        super().__init__(operands, slots, attention)
+        self.mask = mask
+
+    def _data(self, node: fx.Node) -> Any:
+        found = self.plan.attentions.get(node)
+        if found is None or found.scale is None:
+            return super()._data(node)
+        marks = (found.keys, found.values)
+        indices = [int(str(mark.args[-1])) for mark in marks]
+        new = [self.operands.read(node, mark.all_input_nodes[0]) for mark in marks]
+        past = [self.slots.sources.slots[index] for index in indices]
+        options = {
+            "scale": found.scale,
+            "window": self.plan.slots[indices[0]].span.window or 0,
+            "softcap": found.soft_cap,
+        }
+        args = (self.operands.read(node, found.query), *new, *past, self.mask)
+        made = self.writer.call(torch.ops.gatecc.cached_attention.default, args, options)
+        for output, index in enumerate(indices, 1):
+            self.slots.next[index] = self.writer.call(operator.getitem, (made, output))
+        return self.writer.call(operator.getitem, (made, 0))
+
+
 class _Attention(AttentionWriter):
     """A mask that is proved to be causal, or a window, is written as such."""
 
@@ -276,7 +308,9 @@ def _inputs(step: Closed, sizes: _Sizes) -> Iterator[tuple[fx.Node, torch.Tensor
     yield step.tokens, sizes.like(tokens, 1, now)
     if step.mask is not None:
         if step.counted:
-            yield step.mask, sizes.like(tokens, 1, sizes.symbol("total", _BEFORE + _NEW)).long()
+            alone = all(held.grows is None for held in step.held)
+            total = sizes.symbol("total", _BEFORE + _NEW) if alone else before + now
+            yield step.mask, sizes.like(tokens, 1, total).long()
         else:
             yield step.mask, sizes.like(step.given[step.mask].meta["val"], 1, before + now)
     for node, captured in step.given.items():

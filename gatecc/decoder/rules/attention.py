@@ -7,6 +7,7 @@ gatecc.decoder.rules.scan.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import fx
 
@@ -25,10 +26,11 @@ _PASSED = VIEWS | CASTS | frozenset(("mul", "div"))
 
 @dataclass(frozen=True, eq=False)
 class Recalled:
-    """A fused attention that reads slots. ``keys`` and ``values`` are the marks, ``repeats`` the nodes that repeat
-    their heads for ``group`` query heads each.
+    """An attention that reads slots. ``keys`` and ``values`` are the marks, ``repeats`` the nodes that repeat their
+    heads for ``group`` query heads each.
 
-    ``plain``: its mask hides from the newest token none of the keys that its slots hold.
+    ``plain``: its mask hides from the newest token none of the keys that its slots hold. ``scale``: what its scores are
+    multiplied by, and cut to by ``soft_cap``; None if it does anything else, or what it does is not known.
     """
 
     keys: fx.Node
@@ -36,6 +38,10 @@ class Recalled:
     repeats: frozenset[fx.Node]
     group: int
     plain: bool
+    query: fx.Node
+    scale: float | None
+    soft_cap: float
+    fused: bool
 
 
 def attention(program: Program, site: Attention, slots: list[Slot], lengths: Lengths) -> Recalled | None:
@@ -57,16 +63,21 @@ def attention(program: Program, site: Attention, slots: list[Slot], lengths: Len
         mark, copies = keep(start, path, reader, slot, slots, lengths)
         marks.append(mark)
         repeats += copies
-    if site.spelling != "sdpa":
-        return None
-    mask = site.mask
+    mask, query = site.mask, site.values["q"]
     plain = mask.kind in ("causal", "sliding_window") and not mask.padding and not mask.bias
-    return Recalled(marks[0], marks[1], frozenset(repeats), _group(site, marks), plain)
+    fused = site.spelling == "sdpa"
+    group = _group(site, site.core.args[0] if fused else query.node, marks)
+    known = site.scale is not None and site.scale > 0 and not (site.sinks or site.dropout or mask.asserted)
+    known = known and str(query.axes) in ("bhnd", "bhmd") and site.over == "tokens" and not site.cross
+    known = known and len(node_shape(site.core) or ()) == 4
+    scale = site.scale if known and plain and group else None
+    return Recalled(
+        marks[0], marks[1], frozenset(repeats), group, plain, query.node, scale, site.soft_cap or 0.0, fused
+    )
 
 
-def _group(site: Attention, marks: list[fx.Node]) -> int:
+def _group(site: Attention, query: Any, marks: list[fx.Node]) -> int:
     """The number of query heads per key head, 0 if the axes are not (batch, heads, positions, features)."""
-    query = site.core.args[0]
     shapes = [list(node_shape(n) or ()) for n in (query, *marks) if isinstance(n, fx.Node)]
     if any(len(shape) != 4 or not isinstance(shape[1], int) for shape in shapes) or len(shapes) != 3:
         return 0

@@ -93,12 +93,13 @@ class Decoder(Generation):
         call = self._prepared(ids[:, past:], state, {name: x[:, past:] for name, x in values.items()})
         return call.inputs
 
-    def closed(self, capacity: int) -> Closed:
+    def closed(self, capacity: int, *, counted: bool = False) -> Closed:
         """The step for any number of tokens as a function of tensors alone: `gatecc.export` writes it as a file.
 
-        ``capacity``: how many tokens its tables of positions are made for, if it has any.
+        ``capacity``: how many tokens its tables of positions are made for, if it has any. ``counted``: attention counts
+        the tokens of each row by a mask.
         """
-        return write_closed(self.plan, self._live, self.reach(capacity))
+        return write_closed(self.plan, self._live, self.reach(capacity), counted=counted)
 
     def reach(self, wanted: int) -> int:
         """The largest length up to ``wanted`` that the model has positions for."""

@@ -15,13 +15,11 @@ from torch import fx
 from gatecc.codegen.onnx.lower.attention_nodes import Call, is_grouped, write_attention
 from gatecc.codegen.onnx.lower.lowering import GraphLowering, Subject, lacking_kernel
 from gatecc.codegen.onnx.lower.padding import padding_input
-from gatecc.codegen.onnx.lower.rotation import Rotation, rotation
-from gatecc.codegen.onnx.lower.views import Views, equal_shapes
+from gatecc.codegen.onnx.lower.rotation import Rotation, rotation, values_before
+from gatecc.codegen.onnx.lower.views import Views
 from gatecc.codegen.onnx.lower.write import UnwritableError, Writer
-from gatecc.ir.dataflow import Flow
 from gatecc.ir.evaluate import Evaluator, UnprovableError
 from gatecc.ir.match.mask.evaluate import AT_EXAMPLE_ONLY
-from gatecc.ir.ops import CONTRACTIONS, opname
 from gatecc.ir.outcome import Outcome
 from gatecc.ir.program import fake
 from gatecc.ir.site import Attention
@@ -83,26 +81,12 @@ def _unturned(subject: Subject, site: Attention, name: str, evaluator: Evaluator
     turned, raw = site.values[name].node, site.find(f"{name}_raw")
     known = [raw.node] if raw is not None and str(raw.axes) in ("bhnd", "bhmd") else []
     reason = "what it turns is not found"
-    for candidate in [*known, *_before(turned, evaluator.flow)][:_TRIES]:
+    for candidate in [*known, *values_before(turned, evaluator.flow)][:_TRIES]:
         try:
             return _tables(subject, candidate, turned, evaluator), candidate
         except UnprovableError as e:
             reason = str(e)
     raise UnprovableError(reason)
-
-
-def _before(turned: fx.Node, flow: Flow) -> list[fx.Node]:
-    """The values of the same shape that a value is made of, the latest first, up to the product that made them."""
-    found: list[fx.Node] = []
-    seen, stack = set[fx.Node](), [turned]
-    while stack:
-        for node in stack.pop().all_input_nodes:
-            if node in seen or node not in flow.data or opname(node) in CONTRACTIONS:
-                continue
-            seen.add(node)
-            stack.append(node)
-            found += [node] if equal_shapes(node, turned) else []
-    return sorted(found, key=flow.order.__getitem__, reverse=True)
 
 
 def _tables(subject: Subject, raw: fx.Node, turned: fx.Node, evaluator: Evaluator) -> Rotation:

@@ -14,10 +14,14 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from gatecc.codegen.onnx.lower.views import equal_shapes
+from gatecc.ir.dataflow import Flow
 from gatecc.ir.evaluate import Evaluator, Slice, UnprovableError
+from gatecc.ir.ops import CONTRACTIONS, opname
 from gatecc.ir.sizes import expression
 
 _TOLERANCE = 1e-5
+_LATER = ((1, 1), (5, 3), (17, 2))  # positions before, and those that are evaluated
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,30 +40,64 @@ class Rotation:
         return alike and torch.equal(self.cos, other.cos) and torch.equal(self.sin, other.sin)
 
 
-def rotation(raw: fx.Node, turned: fx.Node, evaluator: Evaluator, positions: int | None) -> Rotation:
+def rotation(
+    raw: fx.Node, turned: fx.Node, evaluator: Evaluator, positions: int | None, past: sympy.Symbol | None = None
+) -> Rotation:
     """What turns ``raw`` into ``turned``, both (B, H, N, D). Raises UnprovableError if that is no rotary embedding.
 
-    ``positions`` is how many are evaluated; a graph of one fixed length has as many as that.
+    ``positions`` is how many are evaluated; a graph of one fixed length has as many as that. ``past``: the size that
+    counts the positions before the first of these, if there may be some.
     """
     part = evaluator.slice(turned, given=frozenset({raw}))
     if part.inputs:
         raise UnprovableError(f"the angles depend on the input {part.inputs[0].name}")
-    run = _Run(evaluator, part, raw, positions)
+    if part.content:
+        raise UnprovableError("other activations than the queries take part")
+    run = _Run(evaluator, part, raw, positions, {} if past is None else {past: 0})
     width = run.turned_channels()
     for interleaved in (False, True):
         found = run.tables(width, interleaved)
         if run.explains(found):
+            if past is not None:
+                _check_later(found, raw, evaluator, part, past)
             return found
     raise UnprovableError("queries are changed by their position in another way than a rotary embedding does")
+
+
+def _check_later(found: Rotation, raw: fx.Node, evaluator: Evaluator, part: Slice, past: sympy.Symbol) -> None:
+    """Raise UnprovableError if behind some positions the embedding is another one than the tables say."""
+    for before, new in _LATER:
+        if before + new > len(found.cos):
+            continue
+        rows = slice(before, before + new)
+        later = Rotation(found.cos[rows], found.sin[rows], found.width, found.interleaved)
+        if not _Run(evaluator, part, raw, new, {past: before}).explains(later):
+            raise UnprovableError("the angles are not those of the positions")
+
+
+def values_before(turned: fx.Node, flow: Flow) -> list[fx.Node]:
+    """The values of the same shape that a value is made of, the latest first, up to the product that made them."""
+    found: list[fx.Node] = []
+    seen, stack = set[fx.Node](), [turned]
+    while stack:
+        for node in stack.pop().all_input_nodes:
+            if node in seen or node not in flow.data or opname(node) in CONTRACTIONS:
+                continue
+            seen.add(node)
+            stack.append(node)
+            found += [node] if equal_shapes(node, turned) else []
+    return sorted(found, key=flow.order.__getitem__, reverse=True)
 
 
 class _Run:
     """Evaluations of one rotary embedding."""
 
-    def __init__(self, evaluator: Evaluator, part: Slice, raw: fx.Node, positions: int | None) -> None:
+    def __init__(
+        self, evaluator: Evaluator, part: Slice, raw: fx.Node, positions: int | None, others: dict[sympy.Symbol, int]
+    ) -> None:
         self.evaluator, self.part, self.raw = evaluator, part, raw
         held: Any = raw.meta["val"]
-        sizes: dict[sympy.Symbol, int] = {}
+        sizes: dict[sympy.Symbol, int] = dict(others)
         for axis, size in enumerate(held.shape):
             if isinstance(size, int):
                 continue
