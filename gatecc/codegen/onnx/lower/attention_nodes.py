@@ -79,13 +79,9 @@ def _form(subject: Subject, call: Call) -> Callable[..., tuple[str, fx.Node]]:
 def _multi_head(writer: Writer, subject: Subject, call: Call, views: Views) -> tuple[str, fx.Node]:
     site = call.site
     parts, bias, factor = unbiased(writer, views, call.q, call.k, call.v)
-    padding = None
+    padding = seen = None
     if call.padding is not None:
-        key = ("padding", call.padding)
-        if key not in subject.shared:
-            shape = tuple(call.padding.meta["val"].shape)
-            subject.shared[key] = writer.shaped("Cast", [call.padding], {"to": 6}, shape, torch.int32)
-        padding = subject.shared[key]
+        padding, seen = _padding(writer, subject, call.padding, fake_dtype(call.out))
     B, _, N, _ = call.out.meta["val"].shape
     y = writer.shaped(
         "com.microsoft::MultiHeadAttention",
@@ -94,7 +90,20 @@ def _multi_head(writer: Writer, subject: Subject, call: Call, views: Views) -> t
         (B, N, site.heads * call.widths[1]),
         fake_dtype(call.out),
     )
+    if seen is not None:  # of a sample without tokens the node takes all keys, torch none
+        y = writer.call(aten.mul.Tensor, y, seen)
     return "MultiHeadAttention" + " with padding" * (padding is not None), y
+
+
+def _padding(writer: Writer, subject: Subject, given: fx.Node, dtype: torch.dtype) -> tuple[fx.Node, fx.Node]:
+    """What MultiHeadAttention takes, (B, M), and 1 for samples that have a token, else 0, (B, 1, 1)."""
+    key = ("padding", given)
+    if key not in subject.shared:
+        padding = writer.shaped("Cast", [given], {"to": 6}, tuple(given.meta["val"].shape), torch.int32)
+        most = writer.call(aten.unsqueeze.default, writer.call(aten.amax.default, padding, [1], True), 2)
+        some = writer.call(aten._to_copy.default, writer.call(aten.gt.Scalar, most, 0), dtype=dtype)
+        subject.shared[key] = padding, some
+    return subject.shared[key]
 
 
 def _grouped(writer: Writer, subject: Subject, call: Call, views: Views) -> tuple[str, fx.Node]:

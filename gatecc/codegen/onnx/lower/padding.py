@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from gatecc.ir.evaluate import Evaluator, UnprovableError
+from gatecc.ir.program import fake
 from gatecc.ir.site import Attention
 from gatecc.ir.sizes import node_shape, same, symbols
 
@@ -19,11 +20,15 @@ _VALUES = (0, 1, 1, 1, 2)  # of the input; all that are not zero mean a token
 def padding_input(site: Attention, evaluator: Evaluator) -> fx.Node | None:
     """The input (B, M) such that a query sees a key where it is not zero, and nothing else; None if it is otherwise.
 
-    The mask is evaluated at several sizes with random tokens, at least one in each sample.
+    Where nothing is seen a mask of booleans gives zeros; one that is added gives the mean of the values, which no node
+    does. The mask is evaluated at several sizes with random tokens, at least one in each sample.
     """
     mask = site.find("mask")
     shape = None if mask is None else node_shape(mask.node)
-    if mask is None or shape is None or len(shape) != 4 or len(site.maskings) != 1:
+    held = None if mask is None else fake(mask.node)
+    if mask is None or held is None or held.dtype != torch.bool or site.spelling != "sdpa":
+        return None
+    if shape is None or len(shape) != 4 or len(site.maskings) != 1:
         return None
     try:
         part = evaluator.slice(mask.node)
@@ -56,10 +61,7 @@ def _is_plain(evaluator: Evaluator, part: Any, given: fx.Node, shape: Any, size:
     values = torch.tensor(_VALUES)[torch.randint(len(_VALUES), (batch, length), generator=generator)]
     values[:, length // 2] = 1
     found = evaluator.run(part, sizes, {given: values.to(held.dtype)})
-    seen = found if found.dtype == torch.bool else found > torch.finfo(found.dtype).min / 2
-    wanted = (values != 0)[:, None, None, :]
-    plain = found.dtype == torch.bool or bool((found[seen] == 0).all())
-    return plain and bool((seen == wanted).all())
+    return bool((found == (values != 0)[:, None, None, :]).all())
 
 
 def _symbols_of(node: fx.Node) -> list[sympy.Symbol]:

@@ -54,9 +54,10 @@ def test_a_decoder_has_no_more_nodes_than_one_written_by_hand(kind: str, nodes: 
 def test_an_encoder_takes_its_padding_as_it_comes(tmp_path: Path) -> None:
     mask = torch.ones(2, 7, dtype=torch.int64)
     mask[0, 4:] = 0
+    mask[1] = 0  # of a sample without tokens torch takes no value
     made = gatecc.export(model("bert"), tmp_path / "x", {"input_ids": IDS, "attention_mask": mask})
     assert made.operators["com.microsoft::MultiHeadAttention"] == 1
-    assert sum(made.operators.values()) <= 10 + 6
+    assert sum(made.operators.values()) <= 11 + 10  # of the layer; of the rest, four for samples without tokens
     assert made.kept == {}
 
 
