@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
+import operator
 import os
 from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -244,6 +246,7 @@ class Session(Generation):
 
 
 _LOGITS = "logits"
+_ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}
 _FIRST = 64  # tokens that buffers have room for at first
 _TYPES = {
     "tensor(int64)": torch.int64,
@@ -256,8 +259,29 @@ _TYPES = {
 
 
 def _size(size: int | str, batch: int) -> int:
-    """A size of a state: a number, or an expression of the batch."""
-    return size if isinstance(size, int) else int(eval(size, {"__builtins__": {}}, {"batch": batch}))
+    """A size of a state: a number, or one of ``batch``, ``3*batch``, ``batch + 1`` and so on.
+
+    A manifest may come from anywhere, so it is read as arithmetic and not evaluated as code.
+    """
+    if isinstance(size, int):
+        return size
+
+    def value(node: ast.expr) -> int:
+        match node:
+            case ast.Constant(value=int(number)):
+                return number
+            case ast.Name(id="batch"):
+                return batch
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC:
+                return _ARITHMETIC[type(op)](value(left), value(right))
+            case _:
+                raise CheckpointError(
+                    f"{MANIFEST} gives a size of a state that is no arithmetic",
+                    found=size,
+                    expected="a number, or +, -, *, // of numbers and batch",
+                )
+
+    return value(ast.parse(size, mode="eval").body)
 
 
 def _one_build() -> None:

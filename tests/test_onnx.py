@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import gatecc
 from gatecc.errors import ArgumentError, CheckpointError, MissingPackageError
-from gatecc.onnx import Session
+from gatecc.onnx import Session, _size  # pyright: ignore[reportPrivateUsage]
 
 pytest.importorskip("onnxruntime")
 VOCABULARY = 97
@@ -159,3 +159,9 @@ def test_two_builds_of_the_runtime_are_refused(case: Case, monkeypatch: pytest.M
     monkeypatch.setattr("gatecc.onnx.version", lambda name: "1.0" if name.startswith("onnxruntime") else real(name))
     with pytest.raises(MissingPackageError, match="both builds"):
         Session(case.folder)
+
+
+def test_sizes_of_a_manifest_are_arithmetic() -> None:
+    assert [_size(size, 3) for size in (4, "batch", "2*batch", "batch + 1", "7")] == [4, 3, 6, 4, 7]
+    with pytest.raises(CheckpointError, match="no arithmetic"):
+        _size("__import__('os').getcwd()", 3)
