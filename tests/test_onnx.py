@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import gatecc
 from gatecc.errors import ArgumentError, CheckpointError, MissingPackageError
-from gatecc.onnx import Session, _size  # pyright: ignore[reportPrivateUsage]
+from gatecc.onnx import Session, _size
 
 pytest.importorskip("onnxruntime")
 VOCABULARY = 97
