@@ -21,6 +21,7 @@ from gatecc.passes.causal.axes import Axes, Axis, rank, size
 _SIZED = "new_zeros new_ones new_full expand view reshape _unsafe_view".split()
 # The place of the sizes among the arguments.
 _SIZES: dict[str, int] = {**dict.fromkeys(("zeros", "ones", "full"), 0), **dict.fromkeys(_SIZED, 1)}
+_TRIED = (2, 4, 5, 6, 7, 9)  # different ones, so that axes are not taken for each other
 
 
 class Narrow:
