@@ -57,7 +57,14 @@ class All(nn.Module):
 @pytest.mark.parametrize("opset", NODES)
 def test_every_kind_of_attention(opset: int, tmp_path: Path) -> None:
     made = gatecc.export(All(), tmp_path / "x", (torch.randn(2, 7, 96),), opset=opset)
-    assert made.operators.get("Attention", 0) == NODES[opset]
+    nodes = [made.operators.get(op, 0) for op in ("Attention", "com.microsoft::MultiHeadAttention")]
+    assert sum(nodes) == NODES[opset]
     assert max(c.error for c in made.compared) < 2e-6
-    assert len(made.compared) == 4
+    assert [(c.sizes["batch"], c.sizes["sequence"]) for c in made.compared] == [
+        (1, 7),
+        (3, 7),
+        (1, 10),
+        (3, 10),
+        (1, 131),
+    ]
     assert made.notes == ()
