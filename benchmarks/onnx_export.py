@@ -11,6 +11,7 @@ import contextlib
 import io
 import logging
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -141,7 +142,7 @@ def expert(model: Any, folder: Path) -> Path | None:
         try:
             create_model(None, str(source), str(folder / "made"), "fp32", "cpu", str(folder / "cache"))
         except Exception as e:
-            print(f"no expert: {type(e).__name__}: {e}")
+            print(f"no expert: {type(e).__name__}: {e}", file=sys.stderr)
             return None
     return folder / "made" / "model.onnx"
 

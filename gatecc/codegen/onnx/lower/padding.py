@@ -50,11 +50,10 @@ def _fits(given: fx.Node, keys: Any) -> bool:
 
 
 def _is_plain(evaluator: Evaluator, part: Any, given: fx.Node, shape: Any, size: tuple[int, int]) -> bool:
-    batch, length = size
     held: Any = given.meta["val"]
+    # A size that is no free one is that of the graph.
+    batch, length = (own if isinstance(own, int) else tried for own, tried in zip(held.shape, size, strict=True))
     samples, keys = symbols(held.shape[0]), symbols(held.shape[1])
-    if (isinstance(held.shape[0], int) and held.shape[0] != batch) or not keys:
-        return isinstance(held.shape[0], int)  # of one size, which another pair has
     sizes: dict[sympy.Symbol, int] = {s: length for n in part.nodes for s in _symbols_of(n)}
     sizes |= dict.fromkeys(samples | symbols(shape[0]), batch) | dict.fromkeys(keys, length)
     generator = torch.Generator().manual_seed(batch)
