@@ -30,6 +30,7 @@ from torch import Tensor, nn
 import gatecc
 
 LLAMA: dict[str, Any] = dict(vocab_size=1000, num_hidden_layers=6, max_position_embeddings=4096, use_cache=False)
+HEAD = 64  # channels of the llama that the expert builds
 BARS = {"opt": 0.40, "liger": 0.45}
 REPEATS = {1: 60, 16: 60, 128: 8, 512: 4, 2048: 3}
 
@@ -132,19 +133,31 @@ def baseline(model: nn.Module, inputs: Mapping[str, Tensor], folder: Path) -> Pa
 def expert(model: Any, folder: Path) -> Path | None:
     """The graph of onnxruntime-genai's builder; None if it is not there, or does not know the model."""
     try:
-        from onnxruntime_genai.models.builder import create_model
+        from onnxruntime_genai.models.builder import create_model, parse_extra_options
     except ImportError:
         return None
     source = folder / "source"
     model.save_pretrained(source)
+    _tokenizer(model.config.vocab_size).save_pretrained(source)
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            create_model(None, str(source), str(folder / "made"), "fp32", "cpu", str(folder / "cache"))
+            given = None, str(source), str(folder / "made"), "fp32", "cpu", str(folder / "cache")
+            create_model(*given, **parse_extra_options(*given, []))
         except Exception as e:
             print(f"no expert: {type(e).__name__}: {e}", file=sys.stderr)
             return None
     return folder / "made" / "model.onnx"
+
+
+def _tokenizer(size: int) -> Any:
+    """Of numbers: the builder wants one, whatever it is."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = {str(i): i for i in range(size)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="0")), eos_token="1")
 
 
 def session(path: Path) -> ort.InferenceSession:
@@ -174,8 +187,7 @@ def feeds(made: ort.InferenceSession, inputs: Mapping[str, Any]) -> dict[str, An
         elif i.name == "attention_mask":
             given[i.name] = np.ones((batch, length), np.int64)
         else:
-            shape = [batch if at == 0 else d if isinstance(d, int) else 0 for at, d in enumerate(i.shape)]
-            given[i.name] = np.zeros(shape, np.float32)
+            given[i.name] = np.zeros((batch, i.shape[1], 0, HEAD), np.float32)
     return given
 
 
