@@ -21,6 +21,11 @@ from gatecc.errors import ArgumentError
 
 LIBRARY = torch.library.Library("gatecc", "FRAGMENT")
 UNDER_FUNC = "FuncTorchDynamicLayerFrontMode"  # the key of a call while a transform of torch.func runs
+_AUTOCASTS = ("AutocastCPU", "AutocastCUDA")
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+Tensors = tuple[Tensor | None, ...]
 
 
 def has_tangents(tensors: Iterable[Any]) -> bool:
@@ -70,6 +75,49 @@ def instead(operator: CustomOpDef, function: Callable[..., Any]) -> None:
     name = operator._qualname
     LIBRARY.impl(name, autograd, "Autograd", with_keyset=True, allow_override=True)
     LIBRARY.impl(name, function, UNDER_FUNC)
+
+
+def below_autograd(operator: Any, keys: Any, options: dict[str, Any], *tensors: Tensor | None) -> Any:
+    """An operator (an overload) as the keys behind autograd compute it."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator.redispatch(keys & torch._C._after_autograd_keyset, *tensors, **options)
+
+
+def learn(operator: Any, learned: type[torch.autograd.Function], in_aten: Callable[..., Any]) -> None:
+    """Let ``learned`` run an operator (an overload) where a gradient is wanted, ``in_aten`` under forward mode.
+
+    What torch.library.register_autograd does, without its search for tensors in nested arguments: that takes longer
+    than short sequences do. ``learned`` takes the keys of the call, its options, and its tensors.
+    """
+
+    def autograd(keys: Any, *tensors: Any, **options: Any) -> Any:
+        if has_tangents(tensors):
+            return in_aten(*tensors, **options)
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+            return learned.apply(keys, options, *tensors)
+        return below_autograd(operator, keys, options, *tensors)
+
+    LIBRARY.impl(operator._opname, autograd, "Autograd", with_keyset=True)
+
+
+def autocast(operator: Any, cast: Callable[[Tensors], Tensors], in_aten: Callable[..., Any]) -> None:
+    """Let ``cast`` say what the tensors of an operator (an overload) are under autocast, inside a transform of
+    torch.func too: that comes before autocast, and ``in_aten`` runs there."""
+
+    def usual(*tensors: Tensor | None, **options: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return operator(*cast(tensors), **options)
+
+    def under_func(*tensors: Any, **options: Any) -> Any:
+        device = tensors[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return in_aten(*tensors, **options)
+        with torch.autocast(device, enabled=False):
+            return in_aten(*cast(tensors), **options)
+
+    for key in _AUTOCASTS:
+        LIBRARY.impl(operator._opname, usual, key)
+    LIBRARY.impl(operator._opname, under_func, UNDER_FUNC)
 
 
 def refuse(what: str, *, found: str, do: str) -> NoReturn:

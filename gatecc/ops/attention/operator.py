@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gatecc.ops.attention import differentiable, kernels
 from gatecc.ops.attention.arguments import TENSORS, padded, read
-from gatecc.ops.transforms import LIBRARY, UNDER_FUNC, has_tangents
+from gatecc.ops.transforms import LIBRARY, UNDER_FUNC, autocast, below_autograd, learn
 
 _TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? gate=None, Tensor? bias=None, Tensor? sinks=None"
 _OPTIONS = (
@@ -72,7 +72,7 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, keys: Any, options: dict[str, Any], *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        out, logsumexp = _below_autograd(_OPERATOR, keys, options, *tensors)
+        out, logsumexp = below_autograd(_OPERATOR, keys, options, *tensors)
         ctx.save_for_backward(out, logsumexp, *tensors)
         ctx.options = options
         ctx.set_materialize_grads(False)
@@ -99,7 +99,7 @@ class _Gradient(torch.autograd.Function):
     def forward(ctx: Any, keys: Any, options: dict[str, Any], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*tensors[:2], *tensors[4:])
         ctx.options = options
-        return _below_autograd(_GRADIENT, keys, options, *tensors)
+        return below_autograd(_GRADIENT, keys, options, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> tuple[Tensor | None, ...]:
@@ -108,34 +108,6 @@ class _Gradient(torch.autograd.Function):
         found = differentiable.second(cotangents, grad, grad_logsumexp, tuple(tensors), options.pop("needs"), options)
         # The result and its logsumexp are taken for functions of the others, and so is their part of the gradient.
         return (None, None, *found[:2], None, None, *found[2:])
-
-
-def _below_autograd(operator: Any, keys: Any, options: dict[str, Any], *tensors: Tensor | None) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator.redispatch(keys & torch._C._after_autograd_keyset, *tensors, **options)
-
-
-# As in ops/linear_attention: torch.library.register_autograd searches nested arguments for tensors, which takes longer
-# than a few tokens do.
-def _autograd(keys: Any, *tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
-    if has_tangents(tensors):
-        return differentiable.forward(*tensors, **options)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return _Differentiable.apply(keys, options, *tensors)
-    return _below_autograd(_OPERATOR, keys, options, *tensors)
-
-
-def _autograd_of_gradient(keys: Any, *tensors: Any, **options: Any) -> tuple[Tensor, ...]:
-    if has_tangents(tensors):
-        return differentiable.gradients(*tensors, **options)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return _Gradient.apply(keys, options, *tensors)
-    return _below_autograd(_GRADIENT, keys, options, *tensors)
-
-
-def _autocast(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
-    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
-        return torch.ops.gatecc.attention(*_of_one_dtype(tensors), **options)
 
 
 def _of_one_dtype(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
@@ -147,31 +119,16 @@ def _of_one_dtype(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ..
     return (*(None if x is None else x.to(dtype) for x in tensors[:3]), *tensors[3:])
 
 
-def _under_func(*tensors: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """The operator inside a transform of torch.func, which comes before autocast."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return differentiable.forward(*tensors, **options)
-    with torch.autocast(device, enabled=False):
-        return differentiable.forward(*_of_one_dtype(tensors), **options)
-
-
-_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-    torch._C.DispatchKey.AutocastCUDA
-)
-
-for _key in ("AutocastCPU", "AutocastCUDA"):
-    LIBRARY.impl("attention", _autocast, _key)
 LIBRARY.impl("attention", _forward, "CompositeExplicitAutograd")
 LIBRARY.impl("attention_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("gatecc::attention", _fake, lib=LIBRARY)
 torch.library.register_fake("gatecc::attention_backward", _fake_backward, lib=LIBRARY)
-LIBRARY.impl("attention", _autograd, "Autograd", with_keyset=True)
-LIBRARY.impl("attention_backward", _autograd_of_gradient, "Autograd", with_keyset=True)
-LIBRARY.impl("attention", _under_func, UNDER_FUNC)
-LIBRARY.impl("attention_backward", differentiable.gradients, UNDER_FUNC)
 _OPERATOR = torch.ops.gatecc.attention.default
 _GRADIENT = torch.ops.gatecc.attention_backward.default
+learn(_OPERATOR, _Differentiable, differentiable.forward)
+learn(_GRADIENT, _Gradient, differentiable.gradients)
+autocast(_OPERATOR, _of_one_dtype, differentiable.forward)
+LIBRARY.impl("attention_backward", differentiable.gradients, UNDER_FUNC)
 
 
 def attention(
@@ -199,7 +156,7 @@ def attention(
         q: (B, H, N, D), in float32, bfloat16, float16 or float64.
         k: (B, G, S, D). G divides H: head h reads head h // (H / G) of k and v.
         v: (B, G, S, E).
-        gate: (B, H, N, E), or (B, H, N, 1) for one a head, of any floating-point dtype. It multiplies the result.
+        gate: (B, H, N, E), or (B, H, N, 1) for one per head, of any floating-point dtype. It multiplies the result.
         bias: four axes that broadcast to (B, H, N, S): numbers, -inf for keys that are not seen, or booleans, True for
             those that are.
         sinks: (H,), a further score of each head's, which no value belongs to (gpt-oss). It is not capped.

@@ -11,7 +11,7 @@ from torch import Tensor
 from gatecc.ops.linear_attention import differentiable, kernels
 from gatecc.ops.linear_attention.arguments import read
 from gatecc.ops.linear_attention.problem import finish, finish_backward, prepare, prepare_backward
-from gatecc.ops.transforms import LIBRARY, UNDER_FUNC, has_tangents
+from gatecc.ops.transforms import LIBRARY, UNDER_FUNC, autocast, below_autograd, learn
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? log_decay=None, Tensor? beta=None, Tensor? initial_state=None, "
@@ -61,7 +61,7 @@ class _Differentiable(torch.autograd.Function):
     def forward(ctx: Any, keys: Any, options: dict[str, Any], *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(*tensors)
         ctx.options = options
-        return _below_autograd(_OPERATOR, keys, options, *tensors)
+        return below_autograd(_OPERATOR, keys, options, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -78,41 +78,13 @@ class _Gradient(torch.autograd.Function):
     def forward(ctx: Any, keys: Any, options: dict[str, Any], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*tensors)
         ctx.options = options
-        return _below_autograd(_GRADIENT, keys, options, *tensors)
+        return below_autograd(_GRADIENT, keys, options, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> tuple[Tensor | None, ...]:
         grad_o, grad_state, *tensors = ctx.saved_tensors
         found = differentiable.second(cotangents, grad_o, grad_state, tuple(tensors), ctx.options)
         return (None, None, *found)
-
-
-def _below_autograd(operator: Any, keys: Any, options: dict[str, Any], *tensors: Tensor | None) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator.redispatch(keys & torch._C._after_autograd_keyset, *tensors, **options)
-
-
-# What torch.library.register_autograd does, without its search for tensors in nested arguments: that search takes
-# longer than short sequences do.
-def _autograd(keys: Any, *tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
-    if has_tangents(tensors):
-        return differentiable.forward(*tensors, **options)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return _Differentiable.apply(keys, options, *tensors)
-    return _below_autograd(_OPERATOR, keys, options, *tensors)
-
-
-def _autograd_of_gradient(keys: Any, *tensors: Any, **options: Any) -> tuple[Tensor, ...]:
-    if has_tangents(tensors):
-        return differentiable.gradients(*tensors, **options)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return _Gradient.apply(keys, options, *tensors)
-    return _below_autograd(_GRADIENT, keys, options, *tensors)
-
-
-def _autocast(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
-    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
-        return torch.ops.gatecc.linear_attention(*_of_one_dtype(tensors), **options)
 
 
 def _of_one_dtype(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
@@ -124,31 +96,16 @@ def _of_one_dtype(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ..
     return (*(None if x is None else x.to(widest) for x in tensors[:3]), *tensors[3:])
 
 
-def _under_func(*tensors: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """The operator inside a transform of torch.func, which comes before autocast."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return differentiable.forward(*tensors, **options)
-    with torch.autocast(device, enabled=False):
-        return differentiable.forward(*_of_one_dtype(tensors), **options)
-
-
-_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-    torch._C.DispatchKey.AutocastCUDA
-)
-
-for _key in ("AutocastCPU", "AutocastCUDA"):
-    LIBRARY.impl("linear_attention", _autocast, _key)
 LIBRARY.impl("linear_attention", _forward, "CompositeExplicitAutograd")
 LIBRARY.impl("linear_attention_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("gatecc::linear_attention", _fake, lib=LIBRARY)
 torch.library.register_fake("gatecc::linear_attention_backward", _fake_backward, lib=LIBRARY)
-LIBRARY.impl("linear_attention", _autograd, "Autograd", with_keyset=True)
-LIBRARY.impl("linear_attention_backward", _autograd_of_gradient, "Autograd", with_keyset=True)
-LIBRARY.impl("linear_attention", _under_func, UNDER_FUNC)
-LIBRARY.impl("linear_attention_backward", differentiable.gradients, UNDER_FUNC)
 _OPERATOR = torch.ops.gatecc.linear_attention.default
 _GRADIENT = torch.ops.gatecc.linear_attention_backward.default
+learn(_OPERATOR, _Differentiable, differentiable.forward)
+learn(_GRADIENT, _Gradient, differentiable.gradients)
+autocast(_OPERATOR, _of_one_dtype, differentiable.forward)
+LIBRARY.impl("linear_attention_backward", differentiable.gradients, UNDER_FUNC)
 
 
 def linear_attention(

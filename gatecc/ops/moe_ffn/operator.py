@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gatecc.ops.moe_ffn import differentiable, kernels
 from gatecc.ops.moe_ffn.arguments import DIFFERENTIABLE, read
-from gatecc.ops.transforms import LIBRARY, UNDER_FUNC, has_tangents
+from gatecc.ops.transforms import LIBRARY, UNDER_FUNC, autocast, below_autograd, learn
 
 _TENSORS = (
     "Tensor x, Tensor weights, Tensor indices, Tensor gate_up, Tensor down, Tensor? gate_up_bias=None, "
@@ -68,7 +68,7 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, keys: Any, options: dict[str, Any], *tensors: Tensor | None) -> Tensor:
-        out, hidden = _below_autograd(_TRAINING, keys, options, *tensors)
+        out, hidden = below_autograd(_TRAINING, keys, options, *tensors)
         ctx.save_for_backward(hidden, *tensors)
         ctx.options = options
         return out
@@ -90,7 +90,7 @@ class _Gradient(torch.autograd.Function):
     def forward(ctx: Any, keys: Any, options: dict[str, Any], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         ctx.save_for_backward(tensors[0], *tensors[2:])
         ctx.options = options
-        return _below_autograd(_GRADIENT, keys, options, *tensors)
+        return below_autograd(_GRADIENT, keys, options, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> tuple[Tensor | None, ...]:
@@ -98,34 +98,6 @@ class _Gradient(torch.autograd.Function):
         options = dict(ctx.options)
         of_grad, *rest = differentiable.second(cotangents, grad, tuple(tensors), options.pop("needs"), options)
         return (None, None, of_grad, None, *rest)
-
-
-def _below_autograd(operator: Any, keys: Any, options: dict[str, Any], *tensors: Tensor | None) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator.redispatch(keys & torch._C._after_autograd_keyset, *tensors, **options)
-
-
-# As in ops/linear_attention: torch.library.register_autograd searches nested arguments for tensors, which takes longer
-# than a few tokens do.
-def _autograd(keys: Any, *tensors: Tensor | None, **options: Any) -> Tensor:
-    if has_tangents(tensors):
-        return differentiable.forward(*tensors, **options)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return _Differentiable.apply(keys, options, *tensors)
-    return _below_autograd(_OPERATOR, keys, options, *tensors)
-
-
-def _autograd_of_gradient(keys: Any, *tensors: Any, **options: Any) -> tuple[Tensor, ...]:
-    if has_tangents(tensors):
-        return differentiable.gradients(*tensors, **options)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return _Gradient.apply(keys, options, *tensors)
-    return _below_autograd(_GRADIENT, keys, options, *tensors)
-
-
-def _autocast(*tensors: Tensor | None, **options: Any) -> Tensor:
-    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
-        return torch.ops.gatecc.moe_ffn(*_of_autocast(tensors), **options)
 
 
 def _of_autocast(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
@@ -138,34 +110,19 @@ def _of_autocast(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...
     )
 
 
-def _under_func(*tensors: Any, **options: Any) -> Tensor:
-    """The operator inside a transform of torch.func, which comes before autocast."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return differentiable.forward(*tensors, **options)
-    with torch.autocast(device, enabled=False):
-        return differentiable.forward(*_of_autocast(tensors), **options)
-
-
-_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-    torch._C.DispatchKey.AutocastCUDA
-)
-
-for _key in ("AutocastCPU", "AutocastCUDA"):
-    LIBRARY.impl("moe_ffn", _autocast, _key)
 LIBRARY.impl("moe_ffn", _forward, "CompositeExplicitAutograd")
 LIBRARY.impl("moe_ffn_training", _training, "CompositeExplicitAutograd")
 LIBRARY.impl("moe_ffn_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("gatecc::moe_ffn", _fake, lib=LIBRARY)
 torch.library.register_fake("gatecc::moe_ffn_training", _fake_training, lib=LIBRARY)
 torch.library.register_fake("gatecc::moe_ffn_backward", _fake_backward, lib=LIBRARY)
-LIBRARY.impl("moe_ffn", _autograd, "Autograd", with_keyset=True)
-LIBRARY.impl("moe_ffn_backward", _autograd_of_gradient, "Autograd", with_keyset=True)
-LIBRARY.impl("moe_ffn", _under_func, UNDER_FUNC)
-LIBRARY.impl("moe_ffn_backward", differentiable.gradients, UNDER_FUNC)
 _OPERATOR = torch.ops.gatecc.moe_ffn.default
 _TRAINING = torch.ops.gatecc.moe_ffn_training.default
 _GRADIENT = torch.ops.gatecc.moe_ffn_backward.default
+learn(_OPERATOR, _Differentiable, differentiable.forward)
+learn(_GRADIENT, _Gradient, differentiable.gradients)
+autocast(_OPERATOR, _of_autocast, differentiable.forward)
+LIBRARY.impl("moe_ffn_backward", differentiable.gradients, UNDER_FUNC)
 
 
 def moe_ffn(

@@ -34,8 +34,8 @@ def _tanh_form() -> Part:
     cube = one_of(call("pow", _X, 3), call("mul", call("mul", _X, _X), _X))
     inner = call("add", _X, call("mul", cube, _near(0.044715)))
     factored = call("mul", _X, call("add", call("mul", call("mul", _X, _X), _near(0.044715)), 1))
-    bent = call("tanh", call("mul", one_of(inner, factored), _near(math.sqrt(2 / math.pi))))
-    return _halved(call("add", bent, 1))
+    tanh = call("tanh", call("mul", one_of(inner, factored), _near(math.sqrt(2 / math.pi))))
+    return _halved(call("add", tanh, 1))
 
 
 def _erf_form() -> Part:
@@ -43,12 +43,12 @@ def _erf_form() -> Part:
     return _halved(call("add", call("erf", scaled), 1))
 
 
-def _halved(bent: Part) -> Part:
-    """0.5 * x * (1 + bent), in whatever order."""
+def _halved(factor: Part) -> Part:
+    """0.5 * x * factor, in whatever order."""
     return one_of(
-        call("mul", call("mul", _X, 0.5), bent),
-        call("mul", call("mul", _X, bent), 0.5),
-        call("mul", _X, call("mul", bent, 0.5)),
+        call("mul", call("mul", _X, 0.5), factor),
+        call("mul", call("mul", _X, factor), 0.5),
+        call("mul", _X, call("mul", factor, 0.5)),
     )
 
 
