@@ -105,11 +105,6 @@ def writes_for_others(node: fx.Node) -> bool:
     return True
 
 
-def is_new(node: fx.Node) -> bool:
-    """Whether an operator yields a tensor of its own, however its arguments are laid out."""
-    return opname(node) in _NEW and not mutates(node)
-
-
 def same_call(one: fx.Node, other: fx.Node) -> bool:
     """Whether two nodes call one operator with the same arguments, one that neither writes nor draws."""
     target = one.target

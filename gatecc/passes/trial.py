@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_aggregate
 
 from gatecc.ir.ops import CASTS, DROPOUTS, opname
@@ -87,6 +88,8 @@ class Trial:
         if name is not None and isinstance(held, Tensor) and (found := self._weight(name, held)) is not None:
             return found
         if node.op == "get_attr" and (constant := self._program.constant(node)) is not None:
+            if isinstance(constant, FakeTensor):
+                raise UntriedError(f"it reads {node.name}, of which only the sizes are known")
             return _wide(constant.detach().cpu().clone())
         if node.op != "call_function":
             raise UntriedError(f"it reads {name or node.name}")

@@ -7,120 +7,30 @@ gates, strong ones, and a few very strong ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import permutations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
-from gatecc import ops as ops  # registers the operator
 from gatecc.ir.program import Program, shape
 from gatecc.ir.sizes import Sizes, on_example
+from gatecc.passes.causal.held import images
 from gatecc.passes.causal.lengths import other_sizes
 from gatecc.passes.causal.narrow import Narrow
-from gatecc.passes.causal.parts import Part
-from gatecc.passes.trial import UntriedError
+from gatecc.passes.causal.parts import Part, read_buffer
+from gatecc.passes.causal.roles import Formula, Operand, Places, compute, spread
+from gatecc.passes.trial import Trial, UntriedError
 
 _TOLERANCE = 1e-6  # of a token in float64, relative to its largest number
+_ROUNDED = 2e-5  # of one that comes of numbers that were rounded to float32
 NEAREST = "the nearest recurrence"  # so begins the reason where one was compared
 _MOST = 6  # values that may enter
 _FIRST = 48  # tokens by which assignments are told apart; the very first tells most, whatever the decay
 
 _ErrorOn = Callable[["Formula", int], float]  # of a formula, on so many first tokens
-Places = tuple[int, int, int, int]  # where (B, H, N, D) stand in a value, -1 for an axis that it lacks
-
-
-@dataclass(frozen=True, eq=False)
-class Operand:
-    """A value in a role. ``domain``: what the value is of that role: "" itself, its "factor" (what a state is
-    multiplied by, where the operator takes a logarithm), or its "logit"."""
-
-    node: fx.Node
-    places: Places
-    domain: str = ""
-
-    def spread(self, x: Tensor) -> Tensor:
-        """(B, H, N, D)."""
-        return spread(x, self.places)
-
-
-@dataclass(frozen=True, eq=False)
-class Formula:
-    """o = scale * linear_attention(q * factor, k, v, decay, beta). A v of None is ones; ``constant``: log decays of the
-    heads that stand in the graph as numbers; with a ``normalizer`` the log decay is logsigmoid(decay) / normalizer."""
-
-    q: Operand
-    k: Operand
-    out: Places
-    v: Operand | None = None
-    decay: Operand | None = None
-    beta: Operand | None = None
-    factor: Operand | None = None
-    constant: tuple[float, ...] = ()
-    scale: float = 1.0
-    normalizer: float | None = None
-
-    @property
-    def domains(self) -> tuple[str, str]:
-        """Of the decay and of beta."""
-        return tuple("" if x is None else x.domain for x in (self.decay, self.beta))  # pyright: ignore[reportReturnType]  there are two
-
-    @property
-    def operands(self) -> list[Operand]:
-        """Those that are there."""
-        return [x for x in (self.q, self.k, self.v, self.decay, self.beta, self.factor) if x is not None]
-
-    def __str__(self) -> str:
-        decay = "gated " if self.decay is not None else "decayed " if self.constant else ""
-        rule = "delta rule" if self.beta is not None else "linear attention"
-        return f"{decay}{rule}, scale {self.scale:.6g}"
-
-
-def spread(x: Tensor, places: Places) -> Tensor:
-    """A value as (B, H, N, D)."""
-    x = x.permute([p for p in places if p >= 0])
-    for at, place in enumerate(places):
-        x = x.unsqueeze(at) if place < 0 else x
-    return x
-
-
-def gathered(x: Tensor, places: Places) -> Tensor:
-    """The inverse of `spread`, for the output."""
-    for at in reversed(range(4)):
-        x = x.squeeze(at) if places[at] < 0 else x
-    kept = [p for p in places if p >= 0]
-    return x.permute([kept.index(axis) for axis in range(len(kept))])
-
-
-def compute(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    decay: Tensor | None,
-    beta: Tensor | None,
-    factor: Tensor | None,
-    constant: tuple[float, ...],
-    domains: tuple[str, str],
-    scale: float,
-    normalizer: float | None = None,
-) -> Tensor:
-    """The operator on values (B, H, N, D), in the widest of the dtypes of q, k, v; ``domains``: of decay and beta."""
-    dtype = torch.promote_types(q.dtype, k.dtype)
-    dtype = dtype if v is None else torch.promote_types(dtype, v.dtype)
-    q = q if factor is None else q * factor
-    v = k.new_ones((*k.shape[:3], 1)) if v is None else v
-    if decay is not None and domains[0]:
-        decay = decay.log() if domains[0] == "factor" else F.logsigmoid(decay)
-    if beta is not None and domains[1]:
-        beta = beta.sigmoid()
-    if constant:
-        decay = torch.cat([q.new_full((1, 1, 1, 1), number) for number in constant], 1)
-    q, k, v = (x if x.dtype == dtype else x.to(dtype) for x in (q, k, v))
-    o, _ = torch.ops.gatecc.linear_attention(q, k, v, decay, beta, scale=scale, gate_normalizer=normalizer)
-    return o
 
 
 def find_formula(program: Program, part: Part) -> Formula | str:
@@ -129,13 +39,24 @@ def find_formula(program: Program, part: Part) -> Formula | str:
         return f"{len(part.operands)} values enter it"
     if not _has_one_length(part, Narrow((), ())):
         return "its values have different numbers of tokens"
-    if len(part.held) > 1:
+    if len(part.held) > _MOST:
         return f"it reads {len(part.held)} weights or buffers"
-    formula = _tried(program, part, {}, _Search.found)
+    whole = any(not n.meta["val"].is_floating_point() for n in part.held)
+    formula = "it reads a mask" if whole else _tried(program, part, {}, _Search.found)
+    read = _read(program, part) if isinstance(formula, str) else None
+    if read is not None and isinstance(found := _tried(program, read, {}, _Search.found), Formula):
+        part, formula = read, replace(found, assumes=tuple(n.name for n in read.fixed))
     sizes = {} if isinstance(formula, str) else other_sizes(program, part)
     if isinstance(formula, str) or not sizes:
         return formula
     return sizes if isinstance(sizes, str) else _tried(program, part, sizes, lambda at: at.confirmed(formula))
+
+
+def _read(program: Program, part: Part) -> Part | None:
+    """The part with the numbers of its buffers, if it has no weights but these: masks, decays of pairs of tokens."""
+    given = [(node, read_buffer(program, node)) for node in part.held]
+    fixed = {n: x for n, x in given if x is not None}
+    return replace(part, held=[], fixed=fixed) if fixed and len(fixed) == len(part.held) else None
 
 
 def _tried(program: Program, part: Part, sizes: Sizes, how: Callable[[_Search], Formula | str]) -> Formula | str:
@@ -153,6 +74,7 @@ class _Search:
     def __init__(self, program: Program, part: Part, narrow: Narrow) -> None:
         self.program, self.part, self.narrow = program, part, narrow
         self.generator = torch.Generator().manual_seed(0)
+        self.tolerance = _ROUNDED if part.fixed else _TOLERANCE
         self.out = _places(len(shape(part.out)), part.axis)
         sizes = narrow.sizes(part.out)
         self.heads = 1 if self.out[1] < 0 else sizes[self.out[1]]
@@ -166,12 +88,13 @@ class _Search:
     def found(self) -> Formula | str:
         """The first assignment that is proved. On the first tokens most are told apart, at little cost."""
         operands = [Operand(n, self._places_of(n, axis)) for n, axis in self.part.operands.items()]
-        held = [x for node in self.part.held if (x := self._held(node)) is not None]
-        if any(self.heads % self._heads_of(x) for x in operands) or len(held) < len(self.part.held):
+        held = [x for node in images(self.part.nodes, self.part.held) if (x := self._held(node)) is not None]
+        if any(self.heads % self._heads_of(x) for x in operands):
             return "the heads of what enters it do not fit those of what leaves it"
         nearest = float("inf")
         for low, high, domains in ((-0.1, -0.01, ("", "logit")), (0.01, 0.1, ("factor",))):
-            numbers = {x.node: self._uniform(x.node, low, high) for x in (*operands, *held)}
+            entering = (*self.part.operands, *self.part.held)
+            numbers = self._imaged({node: self._uniform(node, low, high) for node in entering}, held)
             theirs = spread(self._run(numbers), self.out)
 
             def error_on(
@@ -181,8 +104,8 @@ class _Search:
 
             for formula in self._assignments(operands, held, domains, error_on):
                 error = error_on(formula, 1)
-                error = error_on(formula, _FIRST) if error <= _TOLERANCE else error
-                if error <= _TOLERANCE:
+                error = error_on(formula, _FIRST) if error <= self.tolerance else error
+                if error <= self.tolerance:
                     proved, error = self._proved(formula)
                     if proved is not None:
                         return proved
@@ -222,27 +145,37 @@ class _Search:
             if "" not in domains:
                 return
             yield start
-            if error_on(start, 1) <= _TOLERANCE and (constant := self._constant(start)) is not None:
+            if error_on(start, 1) <= self.tolerance and (constant := self._constant(start)) is not None:
                 yield replace(start, constant=constant)
-        left = [*gates, *held]
-        for roles in permutations(("decay", "beta", "factor"), len(left)) if 0 < len(left) <= 3 else ():
-            given = dict(zip(roles, left, strict=True))
-            if not self._fits(start, held, **given):
+        if len(gates) > 3:
+            return
+        for roles in permutations(("decay", "beta", "factor"), len(gates)) if gates else ():
+            given = dict(zip(roles, gates, strict=True))
+            if not self._fits(start, **given):
                 continue
             for of_decay in domains if "decay" in given else ("",):
                 for of_beta in ("", "logit") if "beta" in given else ("",):
                     domain = {"decay": of_decay, "beta": of_beta, "factor": ""}
-                    yield replace(start, **{role: replace(x, domain=domain[role]) for role, x in given.items()})
+                    gated = replace(start, **{role: replace(x, domain=domain[role]) for role, x in given.items()})
+                    yield from [gated] if "decay" in given else self._decayed(gated, held)
+        if held and not gates:
+            yield from self._decayed(start, held)
+
+    def _decayed(self, start: Formula, held: list[Operand]) -> Iterator[Formula]:
+        """With each decay that is the same for all tokens, after none."""
+        yield start
+        for x in held:
+            if self._width(x) in (1, self._width(start.k)):
+                yield from (replace(start, decay=replace(x, domain=domain)) for domain in ("", "factor"))
 
     def _fits(
         self,
         start: Formula,
-        held: list[Operand],
         decay: Operand | None = None,
         beta: Operand | None = None,
         factor: Operand | None = None,
     ) -> bool:
-        if any(x is not None and (x in held or self._width(x) != 1) for x in (beta, factor)):
+        if any(x is not None and self._width(x) != 1 for x in (beta, factor)):
             return False
         return decay is None or self._width(decay) in (1, self._width(start.k))
 
@@ -254,11 +187,12 @@ class _Search:
         for x in (start.k, start.v):
             if x is not None:
                 spread(numbers[x.node], x.places)[:, :, 1:].fill_(0)
-        y = spread(self._run(numbers), self.out)[0, :, :2, 0]
-        ratios = (y[:, 1] / y[:, 0]).tolist()
-        if not all(0 < r < 1 for r in ratios):
+        y = spread(self._run(numbers), self.out)[0, :, :, 0]
+        logs = (y / y[:, :1]).log()
+        if not bool((logs[:, 1] < 0).all()):  # NaN, too
             return None
-        return tuple(float(torch.tensor(r, dtype=torch.float64).log()) for r in ratios)
+        last = (logs > -1).cumprod(1).sum(1).clamp_min(2) - 1  # by as many tokens as keep most: rounding counts least
+        return tuple(float(one[at] / at) for one, at in zip(logs, last.tolist(), strict=True))
 
     def _proved(self, formula: Formula, scale: float | None = None) -> tuple[Formula | None, float]:
         """The formula with its scale, if it is the same; else None and how far off it is."""
@@ -268,7 +202,7 @@ class _Search:
             theirs = spread(self._run(numbers), self.out)
             scale, error = self._fitted(formula, numbers, theirs, None, scale)
             worst = max(worst, error)
-            if not worst <= _TOLERANCE:
+            if not worst <= self.tolerance:
                 return None, worst
         assert scale is not None
         width = 1 if formula.q.places[3] < 0 else on_example(shape(formula.q.node)[formula.q.places[3]]) or 1
@@ -304,6 +238,8 @@ class _Search:
         """Numbers for each role: keys of length one, so that delta rules do not grow; decays as they are drawn."""
         numbers: dict[fx.Node, Tensor] = {}
         for x in formula.operands:
+            if x is formula.decay and x.node not in self.part.operands:
+                continue
             drawn = torch.rand(self.narrow.sizes(x.node), generator=self.generator, dtype=torch.float64)
             if x is formula.decay:
                 logs = draw(drawn)
@@ -316,7 +252,21 @@ class _Search:
         for node in {formula.k.node}:
             wide = spread(numbers[node], formula.k.places)
             wide /= wide.norm(dim=-1, keepdim=True).clone()
-        return numbers
+        return numbers if not self.part.held else self._of_weights(formula, numbers, draw)
+
+    def _of_weights(
+        self, formula: Formula, numbers: dict[fx.Node, Tensor], draw: Callable[[Tensor], Tensor]
+    ) -> dict[fx.Node, Tensor]:
+        """With numbers for the weights: logarithms of decays, or decays if these make some; of what is made of them."""
+        drawn = {node: draw(self._uniform(node, 0, 1)) for node in self.part.held}
+        decay = formula.decay
+        if decay is None or decay.node in self.part.operands:
+            return numbers | drawn
+        made = self._imaged(drawn, [decay])
+        x = made[decay.node]
+        if bool((x < 0).all() if not decay.domain else ((x > 0) & (x < 1)).all()):
+            return numbers | made
+        return numbers | self._imaged({node: x.exp() for node, x in drawn.items()}, [decay])
 
     def _operator(self, formula: Formula, numbers: Mapping[fx.Node, Tensor], first: int | None) -> Tensor:
         """What the operator computes of these numbers, with scale 1, for the first tokens or for all."""
@@ -336,13 +286,21 @@ class _Search:
         return _places(len(sizes), axis)
 
     def _held(self, node: fx.Node) -> Operand | None:
-        """A decay that is the same for all tokens: one number per head."""
+        """A value that is the same for all tokens, if it is one number, one per head, or one per head and feature."""
         sizes = self.narrow.sizes(node)
         wide = [at for at, size in enumerate(sizes) if size > 1]
-        if len(wide) > 1 or (wide and sizes[wide[0]] != self.heads) or len(sizes) > 4:
+        if len(wide) > 2 or (wide and self.heads > 1 and sizes[wide[0]] != self.heads):
             return None
-        head = wide[0] if wide else 0
-        return Operand(node, (-1, head, -1, -1)) if len(sizes) == 1 else None
+        if len(wide) == 1 and self.heads == 1:
+            return Operand(node, (-1, -1, -1, wide[0]))
+        head, feature = [*wide, -1, -1][:2]
+        return Operand(node, (-1, head, -1, feature))
+
+    def _imaged(self, numbers: dict[fx.Node, Tensor], held: Sequence[Operand]) -> dict[fx.Node, Tensor]:
+        """With what is made of weights. Raises UntriedError."""
+        given = {node: numbers[node] for node in self.part.held}
+        trial = Trial(self.program, given, lambda name, held: None, shapes=self.narrow.argument)
+        return {x.node: trial.run(x.node) for x in held if x.node not in numbers} | numbers
 
     def _width(self, x: Operand) -> int:
         return 1 if x.places[3] < 0 else self.narrow.sizes(x.node)[x.places[3]]
@@ -377,4 +335,4 @@ def _strong(drawn: Tensor) -> Tensor:
 
 
 def _mixed(drawn: Tensor) -> Tensor:
-    return torch.where(drawn < 0.1, -12.0, -0.01)
+    return drawn.new_full(drawn.shape, -0.01).masked_fill(drawn < 0.1, -12.0)

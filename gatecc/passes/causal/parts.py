@@ -14,11 +14,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from gatecc.ir.dataflow import Flow, value_inputs
-from gatecc.ir.ops import CASTS, CONTRACTIONS, VIEWS, opname
+from gatecc.ir.ops import CASTS, CONTRACTIONS, TRANSPOSES, VIEWS, opname
 from gatecc.ir.program import Program, fake, shape
 from gatecc.ir.sizes import Sizes, on_example
+from gatecc.passes.causal.axes import rank
 from gatecc.passes.causal.narrow import Narrow
 from gatecc.passes.causal.settled import Settled
 from gatecc.passes.trial import Trial, UntriedError
@@ -35,21 +37,24 @@ Kind = Literal["token", "causal"]
 @dataclass(frozen=True, eq=False)
 class Part:
     """``nodes``: in order, ``out`` the last; ``axis``: of its tokens. ``operands``: the values that enter with a token
-    axis each; ``held``: those that are the same for all tokens and come from weights or buffers."""
+    axis each; ``held``: those that are the same for all tokens, weights and buffers; ``fixed``: numbers that buffers
+    hold, which are read."""
 
     out: fx.Node
     axis: int
     nodes: list[fx.Node]
     operands: dict[fx.Node, int]
     held: list[fx.Node]
+    fixed: Mapping[fx.Node, Tensor] = field(default_factory=dict[fx.Node, Tensor])
 
     def narrowed(self, symbols: Sizes | None = None) -> Narrow:
         """Sizes with which it may be tried: all tokens, and no more heads and features than tell it apart."""
-        return Narrow(self.nodes, [(self.out, self.axis), *self.operands.items()], symbols)
+        read = [(node, at) for node in self.fixed for at in range(rank(node))]
+        return Narrow(self.nodes, [(self.out, self.axis), *self.operands.items(), *read], symbols)
 
     def run(self, program: Program, numbers: Mapping[fx.Node, Tensor], narrow: Narrow) -> Tensor:
         """What comes out of the part on numbers of one's own, in float64. Raises UntriedError."""
-        known = {node: x.clone() for node, x in numbers.items()}
+        known = {node: x.clone() for node, x in (*numbers.items(), *self.fixed.items())}
         trial = _trial(program, known, narrow)
         last = _last_uses(self.nodes)
         for at, node in enumerate(self.nodes):
@@ -87,7 +92,8 @@ class Probe:
         self.touched = settled.touched
         nodes = settled.needed([n for n in self.nodes if n in self.touched and n not in settled.axes])
         self._entering = {n: axis for n, axis in settled.axes.items() if not self.touched.isdisjoint(n.users)}
-        narrow = Narrow(nodes, self._entering.items())
+        buffers = [(n, at) for n in nodes if read_buffer(self.program, n) is not None for at in range(rank(n))]
+        narrow = Narrow(nodes, [*self._entering.items(), *buffers])
         self.kinds = {n: ("token", axis) for n, axis in settled.axes.items()}
         if not self._run(nodes, narrow) and narrow:  # something in it cannot be made narrow: it is tried as it is
             self._run(nodes, Narrow((), ()))
@@ -145,13 +151,20 @@ class Probe:
         return not failed
 
     def _trials(self, nodes: Sequence[fx.Node], place: int, narrow: Narrow) -> list[Trial]:
-        """What enters, weights too, is random: small, so that sums of what may be log decays stay small."""
+        """What enters is random: small, so that sums of what may be log decays stay small. Buffers hold what they hold:
+        one may be the mask; parameters are positive, because one may be a decay, of which the logarithm is taken."""
         generator = torch.Generator().manual_seed(0)
         known: dict[fx.Node, Tensor] = {}
-        for node in (*self._entering, *self.others, *(n for n in nodes if self.program.weight_name(n) is not None)):
+        for node in (*self._entering, *self.others):
             held = fake(node)
             if held is not None and held.is_floating_point():
                 known[node] = _drawn(narrow.sizes(node), generator)
+        for node in nodes:
+            read = read_buffer(self.program, node)
+            if read is not None:
+                known[node] = read
+            elif self.program.weight_name(node) is not None:
+                known[node] = _drawn(narrow.sizes(node), generator).abs().add(0.5)
         changed = dict(known)
         for node, axis in self._entering.items():
             if node in known:
@@ -202,8 +215,12 @@ class Probe:
                 if isinstance(source.meta.get("val"), int | torch.SymInt):
                     inside.add(source)
                 elif kind[0] == "token" and len(shape(source)) in (3, 4) and enters(source):
-                    operands[source] = kind[1]
-                elif source not in self.touched and is_held(self.program, source):
+                    turned = self._turned(source)
+                    if turned is not None and enters(turned):
+                        todo.append(source)
+                    else:
+                        operands[source] = kind[1]
+                elif source not in self.touched and _is_root(source, here) and is_held(self.program, source):
                     held[source] = None
                 elif source.op == "placeholder" or (source in self.touched and source not in here):
                     return None
@@ -211,6 +228,12 @@ class Probe:
                     todo.append(source)
         nodes = sorted(inside - set(operands), key=order.__getitem__)
         return Part(out, self.kinds[out][1], nodes, operands, sorted(held, key=order.__getitem__))
+
+    def _turned(self, node: fx.Node) -> fx.Node | None:
+        """What a value is with its axes in another order, so that two orders of one value do not enter as two."""
+        source = node.args[0] if opname(node) in TRANSPOSES else None
+        known = isinstance(source, fx.Node) and self.kinds.get(source, ("", 0))[0] == "token"
+        return source if known and len(shape(source)) == len(shape(node)) else None  # pyright: ignore[reportReturnType, reportArgumentType]  a node
 
     def _is_outer(self, node: fx.Node) -> bool:
         """Whether a value is larger than what it was made of without weights: keys times values, repeated heads."""
@@ -241,6 +264,20 @@ def is_held(program: Program, node: fx.Node) -> bool:
         todo += [n for n in value_inputs(one) if n not in seen]
         seen.update(one.all_input_nodes)
     return False
+
+
+def read_buffer(program: Program, node: fx.Node) -> Tensor | None:
+    """The numbers that a buffer holds now, in float64 if they are no whole ones; None for all else."""
+    held = None if program.is_parameter(node) else program.weight(node)
+    if held is None or isinstance(held, FakeTensor):
+        return None
+    held = held.detach().cpu()
+    return held.double() if held.is_floating_point() else held
+
+
+def _is_root(node: fx.Node, here: set[fx.Node]) -> bool:
+    """Whether a value is a weight, an input, or comes from elsewhere: nobody looks at what it is made of."""
+    return node.op != "call_function" or node not in here
 
 
 def _trial(program: Program, known: Mapping[fx.Node, Tensor], narrow: Narrow) -> Trial:

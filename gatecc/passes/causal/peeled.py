@@ -14,8 +14,8 @@ from torch import fx
 from gatecc.ir.ops import named, opname
 from gatecc.ir.program import shape
 from gatecc.ir.sizes import same
-from gatecc.passes.causal.formula import Formula, Operand
 from gatecc.passes.causal.parts import Part
+from gatecc.passes.causal.roles import Formula, Operand
 
 _ALL = 2**31  # where slices that go to the end say so
 _WHOLE = frozenset(("alias", "contiguous"))

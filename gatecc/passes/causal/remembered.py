@@ -20,8 +20,8 @@ from torch._ops import OpOverload
 from gatecc.ir.dataflow import Flow
 from gatecc.ir.program import Program
 from gatecc.ir.sizes import on_example
-from gatecc.passes.causal.formula import Formula, Operand, Places
 from gatecc.passes.causal.parts import Part, is_held
+from gatecc.passes.causal.roles import Formula, Operand, Places
 
 _KEPT = 64  # results in a process
 _PLAIN = (int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -143,6 +143,8 @@ class _Text:
         if node.op == "call_function":
             return f"{self._target(node.target)} {self._text(node.args)} {self._text(node.kwargs)}"
         if (constant := self.program.constant(node)) is not None:
+            if type(constant) is not torch.Tensor:
+                raise _KeylessError
             held = constant.detach().cpu().contiguous()
             digest = hashlib.sha256(held.view(-1).view(torch.uint8).numpy().tobytes()) if held.numel() else None
             return f"constant {node.op} {held.dtype} {tuple(held.shape)} {digest and digest.hexdigest()}"

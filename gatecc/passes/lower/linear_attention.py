@@ -20,10 +20,11 @@ from gatecc.ir.ops import SOFTMAXES, opname
 from gatecc.ir.program import Program, fake, origin, shape
 from gatecc.ir.site import Site
 from gatecc.ir.sizes import on_example
-from gatecc.passes.causal.formula import NEAREST, Formula, Places, compute, find_formula, gathered, spread
-from gatecc.passes.causal.parts import Part, Probe
+from gatecc.passes.causal.formula import NEAREST, find_formula
+from gatecc.passes.causal.parts import Part, Probe, read_buffer
 from gatecc.passes.causal.peeled import peeled
 from gatecc.passes.causal.remembered import Remembered
+from gatecc.passes.causal.roles import Formula, Places, compute, gathered, spread
 from gatecc.passes.lower.insert import insert
 from gatecc.passes.lower.lowering import Lowering, Outcome, Settings
 from gatecc.passes.lower.replace import replace
@@ -70,8 +71,9 @@ class LinearAttention(Lowering):
             y = _edit(program, self.name, part, formula)
             made[y] = part.axis
             proof = "run in float64 with weak, strong and mixed gates"
+            proof += ", and with what its buffers hold" if formula.assumes else ""
             gain = "time linear in the tokens, and nothing stored between"
-            yield Outcome(self.name, owner, line, found, "gatecc::linear_attention", proof, gain)
+            yield Outcome(self.name, owner, line, found, "gatecc::linear_attention", proof, gain, formula.assumes)
 
 
 def _owners(program: Program) -> list[str]:
@@ -82,7 +84,7 @@ def _owners(program: Program) -> list[str]:
         owner, name = origin(node).owner, opname(node)
         if name in _SIGNS:
             signs[owner] = signs.get(owner, 0) + _UNROLLED
-        elif name in ("select", "getitem"):
+        elif name in ("select", "getitem", "slice"):
             signs[owner] = signs.get(owner, 0) + 1
         elif name in _OTHERS:
             parts = owner.split(".")
@@ -102,7 +104,10 @@ def _remembered(
     if found is not None:
         return found
     part, formula, lasts = _search(program, facts, region, entering, made, settings)
-    if lasts:
+    rests = part is not None and any(read_buffer(program, n) is not None for n in part.held)
+    if isinstance(formula, Formula):
+        rests = bool(formula.assumes)  # on what buffers hold, which is not in the key
+    if lasts and not rests:
         known.remember(part, formula)
     return part, formula
 

@@ -7,7 +7,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from gatecc.ir.dataflow import Flow
-from gatecc.ir.ops import is_new, mutates, opname, writes_for_others
+from gatecc.ir.ops import mutates, opname, writes_for_others, written
 from gatecc.ir.program import Program
 
 _ASSERTIONS = frozenset("_assert_scalar _assert_async sym_constrain_range sym_constrain_range_for_size".split())
@@ -38,22 +38,28 @@ def _erase(graph: fx.Graph, stack: list[fx.Node]) -> None:
 
 
 def _erase_unread(program: Program) -> None:
-    """Erase writes to new tensors that nobody reads, with what was written."""
+    """Erase what nothing depends on, with writes into tensors that operators made: of these, only reads count, and
+    only those by which something else comes about than more of such writes."""
     flow = Flow(program)
-    family: dict[fx.Node, list[fx.Node]] = {}
-    for node, base in flow.base.items():
-        family.setdefault(base, []).append(node)
-    for base, writers in reversed(flow.writers.items()):
-        members = [n for n in family[base] if not n._erased]
-        if not is_new(base) or any(user not in members for n in members for user in n.users):
-            continue
-        if any(mutates(n) and n not in writers for n in members):
-            continue
-        sources: list[fx.Node] = []
-        for node in sorted(members, reverse=True):
-            sources += [n for n in node.all_input_nodes if n not in members]
+    todo = [program.graph.output_node(), *(n for n in program.calls() if _acts(n, flow))]
+    needed: set[fx.Node] = set()
+    while todo:
+        node = todo.pop()
+        if node not in needed:
+            needed.add(node)
+            todo += [*node.all_input_nodes, *flow.writers.get(flow.base[node], ())]
+    for node in reversed(list(program.calls())):
+        if node not in needed:
             program.graph.erase_node(node)
-        _erase(program.graph, sources)
+
+
+def _acts(node: fx.Node, flow: Flow) -> bool:
+    """Whether a call does more than to yield a value, seen from outside of the graph."""
+    if not mutates(node) or opname(node) == "detach":
+        return node.is_impure()
+    bases = [flow.base[given] for given in written(node)] or [node]
+    made = (b.op == "call_function" and isinstance(b.target, OpOverload) and not mutates(b) for b in bases)
+    return not all(made)
 
 
 def _has_free_size(node: fx.Node) -> bool:
