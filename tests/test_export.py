@@ -264,7 +264,7 @@ def test_large_weights_get_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_weights_beside_on_request_and_compared_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gatecc.codegen.onnx.runtime.APART", -1)
+    monkeypatch.setattr("gatecc.codegen.onnx.build.APART", -1)
     inputs = (torch.randn(2, 64),)
     beside = gatecc.export(nn.Linear(64, 64), tmp_path / "beside", inputs, external_data=True)
     assert sorted(beside.files) == ["model.onnx", "model.onnx.data"]

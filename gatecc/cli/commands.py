@@ -177,7 +177,7 @@ def export(
     ] = None,
     inputs: Inputs = None,
     target: OnnxTarget = "ort",
-    opset: Opset = 24,
+    opset: Opset = None,
     decode: Decode = False,
     quantize: Bits = None,
     evaluation: Evaluation = None,

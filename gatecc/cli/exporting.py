@@ -18,9 +18,10 @@ from gatecc.export import Exported
 from gatecc.export.progress import watched
 
 OnnxTarget = Annotated[
-    Literal["ort", "portable"], typer.Option("--target", help="With operators of ONNX Runtime, or standard alone.")
+    Literal["ort", "portable", "opset27"],
+    typer.Option("--target", help="With operators of ONNX Runtime, standard ones alone, or those of opset 27."),
 ]
-Opset = Annotated[int, typer.Option("--opset", help="Of the standard operators, 18 to 25.")]
+Opset = Annotated[int | None, typer.Option("--opset", help="Of the standard operators, 18 to 25, by default 24.")]
 Decode = Annotated[bool, typer.Option("--decode", help="Write decode.onnx, the step of generation, too.")]
 Bits = Annotated[str | None, typer.Option("--quantize", help="Weights in fewer bits: w8, w4, int8, fp16.")]
 Evaluation = Annotated[

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -21,9 +21,10 @@ from gatecc.capture.signature import OpaqueArgumentError, map_tensors, split_inp
 from gatecc.codegen.onnx.build import MODEL, Capture, Freedom, Graph, build, free_axes, write
 from gatecc.codegen.onnx.leaves import Call, flat_call
 from gatecc.codegen.onnx.lower import Target
-from gatecc.codegen.onnx.packages import EXPORT, RUNTIME, need
+from gatecc.codegen.onnx.opset import RAISED, WRITTEN
+from gatecc.codegen.onnx.packages import EXPORT, RUNTIME, need, need_opset
 from gatecc.codegen.onnx.place import blame
-from gatecc.codegen.onnx.runtime import check, check_dtypes, is_apart
+from gatecc.codegen.onnx.runtime import check, check_dtypes
 from gatecc.engine.analyse import Inputs, check_model, evaluation
 from gatecc.engine.whole import reads_masks, whole_program
 from gatecc.errors import ArgumentError, CaptureError, ExampleInputsError, ExportError, GateccError
@@ -41,7 +42,7 @@ from gatecc.scope.transformers_loops import transformers_loops
 
 __all__ = ["MANIFEST", "Compared", "Exported", "export"]
 
-TARGETS = ("ort", "portable")
+TARGETS: tuple[str, ...] = get_args(Target)
 OPSETS = range(18, 26)  # torch.onnx writes invalid files for 26
 TIMEOUT = 600.0  # seconds of CPU time
 FREEDOMS = tuple(Freedom)
@@ -59,7 +60,7 @@ def export(
     example_inputs: Inputs,
     *,
     target: Target = "ort",
-    opset: int = 24,
+    opset: int | None = None,
     decode: bool = False,
     verify: bool = True,
     timeout: float | None = TIMEOUT,
@@ -81,7 +82,8 @@ def export(
     lengths, cannot be free (or take too long to be), they are those of the example, and a note says so.
 
     ``target``: "ort" writes operators of ONNX Runtime (com.microsoft) beside those of the standard, "portable" the
-    latter alone.
+    latter alone, "opset27" those that the standard has since opset 27: linear attention, causal convolutions.
+    ``opset``: 18 to 25, by default 24; "opset27" has its own.
     ``decode``: write ``decode.onnx`` as well, the derived decoder's step: one graph for prompts and steps, whose states
     are inputs and outputs. `gatecc.onnx.Session` generates with it. It is compared with one full forward of torch after
     prefills and steps of several lengths.
@@ -96,10 +98,9 @@ def export(
     DecoderError with ``decode=True`` for a model from which no decode step can be derived.
     """
     need(*EXPORT, *(RUNTIME if verify or quantize is not None else ()))
-    if opset not in OPSETS:
-        raise ArgumentError("this opset cannot be written", found=str(opset), expected="18 to 25; 24 is best tried")
     if target not in TARGETS:
         raise ArgumentError("this target is not known", found=repr(target), expected=" or ".join(map(repr, TARGETS)))
+    opset = _opset(opset, target)
     if timeout is not None and not timeout > 0:
         raise ArgumentError("a timeout is a time", found=str(timeout), expected="seconds above 0, or None for no limit")
     args, kwargs = split_inputs(example_inputs)
@@ -115,6 +116,19 @@ def export(
         raise
     except Exception as e:
         raise ExportError("the export failed", **blame(e), do=_UNFORESEEN) from e
+
+
+def _opset(opset: int | None, target: Target) -> int:
+    """The opset of the file. Raises ArgumentError, MissingPackageError."""
+    if target == "opset27":
+        need_opset(RAISED)
+        known, best = range(RAISED, RAISED + 1), RAISED
+    else:
+        known, best = OPSETS, WRITTEN
+    if opset is not None and opset not in known:
+        expected = f"{known[0]} to {known[-1]}; {best} is best tried" if len(known) > 1 else str(best)
+        raise ArgumentError(f"this opset cannot be written for target={target!r}", found=str(opset), expected=expected)
+    return best if opset is None else opset
 
 
 def _too_long(model: nn.Module, seconds: float) -> ExportError:
@@ -195,7 +209,7 @@ def _write(graph: Graph, made: Path, external: bool) -> None:
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir()
     write(graph, made, external=external)
-    check(made / MODEL, graph.places, apart=is_apart(graph.nbytes))
+    check(made / MODEL, graph.places, apart=graph.apart)
 
 
 def _freest(

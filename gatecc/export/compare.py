@@ -18,7 +18,7 @@ from gatecc.codegen.onnx.build import Graph
 from gatecc.codegen.onnx.dims import BATCH, SEQUENCE
 from gatecc.codegen.onnx.leaves import Call
 from gatecc.codegen.onnx.reference import reference
-from gatecc.codegen.onnx.runtime import Session, is_apart
+from gatecc.codegen.onnx.runtime import Session
 from gatecc.errors import ExportError
 from gatecc.export.locate import locate
 from gatecc.export.lower import context_of
@@ -61,7 +61,7 @@ def compare(call: Call, graph: Graph, path: Path, notes: list[str]) -> Outcome:
     example = graph.dims.sizes(call.leaves)
     outcome = Outcome()
     sizes = _sizes(call, graph, example, outcome.fixed, notes)
-    with closing(Session(path, graph.places, apart=is_apart(graph.nbytes))) as session:
+    with closing(Session(path, graph.places, apart=graph.apart)) as session:
         for one in sizes:
             try:
                 outcome.compared.append(_at(call, graph, session, one, notes))

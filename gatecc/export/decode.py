@@ -16,7 +16,7 @@ from gatecc.codegen.onnx.build import DATA, EXTERNAL, MODEL, Graph, Lower, build
 from gatecc.codegen.onnx.leaves import Call
 from gatecc.codegen.onnx.lower import Target
 from gatecc.codegen.onnx.lowering import Lowering
-from gatecc.codegen.onnx.runtime import Session, check, is_apart
+from gatecc.codegen.onnx.runtime import Session, check
 from gatecc.codegen.onnx.stream import save
 from gatecc.decoder import Decoder, decoder
 from gatecc.decoder.emit.closed import Closed
@@ -96,7 +96,7 @@ def decode(
     lowered = partial(lower, target=target, opset=opset, context=reach)
     graph = _graph(model, step, opset, registry.lowerings(target), lowered, whole.model.metadata_props)
     _write(graph, whole, folder)
-    apart = is_apart(graph.nbytes)
+    apart = graph.apart
     check(folder / DECODE, graph.places, apart=apart)
     compared: list[Compared] = []
     padded = False

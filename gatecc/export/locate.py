@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from gatecc.codegen.onnx.build import Graph
 from gatecc.codegen.onnx.leaves import Call
-from gatecc.codegen.onnx.runtime import Session, is_apart
+from gatecc.codegen.onnx.runtime import Session
 from gatecc.errors import ExportError
 from gatecc.scope.family import difference
 
@@ -55,7 +55,7 @@ def first_difference(call: Call, graph: Graph, path: Path, leaves: Sequence[Tens
     """Which node of the file it is, and where in the model it comes from, in words."""
     nodes = [_plain(n) for n in graph.model.graph]
     wanted = [name for node in nodes for name in node.outputs]
-    with closing(Session(path, graph.places, apart=is_apart(graph.nbytes), values=wanted)) as session:
+    with closing(Session(path, graph.places, apart=graph.apart, values=wanted)) as session:
         every = session.run(call.inputs, leaves)
     outputs, found = every[: len(call.outputs)], dict(zip(session.names, every, strict=True))
     torch.manual_seed(0)

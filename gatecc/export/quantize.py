@@ -14,7 +14,7 @@ import torch
 from gatecc.capture import signature
 from gatecc.codegen.onnx.build import DATA, MODEL, Graph
 from gatecc.codegen.onnx.leaves import Call
-from gatecc.codegen.onnx.runtime import Session, check, is_apart
+from gatecc.codegen.onnx.runtime import Session, check
 from gatecc.codegen.onnx.worker import Apart, Worker
 from gatecc.engine.analyse import Inputs
 from gatecc.errors import ArgumentError, ExportError
@@ -81,7 +81,7 @@ def resolve(given: str | Quantize | None, target: str) -> Quantize | None:
     if given is None:
         return None
     options = given if isinstance(given, Quantize) else Quantize(given)  # pyright: ignore[reportArgumentType]
-    if target == "portable" and options.form in ("w4", "w8"):
+    if target != "ort" and options.form in ("w4", "w8"):
         raise ArgumentError(
             "weights in blocks are an operator of ONNX Runtime",
             found=f"{options.form}, target={target!r}",
@@ -108,7 +108,7 @@ def quantized(
     inside = made / "quantized"
     inside.mkdir()
     paths = sorted(made.glob("*.onnx"), key=lambda p: p.name != MODEL)
-    apart = is_apart(graph.nbytes)
+    apart = graph.apart
     with closing(Apart() if apart else Worker()) as worker:
         settings = {**asdict(options), "external": external, "data": DATA}
         told, *_ = worker.quantize([str(p) for p in paths], str(inside), options.form, settings)
@@ -169,7 +169,7 @@ def _accuracy(
     call: Call, graph: Graph, before: Path, after: Path, samples: Sequence[Sequence[torch.Tensor]]
 ) -> list[Accuracy]:
     gathered = [Gathered(name) for name in call.outputs]
-    apart = is_apart(graph.nbytes)
+    apart = graph.apart
     with (
         closing(Session(before, graph.places, apart=apart)) as one,
         closing(Session(after, graph.places, apart=apart)) as other,

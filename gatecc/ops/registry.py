@@ -18,8 +18,9 @@ from torch.utils.flop_counter import register_flop_formula
 from gatecc.codegen.onnx.lowering import Lowering
 from gatecc.errors import ArgumentError
 
-Target = Literal["ort", "portable"]
-"""Of an ONNX graph: with the operators of ONNX Runtime (com.microsoft), or with those of the standard alone."""
+Target = Literal["ort", "portable", "opset27"]
+"""Of an ONNX graph: with the operators of ONNX Runtime (com.microsoft), with those of the standard alone, or with those
+that the standard has since opset 27."""
 
 
 class Carry(NamedTuple):

@@ -35,10 +35,12 @@ from gatecc.codegen.onnx.grouped import split_groups
 from gatecc.codegen.onnx.indices import long_indices
 from gatecc.codegen.onnx.leaves import Call
 from gatecc.codegen.onnx.lowering import Lowering
+from gatecc.codegen.onnx.opset import FREELY_LOADED, raise_opset, written_at
 from gatecc.codegen.onnx.padded import fold_padded_weights
 from gatecc.codegen.onnx.place import blame, place, reason
 from gatecc.codegen.onnx.scalars import scalars_as_tensors
 from gatecc.codegen.onnx.sigmoids import exact_sigmoids
+from gatecc.codegen.onnx.spelled import spell_out
 from gatecc.codegen.onnx.stable import FORMS
 from gatecc.codegen.onnx.stream import save
 from gatecc.codegen.onnx.tidy import tidy
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 IR_VERSION = 10  # the newest that every ONNX Runtime since 1.18 loads
+APART = 2**28  # bytes of weights from which on a file is checked and run in a process of its own
 EXTERNAL = 3 * 2**29  # bytes of weights above which they get a file of their own: protobuf ends at 2 GiB
 MODEL, DATA = "model.onnx", "model.onnx.data"
 _WHERE = "gatecc.inspect says which submodules can be captured; write data-dependent code with torch.where"
@@ -95,6 +98,12 @@ class Graph:
         """The bytes of its weights."""
         held = (v.const_value for g in self.model.graphs() for v in g.initializers.values())
         return sum(tensor.nbytes for tensor in held if tensor is not None)
+
+    @property
+    def apart(self) -> bool:
+        """Whether it is checked and run in a process of its own: its weights are many, or ONNX Runtime has to be told
+        that it may load this opset, which is done by a variable of the environment."""
+        return self.nbytes > APART or self.model.opset_imports[""] > FREELY_LOADED
 
     def shapes(self, values: Any) -> dict[str, list[int | str]]:
         """Name and shape of graph inputs or outputs."""
@@ -144,13 +153,7 @@ def build(
     if outcomes:
         program = exported_program(source)
     model = _convert(_lowered(program, opset, lowerings), call, opset)
-    if model.opset_imports.get("") != opset:
-        raise ExportError(
-            "torch.onnx wrote another opset than it was asked for",
-            found=f"opset {model.opset_imports.get('')}",
-            expected=f"opset {opset}",
-            do="use opset=24",
-        )
+    raise_opset(model, opset)
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = "gatecc", metadata.get("gatecc.version", "")
     places = {n.name: place(n.meta["node"]) for n in model.graph.all_nodes() if n.name and "node" in n.meta}
@@ -262,13 +265,14 @@ def _convert(program: ExportedProgram, call: Call, opset: int) -> ir.Model:
 
     try:
         with _quiet(), known_translations():
-            made = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
+            made = torch.onnx.export(program, dynamo=True, opset_version=written_at(opset), verbose=False)
     except Exception as e:
         raise ExportError("torch.onnx cannot write this model", **blame(e), do=_OTHER_OPERATOR) from e
     assert made is not None
     hold_constants(made.model.graph)
     split_groups(made.model)
     fold_padded_weights(made.model.graph)
+    spell_out(made.model, written_at(opset))
     put_in_branches(made.model.graph)
     tidy(made.model)
     name_ends(made.model.graph, call)

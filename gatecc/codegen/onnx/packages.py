@@ -29,6 +29,19 @@ def need(*names: str) -> None:
         )
 
 
+def need_opset(opset: int) -> None:
+    """Raise MissingPackageError if the installed onnx does not know an opset yet."""
+    import onnx
+
+    newest = onnx.defs.onnx_opset_version()
+    if newest < opset:
+        raise MissingPackageError(
+            f"the installed onnx does not know opset {opset}",
+            found=f"onnx {onnx.__version__}, up to opset {newest}",
+            do="pip install --upgrade onnx; target='portable' needs no newer one",
+        )
+
+
 def versions(*names: str) -> dict[str, str]:
     """The installed versions of those modules that are installed."""
     found: dict[str, str] = {}

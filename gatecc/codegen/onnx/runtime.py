@@ -13,7 +13,6 @@ from gatecc.codegen.onnx.place import first_line
 from gatecc.codegen.onnx.worker import Apart, RaisedThereError, Worker
 from gatecc.errors import ExportError
 
-APART = 2**28  # bytes of weights
 _NAME = re.compile(r"[\w.:/-]+")
 _UNFOLDED = {"Erf": ("Gelu",), "Softplus": ("Mish",), "Tanh": ("Gelu", "Mish"), "Sigmoid": ("Swish",)}
 _LACKS = re.compile(r"implementation for (\w+)\(")
@@ -21,11 +20,6 @@ _OTHER = "write it with other operators; verify=False writes the graph untried"
 _REPORT = "gatecc did not foresee this: please report it with the model's code; another opset may do"
 _NO_COPIES = {"session.disable_prepacking": "1"}  # of weights, laid out for the kernels
 _NO_KERNELS = (torch.bfloat16, torch.complex64, torch.complex128)
-
-
-def is_apart(nbytes: int) -> bool:
-    """Whether a file of so many bytes of weights is checked and run in a process of its own."""
-    return nbytes > APART
 
 
 def check(path: Path, places: Mapping[str, str], *, apart: bool = False) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 Arrays = list[Any]
+_ANY_OPSET = {"ALLOW_RELEASED_ONNX_OPSET_ONLY": "0"}  # ONNX Runtime reads it once: opset 27 is new to some
 _ROUNDS = 5  # at least
 
 
@@ -96,7 +97,7 @@ class Apart(Worker):
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            env={**os.environ, **_ANY_OPSET, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
         )
 
     def check(self, path: str) -> None:

@@ -1,8 +1,7 @@
-"""Linear attention in ONNX: ``com.microsoft::LinearAttention``, the recurrence as one node of ONNX Runtime.
+"""Linear attention in ONNX: a form of the recurrence, and what it does not know put around it in ATen.
 
-It has the four rules, decay per key channel or a head, and no limit on how strong a decay is, which forms of plain
-operators by chunks have; opset 27 has the same operator, but no runtime loads that opset yet. What the node does not
-know (heads that are shared, padding, the normaliser, the other direction) is put around it in ATen.
+That is heads that are shared, padding, the normaliser, the other direction. The recurrence is
+``com.microsoft::LinearAttention`` of ONNX Runtime, the same operator of opset 27, or spelled out (``onnx_forms``).
 """
 
 from __future__ import annotations
@@ -19,6 +18,8 @@ from gatecc.codegen.onnx.place import place
 from gatecc.errors import ExportError
 from gatecc.ir.ops import named
 from gatecc.ops.linear_attention.arguments import Arguments, arguments
+from gatecc.ops.linear_attention.onnx_forms import OPSET27, ORT, Recurrence, spelled_out
+from gatecc.ops.registry import Target
 
 
 def _check(node: fx.Node) -> None:
@@ -37,42 +38,52 @@ def _fixed(node: fx.Node) -> Iterator[Any]:
 
 
 def _lacking(node: fx.Node, found: str, do: str) -> ExportError:
-    what = "linear attention in ONNX Runtime does not have this"
+    what = "linear attention in ONNX does not have this"
     return ExportError(what, where=place(node), found=found, do=do)
 
 
-def linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None = None,
-    beta: Tensor | None = None,
-    initial_state: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    mask: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    reverse: bool = False,
-    normalize: bool = False,
-    gate_normalizer: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``gatecc::linear_attention`` around the node of ONNX Runtime."""
-    del cu_seqlens
-    if gate_normalizer is not None and log_decay is not None:
-        log_decay = F.logsigmoid(log_decay.float()) / gate_normalizer
-    a = arguments(q, k, v, log_decay, beta, initial_state, scale=scale, reverse=reverse, normalize=normalize, mask=mask)
-    heads, keep = a.q.size(1), None if mask is None else mask[:, None, :, None]
+def lowering(recurrence: Recurrence) -> Lowering:
+    """The form of ``gatecc::linear_attention`` around one of the recurrence."""
+
+    def form(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None = None,
+        beta: Tensor | None = None,
+        initial_state: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        scale: float | None = None,
+        reverse: bool = False,
+        normalize: bool = False,
+        gate_normalizer: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        del cu_seqlens
+        if gate_normalizer is not None and log_decay is not None:
+            log_decay = F.logsigmoid(log_decay.float()) / gate_normalizer
+        options: dict[str, Any] = {"scale": scale, "reverse": reverse, "normalize": normalize, "mask": mask}
+        return _around(recurrence, arguments(q, k, v, log_decay, beta, initial_state, **options))
+
+    return Lowering(form, _check, _fixed)
+
+
+def _around(recurrence: Recurrence, a: Arguments) -> tuple[Tensor, Tensor]:
+    heads, keep = a.q.size(1), None if a.mask is None else a.mask[:, None, :, None]
     q, k, v = (_repeated(x.float(), heads) for x in (a.q * a.scale, a.k, a.v))
     decay = None if a.log_decay is None else _decay(a, keep)
     strength = None if a.beta is None else _repeated(a.beta.float(), heads)
     k = k if keep is None else k * keep
-    v = torch.cat([v, torch.ones_like(v[..., :1])], -1) if normalize else v
-    if reverse:
+    v = torch.cat([v, torch.ones_like(v[..., :1])], -1) if a.normalize else v
+    if a.reverse:
         q, k, v = q.flip(2), k.flip(2), v.flip(2)
         decay, strength = (None if x is None else x.flip(2) for x in (decay, strength))
-    o, state = _node(a, q, k, v, decay, strength)
-    o = o.flip(2) if reverse else o
-    if normalize:
+    o, state = recurrence(
+        a.rule, q, k, v, decay, strength, None if a.initial_state is None else a.initial_state.float()
+    )
+    o = o.flip(2) if a.reverse else o
+    if a.normalize:
         total = o[..., -1:]
         o = o[..., :-1] / torch.where(total == 0, torch.ones_like(total), total)
     o = o if keep is None else o * keep
@@ -87,33 +98,12 @@ def _decay(a: Arguments, keep: Tensor | None) -> Tensor:
     return g if keep is None else g.masked_fill(~keep, 0.0)
 
 
-def _node(
-    a: Arguments, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The node: tokens before heads, heads and channels on one axis."""
-    (B, H, N, Dk), E = q.shape, v.size(3)
-    state = None if a.initial_state is None else a.initial_state.float()
-    inputs = [_packed(q), _packed(k), _packed(v), state, _packed(decay), _packed(beta)]
-    while inputs[-1] is None:
-        inputs.pop()
-    o, final = torch.onnx.ops.symbolic_multi_out(
-        "com.microsoft::LinearAttention",
-        inputs,
-        attrs={"q_num_heads": H, "kv_num_heads": H, "update_rule": a.rule, "scale": 1.0},
-        dtypes=(torch.float32, torch.float32),
-        shapes=((B, N, H * E), (B, H, Dk, E)),
-        version=1,
-    )
-    return o.unflatten(-1, (H, E)).transpose(1, 2), final
-
-
-def _packed(x: Tensor | None) -> Tensor | None:
-    """(B, H, N, D) -> (B, N, H * D)."""
-    return None if x is None else x.transpose(1, 2).flatten(2)
-
-
 def _repeated(x: Tensor, heads: int) -> Tensor:
     return x if x.size(1) == heads else x.repeat_interleave(heads // x.size(1), 1)
 
 
-LOWERING = Lowering(linear_attention, _check, _fixed)
+FORMS: dict[Target, Lowering] = {
+    "ort": lowering(ORT),
+    "opset27": lowering(OPSET27),
+    "portable": lowering(spelled_out),
+}

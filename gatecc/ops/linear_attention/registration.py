@@ -12,7 +12,7 @@ from gatecc.codegen.judge import family as judge
 from gatecc.ir.ops import named
 from gatecc.ops.linear_attention import cost
 from gatecc.ops.linear_attention.kernels import KERNELS
-from gatecc.ops.linear_attention.onnx import LOWERING
+from gatecc.ops.linear_attention.onnx import FORMS
 from gatecc.ops.linear_attention.step import linear_attention_step
 from gatecc.ops.registry import Carry, Operator, StepRule, Unfit, register
 
@@ -67,7 +67,7 @@ register(
         step=StepRule(
             operand="q", axis=2, carries=(Carry("initial_state", output=1),), unfit=_unfit, one_token=_one_token
         ),
-        onnx={"ort": LOWERING},
+        onnx=FORMS,
         flops=cost.forward,
         kernels=KERNELS,
     )

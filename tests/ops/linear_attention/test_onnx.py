@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,32 @@ def test_every_form_of_the_operator(tmp_path: Path) -> None:
     assert made.operators[NODE] == 6
     assert {c.sizes["batch"] for c in made.compared} == {1, 3}
     assert len({c.sizes["sequence"] for c in made.compared}) == 4
+
+
+class Two(nn.Module):
+    """What differs between the targets: a state to start from and to give back, a rule with and one without beta."""
+
+    def forward(self, x: Tensor, start: Tensor) -> tuple[Tensor, ...]:
+        """x: (B, N, 16), start: (B, 2, 4, 4)"""
+        q, k, v = (y.unflatten(-1, (-1, 4)).transpose(1, 2) for y in x.split((8, 4, 4), -1))
+        g = -F.softplus(k)
+        return (
+            *linear_attention(q, k, v, g, initial_state=start),
+            linear_attention(q, F.normalize(k, dim=-1), v, g, g[..., 0].exp())[0],
+        )
+
+
+@pytest.mark.parametrize(("target", "node"), [("opset27", "LinearAttention"), ("portable", "Scan")])
+def test_the_same_in_operators_of_the_standard(target: Any, node: str, tmp_path: Path) -> None:
+    example = torch.randn(2, 7, 16), torch.randn(2, 2, 4, 4)
+    made = gatecc.export(Two(), tmp_path / "out", example, target=target)
+    assert made.operators[node] == 2
+    assert not [op for op in made.operators if "::" in op]
+    assert made.opset == (27 if target == "opset27" else 24)
+    assert {(c.sizes["batch"], c.sizes["sequence"]) for c in made.compared} > {(3, 7), (1, 131)}
+    proto = onnx.load(tmp_path / "out" / "model.onnx")
+    typed = {v.name for v in (*proto.graph.value_info, *proto.graph.output) if v.type.tensor_type.HasField("shape")}
+    assert {name for n in proto.graph.node for name in n.output} <= typed
 
 
 class Wide(nn.Module):

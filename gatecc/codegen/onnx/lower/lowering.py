@@ -22,7 +22,7 @@ from gatecc.ir.pattern import Match
 from gatecc.ir.program import Program, fake, origin
 from gatecc.ir.site import Site
 
-Target = Literal["ort", "portable"]
+Target = Literal["ort", "portable", "opset27"]
 GRAPH_LOWERINGS: dict[str, type[GraphLowering]] = {}
 WITH_KERNELS = (torch.float32, torch.float16)  # dtypes for which ONNX Runtime's CPU has the fused nodes
 
@@ -57,7 +57,7 @@ class GraphLowering(ABC):
 
     name: ClassVar[str]
     after: ClassVar[tuple[str, ...]] = ()
-    targets: ClassVar[tuple[Target, ...]] = ("ort", "portable")
+    targets: ClassVar[tuple[Target, ...]] = ("ort", "portable", "opset27")
     since: ClassVar[int] = 18
 
     def __init_subclass__(cls) -> None:
