@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from gatecc.codegen.regions.region import ALIASES, RefusedError, name_of, shape
+from gatecc.codegen.regions.region import ALIASES, TRANSPOSES, RefusedError, name_of, shape
 
 _SIZED = ("view", "_unsafe_view", "reshape", "expand", "full", "zeros", "ones")
 _LEFT_OUT = ("device", "layout", "pin_memory", "memory_format")  # those of the operands hold
@@ -18,20 +18,38 @@ _LEFT_OUT = ("device", "layout", "pin_memory", "memory_format")  # those of the 
 def print_aten(graph: fx.Graph, name: str, rows: tuple[int, ...], leader: fx.Node) -> str:
     """``def name(x0, ...)``. ``rows`` are the leading sizes at the time of printing, which ``leader`` has."""
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
-    lines = [f"def {name}({', '.join(n.name for n in inputs)}):"]
-    body = [f"    {n.name} = {_call(n, rows)}" for n in graph.nodes if n.op == "call_function"]
+    body = [aten_line(n, rows) for n in graph.nodes if n.op == "call_function"]
+    return print_function(f"def {name}({', '.join(n.name for n in inputs)}):", body, graph, leader)
+
+
+def print_function(head: str, body: Sequence[str], graph: fx.Graph, leader: fx.Node) -> str:
+    """A function of these lines that returns the results of a graph."""
+    lines = [head]
     if any("*lead" in line for line in body):
         lines.append(f"    lead = {leader.name}.shape[:{len(shape(leader)) - 1}]")
     if any("device=device" in line for line in body):
         lines.append(f"    device = {leader.name}.device")
     results: Any = graph.output_node().args[0]
     outputs = ", ".join(_result(n, results[:i]) for i, n in enumerate(results))
-    return "\n".join([*lines, *body, f"    return ({outputs},)", ""])
+    return "\n".join([*lines, *(f"    {line}" for line in body), f"    return ({outputs},)", ""])
 
 
 def _result(node: fx.Node, before: Sequence[fx.Node]) -> str:
-    """A result as a tensor of its own: an operator may not return one twice, or a view of another."""
-    return f"{node.name}.clone()" if node in before or name_of(node) in ALIASES else node.name
+    """A result as a tensor of its own: an operator may not return one twice, a view of another, or of an input."""
+    base = _viewed(node)
+    own = base.op != "placeholder" and base not in map(_viewed, before)
+    return node.name if own else f"{node.name}.clone()"
+
+
+def _viewed(node: fx.Node) -> fx.Node:
+    while node.op == "call_function" and name_of(node) in (*ALIASES, *TRANSPOSES):
+        node = node.args[0]  # pyright: ignore[reportAssignmentType]
+    return node
+
+
+def aten_line(node: fx.Node, rows: tuple[int, ...]) -> str:
+    """The line that computes a node."""
+    return f"{node.name} = {_call(node, rows)}"
 
 
 def _call(node: fx.Node, rows: tuple[int, ...]) -> str:

@@ -7,7 +7,7 @@ GPU has confirmed its order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,9 @@ MAKES = {"nvidia": "sm_90", "amd": "gfx942"}  # the part that stands for a make
 _LANES = {"nvidia": 32, "amd": 64}  # threads of a warp
 _REGISTERS = 65536  # of a multiprocessor, 32 bits each
 _ROWS = (16, 64, 1 << 30)  # up to so many rows a choice of its own
+MANY = 4096  # rows that stand for more
+WIDEST_MIDDLE = 128  # columns between two products that a program holds
+LAUNCH = 2e-6  # seconds from one kernel to the next, an assumption
 
 
 class Blocks(NamedTuple):
@@ -52,7 +55,9 @@ def rowwise_blocks(width: int, tiles: int, *, reduces: bool) -> dict[str, Blocks
 class Products:
     """What a region multiplies: so many products of (rows, inner) by (inner, columns), summed in one loop.
 
-    tiles: values over rows and columns that are held at once behind the loop; whole: a program must have all columns.
+    tiles: values over rows and columns that are held at once behind the loop; whole: a program must have all columns;
+    passes: how often it reads its rows before. ``first`` products of ``middle`` columns are summed in the same loop,
+    for ``last`` ones of (rows, middle) by (middle, columns). ``lefts``: how many different left operands there are.
     """
 
     columns: int
@@ -61,43 +66,92 @@ class Products:
     tiles: int
     dtype: torch.dtype
     whole: bool
+    passes: int = 0
+    first: int = 0
+    middle: int = 0
+    last: int = 0
+    lefts: int = 1
+
+    @property
+    def held(self) -> int:
+        """Columns of the first products that a program holds, one beside the other."""
+        return self.first * block_of(self.middle) if self.first else 0
 
 
-def product_blocks(p: Products) -> dict[str, list[tuple[int, Blocks]]]:
-    """By make, for up to so many rows: the best of the table."""
-    return {make: [(most, _best(make, min(most, 4096), p)) for most in _ROWS] for make in MAKES}
+def product_blocks(p: Products, rows: int = MANY) -> dict[str, list[tuple[int, Blocks]]]:
+    """By make, for up to so many rows: the best of the table. ``rows``: how many there are if there are many."""
+    return {make: [(most, best(make, min(most, rows), p)[1]) for most in _ROWS] for make in MAKES}
 
 
-def _best(make: str, rows: int, p: Products) -> Blocks:
+def loses(p: Products) -> str | None:
+    """Why products that follow each other are no one kernel: where it takes longer than one after the other."""
+    if not p.first:
+        return None
+    if p.middle > WIDEST_MIDDLE:
+        again = cdiv(p.columns, 128)
+        return (
+            f"products that follow each other over {p.middle} columns: a program holds {WIDEST_MIDDLE}, and computes "
+            f"the first anew for each of {again} blocks of columns; one after the other they are computed once"
+        )
+    one = replace(p, count=p.first, columns=p.middle, first=0, last=0, tiles=p.first + 1, whole=False)
+    two = replace(p, count=p.count + p.last, inner=p.middle, first=0, last=0, passes=0)
+    slower = list[str]()
+    for make, name in MAKES.items():
+        for rows in (_ROWS[0], MANY):
+            together = best(make, rows, p)[0][0]
+            apart = best(make, rows, one)[0][0] + best(make, rows, two)[0][0] + LAUNCH
+            apart += 0 if not p.count else _beside(make, rows, p)
+            if together > apart:
+                slower.append(f"{1e6 * together:.1f} us and not {1e6 * apart:.1f} on {name} with {rows} rows")
+    if len(slower) == 2 * len(MAKES):
+        return f"products that follow each other take longer in one kernel, by its model: {', '.join(slower)}"
+    return None
+
+
+def _beside(make: str, rows: int, p: Products) -> float:
+    """What products beside a chain take longer if they are summed over ``inner`` and not over ``middle``."""
+    own = replace(p, first=0, last=0)
+    return best(make, rows, own)[0][0] - best(make, rows, replace(own, inner=p.middle))[0][0]
+
+
+def best(make: str, rows: int, p: Products) -> tuple[tuple[float, float], Blocks]:
+    """The blocks of the table that take least, and what they take (see ``seconds``)."""
     table = config(_PACKAGE, "matmul", width(p.dtype), make=make)
     part, found = PARTS[MAKES[make]], list[tuple[tuple[float, float], Blocks]]()
     for name in table:
         c = Blocks(**table[name])  # pyright: ignore[reportCallIssue]
-        cols = block_of(p.columns) if p.whole else block_of(p.columns, max(16, c.cols // _power(p.count)))
-        c = c._replace(cols=cols, inner=block_of(p.inner, c.inner), rows=block_of(rows, c.rows))
+        most = max(16, c.cols // _power(max(1, p.count + p.last)))
+        cols = block_of(p.columns) if p.whole else block_of(p.columns, most)
+        c = c._replace(
+            cols=cols, inner=block_of(p.inner, max(16, c.inner // _power(p.lefts))), rows=block_of(rows, c.rows)
+        )
         widest = c.rows * c.inner * p.dtype.itemsize // 16  # accesses of 16 bytes to a block of the left operand
         c = c._replace(warps=max(1, min(c.warps, widest // _LANES[make])))
         found.append((seconds(c, part, rows, p), c))
-    return min(found)[1]
+    return min(found)
 
 
 def seconds(c: Blocks, part: Part, rows: int, p: Products) -> tuple[float, float]:
     """An estimate of a product's time on a part, and of it without memory; infinite for what does not fit."""
     itemsize, threads = p.dtype.itemsize, 32 * c.warps
-    shared = (c.rows + p.count * c.cols) * c.inner * itemsize * c.stages
-    held = c.rows * c.cols * p.count  # accumulators
+    across = p.count * c.cols + p.held
+    shared = max((c.rows * p.lefts + across) * c.inner * c.stages, p.last * p.held * c.cols) * itemsize
+    held = c.rows * across  # accumulators
     if p.dtype == torch.float32:
         held += 3 * (c.rows + c.cols) * c.inner // 2  # operands in three parts
-    behind = c.rows * c.cols * max(p.count, p.tiles)
+    behind = c.rows * max((p.count + p.last) * c.cols + p.held, p.tiles * c.cols)
     if shared > part.shared or max(held, behind) / threads > 128:
         return float("inf"), behind / threads
     at_once = max(1, min(part.shared // (shared + 1024), _REGISTERS // max(1, 2 * held), 2048 // threads))
     programs = cdiv(rows, c.rows) * cdiv(p.columns, c.cols)
     waves = cdiv(programs, part.units * at_once)
     small = min(1.0, c.rows * c.cols / (128 * 128)) ** 0.35 * min(1.0, at_once * c.warps / 8)
-    flops = 2 * c.rows * c.cols * p.inner * p.count * at_once / (part.rate(p.dtype) / part.units * small)
-    fed = (c.rows + p.count * c.cols) * p.inner * itemsize * at_once / (2 * part.bandwidth / part.units)
-    least = (rows * p.inner + p.count * p.inner * p.columns + rows * p.columns) * itemsize / part.bandwidth
+    multiplied = across * p.inner + p.last * p.held * c.cols
+    flops = 2 * c.rows * multiplied * at_once / (part.rate(p.dtype) / part.units * small)
+    read = (c.rows * (p.lefts + p.passes) + across) * p.inner + p.last * p.held * c.cols
+    fed = read * itemsize * at_once / (2 * part.bandwidth / part.units)
+    weights = p.inner * (p.count * p.columns + p.first * p.middle) + p.last * p.middle * p.columns
+    least = (rows * p.inner * p.lefts + weights + rows * p.columns) * itemsize / part.bandwidth
     busy = waves * max(flops, fed)
     return max(busy, least), busy
 

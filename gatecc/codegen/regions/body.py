@@ -26,7 +26,8 @@ from gatecc.codegen.regions.region import (
 
 _TYPES = {torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16", torch.float32: "tl.float32"}
 _RESERVED = {
-    *"tl triton torch rows cols mask row_mask col_mask at inner parts kernel a b k".split(),
+    *"tl triton torch rows cols mask row_mask col_mask at inner parts kernel a b k start first group turn".split(),
+    *"across down row_block col_block inner_mask middle middle_mask begin end each count".split(),
     *FUNCTIONS.values(),
 }
 
@@ -53,11 +54,18 @@ class Space:
 
 
 class Body:
-    """Prints values on demand, each once; ``known`` are there already (products)."""
+    """Prints values on demand, each once; ``known`` are there already (products).
 
-    def __init__(self, region: Region, space: Space, known: dict[fx.Node, Value] | None = None) -> None:
-        self.region, self.space = region, space
+    ``in_blocks``: columns go by in a loop. What all of them share is printed before it, in ``outside``; a row that is
+    reduced must be known.
+    """
+
+    def __init__(
+        self, region: Region, space: Space, known: dict[fx.Node, Any] | None = None, *, in_blocks: bool = False
+    ) -> None:
+        self.region, self.space, self.in_blocks = region, space, in_blocks
         self.lines: list[str] = []
+        self.outside: list[str] = []
         self.values: dict[fx.Node, Any] = dict(known or {})
 
     def value(self, node: fx.Node) -> Value:
@@ -68,8 +76,17 @@ class Body:
 
     def tiles(self) -> set[str]:
         """The names of values that run over rows and columns."""
-        found = [x for v in self.values.values() for x in (v if isinstance(v, tuple) else (v,))]
-        return {v.text for v in found if v.kind == "tile"}
+        return {x.text for v in self.values.values() for x in _parts(v) if x.kind == "tile"}
+
+    def shared(self) -> dict[fx.Node, Any]:
+        """The values that are the same in all columns, for another space of the same rows."""
+        return {n: v for n, v in self.values.items() if all(x.kind in ("column", "scalar") for x in _parts(v))}
+
+    def _say(self, found: Value, text: str) -> Value:
+        """The line that computes a value."""
+        where = self.outside if self.in_blocks and found.kind in ("column", "scalar") else self.lines
+        where.append(f"{found.text} = {text}")
+        return found
 
     def _call(self, node: fx.Node) -> Any:
         name = name_of(node)
@@ -91,9 +108,8 @@ class Body:
             text = expression(node, name, [x.text for x in operands])
         except UnprintableError as error:
             raise RefusedError(str(error)) from error
-        found = Value(self._name(node), _joined([x.kind for x in operands]))
-        self.lines.append(f"{found.text} = {text}")
-        return self._checked(node, found)
+        found = Value(self.name(node), _joined([x.kind for x in operands]))
+        return self._checked(node, self._say(found, text))
 
     def _expanded(self, node: fx.Node, given: Value) -> Value:
         """A value over more than it was; what reads it broadcasts."""
@@ -115,18 +131,18 @@ class Body:
             text = f"{given.text}.to({_TYPES[to]}).to(tl.float32)"
         if text == given.text:
             return given
-        found = Value(self._name(node), given.kind)
-        self.lines.append(f"{found.text} = {text}")
-        return found
+        return self._say(Value(self.name(node), given.kind), text)
 
     def _reduced(self, node: fx.Node, name: str) -> Any:
+        if self.in_blocks:
+            raise RefusedError(f"{name} of a row that a program does not hold")
         given = self.value(node.args[0])  # pyright: ignore[reportArgumentType]
         if given.kind not in ("tile", "row") or given.literal:
             raise RefusedError(f"{name} over columns that are all the same")
         kind: Kind = "column" if given.kind == "tile" else "scalar"
         x, keep, width = given.text, self.space.col_mask, self.space.width
         there = f"{keep}[None, :]"
-        own = self._name(node)
+        own = self.name(node)
         if name in ("amax", "amin"):
             away = "float('-inf')" if name == "amax" else "float('inf')"
             self.lines.append(f"{own} = tl.{name[1:]}(tl.where({there}, {x}, {away}), 1)[:, None]")
@@ -149,8 +165,7 @@ class Body:
         over = "" if kind == "scalar" else f", mask={_mask(self.space) if kind == 'tile' else mask[kind]}, other=0.0"
         text = f"tl.load({node.name} + {place}{over})" if place else f"tl.load({node.name})"
         text += " != 0" if dtype(node) == torch.bool else ".to(tl.float32)"
-        self.lines.append(f"{self._name(node)} = {text}")
-        return Value(self._name(node), kind)
+        return self._say(Value(self.name(node), kind), text)
 
     def _place(self, node: fx.Node) -> tuple[str, Kind]:
         """Where an input's elements lie, and over what it runs."""
@@ -185,9 +200,13 @@ class Body:
             raise RefusedError(f"{name_of(node)} changes axes: {list(sizes)} in a space of {list(rows)} rows")
         return found
 
-    def _name(self, node: fx.Node) -> str:
+    def name(self, node: fx.Node) -> str:
         name = node.name
         return f"{name}_" if name in _RESERVED or node.op == "placeholder" else name
+
+
+def _parts(found: Any) -> tuple[Value, ...]:
+    return found if isinstance(found, tuple) else (found,)
 
 
 def _mask(space: Space) -> str:

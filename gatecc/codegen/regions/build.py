@@ -13,8 +13,9 @@ from torch import Tensor
 
 from gatecc.codegen.c.build import folder
 from gatecc.codegen.regions.derivative import gradient_of
-from gatecc.codegen.regions.file import Derivative, Page, print_page
-from gatecc.codegen.regions.region import Region, region_of
+from gatecc.codegen.regions.file import Derivative, Page, print_page, print_steps
+from gatecc.codegen.regions.region import region_of
+from gatecc.codegen.regions.steps import steps_of
 from gatecc.errors import ArgumentError
 from gatecc.ir.files import write_atomic
 
@@ -22,13 +23,12 @@ _PACKAGE = "gatecc_regions_"
 
 
 class Built(NamedTuple):
-    """A region's file, imported: ``operator``, ``launch``, ``reference``, ``kernel``. ``gradient``: the file of the
-    kernel that computes the gradients of the inputs at the places ``by_kernel``; None if ATen computes them all."""
+    """A region's file, imported: ``operator``, ``launch``, ``reference``, ``kernel``. ``gradient``: the file of its
+    gradient, which names its kernels kernel_0 and so on; None without."""
 
     module: ModuleType
     example: tuple[Tensor, ...]
     gradient: ModuleType | None = None
-    by_kernel: tuple[int, ...] = ()
 
 
 def build(
@@ -37,26 +37,17 @@ def build(
     """The file of what a function of tensors computes.
 
     ``example``: tensors of the shapes and dtypes that it will be given, fake ones will do; rows may become more or
-    fewer, columns not. ``notes`` stand in the header. With ``gradient`` the operator can be differentiated: by a kernel
-    as far as its gradient is a region as well, in ATen otherwise. Raises RefusedError with a reason.
+    fewer, columns not. ``notes`` stand in the header. With ``gradient`` the operator can be differentiated: by kernels,
+    and in ATen what has none. Raises RefusedError with a reason.
     """
     region = region_of(function, example, notes)
     print_page(region)  # what has no kernel needs no gradient
     if not gradient:
         return Built(load(write(print_page(region))), tuple(example))
-    derivative = _gradient(region)
-    module = load(write(print_page(region, derivative)))
-    if derivative.file is None:
-        return Built(module, tuple(example))
-    learned = [i for i, there in enumerate(derivative.there) if there]
-    return Built(module, tuple(example), load(derivative.file), tuple(learned[i] for i in derivative.by_kernel))
-
-
-def _gradient(region: Region) -> Derivative:
-    found = gradient_of(region)
-    if found.part is None:
-        return Derivative(found.there, found.rest)
-    return Derivative(found.there, found.rest, found.by_kernel, write(print_page(found.part)))
+    whole, there = gradient_of(region)
+    file = write(print_steps(whole, steps_of(whole.graph, whole.notes)))
+    module = load(write(print_page(region, Derivative(file, there))))
+    return Built(module, tuple(example), load(file))
 
 
 def write(page: Page) -> str:

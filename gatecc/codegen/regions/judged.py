@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gatecc.codegen.judge.compiled import WIDE
+from gatecc.codegen.judge.compiled import WIDE, kernel_names
 from gatecc.codegen.judge.family import DTYPES, Exemption, Family
 from gatecc.codegen.regions.build import Built, build
 
@@ -46,6 +46,16 @@ SAMPLES = {
         (INNER,),
         ((WIDTH, INNER), (WIDTH, INNER), (WIDTH,)),
     ),
+    "norm before": Sample(
+        lambda x, skip, w, scale, bias: F.gelu(F.linear(F.layer_norm(x + skip, (INNER,), scale, bias), w)),
+        (INNER, INNER),
+        ((WIDTH, INNER), (INNER,), (INNER,)),
+    ),
+    "gate of low rank": Sample(
+        lambda x, o, a, b: torch.sigmoid(F.linear(F.linear(x, a), b)) * o,
+        (INNER, WIDTH),
+        ((16, INNER), (WIDTH, 16)),
+    ),
     "gate before, norm behind": Sample(
         lambda x, g, skip, w, scale: F.rms_norm(F.linear(x * torch.sigmoid(g), w) + skip, (WIDTH // 2,), scale, 1e-6),
         (INNER, INNER, WIDTH // 2),
@@ -76,9 +86,13 @@ def family_of(name: str, built: Built, function: Callable[..., Any], example: Ca
         run=lambda given: _named(built.module.launch(*given.values(), wrap=_own)),
         reference=lambda given: _named(function(*given.values())),
         sizes={f"{ROWS} rows": start},
-        exemptions=(
-            Exemption("kernel", "traffic", 6, "a block of columns reads the rows again, one of rows the matrices"),
-            Exemption("kernel", "vector", _widest(built), "rows that are no multiple of 16 bytes begin anywhere"),
+        exemptions=tuple(
+            exemption
+            for kernel in kernel_names(built.module)
+            for exemption in (
+                Exemption(kernel, "traffic", 6, "a block of columns reads the rows again, one of rows the matrices"),
+                Exemption(kernel, "vector", _widest(built), "rows that are no multiple of 16 bytes begin anywhere"),
+            )
         ),
         dtypes=(dtype,),
     )
@@ -97,27 +111,28 @@ def _families() -> Iterator[Family]:
         for kind in DTYPES.values():
             built = build(sample.function, sample.tensors(37, dtype=kind), [f"a sample of the judge: {name}"])
             yield family_of(name, built, sample.function, sample.tensors)
-            if built.gradient is not None:
-                yield _gradient(name, built, sample)
+            if built.gradient is not None and kernel_names(built.gradient):
+                yield gradient_family(name, built, sample.function, sample.tensors)
 
 
-def _gradient(name: str, built: Built, sample: Sample) -> Family:
-    """The family of the kernel of a gradient, whose results are those gradients that it computes."""
+def gradient_family(
+    name: str, built: Built, function: Callable[..., Any], example: Callable[..., list[Tensor]]
+) -> Family:
+    """The family of the kernels of a region's gradient. The arguments are those of ``family_of``."""
 
     def gradients(*given: Tensor) -> Any:
         inputs, grads = given[: len(built.example)], given[len(built.example) :]
         leaves = [x.detach().requires_grad_() for x in inputs]
         with torch.enable_grad():
-            results = tuple(_named(sample.function(*leaves)).values())
-        found = torch.autograd.grad(results, leaves, grads)
-        return tuple(found[i] for i in built.by_kernel)
+            results = tuple(_named(function(*leaves)).values())
+        return torch.autograd.grad(results, leaves, grads)
 
-    def example(rows: int, **options: Any) -> list[Tensor]:
-        given = sample.tensors(rows, **options)
-        return [*given, *(torch.randn_like(x) for x in _named(sample.function(*given)).values())]
+    def with_grads(rows: int, **options: Any) -> list[Tensor]:
+        given = example(rows, **options)
+        return [*given, *(torch.randn_like(x) for x in _named(function(*given)).values())]
 
     gradient = Built(built.gradient, built.example)  # pyright: ignore[reportArgumentType]
-    return family_of(f"{name}, gradient", gradient, gradients, example)
+    return family_of(f"{name}, gradient", gradient, gradients, with_grads)
 
 
 def families() -> tuple[Family, ...]:

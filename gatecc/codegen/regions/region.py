@@ -7,8 +7,8 @@ The space has rows and columns: columns are the last axis, rows all others. A va
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -38,7 +38,7 @@ CASTS = ("_to_copy", "convert_element_type", "to")
 CONSTANTS = ("full", "full_like", "zeros_like", "ones_like", "scalar_tensor", "zeros", "ones")
 PRODUCTS = ("mm", "addmm")
 TRANSPOSES = ("t", "permute", "transpose")
-_WIDEST = 16384  # columns of a row that a program holds
+_WIDEST, WIDEST_PRODUCT = 16384, 256  # columns of a row that a program holds, and of one that it multiplies
 
 
 def decompositions() -> dict[Any, Any]:
@@ -60,14 +60,15 @@ class RefusedError(Exception):
 class Region:
     """``graph``: placeholders are the tensors that it reads, its output the flat tuple of results.
 
-    rows: the sizes of the leading axes; products: its products of matrices, all of one shape. ``notes``: what it
-    computes, in words, for the header of its file.
+    rows: the sizes of the leading axes; products: its products of matrices. ``notes``: what it computes, in words, for
+    the header of its file; ``source``: the graph that is differentiated, if it is another one.
     """
 
     graph: fx.Graph
     rows: tuple[int, ...]
     products: tuple[fx.Node, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    source: fx.Graph | None = None
 
     @property
     def inputs(self) -> list[fx.Node]:
@@ -88,9 +89,9 @@ class Region:
 
     @property
     def width(self) -> int:
-        """Columns of the space."""
+        """Columns of the space. Of products that follow each other, those of the last."""
         return (
-            shape(self.products[0])[-1]
+            shape(self.products[-1])[-1]
             if self.products
             else max(shape(n)[-1] for n in self.inputs if shape(n) and n.users)
         )
@@ -106,6 +107,16 @@ def dtype(node: fx.Node) -> torch.dtype:
     return node.meta["val"].dtype
 
 
+def same_elements(node: fx.Node) -> fx.Node:
+    """What a node is a view of, as long as that has the same columns."""
+    while node.op == "call_function" and name_of(node) in ALIASES and name_of(node) != "expand":
+        given: Any = node.args[0]
+        if shape(given)[-1:] != shape(node)[-1:]:
+            break
+        node = given
+    return node
+
+
 def name_of(node: fx.Node) -> str:
     """What a node calls, without its overload."""
     return "getitem" if "getitem" in str(node.target) else opname(node)
@@ -118,18 +129,26 @@ def region_of(function: Callable[..., Any], example: Sequence[Tensor], notes: Se
         found = function(*given)
         return (found,) if isinstance(found, Tensor) else tuple(found)
 
+    # softmax is differentiated as one operator: through its parts, the gradient of the largest score would be added.
+    table = decompositions()
+    aten = torch.ops.aten
+    softmax = {op: table.pop(op) for op in (aten._softmax.default, aten._log_softmax.default)}
     with torch.no_grad():
-        traced = make_fx(
-            torch.func.functionalize(flat, remove="mutations"),
-            decomposition_table=decompositions(),
-            tracing_mode="fake",
-        )(*example)
-    graph = traced.graph
-    graph.eliminate_dead_code()
+        source = _traced(flat, table, example)
+        parts = any(n.target in softmax for n in source.graph.nodes)
+        graph = _traced(source, table | softmax, example).graph if parts else source.graph
     for node, name in zip([n for n in graph.nodes if n.op == "placeholder"], _letters(example), strict=True):
         node.name = name
         node.target = name
-    return checked(graph, tuple(notes))
+    return replace(checked(graph, tuple(notes)), source=source.graph)
+
+
+def _traced(function: Callable[..., Any], table: dict[Any, Any], example: Sequence[Tensor]) -> fx.GraphModule:
+    made = make_fx(
+        torch.func.functionalize(function, remove="mutations"), decomposition_table=table, tracing_mode="fake"
+    )(*example)
+    made.graph.eliminate_dead_code()
+    return made
 
 
 def _letters(example: Sequence[Tensor]) -> list[str]:
@@ -138,11 +157,8 @@ def _letters(example: Sequence[Tensor]) -> list[str]:
 
 def checked(graph: fx.Graph, notes: tuple[str, ...]) -> Region:
     products = tuple(n for n in graph.nodes if n.op == "call_function" and name_of(n) in PRODUCTS)
-    shapes = {(*shape(p.args[-2]), shape(p)[-1]) for p in products}
-    if len(shapes) > 1:
-        raise RefusedError(f"products of different shapes: {sorted(shapes)}")
     for node in graph.nodes:
-        _check_node(node)
+        check_node(node)
     outputs = graph.output_node().args[0]
     if not isinstance(outputs, tuple) or not all(isinstance(n, fx.Node) and n.op == "call_function" for n in outputs):
         raise RefusedError("a result that is an input, or no tensor")
@@ -150,30 +166,52 @@ def checked(graph: fx.Graph, notes: tuple[str, ...]) -> Region:
     region = Region(graph, rows, products, notes)
     if not any(rows_of(shape(n)[:-1], rows) == "all" for n in region.inputs):
         raise RefusedError("no input has all rows of the results")
-    reduces = any(name_of(n) in REDUCTIONS for n in region.calls)
-    most = 256 if products else _WIDEST
-    if reduces and region.width > most:
+    most = WIDEST_PRODUCT if products else _WIDEST
+    if reduces_behind(region) and region.width > most:
         raise RefusedError(f"rows of {region.width} columns are reduced, a program holds {most}")
     return region
 
 
+def reduces_behind(region: Region) -> bool:
+    """Whether rows of results are reduced: behind the products, if there are any."""
+    return any(name_of(n) in REDUCTIONS for n in ancestors(region.outputs, upto=region.products))
+
+
+def ancestors(nodes: Iterable[fx.Node], upto: Collection[fx.Node] = ()) -> set[fx.Node]:
+    """The nodes and all that they are computed from; nothing that lies before one of ``upto``."""
+    found, left = set[fx.Node](), list(nodes)
+    while left:
+        node = left.pop()
+        if node not in found:
+            found.add(node)
+            left += () if node in upto else node.all_input_nodes
+    return found
+
+
 def _rows(graph: fx.Graph, products: Sequence[fx.Node]) -> tuple[int, ...]:
     """The leading sizes of the space, with as many axes as a value has."""
-    tensors = [n for n in graph.nodes if n.users and isinstance(n.meta.get("val"), Tensor)]
-    shapes = [shape(n) for n in tensors if len(shape(n)) > 1]
+    shapes = _shapes(graph)
     if products:
-        total, K = shape(products[0])[0], shape(products[0].args[-2])[-1]  # pyright: ignore[reportArgumentType]
-        widths = (K, shape(products[0])[-1])
-    else:
-        widths = (max((s[-1] for s in shapes), default=0),)
-        total = max((math.prod(s[:-1]) for s in shapes if s[-1] == widths[0]), default=0)
-    full = [s[:-1] for s in shapes if s[-1] in widths and math.prod(s[:-1]) == total]
+        widths = {w for p in products for w in (shape(p.args[-2])[-1], shape(p)[-1])}  # pyright: ignore[reportArgumentType]
+        return leading_sizes(graph, shape(products[0])[0], widths)
+    widest = max((s[-1] for s in shapes), default=0)
+    return leading_sizes(graph, max((math.prod(s[:-1]) for s in shapes if s[-1] == widest), default=0), {widest})
+
+
+def leading_sizes(graph: fx.Graph, total: int, widths: set[int]) -> tuple[int, ...]:
+    """Those of the values that have so many rows and one of these widths, with as many axes as one has."""
     if min(widths) < 2 or total < 2:
         raise RefusedError("no space of several rows and columns")
-    return max(full, key=len)
+    return max((s[:-1] for s in _shapes(graph) if s[-1] in widths and math.prod(s[:-1]) == total), key=len)
 
 
-def _check_node(node: fx.Node) -> None:
+def _shapes(graph: fx.Graph) -> list[tuple[int, ...]]:
+    tensors = [n for n in graph.nodes if n.users and isinstance(n.meta.get("val"), Tensor)]
+    return [shape(n) for n in tensors if len(shape(n)) > 1]
+
+
+def check_node(node: fx.Node) -> None:
+    """Raises RefusedError for a node that no kernel computes."""
     if node.op == "get_attr":
         raise RefusedError("a constant tensor that is no input")
     value = node.meta.get("val")

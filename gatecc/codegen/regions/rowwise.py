@@ -12,13 +12,19 @@ from gatecc.codegen.regions.region import REDUCTIONS, RefusedError, Region, name
 
 @dataclass(frozen=True)
 class Printed:
-    """A kernel's text, its blocks by make of GPU and number of rows, and what its launcher says besides."""
+    """A kernel's text, its blocks by make of GPU and number of rows, and what its launcher says besides.
+
+    ``fresh``: the lines that make room for results, where that is no tensor of each result's shape; ``finish``: those
+    that make results of what the kernel wrote.
+    """
 
     kernel: str
     blocks: dict[str, list[tuple[int, Blocks]]]
     grid: str
     constants: str = ""
     strides: str = ""
+    fresh: tuple[str, ...] = ()
+    finish: tuple[str, ...] = ()
 
 
 HEAD = """@triton.jit

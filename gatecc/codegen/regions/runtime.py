@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from gatecc.codegen.regions.blocks import Blocks
-from gatecc.codegen.triton.configs import family
+from gatecc.codegen.triton.configs import config, family
 from gatecc.codegen.triton.sizes import cdiv
 
-__all__ = ["Blocks", "cdiv", "choose", "precision"]
+__all__ = ["Blocks", "cdiv", "choose", "parts_of", "precision"]
 
 
 def choose(blocks: dict[str, list[tuple[int, Blocks]]], count: int | torch.SymInt) -> Blocks:
@@ -17,6 +17,12 @@ def choose(blocks: dict[str, list[tuple[int, Blocks]]], count: int | torch.SymIn
     if not isinstance(count, int):
         return choices[-1][1]
     return next((found for most, found in choices if count <= most), choices[-1][1])
+
+
+def parts_of(count: int | torch.SymInt, block: int, programs: int) -> int:
+    """Into how many parts rows are cut that are summed over, so that a GPU has work: none of less than four blocks."""
+    wanted = max(1, config("gatecc.codegen.regions", "over_rows")["programs"] // max(1, programs))
+    return min(wanted, cdiv(count, 4 * block)) if isinstance(count, int) else wanted
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -51,6 +51,7 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "spread": lambda x: x * torch.rsqrt(x.var(-1, keepdim=True) + 0.1),
     "half": lambda x: x.bfloat16().to(x.dtype) if x.dtype == torch.float32 else x,
 }
+CONTINUOUS = set(UNARY) - {"relu", "elu", "leaky", "hardswish", "half", "amax", "log", "log1p", "sqrt", "rsqrt"}
 REDUCING = ("softmax", "log_softmax", "rms", "norm", "mean", "amax", "spread")
 BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "add": lambda x, y: x + y,
@@ -89,6 +90,14 @@ class Drawn:
         found: tuple[Any, ...] = tuple(values[i] for i in self.outputs)
         return found if len(self.outputs) > 1 else found[0]
 
+    @property
+    def smooth(self) -> bool:
+        """Whether its gradient has no jumps, beside which two computations may fall to different sides."""
+        return all(
+            kind == "product" or rest[0] in (CONTINUOUS if kind == "unary" else set(BINARY) - {"max", "where", "div"})
+            for kind, *rest in self.steps
+        )
+
     def many(self, rows: int, **options: Any) -> list[Tensor]:
         """Empty tensors of at least so many rows: the first axis is longer."""
         lead = self.shapes[0][:-1]
@@ -116,21 +125,24 @@ def regions(draw: st.DrawFn) -> Drawn:
     operands = list(range(len(shapes)))  # what steps read: values over columns
     products = draw(st.sampled_from([0, 0, 1, 2]))
     if products:
-        left = len(shapes)
-        shapes += [(*lead, K), (*lead, K)]
-        prologue = draw(st.booleans())
-        linear = draw(st.booleans())
-        weights = [left + 2 + i for i in range(products)]
-        shapes += [(N, K) if linear else (K, N)] * products
-        at = len(shapes)
-        if prologue:
-            steps.append(("binary", "mul", left, left + 1))
-            at += 1
-        for w in weights:
-            steps.append(("product", at - 1 if prologue and w == weights[0] else left, w, linear))
-        first = len(shapes) + prologue
-        operands = [*operands, *range(first, first + products)]
-        current = list(range(first, first + products))
+        left, linear = len(shapes), draw(st.booleans())
+        before = draw(st.sampled_from(["", "", "mul", "rms", "norm", "softmax", "amax", "silu"]))
+        low = draw(st.integers(2, 20)) if draw(st.integers(0, 3)) == 0 else 0  # columns between two products
+        sizes = [(K, low), (low, N)][2 - 2 * bool(low) :] + [(K, N)] * (products - bool(low))
+        shapes += [(*lead, K), (*lead, K), *((n, k) if linear else (k, n) for k, n in sizes)]
+        weights = list(range(left + 2, len(shapes)))
+        at = left
+        if before:
+            steps.append(("binary", "mul", left, left + 1) if before == "mul" else ("unary", before, left))
+            at = len(shapes)
+        if low:
+            steps += [("product", at, weights[0], linear), ("unary", "silu", len(shapes) + len(steps))]
+            at = len(shapes) + len(steps) - 1
+        current = list[int]()
+        for i, w in enumerate(weights[bool(low) :]):
+            current.append(len(shapes) + len(steps))
+            steps.append(("product", left if i else at, w, linear))
+        operands = [*operands, *current]
     else:
         current = [0]
     where = len(shapes) + len(steps)

@@ -49,6 +49,9 @@ def judge(region: Drawn) -> list[str]:
         for made in launches(family, "4096 rows", region.dtype, target):
             found = judge_launch(family, made, "4096 rows", region.dtype, target)
             faults += [f"{target}: {fault}" for fault in found.faults]
+    if region.smooth and region.dtype == "fp32":
+        of_gradient = judged.gradient_family("drawn", built, region, example)
+        faults += [f"gradient: {fault}" for fault in judge_numbers(of_gradient, "37 rows", "fp32").faults]
     return faults
 
 
@@ -85,15 +88,27 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
     "norm": (norm, ((2, 7, 24), (2, 7, 24), (24,))),
     "gated": (gated, ((2, 7, 16), (24, 16), (24,), (2, 7, 24))),
     "rows alone": (lambda x, m: (x * m).sum(-1), ((3, 5, 24), (5, 24))),
+    "norm before": (lambda x, w, s, b: F.linear(F.layer_norm(x, (24,), s, b), w), ((2, 7, 24), (20, 24), (24,), (24,))),
+    "low rank": (
+        lambda x, a, b, o: torch.sigmoid(F.silu(x @ a) @ b) * o,
+        ((2, 7, 24), (24, 5), (5, 30), (2, 7, 30)),
+    ),
+    "two halves": (lambda x, w, u: F.silu(F.linear(x, w)) * F.linear(x, u), ((2, 7, 24), (30, 24), (30, 24))),
     "masked": (lambda x, m: torch.softmax((x * m).masked_fill(m > 1, -1e4), -1), ((2, 7, 24), (7, 24))),
 }
+
+
+def tensor(shape: tuple[int, ...], lead: int = 0) -> Tensor:
+    """``lead``: how many there are of a first axis of three, if it is another number; matrices are small."""
+    shape = (lead, *shape[1:]) if lead and len(shape) == 3 else shape
+    return (torch.randn(shape) * (shape[-1] ** -0.5 if len(shape) == 2 else 1)).requires_grad_()
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_the_operator_and_its_gradient(name: str) -> None:
     """On a CPU: in ATen, also compiled and for other numbers of rows."""
     function, shapes = CALLS[name]
-    given = [torch.randn(s, requires_grad=True) for s in shapes]
+    given = [tensor(s) for s in shapes]
     operator = build(function, [x.detach() for x in given]).module.operator
     assert set(torch.library.opcheck(operator, tuple(given)).values()) == {"SUCCESS"}
 
@@ -103,7 +118,7 @@ def test_the_operator_and_its_gradient(name: str) -> None:
         return torch.autograd.grad(loss, tensors)
 
     compiled = torch.compile(lambda *x: operator(*x), backend="aot_eager", fullgraph=True)
-    more = [torch.randn((6, *s[1:]) if len(s) == 3 else s, requires_grad=True) for s in shapes]
+    more = [tensor(s, 6) for s in shapes]
     for call, tensors in ((operator, given), (compiled, given), (operator, more)):
         for found, wanted in zip(gradients(call, tensors), gradients(function, tensors), strict=True):
             torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
@@ -113,11 +128,36 @@ def test_the_operator_and_its_gradient(name: str) -> None:
 def test_the_kernel_takes_other_numbers_of_rows(name: str) -> None:
     function, shapes = CALLS[name]
     built = build(function, [torch.randn(s) for s in shapes])
-    given = [torch.randn((6, *s[1:]) if len(s) == 3 else s) for s in shapes]
-    with interpreting(built.module) as findings:
-        found = built.module.launch(*given)
-    for ours, wanted in zip(found, parts(function(*given)), strict=True):
-        torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5)
+    given = [tensor(s, 6) for s in shapes]
+    results = parts(function(*given))
+    grads = [torch.randn_like(y) for y in results]
+    assert built.gradient is not None
+    with interpreting(built.module, built.gradient) as findings, torch.no_grad():
+        found = built.module.launch(*given), built.gradient.launch(*given, *grads)
+    for ours, wanted in zip(found, (results, torch.autograd.grad(results, given, grads)), strict=True):
+        for x, y in zip(ours, wanted, strict=True):
+            torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+    assert (findings.outside, findings.raced) == ([], [])
+
+
+def test_gradients_of_weights_are_kernels_that_sum_over_parts_of_the_rows() -> None:
+    """Many rows are cut into parts, each with a program of its own; no result is left to ATen but views."""
+
+    def function(x: Tensor, w: Tensor, s: Tensor, o: Tensor) -> Tensor:
+        return torch.sigmoid(F.linear(F.rms_norm(x, (24,), s), w)) * o
+
+    given = [torch.randn(s, requires_grad=True) for s in ((1000, 24), (20, 24), (24,), (1000, 20))]
+    built = build(function, [x.detach()[:9] if len(x) == 1000 else x.detach() for x in given])
+    assert built.gradient is not None
+    text = Path(str(built.gradient.__file__)).read_text().split("def launch(")[1].split("return")[0]
+    left = {line.split("torch.ops.aten.")[1].split(".")[0] for line in text.splitlines() if "torch.ops.aten" in line}
+    assert left <= {"view", "permute", "_to_copy"}
+    grad = torch.randn(1000, 20)
+    with interpreting(built.gradient) as findings, torch.no_grad():
+        found = built.gradient.launch(*given, grad)
+    exact = torch.autograd.grad(function(*(doubles := [x.double() for x in given])), doubles, grad.double())
+    for ours, wanted in zip(found, exact, strict=True):
+        torch.testing.assert_close(ours.double(), wanted, atol=1e-5, rtol=1e-5)
     assert (findings.outside, findings.raced) == ([], [])
 
 
@@ -141,7 +181,13 @@ REFUSED: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...], str]] 
     "over rows": (lambda x: x.sum(0), ((4, 8),), "over other axes"),
     "prefix sum": (lambda x: x.cumsum(-1), ((4, 8),), "cumsum is not in the table"),
     "heads": (lambda x: x.unflatten(-1, (2, 4)).relu(), ((3, 4, 8),), "changes axes"),
-    "two products": (lambda x, w, u: (x @ w).relu() @ u, ((4, 8), (8, 8), (8, 8)), "another product"),
+    "wide middle": (lambda x, w, u: (x @ w).relu() @ u, ((4, 8), (8, 900), (900, 800)), "anew for each of 7 blocks"),
+    "three products": (
+        lambda x, w, u, v: (x @ w).relu() @ u @ v,
+        ((4, 8), (8, 8), (8, 8), (8, 8)),
+        "three products that follow",
+    ),
+    "read twice": (lambda x, w, u: (y := x @ w, y @ u), ((4, 8), (8, 8), (8, 8)), "by another product and by a result"),
     "other shapes": (lambda x, w, u: (x @ w, x @ u), ((4, 8), (8, 8), (8, 6)), "different shapes"),
     "computed weight": (lambda x, w: x @ w.sigmoid(), ((4, 8), (8, 8)), "right operand is computed"),
     "wide rows": (lambda x: x.softmax(-1), ((2, 20000),), "20000 columns are reduced"),
