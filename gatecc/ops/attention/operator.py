@@ -167,7 +167,7 @@ def attention(
         softcap: cap(s) = softcap tanh(s / softcap) (Gemma 2), before the bias.
         gate_activation: "sigmoid" or "silu" where the gate holds logits, else "identity".
         blocks: booleans, four axes, the first two B and H or 1, the others N and S over the sizes of a block, rounded
-            up: queries of a block see keys of another only where it is True. GPU kernels read no others.
+            up: queries of a block see keys of another only where it is True. Kernels read no others.
         block_sizes: how many queries and how many keys a block has.
 
     A query that sees no key yields zeros, and a logsumexp of -inf; the sink belongs to the logsumexp. Scores are summed

@@ -25,8 +25,8 @@ TILE = 6  # rows of a tile, MR of tiles.h
 ROWS = 192  # of a job, for which a block of keys is packed once
 _LAYOUT = struct.Struct("@5q")
 _NOTHING = _LAYOUT.pack(0, 0, 0, 0, 0)
-_SHARED = struct.Struct("@7q qq ff iii 4x")
-_TENSORS = struct.Struct("@8P")
+_SHARED = struct.Struct("@7q qq qq ff iii 4x")
+_TENSORS = struct.Struct("@9P")
 _GRADIENTS = struct.Struct("@4P")
 _GATE, _BIAS, _SINKS = 3, 4, 5  # places of the operator's tensors
 _MOST = 256  # kinds of calls that are remembered
@@ -117,18 +117,19 @@ class _Given:
         self.gate = None if a.gate is None else _readable(a.gate, a.q.dtype)
         self.bias = None if a.bias is None else _readable(a.bias, a.q.dtype)
         self.sinks = None if a.sinks is None else a.sinks.float().contiguous()
+        self.blocks = None if a.blocks is None else a.blocks if a.blocks.stride(3) == 1 else a.blocks.contiguous()
 
     def pointers(self, out: Tensor, logsumexp: Tensor) -> bytes:
         """``struct tensors`` of problem.h."""
-        given = (self.q, self.k, self.v, self.gate, self.bias, self.sinks, out, logsumexp)
+        given = (self.q, self.k, self.v, self.gate, self.bias, self.sinks, out, logsumexp, self.blocks)
         return _TENSORS.pack(*[0 if x is None else x.data_ptr() for x in given])
 
     def shared(self, out: Tensor) -> bytes:
         """``struct attention`` of problem.h. Making it takes longer than a few tokens do, so it is kept."""
-        tensors = (self.q, self.k, self.v, self.gate, self.bias, out)
+        tensors = (self.q, self.k, self.v, self.gate, self.bias, out, self.blocks)
         layouts = [None if x is None else (x.shape, x.stride(), x.dtype) for x in tensors]
         threads = torch.get_num_threads()
-        key = (*layouts, threads, self.a[TENSORS:])
+        key = (*layouts, threads, self.a._replace(blocks=None)[TENSORS:])
         found = _KEPT.get(key)
         if found is None:
             if len(_KEPT) >= _MOST:
@@ -141,7 +142,7 @@ class _Given:
         (B, H, N, D), (G, S), E = a.q.shape, a.k.shape[1:3], a.v.size(3)
         rows = _rows(B, H, G, N, threads)
         activation = GATE_ACTIVATIONS.index(a.gate_activation)
-        options = (a.window or 0, rows, a.scale, a.softcap or 0.0, a.causal, activation, threads)
+        options = (a.window or 0, rows, *a.block_sizes, a.scale, a.softcap or 0.0, a.causal, activation, threads)
         return _SHARED.pack(*(B, H, G, N, S, D, E), *options)
 
 
@@ -174,8 +175,10 @@ def _layout(x: Tensor | None) -> bytes:
 
 
 def _library(a: Arguments, part: Literal["forward", "backward"] = "forward") -> ctypes.CDLL | None:
-    """None for what is left to ATen: other dtypes, maps of blocks, and calls without a single number."""
-    if a.q.dtype not in DTYPES or a.blocks is not None or not (a.q.numel() and a.k.numel() and a.v.numel()):
+    """None for what is left to ATen: other dtypes, gradients through a map of blocks, and calls without a number."""
+    if a.q.dtype not in DTYPES or not (a.q.numel() and a.k.numel() and a.v.numel()):
+        return None
+    if a.blocks is not None and part == "backward":
         return None
     return library(a.q.dtype, part)
 

@@ -176,9 +176,9 @@ static void backward_job(const void *context, int64_t index) {
     for (int64_t from = 0; from < p->S; from += KEYS) {
         const struct range block = {from, smaller(from + KEYS, p->S)};
         const int64_t count = block.to - from;
-        pack_keys(place(call->t->k, &p->k, b, head, from), p->k.token, count, p->D, w.key_columns);
-        pack_values(place(call->t->k, &p->k, b, head, from), p->k.token, count, p->D, w.key_rows);
-        pack_keys(place(call->t->v, &p->v, b, head, from), p->v.token, count, p->E, w.value_columns);
+        pack_keys(place(call->t->k, &p->k, b, head, from), p->k.token, 0, count, p->D, w.key_columns);
+        pack_values(place(call->t->k, &p->k, b, head, from), p->k.token, 0, count, p->D, w.key_rows);
+        pack_keys(place(call->t->v, &p->v, b, head, from), p->v.token, 0, count, p->E, w.value_columns);
         memset(w.dk, 0, (size_t)(KEYS * w.D) * 4);
         memset(w.dv, 0, (size_t)(KEYS * w.E) * 4);
         for (int64_t j = 0; j < group; j++)

@@ -23,11 +23,11 @@ struct work {  // a job's memory
 
 static void meet(
     const struct attention *p, const struct tensors *t, const struct work *w, int64_t b, int64_t h, int64_t first, int n, int64_t at,
-    struct range block
+    struct range block, struct range run
 ) {
     struct range all = seen(p, first, first + n - 1);
-    all.from = larger(all.from, block.from) - block.from;
-    all.to = smaller(all.to, block.to) - block.from;
+    all.from = larger(all.from, run.from) - block.from;
+    all.to = smaller(all.to, run.to) - block.from;
     if (all.from >= all.to) return;
     const int64_t from = all.from / LANES * LANES, to = whole(all.to, LANES), K = (p->D + PAIR - 1) / PAIR;
     for (int64_t key = from; key < to;) {
@@ -39,8 +39,8 @@ static void meet(
     float most[ROOM_OF_ROWS], keep[ROOM_OF_ROWS];
     for (int r = 0; r < n; r++) {
         struct row row = {seen(p, first + r, first + r), NULL};
-        row.keys.from -= block.from;
-        row.keys.to -= block.from;
+        row.keys.from = larger(row.keys.from, run.from) - block.from;
+        row.keys.to = smaller(row.keys.to, run.to) - block.from;
         if (t->bias)
             row.bias = (const char *)place(t->bias, &p->bias, b, h, first + r) +
                        block.from * p->bias.step * size_of(p->bias.kind);
@@ -110,6 +110,46 @@ struct call {
     int failed;
 };
 
+// Which columns of a map the queries of a job see between them, or a row of it: NULL is all of them.
+static const uint8_t *row_of_map(const struct attention *p, const struct tensors *t, int64_t b, int64_t h, int64_t query) {
+    return t->blocks ? place(t->blocks, &p->blocks, b, h, query / p->block_queries) : NULL;
+}
+static int is_needed(const struct attention *p, const struct tensors *t, int64_t b, int64_t g, struct range queries, int64_t column) {
+    const int64_t group = p->H / p->G;
+    for (int64_t j = 0; j < (p->blocks.head ? group : 1); j++)
+        for (int64_t i = queries.from; i < queries.to; i = (i / p->block_queries + 1) * p->block_queries)
+            if (row_of_map(p, t, b, g * group + j, i)[column]) return 1;
+    return 0;
+}
+
+// The first keys of a range that a row of a map lets pass; empty if there are no more.
+static struct range passed(const struct attention *p, const uint8_t *map, struct range keys) {
+    if (!map) return keys;
+    const int64_t size = p->block_keys;
+    int64_t column = keys.from / size;
+    while (column * size < keys.to && !map[column]) column++;
+    const int64_t from = larger(keys.from, column * size);
+    while (column * size < keys.to && map[column]) column++;
+    return (struct range){from, larger(from, smaller(keys.to, column * size))};
+}
+
+// Pack keys and values of a block; with a map those alone that a query of the job sees, in whole vectors.
+static void pack(const struct attention *p, const struct tensors *t, const struct work *w, int64_t b, int64_t g, struct range queries, struct range keys) {
+    const el *const k = place(t->k, &p->k, b, g, keys.from), *const v = place(t->v, &p->v, b, g, keys.from);
+    const int64_t size = t->blocks ? p->block_keys : p->S, all = keys.to - keys.from;
+    for (int64_t column = keys.from / size, done = 0; column * size < keys.to; column++) {
+        if (t->blocks && !is_needed(p, t, b, g, queries, column)) continue;
+        const int64_t begin = larger(done, (column * size - keys.from) / LANES * LANES);
+        const int64_t end = smaller(all, whole((column + 1) * size - keys.from, LANES));
+        if (begin >= end) continue;
+        pack_keys(k, p->k.token, begin, end, p->D, w->keys);
+        pack_values(v, p->v.token, begin, end, p->E, w->values);
+        done = end;
+    }
+    const int64_t filled = whole(all, PAIR) / PAIR, needed = whole(all, LANES) / PAIR;
+    memset(w->values + filled * w->width, 0, (size_t)((needed - filled) * w->width) * 4);
+}
+
 static void job(const void *context, int64_t index) {
     struct call *const call = (struct call *)(uintptr_t)context;
     const struct attention *const p = call->p;
@@ -140,14 +180,15 @@ static void job(const void *context, int64_t index) {
     const struct range all = seen(p, first, first + queries - 1);
     for (int64_t from = all.from / LANES * LANES; from < all.to; from += BLOCK) {
         const struct range keys = {from, smaller(from + BLOCK, p->S)};
-        const int64_t count = smaller(keys.to, all.to) - from;
-        pack_keys(place(t->k, &p->k, b, g, from), p->k.token, count, p->D, w.keys);
-        pack_values(place(t->v, &p->v, b, g, from), p->v.token, count, p->E, w.values);
-        const int64_t filled = whole(count, PAIR) / PAIR, needed = whole(count, LANES) / PAIR;
-        memset(w.values + filled * w.width, 0, (size_t)((needed - filled) * w.width) * 4);
+        pack(p, t, &w, b, g, (struct range){first, first + queries}, (struct range){from, smaller(keys.to, all.to)});
         for (int64_t j = 0; j < group; j++)
-            for (int64_t i = 0; i < queries; i += MR)
-                meet(p, t, &w, b, g * group + j, first + i, (int)smaller(MR, queries - i), j * queries + i, keys);
+            for (int64_t i = 0, n; i < queries; i += n) {
+                const uint8_t *const map = row_of_map(p, t, b, g * group + j, first + i);
+                n = smaller(MR, queries - i);
+                if (map) n = smaller(n, p->block_queries - (first + i) % p->block_queries);
+                for (struct range run = passed(p, map, keys); run.from < run.to; run = passed(p, map, (struct range){run.to, keys.to}))
+                    meet(p, t, &w, b, g * group + j, first + i, (int)n, j * queries + i, keys, run);
+            }
     }
     for (int64_t j = 0; j < group; j++)
         for (int64_t i = 0; i < queries; i++) finish(p, t, &w, b, g * group + j, first + i, j * queries + i);

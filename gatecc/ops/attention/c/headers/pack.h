@@ -12,10 +12,10 @@ static void pack_query(const el *row, int64_t D, float factor, float *to) {
     }
 }
 
-// Keys as columns: to[panel][lane of D][NR], keys behind ``count`` zero.
-static void pack_keys(const el *keys, int64_t pitch, int64_t count, int64_t D, float *to) {
+// Keys as columns, from ``begin`` on, a whole number of vectors: to[panel][lane of D][NR], keys behind ``count`` zero.
+static void pack_keys(const el *keys, int64_t pitch, int64_t begin, int64_t count, int64_t D, float *to) {
     const int64_t K = (D + PAIR - 1) / PAIR;
-    for (int64_t key = 0; key < count; key += LANES) {
+    for (int64_t key = begin; key < count; key += LANES) {
         float *const panel = to + key / NR * K * NR + key % NR;
         for (int64_t k = 0; k < K; k += LANES) {
             vf x[LANES];
@@ -31,9 +31,9 @@ static void pack_keys(const el *keys, int64_t pitch, int64_t count, int64_t D, f
 }
 
 // Values as rows: to[lane of keys][E in whole vectors], PAIR rows beside each other in a lane.
-static void pack_values(const el *values, int64_t pitch, int64_t count, int64_t E, float *to) {
+static void pack_values(const el *values, int64_t pitch, int64_t begin, int64_t count, int64_t E, float *to) {
     const int64_t width = whole(E, LANES);
-    for (int64_t k = 0; k < count; k += PAIR) {
+    for (int64_t k = begin; k < count; k += PAIR) {
         const el *const row = values + k * pitch;
         for (int64_t e = 0; e < E; e += LANES) {
 #if PAIR == 2

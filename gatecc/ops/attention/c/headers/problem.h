@@ -16,13 +16,16 @@ struct tensors {  // of a call; NULL where there is none
     const float *sinks;  // (H)
     void *out;
     float *logsumexp;  // (B, H, N)
+    const uint8_t *blocks;
 };
 
 struct attention {  // what calls on tensors of the same shapes share
     struct layout q, k, v, gate, bias, out;  // bias: (B, H, N, S)
+    struct layout blocks;                    // (B, H, blocks of queries, blocks of keys): those of them that are seen
     int64_t B, H, G, N, S, D, E;
     int64_t window;  // 0: none
     int64_t rows;    // queries of a job: a block of them for each head of a group
+    int64_t block_queries, block_keys;  // of the map
     float scale, cap;  // 0: none
     int32_t causal, activation, threads, unused;
 };
