@@ -24,6 +24,7 @@ import onnx
 import onnxruntime as ort
 import torch
 import torch.nn.functional as F
+from _onnx_references import contrib_mixture, mixture
 from _table import Row, best_of, main
 from torch import Tensor, nn
 
@@ -32,6 +33,7 @@ import gatecc
 LLAMA: dict[str, Any] = dict(vocab_size=1000, num_hidden_layers=6, max_position_embeddings=4096, use_cache=False)
 HEAD = 64  # channels of the llama that the expert builds
 BARS = {"opt": 0.40, "liger": 0.45}
+ERROR = 1e-5  # of results that are raced
 REPEATS = {1: 60, 16: 60, 128: 8, 512: 4, 2048: 3}
 
 
@@ -252,15 +254,36 @@ def encoder(folder: Path, only: str) -> Iterator[Row]:
     model = minilm().eval()
     ours, theirs = exported(model, inputs, folder / "m" / "a"), baseline(model, inputs, folder / "m" / "b")
     yield Row(f"{name}: nodes over the exporter's", nodes(ours) / nodes(theirs), 0.40)
-    found = ratios(ours, {"exporter": theirs}, {k: v.numpy() for k, v in inputs.items()}, 8)
+    found = ratios(ours, {"exporter": theirs}, {k: v.numpy() for k, v in inputs.items()}, 20)
     yield Row(f"{name}, 8 x 64 tokens: time over the exporter's", found["exporter"], 1.0)
+
+
+def experts(folder: Path, only: str) -> Iterator[Row]:
+    """The mixture of experts of Mixtral beside transformers' form that torch.onnx can export, and the contrib node."""
+    name = "experts, 2 of 8"
+    if only not in name:
+        return
+    torch.manual_seed(0)
+    block, x = mixture(), torch.randn(2, 7, 256)
+    ours = exported(block, {"hidden_states": x}, folder / "e" / "a")
+    others = {
+        "batched_mm": baseline(block, {"hidden_states": x}, folder / "e" / "b"),
+        "com.microsoft.MoE": contrib_mixture(block, folder / "e" / "c"),
+    }
+    for tokens, bars in ((1, {}), (64, {"batched_mm": 1 / 12, "com.microsoft.MoE": 0.75})):
+        given = {"hidden_states": torch.randn(1, tokens, 256).numpy()}
+        results = [np.asarray(session(path).run(None, given)[0]) for path in (ours, *others.values())]
+        error = max(float(np.abs(other - results[0]).max()) for other in results[1:])
+        assert error < ERROR, error
+        for other, ratio in ratios(ours, others, given, REPEATS[128] * (10 if tokens == 1 else 1)).items():
+            yield Row(f"{name}, {tokens} tokens: time over {other}'s", ratio, bars.get(other))
 
 
 def measure() -> Iterator[Row]:
     """The rows of the benchmark, each as soon as it is known."""
     only = os.getenv("GATECC_ONLY", "")
     with tempfile.TemporaryDirectory() as folder:
-        for part in (decoders, small, encoder):
+        for part in (decoders, small, encoder, experts):
             for row in part(Path(folder), only):
                 print(f"{row.what}: {row.figure:.3f}", flush=True)
                 yield row

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from gatecc.codegen.onnx.build import DATA, EXTERNAL, MODEL, Graph, Lower, build
+from gatecc.codegen.onnx.build import DATA, EXTERNAL, MODEL, Capture, Graph, Lower, build
 from gatecc.codegen.onnx.leaves import Call
 from gatecc.codegen.onnx.lower import Target
 from gatecc.codegen.onnx.lowering import Lowering
@@ -94,7 +94,8 @@ def decode(
             do="export with decode=False; gatecc.decoder runs it in torch",
         )
     lowered = partial(lower, target=target, opset=opset, context=reach)
-    graph = _graph(model, step, opset, registry.lowerings(target), lowered, whole.model.metadata_props)
+    again = _again(step, lambda: made.closed(reach, counted=target == "ort"))
+    graph = _graph(model, step, opset, registry.lowerings(target), lowered, whole.model.metadata_props, again)
     _write(graph, whole, folder)
     apart = graph.apart
     check(folder / DECODE, graph.places, apart=apart)
@@ -115,12 +116,19 @@ def _graph(
     forms: Mapping[Any, Lowering],
     lowered: Lower,
     metadata: Mapping[str, str],
+    capture: Capture,
 ) -> Graph:
     program = step.program
     results = program.graph_module(*program.example)
     where: Any = SimpleNamespace(m=model)
     call = Call(where, tuple(program.example), tuple(input_names(step)), tuple(output_names(step)), tuple(results))
-    return build(call, opset, metadata, forms, lambda axes: program, lower=lowered)
+    return build(call, opset, metadata, forms, capture, lower=lowered)
+
+
+def _again(step: Closed, derive: Callable[[], Closed]) -> Capture:
+    """What yields the program of a step, which whoever asks may edit: from the second time on it is derived again."""
+    first = [step.program]
+    return lambda axes: first.pop() if first else derive().program
 
 
 def _write(graph: Graph, whole: Graph, folder: Path) -> None:

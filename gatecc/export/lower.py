@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -14,14 +15,18 @@ from gatecc.pipeline import prepare
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
 
 
-def lower(program: Program, target: Target, opset: int, context: int | None = None) -> list[Outcome]:
+def lower(
+    program: Program, without: Collection[str] = (), *, target: Target, opset: int, context: int | None = None
+) -> list[Outcome]:
     """Lower a program in place; what was put in its ONNX form, and what was not and why.
 
     ``context`` is the number of positions that tables (of rotary embeddings) are made for; None leaves what depends on
     it in the graph. Afterwards `gatecc.capture.exported.exported_program` makes the program what torch.onnx takes.
+    Lowerings of the names ``without`` do not run; raises FailedLoweringError for one that fails, and the program is
+    then good for nothing.
     """
     prepared = prepare(program)
-    return lower_graph(Subject(program, prepared.sites, target, opset, context))
+    return lower_graph(Subject(program, prepared.sites, target, opset, context), without)
 
 
 def context_of(model: nn.Module) -> int | None:

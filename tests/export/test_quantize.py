@@ -166,6 +166,31 @@ def test_products_of_every_spelling_are_one(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.from_numpy(session.run(None, {"x": value.numpy()})[0]), expected)
 
 
+def test_attention_gives_up_its_products() -> None:
+    from gatecc.codegen.onnx.quantizer import plain_products
+
+    torch.manual_seed(0)
+    held = {"w": torch.randn(4, 8 + 8 + 4), "b": torch.randn(20)}
+    x, y = (helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["batch", "sequence", 4]) for n in "xy")
+    mask = helper.make_tensor_value_info("mask", onnx.TensorProto.INT32, ["batch", "sequence"])
+    options: dict[str, Any] = {"num_heads": 2, "qkv_hidden_sizes": [8, 8, 4], "scale": 0.3}
+    node = helper.make_node("Attention", ["x", "w", "b", "mask"], ["y"], domain="com.microsoft", **options)
+    weights = [numpy_helper.from_array(t.numpy(), n) for n, t in held.items()]
+    graph = helper.make_graph([node], "main", [x, mask], [y], weights)
+    opsets = [helper.make_opsetid("", 24), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, ir_version=10, opset_imports=opsets)
+    seen = torch.tensor([[1, 1, 1, 0, 0], [1] * 5], dtype=torch.int32)
+    given = {"x": torch.randn(2, 5, 4).numpy(), "mask": seen.numpy()}
+
+    def run() -> Any:
+        return __import__("onnxruntime").InferenceSession(model.SerializeToString()).run(None, given)[0]
+
+    before = torch.from_numpy(run())
+    plain_products(model)
+    assert [n.op_type for n in model.graph.node] == ["MatMul", "Split", "MultiHeadAttention"]
+    torch.testing.assert_close(torch.from_numpy(run()), before)
+
+
 def test_ranks_and_masks() -> None:
     a = torch.tensor([1.0, 5.0, 2.0, 9.0])
     assert spearman(a, a.exp()) == pytest.approx(1.0)

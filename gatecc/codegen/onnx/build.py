@@ -10,7 +10,7 @@ import io
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence, Set
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -34,6 +34,7 @@ from gatecc.codegen.onnx.dims import Dims, fixed
 from gatecc.codegen.onnx.grouped import split_groups
 from gatecc.codegen.onnx.indices import long_indices
 from gatecc.codegen.onnx.leaves import Call
+from gatecc.codegen.onnx.lower import FailedLoweringError
 from gatecc.codegen.onnx.lowering import Lowering
 from gatecc.codegen.onnx.opset import FREELY_LOADED, raise_opset, written_at
 from gatecc.codegen.onnx.padded import fold_padded_weights
@@ -62,7 +63,7 @@ _OTHER_OPERATOR = "write it with other operators, or select sites or gates witho
 
 Axes = Sequence[set[int]]  # of each input
 Capture = Callable[[Axes], Program]
-Lower = Callable[[Program], Sequence[Outcome]]
+Lower = Callable[[Program, Collection[str]], Sequence[Outcome]]
 
 
 class Freedom(Enum):
@@ -133,7 +134,8 @@ def build(
     """Export one call; gradients are off. Raises CaptureError if a capture fails, ExportError if torch.onnx does.
 
     ``lowerings`` are the ONNX forms of operators that torch.onnx does not know, by overload; ``lower`` edits the
-    captured program in place and says what became of it.
+    captured program in place, without lowerings of some names, and says what became of it. One that fails is left out:
+    an outcome says so.
     ``capture`` captures the call with these axes of its inputs free, by default with scopes traced as they run;
     ``limit`` is the CPU time in seconds that it may take.
     """
@@ -149,7 +151,9 @@ def build(
         source, program = _program(call, capture, axes, limit)
     dims = Dims.of(_values(program, call), call.leaves, call.inputs)
     accepts = compile_guards(size_guards(program, _placeholders(program, call)))
-    outcomes = [] if lower is None else lower(source)
+    outcomes: list[Outcome] = []
+    if lower is not None:
+        source, outcomes = _without_failures(lower, source, lambda: _program(call, capture, axes, limit)[0])
     if outcomes:
         program = exported_program(source)
     model = _convert(_lowered(program, opset, lowerings), call, opset)
@@ -160,6 +164,18 @@ def build(
     clean(model, dims)
     model.metadata_props.update(metadata)
     return Graph(model, dims, accepts, places, lambda: _program(call, capture, axes, None)[1], outcomes)
+
+
+def _without_failures(lower: Lower, source: Program, again: Callable[[], Program]) -> tuple[Program, list[Outcome]]:
+    """A lowered program, and what became of it. A lowering that fails is left out, and the program captured again."""
+    failed: dict[str, Outcome] = {}
+    while True:
+        try:
+            return source, [*lower(source, tuple(failed)), *failed.values()]
+        except FailedLoweringError as e:
+            why = f"the lowering failed and was left out: {reason(e.cause)}"
+            failed[e.lowering] = Outcome(e.lowering, "", "", "the whole graph", reason=why)
+            source = again()
 
 
 def free_axes(leaves: Sequence[torch.Tensor], free: Freedom) -> list[set[int]]:

@@ -174,6 +174,7 @@ def plain_products(model: Any) -> None:
     from onnx import helper
 
     graph = model.graph
+    _take_out_products(graph)
     _turn_weights(graph)
     held = {t.name: t for t in graph.initializer}
     nodes: list[Any] = []
@@ -192,6 +193,32 @@ def plain_products(model: Any) -> None:
         if biased:
             added = helper.make_node("Add", [result, node.input[2]], [node.output[0]], name=f"{node.name}_bias")
             nodes.append(added)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _take_out_products(graph: Any) -> None:
+    """Attention that computes its queries, keys and values is a product, and attention to what it is split in."""
+    from onnx import helper, numpy_helper
+
+    held = {t.name: t for t in graph.initializer}
+    nodes: list[Any] = []
+    for node in graph.node:
+        if (node.domain, node.op_type) != ("com.microsoft", "Attention") or node.input[1] not in held:
+            nodes.append(node)
+            continue
+        options = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        whole, sizes = f"{node.output[0]}_product", options.pop("qkv_hidden_sizes", None)
+        sizes = sizes or [held[node.input[1]].dims[1] // 3] * 3
+        graph.initializer.append(numpy_helper.from_array(np.array(sizes, np.int64), f"{whole}_sizes"))
+        parts = [f"{whole}_{part}" for part in "qkv"]
+        nodes += [
+            helper.make_node("MatMul", node.input[:2], [whole], name=f"{node.name}_product"),
+            helper.make_node("Split", [whole, f"{whole}_sizes"], parts, name=f"{node.name}_parts", axis=-1),
+            helper.make_node(
+                "MultiHeadAttention", [*parts, *node.input[2:]], node.output, node.name, domain=node.domain, **options
+            ),
+        ]
     del graph.node[:]
     graph.node.extend(nodes)
 

@@ -1,7 +1,8 @@
 """The nodes that attention becomes, and what each of them is given.
 
-``GroupQueryAttention`` takes the rotary embedding, a window, a soft cap and one packed product, ``MultiHeadAttention``
-the biases of the products and the padding, Attention of the standard any mask.
+``GroupQueryAttention`` takes the rotary embedding, a window, a soft cap and one packed product; ``Attention`` of ONNX
+Runtime the products of one value and the padding, ``MultiHeadAttention`` the biases of the products and the padding,
+Attention of the standard any mask.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import fx
 
 from gatecc.codegen.onnx.lower.lowering import Subject
-from gatecc.codegen.onnx.lower.packing import packed, tokens_first, unbiased
+from gatecc.codegen.onnx.lower.packing import one_projection, packed, tokens_first, unbiased
 from gatecc.codegen.onnx.lower.rotation import Rotation
 from gatecc.codegen.onnx.lower.sizes import key_counts, positions
 from gatecc.codegen.onnx.lower.views import Views
@@ -78,21 +79,26 @@ def _form(subject: Subject, call: Call) -> Callable[..., tuple[str, fx.Node]]:
 
 def _multi_head(writer: Writer, subject: Subject, call: Call, views: Views) -> tuple[str, fx.Node]:
     site = call.site
-    parts, bias, factor = unbiased(writer, views, call.q, call.k, call.v)
     padding = seen = None
     if call.padding is not None:
         padding, seen = _padding(writer, subject, call.padding, fake_dtype(call.out))
+    attributes: dict[str, Any] = {"num_heads": site.heads}
+    one = one_projection(writer, views, call.q, call.k, call.v)
+    if one is not None:  # the node takes the products as well
+        (inputs, factor), op = one, "Attention"
+        of_keys, of_values = (site.heads * width for width in call.widths)
+        if of_keys != of_values:
+            attributes["qkv_hidden_sizes"] = [of_keys, of_keys, of_values]
+    else:
+        parts, bias, factor = unbiased(writer, views, call.q, call.k, call.v)
+        inputs, op = [*parts, bias], "MultiHeadAttention"
+    attributes["scale"] = float(site.scale or 0.0) * factor
     B, _, N, _ = call.out.meta["val"].shape
-    y = writer.shaped(
-        "com.microsoft::MultiHeadAttention",
-        [*parts, bias, padding],
-        {"num_heads": site.heads, "scale": float(site.scale or 0.0) * factor},
-        (B, N, site.heads * call.widths[1]),
-        fake_dtype(call.out),
-    )
+    shape = (B, N, site.heads * call.widths[1])
+    y = writer.shaped(f"com.microsoft::{op}", [*inputs, padding], attributes, shape, fake_dtype(call.out))
     if seen is not None:  # of a sample without tokens the node takes all keys, torch none
         y = writer.call(aten.mul.Tensor, y, seen)
-    return "MultiHeadAttention" + " with padding" * (padding is not None), y
+    return op + " with its products" * (one is not None) + " with padding" * (padding is not None), y
 
 
 def _padding(writer: Writer, subject: Subject, given: fx.Node, dtype: torch.dtype) -> tuple[fx.Node, fx.Node]:

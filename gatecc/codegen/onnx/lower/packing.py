@@ -12,6 +12,8 @@ from gatecc.codegen.onnx.lower.write import Writer, aten
 from gatecc.ir.ops import opname
 from gatecc.ir.program import Program
 
+_SPLITS = ("split", "split_with_sizes", "chunk", "tensor_split")
+
 
 def tokens_first(writer: Writer, views: Views, node: fx.Node) -> fx.Node:
     """(B, heads, N, D) as (B, N, heads * D): what was split into heads, if that is all that was done to it."""
@@ -49,6 +51,28 @@ def unbiased(
     return plain, bias, factor
 
 
+def one_projection(
+    writer: Writer, views: Views, q: fx.Node, k: fx.Node, v: fx.Node
+) -> tuple[tuple[fx.Node, fx.Node, fx.Node | None], float] | None:
+    """The value (B, N, C) that all three are products of, the weights of all as one matrix (C, columns), and the
+    biases; and what the scores are to be multiplied by. None if they are no products of one value, or others read
+    them."""
+    parts, factor = _plain(writer, views, q, k, v)
+    product = _split(parts)
+    if product is None and _alike(writer.program, parts):
+        product = _one_product(writer, parts)
+    if product is None or opname(product) != "linear":
+        return None
+    if any(user.op == "call_function" and opname(user) not in _SPLITS for user in product.users):
+        return None
+    x, weight, bias = product.args
+    assert isinstance(x, fx.Node)
+    if len(x.meta["val"].shape) != 3:
+        return None
+    turned = writer.call(aten.t.default, weight)
+    return (x, turned, bias if isinstance(bias, fx.Node) else None), factor
+
+
 def _has_bias(node: fx.Node) -> bool:
     return opname(node) == "linear" and isinstance(node.args[2], fx.Node) and len(node.users) == 1
 
@@ -75,7 +99,7 @@ def _unscaled(node: fx.Node, views: Views) -> tuple[fx.Node, float]:
 def _split(parts: Sequence[fx.Node]) -> fx.Node | None:
     """What the parts are consecutive pieces of."""
     source = parts[0].args[0] if opname(parts[0]) == "getitem" else None
-    if not isinstance(source, fx.Node) or opname(source) not in ("split", "split_with_sizes", "chunk", "tensor_split"):
+    if not isinstance(source, fx.Node) or opname(source) not in _SPLITS:
         return None
     whole = source.args[0]
     if not isinstance(whole, fx.Node) or len(source.meta["val"]) != len(parts):

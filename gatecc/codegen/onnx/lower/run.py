@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from torch import fx
 
@@ -12,19 +12,31 @@ from gatecc.ir.ops import DROPOUTS, opname
 from gatecc.ir.outcome import Outcome
 
 
-def lower_graph(subject: Subject) -> list[Outcome]:
+class FailedLoweringError(Exception):
+    """A lowering that raised; what it did to the program is not taken back."""
+
+    def __init__(self, lowering: str, cause: Exception) -> None:
+        super().__init__(f"{lowering}: {type(cause).__name__}: {cause}")
+        self.lowering, self.cause = lowering, cause
+
+
+def lower_graph(subject: Subject, without: Collection[str] = ()) -> list[Outcome]:
     """Put what is recognised in the program in the form of ONNX nodes, in place; what was done and what was not.
 
     ``subject.program`` is canonical; its sites are those of the program as it is. Any Program will do: that of a full
     call or that of a decoder's step. The graph is ready for `gatecc.capture.exported.exported_program` afterwards.
+    Lowerings of the names ``without`` do not run. Raises FailedLoweringError.
     """
     outcomes: list[Outcome] = []
     for kind in _order():
-        if subject.target not in kind.targets or subject.opset < kind.since:
+        if subject.target not in kind.targets or subject.opset < kind.since or kind.name in without:
             continue
-        outcomes += kind().lower(subject)
-        subject.program.graph.eliminate_dead_code(_may_stay)
-    subject.program.graph.lint()
+        try:
+            outcomes += kind().lower(subject)
+            subject.program.graph.eliminate_dead_code(_may_stay)
+            subject.program.graph.lint()
+        except Exception as e:
+            raise FailedLoweringError(kind.name, e) from e
     return outcomes
 
 
@@ -50,4 +62,4 @@ def _order() -> Iterator[type[GraphLowering]]:
     return (GRAPH_LOWERINGS[name] for name in done)
 
 
-__all__ = ["UnwritableError", "lower_graph"]
+__all__ = ["FailedLoweringError", "UnwritableError", "lower_graph"]

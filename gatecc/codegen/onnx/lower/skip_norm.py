@@ -47,7 +47,7 @@ class SkipNorm(GraphLowering):
         views = Views(flow)
         for norm in [n for node in subject.program.calls() if (n := _norm(node)) is not None]:
             total = views.idle(norm.x)
-            if opname(total) != "add" or total in done:
+            if opname(total) != "add" or total in done or _is_of_positions(norm, total):
                 continue
             if reason := _unfit(norm, total, flow):
                 yield self.left(norm.node, "a norm of a sum", reason)
@@ -92,6 +92,13 @@ def _norm(node: fx.Node) -> _Norm | None:
     if not isinstance(x, fx.Node) or not isinstance(scale, fx.Node) or len(tuple(axes)) != 1:
         return None
     return _Norm(node, x, scale, shift if isinstance(shift, fx.Node) else None, float(epsilon))
+
+
+def _is_of_positions(norm: _Norm, total: fx.Node) -> bool:
+    """Whether a summand is one for all samples. ``SkipLayerNormalization`` is seven times as slow as Add and
+    LayerNormalization there (1,000 and 150 us for 512 x 384), into which ONNX Runtime fuses those of equal shapes."""
+    shapes = [node_shape(n) or () for n in (*total.args[:2], total) if isinstance(n, fx.Node)]
+    return not is_rms_norm(norm.node) and any(not _fits(shape, shapes[-1]) for shape in shapes[:-1])
 
 
 def _unfit(norm: _Norm, total: fx.Node, flow: Flow) -> str:
