@@ -64,7 +64,7 @@ def contrib_mixture(block: Any, folder: Path) -> Path:
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", "sequence", width])]
         for name in ("hidden_states", "output_0")
     ]
-    graph = helper.make_graph(nodes, "mixture", *ends, [*held, shape])
+    graph = helper.make_graph(nodes, "mixture", ends[0], ends[1], [*held, shape])
     opsets = [helper.make_opsetid("", 24), helper.make_opsetid("com.microsoft", 1)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), folder / "model.onnx")
     return folder / "model.onnx"
