@@ -25,7 +25,7 @@ def print_aten(graph: fx.Graph, name: str, rows: tuple[int, ...], leader: fx.Nod
 def print_function(head: str, body: Sequence[str], graph: fx.Graph, leader: fx.Node) -> str:
     """A function of these lines that returns the results of a graph."""
     lines = [head]
-    if any("*lead" in line for line in body):
+    if any("*lead" in line or "lead[" in line for line in body):
         lines.append(f"    lead = {leader.name}.shape[:{len(shape(leader)) - 1}]")
     if any("device=device" in line for line in body):
         lines.append(f"    device = {leader.name}.device")
@@ -75,6 +75,12 @@ def _sizes(sizes: Any, rows: tuple[int, ...]) -> str:
         return f"[{', '.join(['*lead', *map(str, found[len(rows) :])])}]"
     if found and found[0] == math.prod(rows):
         return f"[{', '.join(['-1', *map(str, found[1:])])}]"
+    for axes in (len(found), len(found) - 1):  # the last leading axes, or 1 in their place; without or with columns
+        own = [*rows][-axes:] if 0 < axes <= len(rows) and len(rows) > 1 else []
+        if any(s > 1 for s in found[:axes]) and own and all(s in (1, n) for s, n in zip(found, own, strict=False)):
+            first = len(rows) - axes
+            sizes = [f"lead[{first + i}]" if s > 1 else "1" for i, s in enumerate(found[:axes])]
+            return f"[{', '.join([*sizes, *map(str, found[axes:])])}]"
     return repr(found)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -235,18 +236,23 @@ def _filled(node: fx.Node, name: str) -> Any:
 
 
 def _mapped(rows: str, lead: tuple[int, ...], space: tuple[int, ...]) -> str:
-    """The row of an input that lacks some of the leading axes, from the row of the space."""
+    """The row of an input that lacks some of the leading axes, from the row of the space. Their sizes are those of the
+    call: lead1, lead2 ..., of the space."""
     padded = (1,) * (len(space) - len(lead)) + lead
     parts: list[str] = []
-    inner, stride = math.prod(space), math.prod(padded)
-    for size, own in zip(space, padded, strict=True):
-        inner //= size
-        stride //= own
-        if own > 1:
-            parts.append(_part(rows, inner, size, stride))
+    for axis, own in enumerate(padded):
+        if own == 1:
+            continue
+        behind = range(axis + 1, len(space))
+        inner = " * ".join(f"lead{i}" for i in behind)
+        stride = "".join(f" * lead{i}" for i in behind if padded[i] > 1)
+        index = f"{rows} // ({inner})" if inner else rows
+        parts.append((f"({index}) % lead{axis}" if axis else f"({index})") + stride)
     return " + ".join(parts) or f"{rows} * 0"
 
 
-def _part(rows: str, inner: int, size: int, stride: int) -> str:
-    index = rows if inner == 1 else f"{rows} // {inner}"
-    return f"{index} % {size}" + (f" * {stride}" if stride > 1 else "")
+def counts(region: Region, lines: Iterable[str]) -> str:
+    """The names of sizes that a kernel with these lines is given: how many rows, and which leading axes they are of."""
+    if not any("lead1" in line or "lead2" in line for line in lines):
+        return "count"
+    return ", ".join(["count", *(f"lead{i}" for i in range(1, len(region.rows)))])

@@ -14,7 +14,7 @@ from torch import fx
 
 from gatecc.codegen.regions.alive import most_alive
 from gatecc.codegen.regions.blocks import Products, loses, product_blocks
-from gatecc.codegen.regions.body import Body, Space, Value
+from gatecc.codegen.regions.body import Body, Space, Value, counts
 from gatecc.codegen.regions.chain import chain_of, is_transposed, left_of, operand
 from gatecc.codegen.regions.reduced import print_reduced
 from gatecc.codegen.regions.region import RefusedError, Region, dtype, name_of, reduces_behind
@@ -22,7 +22,7 @@ from gatecc.codegen.regions.rowwise import Printed, stored
 from gatecc.codegen.triton.sizes import block_of
 
 HEAD = """@triton.jit
-def kernel({arguments}, count, {strides}, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+def kernel({arguments}, {counts}, {strides}, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
            BLOCK_INNER: tl.constexpr, PRECISION: tl.constexpr):
     # Programs that run at the same time take few rows and few columns, so that operands come from the cache.
     across = tl.cdiv({width}, BLOCK_COLS)
@@ -95,13 +95,14 @@ def print_matmul(region: Region) -> Printed:
     strides = ", ".join(f"{w.name}.stride({axis})" for w in dict.fromkeys(weights) for axis in _axes(region, w))
     grid = f"(cdiv(count, blocks.rows) * cdiv({N}, blocks.cols),)"
     constants = f", BLOCK_INNER=blocks.inner, PRECISION=precision({lefts[0].meta['val'].dtype})"
-    return Printed(text, product_blocks(shape_of), grid, constants, f", {strides}")
+    sizes = counts(region, text.splitlines())
+    return Printed(text, product_blocks(shape_of), grid, constants, f", {strides}", counts=sizes)
 
 
 def _text(region: Region, weights: list[fx.Node], lines: list[str]) -> str:
     arguments = ", ".join([*(n.name for n in region.inputs), *(f"out{i}" for i in range(len(region.outputs)))])
     strides = ", ".join(f"{w.name}_inner, {w.name}_col" for w in weights)
-    head = HEAD.format(arguments=arguments, strides=strides, width=region.width)
+    head = HEAD.format(arguments=arguments, counts=counts(region, lines), strides=strides, width=region.width)
     return head + "".join(f"    {line}\n" for line in lines)
 
 

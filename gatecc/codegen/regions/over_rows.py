@@ -14,7 +14,7 @@ from torch import fx
 
 from gatecc.codegen.regions.alive import most_alive
 from gatecc.codegen.regions.blocks import MANY, Blocks, Products, product_blocks, rowwise_blocks
-from gatecc.codegen.regions.body import Body, Space
+from gatecc.codegen.regions.body import Body, Space, counts
 from gatecc.codegen.regions.region import (
     REDUCTIONS,
     TRANSPOSES,
@@ -37,7 +37,7 @@ PART = """    # A part of the rows for each program; the parts are added up behi
     end = tl.minimum(begin + each, count)
 """
 PRODUCT = """@triton.jit
-def kernel({arguments}, count, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_INNER: tl.constexpr,
+def kernel({arguments}, {counts}, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_INNER: tl.constexpr,
            PRECISION: tl.constexpr):
     across = tl.cdiv({N}, BLOCK_COLS)
     down = tl.program_id(0) // across * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -53,7 +53,7 @@ def kernel({arguments}, count, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexp
     tl.store(out0 + place, product, mask=down_mask[:, None] & col_mask[None, :])
 """
 SUMS = """@triton.jit
-def kernel({arguments}, count, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+def kernel({arguments}, {counts}, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
     cols = tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     col_mask = cols < {N}
 {part}{begun}    for start in range(begin, end, BLOCK_ROWS):
@@ -134,7 +134,8 @@ def _product(region: Region) -> Printed:
         make: [(0, choices[-1][1])]
         for make, choices in product_blocks(Products(N, MANY, 1, tiles, dtype(left), whole=False), rows=M).items()
     }
-    text = PRODUCT.format(arguments=_arguments(region), M=M, N=N, part=PART.format(block="BLOCK_INNER"), loop=_in(loop))
+    sizes = {"arguments": _arguments(region), "counts": counts(region, loop)}
+    text = PRODUCT.format(**sizes, M=M, N=N, part=PART.format(block="BLOCK_INNER"), loop=_in(loop))
     constants = f", BLOCK_INNER=blocks.inner, PRECISION=precision({left.meta['val'].dtype})"
     down = f"cdiv({M}, blocks.rows) * cdiv({N}, blocks.cols)"
     return _printed(region, text, blocks, down, "inner", [(M, N)], constants)
@@ -158,6 +159,7 @@ def _sums(region: Region) -> Printed:
     blocks = rowwise_blocks(width, most_alive(body.lines, body.tiles()), reduces=reduces)
     text = SUMS.format(
         arguments=_arguments(region),
+        counts=counts(region, body.lines),
         N=width,
         part=PART.format(block="BLOCK_ROWS"),
         begun="".join(begun),
@@ -184,7 +186,8 @@ def _printed(
         each = ", ".join(map(str, size))
         fresh.append(f"out{i} = torch.empty([parts, {each}], dtype=torch.float32, device={leader}.device)")
         finish.append(f"out{i} = out{i}.sum(0).to({dtype(node)}).view({list(shape(node))})")
-    return Printed(text, blocks, f"({programs}, parts)", constants, fresh=tuple(fresh), finish=tuple(finish))
+    given, grid = counts(region, [text]), f"({programs}, parts)"
+    return Printed(text, blocks, grid, constants, fresh=tuple(fresh), finish=tuple(finish), counts=given)
 
 
 def _arguments(region: Region) -> str:

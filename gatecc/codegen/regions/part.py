@@ -7,7 +7,7 @@ from torch import fx
 from gatecc.codegen.regions.chain import operand
 from gatecc.codegen.regions.matmul import print_matmul
 from gatecc.codegen.regions.over_rows import is_row_product, is_row_sum, print_sums
-from gatecc.codegen.regions.region import Region, dtype, rows_of, shape
+from gatecc.codegen.regions.region import RefusedError, Region, dtype, rows_of, shape
 from gatecc.codegen.regions.rowwise import Printed, print_rowwise
 
 PART = '''# By make of GPU: for up to so many rows, these blocks.
@@ -19,11 +19,11 @@ BLOCKS{number} = {blocks}
 def launch{number}({inputs}, wrap=wrap_triton):
     """The results, by the kernel."""
     {contiguous}
-    count = {leader}.numel() // {leader}.shape[-1]
+    {counts} = {numbers}
     blocks = choose(BLOCKS{number}, count)
 {fresh}
     wrap(kernel{number})[{grid}](
-        {inputs}, {outputs}, count{strides},
+        {inputs}, {outputs}, {counts}{strides},
         BLOCK_ROWS=blocks.rows, BLOCK_COLS=blocks.cols{constants},
         num_warps=blocks.warps, num_stages=blocks.stages,
     )
@@ -33,7 +33,10 @@ def launch{number}({inputs}, wrap=wrap_triton):
 
 def print_part(region: Region, number: str = "") -> str:
     """Kernel and launcher. ``number`` stands behind their names. Raises RefusedError if there is no kernel."""
-    printed = print_kernel(region)
+    printed, leader = print_kernel(region), region.leader.name
+    sizes = [f"{leader}.shape[{i}]" for i in range(1, printed.counts.count(",") + 1)]
+    if sizes and len(shape(region.leader)) <= len(region.rows):
+        raise RefusedError("an input that lacks some leading axes, and none that has them all")
     outputs = [f"out{i}" for i in range(len(region.outputs))]
     fresh = printed.fresh or [_fresh(region, n, out) for n, out in zip(region.outputs, outputs, strict=True)]
     return PART.format(
@@ -42,7 +45,8 @@ def print_part(region: Region, number: str = "") -> str:
         kernel=printed.kernel.replace("def kernel(", f"def kernel{number}(", 1),
         inputs=", ".join(n.name for n in region.inputs),
         outputs=", ".join(outputs),
-        leader=region.leader.name,
+        counts=printed.counts,
+        numbers=", ".join([f"{leader}.numel() // {leader}.shape[-1]", *sizes]),
         contiguous=_contiguous(region),
         fresh="\n".join(f"    {line}" for line in fresh),
         finish="".join(f"    {line}\n" for line in printed.finish),

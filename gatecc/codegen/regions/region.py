@@ -84,8 +84,9 @@ class Region:
 
     @property
     def leader(self) -> fx.Node:
-        """An input that has all rows: from it their number is read."""
-        return next(n for n in self.inputs if rows_of(shape(n)[:-1], self.rows) == "all")
+        """An input that has all rows, in as many axes as there is one: from it their numbers are read."""
+        there = [n for n in self.inputs if rows_of(shape(n)[:-1], self.rows) == "all"]
+        return max(there, key=lambda n: len(shape(n)))
 
     @property
     def width(self) -> int:

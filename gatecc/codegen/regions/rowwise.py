@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gatecc.codegen.regions.blocks import Blocks, rowwise_blocks
-from gatecc.codegen.regions.body import Body, Space
+from gatecc.codegen.regions.body import Body, Space, counts
 from gatecc.codegen.regions.region import REDUCTIONS, RefusedError, Region, name_of, rows_of, shape
 
 
@@ -15,7 +15,7 @@ class Printed:
     """A kernel's text, its blocks by make of GPU and number of rows, and what its launcher says besides.
 
     ``fresh``: the lines that make room for results, where that is no tensor of each result's shape; ``finish``: those
-    that make results of what the kernel wrote.
+    that make results of what the kernel wrote. ``counts``: the sizes that it is given, see body.counts.
     """
 
     kernel: str
@@ -25,10 +25,11 @@ class Printed:
     strides: str = ""
     fresh: tuple[str, ...] = ()
     finish: tuple[str, ...] = ()
+    counts: str = "count"
 
 
 HEAD = """@triton.jit
-def kernel({arguments}, count, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+def kernel({arguments}, {counts}, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     cols = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     row_mask, col_mask = rows < count, cols < {width}
@@ -42,13 +43,14 @@ def print_rowwise(region: Region) -> Printed:
     for index, output in enumerate(region.outputs):
         body.lines.append(stored(body, output, index))
     arguments = ", ".join([*(n.name for n in region.inputs), *(f"out{i}" for i in range(len(region.outputs)))])
-    text = HEAD.format(arguments=arguments, width=region.width)
+    sizes = counts(region, body.lines)
+    text = HEAD.format(arguments=arguments, counts=sizes, width=region.width)
     text += "".join(f"    {line}\n" for line in body.lines)
     tiles = len(region.inputs) + len(region.outputs)
     reduces = any(name_of(n) in REDUCTIONS for n in region.calls)
     blocks = rowwise_blocks(region.width, tiles, reduces=reduces)
     grid = f"(cdiv(count, blocks.rows), cdiv({region.width}, blocks.cols))"
-    return Printed(text, {make: [(0, b)] for make, b in blocks.items()}, grid)
+    return Printed(text, {make: [(0, b)] for make, b in blocks.items()}, grid, counts=sizes)
 
 
 def stored(body: Body, output: Any, index: int) -> str:

@@ -140,6 +140,27 @@ def test_the_kernel_takes_other_numbers_of_rows(name: str) -> None:
     assert (findings.outside, findings.raced) == ([], [])
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (((2, 7, 24), (7, 24), (2, 1, 1)), ((3, 12, 24), (12, 24), (3, 1, 1))),
+        (((2, 3, 7, 24), (3, 1, 24), (2, 1, 7, 1)), ((4, 5, 9, 24), (5, 1, 24), (4, 1, 9, 1))),
+    ],
+)
+def test_every_leading_axis_may_be_longer(first: Any, second: Any) -> None:
+    """Inputs that lack some of them are read by the sizes of the call."""
+    built = build(lambda x, m, c: torch.sigmoid(x * m) + c, [torch.randn(s) for s in first])
+    given = [torch.randn(s, requires_grad=True) for s in second]
+    y = torch.sigmoid(given[0] * given[1]) + given[2]
+    grad = torch.randn_like(y)
+    assert built.gradient is not None
+    with interpreting(built.module, built.gradient) as findings, torch.no_grad():
+        found = *built.module.launch(*given), *built.gradient.launch(*given, grad)
+    for ours, wanted in zip(found, (y, *torch.autograd.grad(y, given, grad)), strict=True):
+        torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5)
+    assert (findings.outside, findings.raced) == ([], [])
+
+
 def test_gradients_of_weights_are_kernels_that_sum_over_parts_of_the_rows() -> None:
     """Many rows are cut into parts, each with a program of its own; no result is left to ATen but views."""
 
