@@ -161,7 +161,7 @@ def decoding() -> Iterator[Row]:
         state.data_ptr(),
         o.data_ptr(),
     )
-    packed = STEP.pack(*pointers, 8, D, 1, 1, 1, 1, D**-0.5, 1)
+    packed = STEP.pack(*pointers, 8, D, 1, 1, 1, 1, D**-0.5, 0.0, 1)
     many = range(2000)
     step, operator = bound(), torch.ops.gatecc.linear_attention_step.default
     token = [x.unsqueeze(2) for x in (q, k, v, g)]

@@ -116,6 +116,7 @@ SECTIONS: tuple[Callable[[], Iterator[Row]], ...] = (experts, linear_attention)
 
 def measure(names: list[str]) -> Iterator[Row]:
     """The rows of the sections that are named, of all if none is."""
+    torch.compile(torch.sin)(torch.ones(64))  # the compiler's own first use
     for section in SECTIONS:
         if not names or section.__name__ in names:
             torch.manual_seed(0)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,6 +27,7 @@ from gatecc.ir.ops import argument
 from gatecc.ir.program import Program, attribute
 from gatecc.ir.select import Selector, select
 from gatecc.ir.site import Attention, Residual, Site
+from gatecc.ops.linear_attention import gates
 from gatecc.pipeline import prepare
 from gatecc.scope.hooks import UNSEEN
 from gatecc.scope.state import scopes
@@ -286,8 +286,7 @@ class _Watch(TorchDispatchMode):
         log_decay = options.get("log_decay", args[3] if len(args) > 3 else None)
         if func.name().startswith("gatecc::linear_attention") and isinstance(log_decay, Tensor):
             owner = self.running[-1] if self.running else ""
-            if options.get("gate_normalizer") is not None:
-                log_decay = F.logsigmoid(log_decay.float()) / options["gate_normalizer"]
+            log_decay = gates.log_decay(log_decay, options.get("gate_normalizer"))
             self.count[owner] = self.count.get(owner, -1) + 1
             self.found.append(decay_of(log_decay, f"{owner}#{self.count[owner]}", args[0].shape[2]))
         return func(*args, **options)

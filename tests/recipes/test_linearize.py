@@ -12,6 +12,7 @@ from torch import Tensor
 
 import gatecc
 from gatecc.errors import CallNotCapturedError, SiteRefusedError
+from gatecc.ops.linear_attention.gates import log_decay
 from tests.recipes.checks import case, causal, gradients, new_parameters, randomise, reverted
 from tests.recipes.tiny import HEAD, HEADS, reference, tiny
 
@@ -222,7 +223,7 @@ def test_memories_of_many_lengths() -> None:
     options: dict[str, Any] = {"feature": "hedgehog", "rope": True, "normalize": True, "norm": False, "gate": False}
     model: Any = gatecc.transform(plain, gatecc.recipe("gla", longest=256.0, **options), (X,), verify=False)
     with torch.no_grad():
-        decay = model.blocks[0].attn.mixer.decays[0](X)
+        decay = log_decay(model.blocks[0].attn.mixer.decays[0](X), 16.0)
     halves = 0.5 ** (1 / torch.tensor([2.0, *(2 * 128 ** (i / 7) for i in range(1, 7)), 256.0]))
     assert torch.allclose(decay.exp(), halves.expand_as(decay), atol=1e-5)
     one = torch.full_like(X, 0.3)  # equal values: an average of them is each of them

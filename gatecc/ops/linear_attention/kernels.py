@@ -16,16 +16,16 @@ from gatecc.ops.linear_attention.chunk import chunked
 from gatecc.ops.linear_attention.problem import Body, Gradients, Problem
 from gatecc.ops.linear_attention.reference import token_by_token
 
-# (q, k, v, log_decay, beta, state, scale) -> (o, the state after the token); None if it is declined.
+# (q, k, v, log_decay, beta, state, scale, normalizer) -> (o, the state after the token); None if it is declined. With a
+# normalizer log_decay holds logits, as in a Problem.
 Step = Callable[
-    [Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor, float | None], tuple[Tensor, Tensor] | None
+    [Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor, float | None, float | None],
+    tuple[Tensor, Tensor] | None,
 ]
 
 
 class Kernels(Protocol):
     """What a device does itself."""
-
-    activates: bool  # whether it takes logits in the place of log decays (Problem.normalizer)
 
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor] | None:
         """o: (B, H, N, E), in any dtype, and the final state, (S, H, Dk, E), a tensor of its own."""
@@ -71,7 +71,7 @@ def register(device: str, kernels: Kernels) -> None:
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """o and the final state, by the device's kernel or in ATen."""
     kernels = KERNELS.get(problem.q.device.type)
-    found = kernels.forward(problem if kernels.activates else problem.activated()) if kernels else None
+    found = kernels.forward(problem) if kernels else None
     if found is not None:
         return found
     o, state = problem.run(form(problem))
@@ -81,11 +81,8 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
 def backward(problem: Problem, grad_o: Tensor, grad_state: Tensor) -> Gradients:
     """Gradients of the problem's tensors, by the device's kernel or in ATen."""
     kernels = KERNELS.get(problem.q.device.type)
-    given = problem if kernels is None or kernels.activates else problem.activated()
-    found = kernels.backward(given, grad_o, grad_state.contiguous()) if kernels else None
-    if found is None:
-        return problem.differentiate(form(problem), grad_o, grad_state)
-    return found if given is problem else problem.through_activation(found)
+    found = kernels.backward(problem, grad_o, grad_state.contiguous()) if kernels else None
+    return problem.differentiate(form(problem), grad_o, grad_state) if found is None else found
 
 
 def form(problem: Problem) -> Body:

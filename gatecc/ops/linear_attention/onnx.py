@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from gatecc.codegen.onnx.lowering import Lowering
 from gatecc.codegen.onnx.place import place
 from gatecc.errors import ExportError
 from gatecc.ir.ops import named
+from gatecc.ops.linear_attention import gates
 from gatecc.ops.linear_attention.arguments import Arguments, arguments
 from gatecc.ops.linear_attention.onnx_forms import OPSET27, ORT, Recurrence, spelled_out
 from gatecc.ops.registry import Target
@@ -61,10 +61,9 @@ def lowering(recurrence: Recurrence) -> Lowering:
         gate_normalizer: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         del cu_seqlens
-        if gate_normalizer is not None and log_decay is not None:
-            log_decay = F.logsigmoid(log_decay.float()) / gate_normalizer
         options: dict[str, Any] = {"scale": scale, "reverse": reverse, "normalize": normalize, "mask": mask}
-        return _around(recurrence, arguments(q, k, v, log_decay, beta, initial_state, **options))
+        decay = None if log_decay is None else gates.log_decay(log_decay, gate_normalizer)
+        return _around(recurrence, arguments(q, k, v, decay, beta, initial_state, **options))
 
     return Lowering(form, _check, _fixed)
 

@@ -139,7 +139,7 @@ def linear_attention(
         cu_seqlens: (S + 1,) where packed sequences begin, ascending from 0 to N; B = 1, states (S, H, Dk, Dv).
         mask: (B, N), False at padding: such a token writes nothing, decays nothing, and its output is zero.
         gate_normalizer: log_decay holds logits x instead, and the log decay is logsigmoid(x) / gate_normalizer (GLA has
-            16); so is its gradient that of x. A GPU kernel activates them where it reads them.
+            16); so is its gradient that of x. Kernels activate them where they read them.
 
     The rule follows from what is given: linear (Katharopoulos et al. 2020), gated with log_decay (Yang et al. 2024,
     GLA), delta with beta (Schlag et al. 2021), gated delta with both (Yang et al. 2025):

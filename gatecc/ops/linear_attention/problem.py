@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gatecc.ops.linear_attention.arguments import Arguments, boundaries
+from gatecc.ops.linear_attention.gates import log_decay
 
 # (q, k, v, log_decay, beta, state), all with H heads -> (o, final state): a recurrence in ATen.
 Body = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor], tuple[Tensor, Tensor]]
@@ -66,15 +66,7 @@ class Problem(NamedTuple):
         if self.normalizer is None or self.log_decay is None:
             return self
         logits = self.log_decay.to(self.state_dtype)
-        return self._replace(log_decay=F.logsigmoid(logits) / self.normalizer, normalizer=None)
-
-    def through_activation(self, grads: Gradients) -> Gradients:
-        """Gradients of this problem from those of the activated one."""
-        q, k, v, decay, beta, state = grads
-        if self.normalizer is None or self.log_decay is None or decay is None:
-            return grads
-        slope = torch.sigmoid(-self.log_decay.to(decay.dtype)) / self.normalizer
-        return q, k, v, decay * slope, beta, state
+        return self._replace(log_decay=log_decay(logits, self.normalizer), normalizer=None)
 
     def run(self, body: Body) -> tuple[Tensor, Tensor]:
         """o: (B, H, N, E) in the dtype of the state, and the final state, by an ATen form. Differentiable."""

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from gatecc.codegen.judge import family as judge
 from gatecc.ir.ops import named
-from gatecc.ops.linear_attention import cost
+from gatecc.ops.linear_attention import cost, gates
 from gatecc.ops.linear_attention.kernels import KERNELS
 from gatecc.ops.linear_attention.onnx import FORMS
 from gatecc.ops.linear_attention.step import linear_attention_step
@@ -25,9 +25,8 @@ def _unfit(node: fx.Node) -> Unfit | None:
 
 
 def _one_token(node: fx.Node) -> Callable[..., Any] | None:
-    """The step kernel knows no padding, no normaliser and no logits of gates."""
-    plain = named(node, "mask") is None and not named(node, "normalize") and named(node, "gate_normalizer") is None
-    return bound() if plain else None
+    """The step kernel knows no padding and no normaliser."""
+    return bound() if named(node, "mask") is None and not named(node, "normalize") else None
 
 
 def bound() -> Callable[..., tuple[Tensor, Tensor]]:
@@ -44,15 +43,18 @@ def bound() -> Callable[..., tuple[Tensor, Tensor]]:
         initial_state: Tensor,
         *_: Any,
         scale: float | None = None,
+        gate_normalizer: float | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor]:
         """From a state, which stays as it is. q: (B, H, 1, Dk) -> o: (B, H, 1, Dv), the state after the token."""
         strength = beta.squeeze(3) if beta is not None and beta.dim() == 4 else beta
         step = on_cpu if q.is_cpu else steps.get(q.device.type)
-        found = step(q, k, v, log_decay, strength, initial_state, scale) if step is not None else None
-        if found is not None:
-            return found
+        if step is not None:
+            found = step(q, k, v, log_decay, strength, initial_state, scale, gate_normalizer)
+            if found is not None:
+                return found
         state = initial_state.clone()
+        log_decay = None if log_decay is None else gates.log_decay(log_decay, gate_normalizer)
         decay, strength = (None if x is None else x.select(2, 0) for x in (log_decay, beta))
         o = linear_attention_step(q.select(2, 0), k.select(2, 0), v.select(2, 0), decay, strength, state, scale=scale)
         return o.unsqueeze(2), state

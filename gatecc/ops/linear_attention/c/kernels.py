@@ -26,9 +26,9 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LARGEST = 512  # channels of a head; beyond it the scratch leaves the caches and the ATen form is as good
 
 _OPERAND = struct.Struct("@Pqqqqiiq")
-_TAIL = struct.Struct("@Pqqq10Pfii")
+_TAIL = struct.Struct("@Pqqq10Pffii")
 POINTERS = ("final", "decay", "grad_final", "dq", "dk", "dv", "dg", "dbeta", "dstate")
-STEP = struct.Struct("@8Pqq4ifi")
+STEP = struct.Struct("@8Pqq4iffi")
 _NOTHING = _OPERAND.pack(0, 0, 0, 0, 0, 0, 1, 0)
 
 
@@ -80,8 +80,6 @@ def library(spec: Spec) -> ctypes.CDLL | None:
 class CpuKernels:
     """Serves float32, bfloat16 and float16 on the CPU."""
 
-    activates = False
-
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor] | None:
         """See gatecc.ops.linear_attention.kernels.Kernels."""
         c = _tiles(problem) or _library(problem, "forward")
@@ -126,7 +124,7 @@ class CpuKernels:
 
     def one_token(self) -> Step:
         """See gatecc.ops.linear_attention.kernels.Kernels. A call like the last one is not looked at again."""
-        last: tuple[torch.Size, torch.Size, float | None, Reading, float] | None = None
+        last: tuple[torch.Size, torch.Size, float | None, float | None, Reading, float, float] | None = None
 
         def one_token(
             q: Tensor,
@@ -136,9 +134,16 @@ class CpuKernels:
             beta: Tensor | None,
             state: Tensor,
             scale: float | None = None,
+            normalizer: float | None = None,
         ) -> tuple[Tensor, Tensor] | None:
             nonlocal last
-            if last is not None and q.shape == last[0] and state.shape == last[1] and scale == last[2]:
+            if (
+                last is not None
+                and q.shape == last[0]
+                and state.shape == last[1]
+                and scale == last[2]
+                and normalizer == last[3]
+            ):
                 plain = q.is_contiguous() and k.is_contiguous() and v.is_contiguous() and state.is_contiguous()
                 plain = plain and (log_decay is None or log_decay.is_contiguous())
                 plain = plain and (beta is None or beta.is_contiguous())
@@ -148,9 +153,10 @@ class CpuKernels:
                 found = _reading(q, k, v, log_decay, beta, state)
                 if found is None:
                     return None
-                last = (q.shape, state.shape, scale, found, q.size(-1) ** -0.5 if scale is None else scale)
+                factor = q.size(-1) ** -0.5 if scale is None else scale
+                last = (q.shape, state.shape, scale, normalizer, found, factor, _inverse(normalizer))
             after = torch.empty_like(state)
-            return _run_step(last[3], q, k, v, log_decay, beta, state, after, last[4]), after
+            return _run_step(last[4], q, k, v, log_decay, beta, state, after, *last[5:]), after
 
         return one_token
 
@@ -193,12 +199,13 @@ def _run_step(
     state: Tensor,
     after: Tensor,
     scale: float,
+    inverse: float = 0.0,
 ) -> Tensor:
     # The first is half as dear, and of the same shape unless heads of v serve several of q.
     o = torch.empty_like(v) if v.shape == found.o else q.new_empty(found.o)
     pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), _pointer(log_decay), _pointer(beta))
     outputs = (state.data_ptr(), after.data_ptr(), o.data_ptr())
-    found.function(STEP.pack(*pointers, *outputs, *found.sizes, scale, torch.get_num_threads()))
+    found.function(STEP.pack(*pointers, *outputs, *found.sizes, scale, inverse, torch.get_num_threads()))
     return o
 
 
@@ -297,7 +304,8 @@ def _call(function: Callable[[bytes], None], p: Problem, **given: Tensor | None)
     operands = (_operand(x, heads) for x in (p.q, p.k, p.v, decay, beta, given.get("o"), given.get("grad_o")))
     pointers = (_pointer(given.get(name)) for name in POINTERS)
     sizes = (segments.buffer_info()[0], len(p.segments), heads, p.q.size(2), _pointer(p.state))
-    function(b"".join((*operands, _TAIL.pack(*sizes, *pointers, p.scale, p.reverse, torch.get_num_threads()))))
+    options = (p.scale, _inverse(p.normalizer), p.reverse, torch.get_num_threads())
+    function(b"".join((*operands, _TAIL.pack(*sizes, *pointers, *options))))
 
 
 def _operand(x: Tensor | None, heads: int) -> bytes:
@@ -305,6 +313,11 @@ def _operand(x: Tensor | None, heads: int) -> bytes:
         return _NOTHING
     group = heads // x.size(1)
     return _OPERAND.pack(x.data_ptr(), *x.stride(), TYPES[x.dtype], group, x.size(3))
+
+
+def _inverse(normalizer: float | None) -> float:
+    """As the headers have it: 0 for log decays."""
+    return 0.0 if normalizer is None else 1 / normalizer
 
 
 def _pointer(x: Tensor | None) -> int:

@@ -40,8 +40,9 @@ def split_gradient(fine: Problem, grad_o: Tensor, grad_state: Tensor, parts: int
     """Gradients of the states after each part, from that of the last, (S, H, Dk, E)."""
     # The gradient D of the state obeys D <- a_t (D + q_t do_t^T) from the end: a recurrence with keys a_t q_t.
     keys = fine.q.float() * fine.scale
-    if fine.log_decay is not None:
-        gates = fine.log_decay.float().exp()
+    decay = fine.activated().log_decay
+    if decay is not None:
+        gates = decay.float().exp()
         keys = keys * gates.repeat_interleave(keys.size(1) // gates.size(1), 1)
     back = fine._replace(k=keys, v=grad_o, reverse=not fine.reverse, state=None, segments=_turned(fine.segments, parts))
     found = _carry(grad_state, *summary(back), parts)

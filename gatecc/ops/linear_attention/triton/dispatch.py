@@ -20,8 +20,6 @@ LARGEST = 256  # key channels under the delta rules and in a step, where a progr
 class GpuKernels:
     """Serves float32, bfloat16 and float16 on a GPU: every rule and option of the operator."""
 
-    activates = True
-
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor] | None:
         """See gatecc.ops.linear_attention.kernels.Kernels."""
         return _run(problem, "forward", problem)
@@ -42,11 +40,25 @@ class GpuKernels:
         scale: float,
     ) -> Tensor | None:
         """See gatecc.ops.linear_attention.kernels.Kernels."""
+        return self._step(q, k, v, log_decay, beta, state, after, scale, None)
+
+    def _step(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        beta: Tensor | None,
+        state: Tensor,
+        after: Tensor,
+        scale: float,
+        normalizer: float | None,
+    ) -> Tensor | None:
         fits = state.dtype == after.dtype == torch.float32 and state.is_contiguous() and after.is_contiguous()
         reason = _missing(q, state.size(2), state.size(3)) or _wide("a step", state.size(2))
         if not fits or q.dtype == torch.float64:  # what the operator brings into shape, or refuses
             return None
-        return STEP.run("step", reason, q, k, v, log_decay, beta, state, after, scale)
+        return STEP.run("step", reason, q, k, v, log_decay, beta, state, after, scale, normalizer)
 
     def one_token(self) -> Step:
         """See gatecc.ops.linear_attention.kernels.Kernels."""
@@ -59,9 +71,11 @@ class GpuKernels:
             beta: Tensor | None,
             state: Tensor,
             scale: float | None = None,
+            normalizer: float | None = None,
         ) -> tuple[Tensor, Tensor] | None:
             after = torch.empty_like(state)
-            o = self.step(q, k, v, log_decay, beta, state, after, q.size(-1) ** -0.5 if scale is None else scale)
+            factor = q.size(-1) ** -0.5 if scale is None else scale
+            o = self._step(q, k, v, log_decay, beta, state, after, factor, normalizer)
             return None if o is None else (o, after)
 
         return one_token

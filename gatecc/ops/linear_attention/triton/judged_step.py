@@ -39,7 +39,8 @@ def _run(given: Call) -> dict[str, Tensor]:
     state = given["state"].float()
     after = torch.empty_like(state)
     q, k, v = (given[n] for n in "qkv")
-    o = module.step(q, k, v, given.get("log_decay"), given.get("beta"), state, after, q.size(-1) ** -0.5)
+    gates = (given.get("log_decay"), given.get("beta"))
+    o = module.step(q, k, v, *gates, state, after, q.size(-1) ** -0.5, given.get("gate_normalizer"))
     return {"o": o, "after": after}
 
 
@@ -54,6 +55,8 @@ def _reference(given: Call) -> dict[str, Tensor]:
     assert k is not None
     assert v is not None
     strength = None if beta is None else beta.unsqueeze(3)
+    if decay is not None and "gate_normalizer" in given:
+        decay = F.logsigmoid(decay) / given["gate_normalizer"]
     o, after = token_by_token(q * q.size(-1) ** -0.5, k, v, decay, strength, state)
     return {"o": o.squeeze(2).to(given["q"].dtype), "after": after}
 
@@ -74,6 +77,7 @@ FAMILY = Family(
     cases={
         "linear": partial(_call, "linear", Dk=72, Dv=24),
         "gated": partial(_call, "gated"),
+        "gated by logits": lambda: {**_call("gated"), "gate_normalizer": 16.0},
         "delta": partial(_call, "delta"),
         "gated delta, grouped heads": _per_head,
     },

@@ -21,10 +21,11 @@ def step(
     state: Tensor,
     after: Tensor,
     scale: float,
+    normalizer: float | None = None,
 ) -> Tensor | None:
     """o: (B, H, Dv), or (B, H, 1, Dv) if q has an axis for the token; fills ``after``. None if something does not fit.
 
-    The arguments are those of gatecc.ops.linear_attention.kernels.Kernels.step.
+    The arguments are those of gatecc.ops.linear_attention.kernels.Kernels.step. With a normalizer log_decay has logits.
     """
     B, H, Dk, Dv = state.shape
     q4, k4, v4 = (x if q.dim() == 4 else x.unsqueeze(2) for x in (q, k, v))
@@ -42,6 +43,7 @@ def step(
     block = blocks("token", q.dtype, Dk, Dv)
     operands = (operand(x, H) for x in (q4, k4, v4, decay, strength))
     sizes: dict[str, Any] = {"DK": Dk, "DV": Dv, "BK": block.keys, "BV": block.values}
+    sizes["NORMALIZER"] = normalizer
     kernel: Any = token
     with torch.cuda.device_of(q):
         kernel[(B * H, cdiv(Dv, block.values))](

@@ -23,6 +23,11 @@ class Decay(Option, slot="decay"):
         """The stages of the site that the module takes."""
         return ()
 
+    @property
+    def gate_normalizer(self) -> float | None:
+        """That of ``linear_attention``: with one the module gives logits, without one log decays."""
+        return None
+
     def module(self, place: Place) -> nn.Module:
         """A module of the stages in ``reads``: log decay (B, H, N, Dk) or (B, H, N, 1), or (1, H, 1, 1) if constant."""
         raise NotImplementedError
@@ -67,6 +72,10 @@ class LowRank(Decay, tag="lowrank"):
     def reads(self) -> tuple[str, ...]:
         return ("hidden",)
 
+    @property
+    def gate_normalizer(self) -> float:
+        return self.normalizer
+
     def module(self, place: Place) -> nn.Module:
         return _LowRank(self, place)
 
@@ -81,8 +90,12 @@ class FromKeys(Decay, tag="keys"):
     def reads(self) -> tuple[str, ...]:
         return ("k_raw",)
 
+    @property
+    def gate_normalizer(self) -> float:
+        return self.normalizer
+
     def module(self, place: Place) -> nn.Module:
-        return _FromKeys(self.normalizer)
+        return nn.Identity()
 
 
 @dataclass(frozen=True)
@@ -114,7 +127,7 @@ class Scalar(Decay, tag="scalar"):
 class _LowRank(nn.Module):
     def __init__(self, spec: LowRank, place: Place) -> None:
         super().__init__()
-        self.heads, self.normalizer = place.heads, spec.normalizer
+        self.heads = place.heads
         self.down = nn.Linear(place.dim, spec.rank, bias=False)
         self.up = nn.Linear(spec.rank, place.heads * place.key)
         with torch.no_grad():
@@ -124,18 +137,7 @@ class _LowRank(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: (B, N, C) -> (B, H, N, Dk)."""
-        score = self.up(self.down(hidden)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        return F.logsigmoid(score.float()) / self.normalizer
-
-
-class _FromKeys(nn.Module):
-    def __init__(self, normalizer: float) -> None:
-        super().__init__()
-        self.normalizer = normalizer
-
-    def forward(self, k_raw: Tensor) -> Tensor:
-        """k_raw: (B, Hk, N, Dk) -> the same shape."""
-        return F.logsigmoid(k_raw.float()) / self.normalizer
+        return self.up(self.down(hidden)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class _Retention(nn.Module):

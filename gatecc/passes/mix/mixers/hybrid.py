@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gatecc.errors import ArgumentError
 from gatecc.ops.linear_attention import linear_attention
+from gatecc.ops.linear_attention.gates import log_decay
 from gatecc.ops.state_space import StateSpace, linear, softmax
 from gatecc.passes.mix.mixers.base import Mixer, MixerModule, Place
 from gatecc.passes.mix.mixers.decay import Decay, FromKeys
@@ -64,9 +65,9 @@ class LigerMixer(MixerModule):
         """Stages in the order of ``reads``, and a padding mask if there is one -> heads (B, H, N, Dv)."""
         at, mask = self.spec.named(values)
         q, k, v = at["q"], at["k"], at["v"]
-        features, decay = self._far(at)
-        decay = forgetting(decay, mask)
-        far, _ = linear_attention(*features, v.to(features[0].dtype), decay, scale=1.0, mask=kept(mask))
+        features, gates = self._far(at)
+        options: dict[str, Any] = {"scale": 1.0, "mask": kept(mask), "gate_normalizer": self.spec.decay.gate_normalizer}
+        far, _ = linear_attention(*features, v.to(features[0].dtype), forgetting(gates, mask), **options)
         near = window_attention(q, k, v, self._window(), self.place, mask)
         return torch.lerp(far.to(near.dtype), near, self.spec.share)
 
@@ -79,15 +80,15 @@ class LigerMixer(MixerModule):
                 found="a padding mask",
                 do="call the model without a padding mask",
             )
-        features, decay = self._far(at)
-        far = linear(*features, at["v"], decay, scale=1.0)
+        features, gates = self._far(at)
+        far = linear(*features, at["v"], log_decay(gates, self.spec.decay.gate_normalizer), scale=1.0)
         near = softmax(at["q"], at["k"], at["v"], scale=self.place.scale, window=self._window())
         return far.scaled(1 - self.spec.share) + near.scaled(self.spec.share)
 
     def _far(self, at: dict[str, Tensor]) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Features of queries and keys, and the decay."""
-        decay = self.decay(*(at[name] for name in self.spec.decay.reads))
-        return (self.feature_q(at["q_raw"]), self.feature_k(at["k_raw"])), decay
+        """Features of queries and keys; log decays, or their logits."""
+        gates = self.decay(*(at[name] for name in self.spec.decay.reads))
+        return (self.feature_q(at["q_raw"]), self.feature_k(at["k_raw"])), gates
 
     def _window(self) -> int:
         return min(self.spec.window, self.place.window or self.spec.window)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gatecc.errors import ArgumentError
 from gatecc.ops.linear_attention import linear_attention
+from gatecc.ops.linear_attention.gates import log_decay
 from gatecc.ops.state_space import StateSpace, linear
 from gatecc.passes.mix.mixers.base import Mixer, MixerModule, Place
 from gatecc.passes.mix.mixers.decay import Decay, FromKeys, NoDecay
@@ -108,7 +109,10 @@ class LinearMixer(MixerModule):
             )
         at, mask = self.spec.named(values)
         q, k, v = self._operands(at, mask)
-        decay = forgetting(self._decay(0, at) if self.decays else None, mask)
+        decay = None
+        if self.decays:
+            decay = log_decay(self._gates(0, at), self.spec.decay.gate_normalizer)
+        decay = forgetting(decay, mask)
         scale = self.spec.scale or None
         return linear(q, k, v, decay, self._beta(at), scale=scale, normalize=self.spec.normalize, mask=kept(mask))
 
@@ -136,7 +140,9 @@ class LinearMixer(MixerModule):
         options: dict[str, Any] = {"scale": scale, "normalize": self.spec.normalize, "mask": kept(mask)}
         if not self.place.causal and not self.decays and beta is None:
             return everything(q, k, v, scale, self.spec.normalize, mask)
-        runs = [self._decay(i, at) for i in range(len(self.decays))] or [None] * (1 if self.place.causal else 2)
+        if self.decays:
+            options["gate_normalizer"] = self.spec.decay.gate_normalizer
+        runs = [self._gates(i, at) for i in range(len(self.decays))] or [None] * (1 if self.place.causal else 2)
         runs = [forgetting(g, mask, reverse=i > 0) for i, g in enumerate(runs)]
         outs = [linear_attention(q, k, v, g, beta, reverse=i > 0, **options)[0] for i, g in enumerate(runs)]
         return outs[0] if len(outs) == 1 else (outs[0] + outs[1]) * 0.5
@@ -144,7 +150,8 @@ class LinearMixer(MixerModule):
     def _beta(self, at: dict[str, Tensor]) -> Tensor | None:
         return None if self.beta is None else torch.sigmoid(self.beta(at["hidden"]).float()).transpose(1, 2)
 
-    def _decay(self, direction: int, at: dict[str, Tensor]) -> Tensor:
+    def _gates(self, direction: int, at: dict[str, Tensor]) -> Tensor:
+        """Log decays, or their logits."""
         return self.decays[direction](*(at[name] for name in self.spec.decay.reads))
 
 

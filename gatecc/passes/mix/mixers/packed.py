@@ -24,7 +24,7 @@ def is_packed(mask: Tensor | None) -> bool:
 def forgetting(decay: Tensor | None, mask: Tensor | None, *, reverse: bool = False) -> Tensor | None:
     """The log decay of a recurrence, -inf where a sequence begins (ends, if it runs in reverse): all is forgotten.
 
-    decay: (B or 1, H, N or 1, Dk or 1), None for 0.
+    decay: (B or 1, H, N or 1, Dk or 1), None for 0; logits of gates as well.
     """
     if mask is None or mask.dtype == torch.bool:
         return decay

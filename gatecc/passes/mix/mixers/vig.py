@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatecc.errors import ArgumentError
@@ -66,10 +65,9 @@ class ViGMixer(MixerModule):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         """q: (B, H, N, D), k and v: (B, Hk, N, D), hidden: (B, N, C) -> heads (B, H, N, Dv)."""
-        both = self._heads(F.logsigmoid(self.up(self.down(hidden)).float()) / self.spec.normalizer, 2)
-        ways = enumerate(both.chunk(2, 1))
-        scale = q.size(-1) ** -0.5
-        seen = [linear_attention(q, k, v, g, scale=scale, mask=mask, reverse=back > 0)[0] for back, g in ways]
+        logits = enumerate(self._heads(self.up(self.down(hidden)), 2).chunk(2, 1))
+        options: dict[str, Any] = {"mask": mask, "gate_normalizer": self.spec.normalizer}
+        seen = [linear_attention(q, k, v, x, reverse=back > 0, **options)[0] for back, x in logits]
         gate = torch.sigmoid(self._heads(self.gate(hidden)))
         wide, local = self.norm(((seen[0] + seen[1]) * 0.5).to(v.dtype)), self.local_norm(self._heads(hidden))
         return (gate * wide + (1 - gate) * local).to(v.dtype)

@@ -54,6 +54,26 @@ def test_hard_decays(rule: str, kind: str) -> None:
             assert relative(found, truth) < (1e-5 if name in ("o", "state") else 1e-4), (name, N)
 
 
+@pytest.mark.parametrize("rule", ["gated", "gated_delta"])
+@pytest.mark.parametrize("normalizer", [0.5, 1.0, 16.0])
+def test_logits(rule: str, normalizer: float) -> None:
+    """Activated where they are read, however strong, in every dtype, per channel and per head."""
+    for N, dtype, width in (
+        (1, torch.float32, 5),
+        (70, torch.float32, 5),
+        (70, torch.bfloat16, 5),
+        (9, torch.float16, 1),
+    ):
+        inputs = operands(rule, N=N, Dk=5, Dv=33, log_decay=1)
+        logits = torch.randn(1, 1, N, width) * 12
+        logits[:, :, N // 2] = -torch.inf
+        logits[:, :, N // 3, 0] = torch.inf
+        inputs["log_decay"] = logits.to(dtype)
+        for name, found, truth in both(inputs, gate_normalizer=normalizer):
+            rounding = torch.finfo(dtype).eps / 2 if name == "log_decay" else 0
+            assert relative(found, truth) < 2e-6 + rounding, (name, N, dtype)
+
+
 def test_a_thousand_tokens_of_every_decay() -> None:
     for kind in HARD:
         inputs = operands("gated", N=1000, Dk=64, Dv=64, kind=kind)
@@ -70,6 +90,7 @@ def test_a_thousand_tokens_of_every_decay() -> None:
     per_head=st.booleans(),
     layout=st.sampled_from(["plain", "tokens first", "channels apart"]),
     cuts=st.sampled_from([None, [0.0, 0.3, 0.3, 1.0], [0.0, 1.0]]),
+    normalizer=st.sampled_from([None, 2.0]),
 )
 def test_any_layout(
     rule: str,
@@ -80,6 +101,7 @@ def test_any_layout(
     per_head: bool,
     layout: str,
     cuts: list[float] | None,
+    normalizer: float | None,
 ) -> None:
     inputs = operands(rule, H=4, N=N, Dk=sizes[0], Dv=sizes[1], kind="mild", **heads)
     if per_head and "log_decay" in inputs:
@@ -91,6 +113,8 @@ def test_any_layout(
             inputs[name] = torch.stack([x, x], -1)[..., 0]
     inputs["initial_state"] = torch.randn(len(cuts) - 1 if cuts else 1, 4, *sizes)
     options: dict[str, Any] = {"reverse": reverse}
+    if "log_decay" in inputs:
+        options["gate_normalizer"] = normalizer
     if cuts:
         options["cu_seqlens"] = torch.tensor([int(c * N) for c in cuts])
     for name, found, truth in both(inputs, **options):
@@ -106,7 +130,9 @@ def test_threads_along_the_sequence(rule: str, reverse: bool, packed: bool) -> N
     N = 700
     inputs = operands(rule, H=2, N=N, k=1, kind="mixed")
     inputs["initial_state"] = torch.randn(1 + packed, 2, 16, 16)
-    options = {"cu_seqlens": torch.tensor([0, 100, N])} if packed else {}
+    options: dict[str, Any] = {"cu_seqlens": torch.tensor([0, 100, N])} if packed else {}
+    if rule == "gated" and reverse:
+        options["gate_normalizer"] = 2.0
     for name, found, truth in both(inputs, reverse=reverse, **options):
         assert relative(found, truth) < 1e-5, name
 
@@ -206,7 +232,7 @@ def test_matrix_units_spoil_no_earlier_token(name: str, value: float) -> None:
 @needs_matrix_units
 @settings(max_examples=8)
 @example(
-    gates=st.sampled_from([None, "float32", "a head", "channels apart"]),
+    gates=st.sampled_from([None, "float32", "a head", "channels apart", "logits"]),
     threads=st.sampled_from([1, 8]),
     cuts=st.sampled_from([None, [0, 40, 40, 700], [0, 700]]),
     tokens_first=st.booleans(),
@@ -220,8 +246,11 @@ def test_matrix_units_take_any_layout(
         inputs = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in inputs.items()}
     if gates is not None:
         twice = torch.stack([g, g], -1)[..., 0]
-        inputs["log_decay"] = {"float32": g.float(), "a head": g[..., :1], "channels apart": twice}[gates]
+        given = {"float32": g.float(), "a head": g[..., :1], "channels apart": twice, "logits": g * 32}
+        inputs["log_decay"] = given[gates]
     options: dict[str, Any] = {"cu_seqlens": torch.tensor(cuts)} if cuts else {}
+    if gates == "logits":
+        options["gate_normalizer"] = 16.0
     torch.set_num_threads(threads)
     try:
         found, state = linear_attention(**inputs, **options)
@@ -323,12 +352,13 @@ def test_a_bound_step_looks_again_where_calls_differ(rule: str) -> None:
         if layout == "half":
             given = {name: x.bfloat16() for name, x in given.items()}
         single = [given.get(name) for name in ("q", "k", "v", "log_decay", "beta")]
-        o, after = step(*single, state)
-        truth, final = linear_attention(**double(given), initial_state=state.double())
-        assert torch.equal(state, held)
-        assert o.dtype == given["q"].dtype
-        assert relative(o, truth) < (1e-2 if layout == "half" else 1e-5), (B, layout)
-        assert relative(after, final) < 1e-5
+        for normalizer in (None, 2.0):
+            o, after = step(*single, state, gate_normalizer=normalizer)
+            truth, final = linear_attention(**double(given), initial_state=state.double(), gate_normalizer=normalizer)
+            assert torch.equal(state, held)
+            assert o.dtype == given["q"].dtype
+            assert relative(o, truth) < (1e-2 if layout == "half" else 1e-5), (B, layout)
+            assert relative(after, final) < 1e-5
 
 
 def test_the_kernel_serves() -> None:

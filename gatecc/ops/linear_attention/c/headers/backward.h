@@ -217,8 +217,20 @@ INLINE int64_t row_at(const struct problem *p, const struct sequence *s, int64_t
     return (s->batch * p->heads + s->head) * p->tokens + token;
 }
 
+// The gradients of a token's logits in the place of those of their log decays.
+APART void through_sigmoid(const struct problem *p, const char *row, float *dg) {
+    float slope[DKP];
+    if (p->g.width == 1) {
+        const vf x = splat(element(row, p->g.type, 0));
+        dg[0] *= slope_of_logit(x, p->inverse)[0];
+        return;
+    }
+    read_row(&p->g, row, slope, DK, SLOPE, p->inverse);
+    for (int d = 0; d < DK; d++) dg[d] *= slope[d];
+}
+
 static void write_gradients(
-    const struct problem *p, const struct sequence *s, const struct backward_scratch *w, int64_t t, int count
+    const struct problem *p, const struct sequence *s, struct backward_scratch *w, int64_t t, int count
 ) {
     const int straight = streamed(p, DK);
     for (int i = 0; i < count; i++) {
@@ -228,13 +240,14 @@ static void write_gradients(
         put_row(p->dv + at * DV, w->e[i], DV, straight);
         if (DELTA) p->dbeta[at] = w->dbeta[i];
         if (!GATED) continue;
-        if (p->g.width != 1) {
-            put_row(p->dg + at * DK, w->dg[i], DK, straight);
-            continue;
-        }
-        float sum = 0;
-        for (int d = 0; d < DK; d++) sum += w->dg[i][d];
-        p->dg[at] = sum;
+        float *dg = w->dg[i], sum = 0;
+        for (int d = 0; d < DK && p->g.width == 1; d++) sum += dg[d];
+        if (p->g.width == 1) dg[0] = sum;
+        if (p->inverse) through_sigmoid(p, row_of(&p->g, s, token_of(p, s, t + i)), dg);
+        if (p->g.width == 1)
+            p->dg[at] = dg[0];
+        else
+            put_row(p->dg + at * DK, dg, DK, straight);
     }
 }
 

@@ -10,7 +10,7 @@ struct step {
     float *after, *o;                    // the state after the token; (jobs, DV)
     int64_t jobs, width;                 // width: of g
     int32_t k_group, v_group, g_group, beta_group;  // heads of q that one head serves
-    float scale;
+    float scale, inverse;  // inverse: as in tokens.h
     int32_t threads;
 };
 
@@ -51,7 +51,10 @@ static void step_job(const void *context, int64_t job) {
     if (GATED) {
         const float *g = p->g + job / p->g_group * p->width;
         for (int r = 0; r < DKP; r++) a[r] = r < DK ? g[p->width == 1 ? 0 : r] : 0;
-        for (int r = 0; r < DKP; r += LANES) store(a + r, exponential(load(a + r)));
+        for (int r = 0; r < DKP; r += LANES) {
+            const vf x = load(a + r);
+            store(a + r, p->inverse ? root_of_sigmoid(x, p->inverse) : exponential(x));
+        }
     }
     int n = 0;
     for (; n + 4 * LANES <= DV; n += 4 * LANES) step_columns(S + n, to + n, q, k, a, v + n, o + n, beta, 4);

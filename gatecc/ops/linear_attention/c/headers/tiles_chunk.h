@@ -5,15 +5,12 @@
 #if defined(TILES)
 #define MILD 1e-15f  // of the product of a chunk's gates: what is divided by it stays far from overflow
 
-INLINE void read_gates(float *a, const struct job *j, int64_t t) {
-    const struct operand *x = &j->p->g;
-    if (t < j->s.length && x->width != 1) {
-        read_row(x, j->g.first + t * j->g.step, a, DK, EXPONENTIAL, 1);
+INLINE void gates_at(float *a, const struct job *j, int64_t t) {
+    if (t < j->s.length) {
+        read_gates(j->p, j->g.first + t * j->g.step, a);
         return;
     }
-    const float g = t < j->s.length ? element(j->g.first + t * j->g.step, x->type, 0) : 0;
-    const vf gate = exponential(splat(g));
-    for (int d = 0; d < DKP; d += LANES) store(a + d, gate);
+    for (int d = 0; d < DKP; d += LANES) store(a + d, splat(1.0f));
 }
 
 // Tokens [t, t + C): queries, and rows of keys. 0 if the gates are too strong to divide by.
@@ -22,7 +19,7 @@ APART int read_keys(struct tiles *w, const struct job *j, int64_t t) {
     for (int i = 0; i < C; i++) {
         const char *q = row_at(j, j->q, t + i), *k = row_at(j, j->k, t + i);
         fetch_ahead(j, t + i);
-        if (GATED) read_gates(w->gates, j, t + i);
+        if (GATED) gates_at(w->gates, j, t + i);
         for (int d = 0; d < DKP; d += 2 * LANES) {
             vf query[2], key[2];
             UNROLL for (int n = 0; n < 2; n++) {

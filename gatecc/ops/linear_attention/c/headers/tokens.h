@@ -1,7 +1,7 @@
 // What the caller hands over, and rows of it as floats.
 #pragma once
 #include "constants.h"
-#include "../../../../codegen/c/headers/vectors.h"
+#include "gates.h"
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 #ifndef WHOLE
@@ -30,7 +30,7 @@ struct problem {
     float *final, *decay;  // (count, heads, DK, DV); (count, heads, DK), the product of all gates
     const float *grad_final;
     float *dq, *dk, *dv, *dg, *dbeta, *dstate;  // (batch, heads, tokens, width), dstate as state
-    float scale;
+    float scale, inverse;  // inverse: 0 where g holds log decays; with logits, what their logsigmoid is multiplied by
     int32_t reverse, threads;
 };
 
@@ -79,10 +79,16 @@ INLINE const char *row_of(const struct operand *x, const struct sequence *s, int
     return x->data + offset * (x->type == FLOAT32 ? 4 : 2);
 }
 
-enum use { PLAIN, SCALED, EXPONENTIAL };
+enum use { PLAIN, SCALED, EXPONENTIAL, ROOT, SLOPE };
 
 INLINE vf used(vf x, enum use use, float scale) {
-    return use == EXPONENTIAL ? exponential(x) : use == SCALED ? x * scale : x;
+    switch (use) {
+    case PLAIN: return x;
+    case SCALED: return x * scale;
+    case EXPONENTIAL: return exponential(x);
+    case ROOT: return root_of_sigmoid(x, scale);
+    case SLOPE: return slope_of_logit(x, scale);
+    }
 }
 
 typedef uint16_t vh_anywhere __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
@@ -110,6 +116,19 @@ INLINE void read_row(const struct operand *x, const char *row, float *to, const 
     vf y = {0};
     for (int i = whole; i < n; i++) y[i - whole] = element(row, x->type, i * x->channel);
     store(to + whole, used(y, use, scale));
+}
+
+// What the state is multiplied by at a token, a number a channel.
+APART void read_gates(const struct problem *p, const char *row, float *a) {
+    if (p->g.width == 1) {
+        const vf x = splat(element(row, p->g.type, 0));
+        const vf gate = splat((p->inverse ? root_of_sigmoid(x, p->inverse) : exponential(x))[0]);
+        for (int d = 0; d < DKP; d += LANES) store(a + d, gate);
+    } else if (p->inverse) {
+        read_row(&p->g, row, a, DK, ROOT, p->inverse);
+    } else {
+        read_row(&p->g, row, a, DK, EXPONENTIAL, 1);
+    }
 }
 
 APART void write_row(const struct operand *x, const struct sequence *s, int64_t token, const float *from) {
@@ -151,14 +170,7 @@ APART void read_tokens(
         read_row(&p->k, row_of(&p->k, s, token), k[i], DK, PLAIN, 1);
         read_row(&p->v, row_of(&p->v, s, token), v[i], DV, PLAIN, 1);
         beta[i] = DELTA ? element(row_of(&p->beta, s, token), p->beta.type, 0) : 1;
-        if (!GATED) continue;
-        const char *gates = row_of(&p->g, s, token);
-        if (p->g.width != 1) {
-            read_row(&p->g, gates, a[i], DK, EXPONENTIAL, 1);
-            continue;
-        }
-        const vf gate = splat(exponential(splat(element(gates, p->g.type, 0)))[0]);
-        for (int d = 0; d < DKP; d += LANES) store(a[i] + d, gate);
+        if (GATED) read_gates(p, row_of(&p->g, s, token), a[i]);
     }
     for (int i = count; i % M; i++) {
         memset(k[i], 0, sizeof k[i]);

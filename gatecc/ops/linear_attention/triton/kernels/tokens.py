@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gatecc.ops.linear_attention.triton.kernels.blocks import put_state, state_tile
+from gatecc.ops.linear_attention.triton.kernels.blocks import activated, put_state, state_tile
 
 
 @triton.jit
@@ -31,6 +31,7 @@ def token(
     DV: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    NORMALIZER: tl.constexpr,
 ):
     """S <- diag(e^g) S + k u^T and o = scale S^T q, for each row, head and block of values.
 
@@ -43,7 +44,7 @@ def token(
     held = state_tile(state, row, head, heads, keys, values, DK, DV)
     key, written = channels_of(k, row, head, keys, DK), channels_of(v, row, head, values, DV)
     if g is not None:
-        held *= tl.exp(channels_of(g, row, head, keys, DK))[:, None]
+        held *= tl.exp(activated(channels_of(g, row, head, keys, DK), NORMALIZER))[:, None]
     if beta is not None:
         strength = tl.load(beta.at + row * beta.row + (head // beta.group) * beta.head).to(tl.float32)
         written = (written - tl.sum(held * key[:, None], 0)) * strength
