@@ -31,7 +31,8 @@ class Session(Generation):
 
     ``providers``: of ONNX Runtime, best first; by default CUDA's if the installed build has it, and the CPU's. States
     stay in ONNX Runtime, on its device, from one call to the next; keys and values in one buffer, where a node can. A
-    state that you hold is never changed.
+    state that you hold is never changed. ``genai`` tells what onnxruntime-genai does with the same folder: ``refused``
+    (why it cannot run it), ``padding``, and ``limits``: what it cannot do, or gets wrong without a word.
 
     Raises MissingPackageError if ONNX Runtime is missing, or both of its builds are there, of which one overwrites the
     other; CheckpointError if the folder holds no decode.onnx, or files that were changed since the export;
@@ -49,6 +50,7 @@ class Session(Generation):
         self.states: list[dict[str, Any]] = held["states"]
         self.padding: str = held["padding"]
         self.context_length: int | None = held["context_length"]
+        self.genai: dict[str, Any] = held.get("genai", {})
         self._values: list[str] = held["values"]
         self._mask: bool = held["mask"]
         self._singly: bool = held["singly"]

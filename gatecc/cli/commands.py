@@ -22,7 +22,7 @@ from torch import nn
 
 import gatecc
 from gatecc.cli.doctor import Finding, diagnose
-from gatecc.cli.exporting import Bits, Decode, Evaluation, OnnxTarget, Opset, export_progress, summary
+from gatecc.cli.exporting import Bits, Decode, Evaluation, OnnxTarget, Opset, Tokenizer, export_progress, summary
 from gatecc.cli.kernels import kernels
 from gatecc.cli.reference import load_batches, load_model, load_recipe, parse_options
 from gatecc.errors import ArgumentError, GateccError
@@ -181,6 +181,7 @@ def export(
     decode: Decode = False,
     quantize: Bits = None,
     evaluation: Evaluation = None,
+    tokenizer: Tokenizer = None,
     external_data: Annotated[bool, typer.Option("--external-data", help="Weights in a file of their own.")] = False,
     timeout: Annotated[float, typer.Option("--timeout", help="Stop after so many seconds of CPU time.")] = 600.0,
     group_experts: Annotated[
@@ -204,7 +205,7 @@ def export(
             with _status("loading the checkpoint"):
                 chosen = gatecc.load(chosen, checkpoint)
         options: dict[str, Any] = {"target": target, "opset": opset, "decode": decode, "quantize": quantize}
-        options.update(timeout=timeout, group_experts=group_experts, external_data=external_data)
+        options.update(timeout=timeout, group_experts=group_experts, external_data=external_data, tokenizer=tokenizer)
         samples = load_batches(evaluation) if evaluation else None
         with export_progress(decode + (quantize is not None)):
             made = gatecc.export(chosen, out, example, evaluation_inputs=samples, **options)

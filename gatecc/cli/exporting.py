@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -26,6 +27,9 @@ Decode = Annotated[bool, typer.Option("--decode", help="Write decode.onnx, the s
 Bits = Annotated[str | None, typer.Option("--quantize", help="Weights in fewer bits: w8, w4, int8, fp16.")]
 Evaluation = Annotated[
     str | None, typer.Option("--evaluation", metavar="MODULE:FACTORY", help="Inputs to measure --quantize on.")
+]
+Tokenizer = Annotated[
+    Path | None, typer.Option("--tokenizer", metavar="FOLDER", help="Write this tokenizer beside the graph, too.")
 ]
 _STAGES = 4  # of an export that gives up no size: more are shown as they come
 
@@ -59,6 +63,10 @@ def summary(made: Exported) -> Group:
     if made.compared:
         worst = max(c.error for c in made.compared)
         facts.add_row("compared", f"at {len(made.compared)} sizes, largest difference {worst:.1e}")
+    if made.decode is not None:
+        told = made.decode.genai
+        says = f"no: {told.refused}" if told.refused else "; ".join(("genai_config.json", *told.limits))
+        facts.add_row("onnxruntime-genai", Text(says))
     if made.quantized is not None:
         facts.add_row(*_quantised(made))
     parts = [facts, *_counted("lowered to", made.lowered), *_counted("kept as it is", made.kept)]

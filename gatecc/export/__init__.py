@@ -28,6 +28,7 @@ from gatecc.codegen.onnx.runtime import check, check_dtypes
 from gatecc.engine.analyse import Inputs, check_model, evaluation
 from gatecc.engine.whole import reads_masks, whole_program
 from gatecc.errors import ArgumentError, CaptureError, ExampleInputsError, ExportError, GateccError
+from gatecc.export.beside import write_beside
 from gatecc.export.compare import Compared, Outcome, compare, located
 from gatecc.export.decode import decode as decode_step
 from gatecc.export.files import MANIFEST, Exported, describe, metadata, move, parent, write_manifest
@@ -68,6 +69,7 @@ def export(
     external_data: bool = False,
     quantize: str | Quantize | None = None,
     evaluation_inputs: Iterable[Inputs] | None = None,
+    tokenizer: Any = None,
 ) -> Exported:
     """Write ``model.onnx`` and a manifest ``gatecc.json`` to ``folder``; batch, length and the like stay free.
 
@@ -86,7 +88,10 @@ def export(
     ``opset``: 18 to 25, by default 24; "opset27" has its own.
     ``decode``: write ``decode.onnx`` as well, the derived decoder's step: one graph for prompts and steps, whose states
     are inputs and outputs. `gatecc.onnx.Session` generates with it. It is compared with one full forward of torch after
-    prefills and steps of several lengths.
+    prefills and steps of several lengths. Beside it, ``genai_config.json`` tells onnxruntime-genai how to run it, if
+    that can; the record's ``decode.genai`` says why not, and what goes wrong there.
+    ``tokenizer``: one of transformers, or a processor, or a folder that holds one, whose files are written beside the
+    graph; without it, those in the folder that the model was loaded from, if there are any. Nothing is downloaded.
     ``quantize``: "w8", "w4", "int8" or "fp16", or a ``Quantize`` with its options; the record's ``quantized`` tells
     how far the outputs are from the graph that was compared with torch, on ``evaluation_inputs`` (inputs like the
     example's) if there are some, and the time of a run. It needs ONNX Runtime.
@@ -109,9 +114,14 @@ def export(
     if verify:
         check_dtypes([*model.parameters(), *model.buffers()])
     try:
-        with budget(timeout, lambda seconds: _too_long(model, seconds)):
-            how = target, opset, decode, verify, timeout, group_experts, external_data, narrow, evaluation_inputs
-            return _export(model, Path(folder), (args, kwargs), *how)
+        with (
+            budget(timeout, lambda seconds: _too_long(model, seconds)),
+            tempfile.TemporaryDirectory(dir=parent(folder), prefix=".gatecc-") as inside,
+        ):
+            write_beside(model, Path(inside) / "beside", tokenizer)
+            how = target, opset, decode, verify, timeout
+            weights = group_experts, external_data, narrow, evaluation_inputs
+            return _export(model, Path(folder), Path(inside), (args, kwargs), *how, *weights)
     except GateccError:
         raise
     except Exception as e:
@@ -143,6 +153,7 @@ def _too_long(model: nn.Module, seconds: float) -> ExportError:
 def _export(
     model: nn.Module,
     folder: Path,
+    inside: Path,
     inputs: tuple[Any, Any],
     target: Target,
     opset: int,
@@ -162,14 +173,8 @@ def _export(
         stage("running the model")
         call = _call(model, *inputs, notes)
         notes.extend(f"not a tensor, left out of the outputs: {what}" for what in call.left_out)
-        temporary = tempfile.TemporaryDirectory(dir=parent(folder), prefix=".gatecc-")
-        with (
-            in_branches(model) as branches,
-            bodies_in_branches() as bodies,
-            transformers_loops(model),
-            temporary as inside,
-        ):
-            made = Path(inside) / "made"
+        with in_branches(model) as branches, bodies_in_branches() as bodies, transformers_loops(model):
+            made = inside / "made"
             if branches:
                 notes.append("a member of an ensemble runs on all samples of a batch if one of them chose it, else not")
             capture = _capture(call)
@@ -196,6 +201,7 @@ def _export(
                 narrow = quantized(
                     call, graph, made, quantize, sizes=sizes, evaluation=evaluation_inputs, external=external_data
                 )
+            shutil.copytree(inside / "beside", made, dirs_exist_ok=True)
             result = describe(folder, made, graph, compared, notes, steps)
             if narrow is not None:
                 result = replace(result, operators=narrow.operators, quantized=narrow)

@@ -16,36 +16,23 @@ from gatecc.codegen.onnx.build import DATA, EXTERNAL, MODEL, Capture, Graph, Low
 from gatecc.codegen.onnx.leaves import Call
 from gatecc.codegen.onnx.lower import Target
 from gatecc.codegen.onnx.lowering import Lowering
+from gatecc.codegen.onnx.passed import pass_on
 from gatecc.codegen.onnx.runtime import Session, check
 from gatecc.codegen.onnx.stream import save
 from gatecc.decoder import Decoder, decoder
 from gatecc.decoder.emit.closed import Closed
 from gatecc.decoder.emit.names import input_names, layer_numbers, output_names, state_names
 from gatecc.errors import ExportError
+from gatecc.export.carried import Carried
 from gatecc.export.compare import Compared
+from gatecc.export.genai import Genai, dummies, limits, unfit, write_config
 from gatecc.export.lower import context_of, lower
-from gatecc.export.steps import compare_steps, takes_padding, text
+from gatecc.export.steps import Filled, compare_steps, takes_padding, text
 from gatecc.ops import registry
 
 DECODE = "decode.onnx"
+_LOADED = 26  # the last opset that ONNX Runtime takes without a flag
 _REACH = 1 << 13  # positions that tables are made for if nobody says how many the model is for
-
-
-@dataclass(frozen=True)
-class Carried:
-    """One state: ``output`` of a call is ``input`` of the next. ``shape``: of the input; ``grows``: the axis that is 0
-    before the first token and gets longer with each, None if its size stays; ``fill``: its value before the first.
-    ``shared``: input and output may be one buffer with room for more tokens."""
-
-    input: str
-    output: str
-    kind: str
-    layer: int | None
-    shape: list[int | str]
-    dtype: str
-    grows: int | None
-    fill: float
-    shared: bool
 
 
 @dataclass(frozen=True)
@@ -57,7 +44,7 @@ class Decode:
     "none" where a mask, if there is one, says how many tokens there are.
     ``values``: the inputs with a value per new token. ``singly``: behind the first call it takes several samples or
     several tokens, not both (GroupQueryAttention on a CPU). ``context_length``: the most tokens that it has positions
-    for, None if there is no limit.
+    for, None if there is no limit. ``genai``: how it does in onnxruntime-genai, for which genai_config.json is written.
     """
 
     inputs: dict[str, list[int | str]]
@@ -70,6 +57,7 @@ class Decode:
     context_length: int | None
     operators: dict[str, int]
     compared: tuple[Compared, ...]
+    genai: Genai
 
 
 def decode(
@@ -96,6 +84,15 @@ def decode(
     lowered = partial(lower, target=target, opset=opset, context=reach)
     again = _again(step, lambda: made.closed(reach, counted=target == "ort"))
     graph = _graph(model, step, opset, registry.lowerings(target), lowered, whole.model.metadata_props, again)
+    states = _states(step, graph)
+    refused = (
+        f"it loads no opset {opset}"
+        if opset > _LOADED
+        else unfit(states, _values(step), graph.shapes(graph.model.graph.outputs)["logits"])
+    )
+    unread = [] if refused else dummies(states)
+    for state in unread:
+        pass_on(graph.model, state.input, state.output, state.shape, state.dtype)
     _write(graph, whole, folder)
     apart = graph.apart
     check(folder / DECODE, graph.places, apart=apart)
@@ -103,10 +100,30 @@ def decode(
     padded = False
     if verify:
         of = text(made, step, model, inputs)
-        with closing(Session(folder / DECODE, graph.places, apart=apart)) as session:
+        with closing(Session(folder / DECODE, graph.places, apart=apart)) as opened:
+            session = Filled(opened, unread)
             compared = compare_steps(made, step, of, session, singly=_singly(graph))
             padded = _singly(graph) and takes_padding(step, of, session)
-    return _described(step, graph, compared, "right" if padded else "left" if _masks(step) else "none")
+    padding = "right" if padded else "left" if _masks(step) else "none"
+    takes, gives = graph.shapes(graph.model.graph.inputs), graph.shapes(graph.model.graph.outputs)
+    context = min(reach, step.capacity or reach)
+    notes = [] if refused else write_config(folder, DECODE, model, states, takes, gives, context)
+    genai = Genai(
+        refused, "right" if padded else "none", () if refused else (*limits(states, padding, context), *notes)
+    )
+    return Decode(
+        inputs=takes,
+        outputs=gives,
+        states=(*states, *unread),
+        mask=step.mask is not None,
+        padding=padding,
+        values=_values(step),
+        singly=_singly(graph),
+        context_length=step.capacity,
+        operators=graph.operators,
+        compared=tuple(compared),
+        genai=genai,
+    )
 
 
 def _graph(
@@ -157,10 +174,15 @@ def _masks(step: Closed) -> bool:
     return step.mask is not None and not step.counted
 
 
-def _described(step: Closed, graph: Graph, compared: list[Compared], padding: str) -> Decode:
+def _values(step: Closed) -> tuple[str, ...]:
+    """The inputs with a value per new token."""
+    return tuple(node.name for node in step.given if node is not step.mask)
+
+
+def _states(step: Closed, graph: Graph) -> list[Carried]:
     inputs = graph.shapes(graph.model.graph.inputs)
     shared = {v.name for v in graph.model.graph.outputs if _made_by_one_node(v)}
-    states = [
+    return [
         Carried(
             input=past,
             output=present,
@@ -174,15 +196,3 @@ def _described(step: Closed, graph: Graph, compared: list[Compared], padding: st
         )
         for held, layer, (past, present) in zip(step.held, layer_numbers(step), state_names(step), strict=True)
     ]
-    return Decode(
-        inputs=inputs,
-        outputs=graph.shapes(graph.model.graph.outputs),
-        states=tuple(states),
-        mask=step.mask is not None,
-        padding=padding,
-        values=tuple(node.name for node in step.given if node is not step.mask),
-        singly=_singly(graph),
-        context_length=step.capacity,
-        operators=graph.operators,
-        compared=tuple(compared),
-    )

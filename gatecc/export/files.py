@@ -17,6 +17,7 @@ from gatecc.codegen.onnx.packages import EXPORT, RUNTIME, versions
 from gatecc.errors import ExportError
 from gatecc.export.compare import Compared
 from gatecc.export.decode import DECODE, Decode
+from gatecc.export.genai import CONFIG
 from gatecc.export.quantize import Quantized
 from gatecc.transform import history
 
@@ -66,7 +67,7 @@ def describe(
     """The record of the files in ``made``, which are to be moved to ``folder``."""
     return Exported(
         folder=folder,
-        files={p.name: _digest(p) for p in sorted(made.iterdir())},
+        files={p.relative_to(made).as_posix(): _digest(p) for p in sorted(made.rglob("*")) if p.is_file()},
         opset=graph.model.opset_imports[""],
         ir_version=IR_VERSION,
         inputs=graph.shapes(graph.model.graph.inputs),
@@ -112,13 +113,22 @@ def move(made: Path, folder: Path) -> None:
         if not folder.exists():
             os.replace(made, folder)
             return
-        for name in (DATA, MODEL, DECODE, MANIFEST):
-            if (made / name).exists():
-                os.replace(made / name, folder / name)
-            else:
+        written = [p.relative_to(made) for p in made.rglob("*") if p.is_file()]
+        for path in sorted(written, key=_turn):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(made / path, folder / path)
+        for name in (DATA, MODEL, DECODE, CONFIG):
+            if Path(name) not in written:
                 (folder / name).unlink(missing_ok=True)
     except OSError as e:
         raise ExportError("the files cannot be written", where=str(folder), found=str(e)) from e
+
+
+def _turn(path: Path) -> tuple[int, str]:
+    """When a file is put in place: weights before the graphs that read them, the manifest after all."""
+    order = (DATA, MODEL, DECODE)
+    name = str(path)
+    return (order.index(name) if name in order else len(order) + (name == MANIFEST)), name
 
 
 def _digest(path: Path) -> str:

@@ -17,6 +17,7 @@ from gatecc.decoder import Decoder
 from gatecc.decoder.emit.closed import Closed
 from gatecc.decoder.emit.names import input_names
 from gatecc.errors import ExportError
+from gatecc.export.carried import Carried
 from gatecc.export.compare import TOLERANCE, Compared
 from gatecc.ir.sizes import expression
 from gatecc.scope.family import difference
@@ -40,6 +41,24 @@ class Text:
         """The first samples alone."""
         values = {node: x[:batch] for node, x in self.values.items()}
         return Text(self.ids[:batch], values, self.logits[:batch])
+
+
+class Filled:
+    """A session that is given zeros for states that nothing needs, and keeps them to itself."""
+
+    def __init__(self, session: Session, unread: Sequence[Carried]) -> None:
+        self._session, self._unread = session, unread
+
+    def run(self, names: Sequence[str], leaves: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs for these inputs, of which the first are the tokens."""
+        batch = leaves[0].shape[0]
+        shapes = [[batch, *map(int, state.shape[1:])] for state in self._unread]
+        zeros = [
+            torch.zeros(shape, dtype=getattr(torch, state.dtype))
+            for shape, state in zip(shapes, self._unread, strict=True)
+        ]
+        found = self._session.run([*names, *(state.input for state in self._unread)], [*leaves, *zeros])
+        return found[: len(found) - len(zeros)]
 
 
 def text(made: Decoder, step: Closed, model: nn.Module, inputs: tuple[Any, Any]) -> Text:
@@ -75,7 +94,7 @@ def _resized(x: Tensor, inputs: Any, node: fx.Node, length: int) -> Tensor:
     return x.index_select(1, torch.arange(length, device=x.device) % x.shape[1])
 
 
-def compare_steps(made: Decoder, step: Closed, of: Text, session: Session, *, singly: bool) -> list[Compared]:
+def compare_steps(made: Decoder, step: Closed, of: Text, session: Filled, *, singly: bool) -> list[Compared]:
     """Run the file in pieces. Raises ExportError if its logits are not those of the full forward.
 
     ``singly``: behind a prefill it takes several samples or several tokens, not both.
@@ -88,7 +107,7 @@ def compare_steps(made: Decoder, step: Closed, of: Text, session: Session, *, si
     return found
 
 
-def takes_padding(step: Closed, of: Text, session: Session) -> bool:
+def takes_padding(step: Closed, of: Text, session: Filled) -> bool:
     """Whether prompts of several lengths, padded on the right, give what each gives by itself, and so do the tokens
     that follow them."""
     rows, length = of.ids.shape[0], min(20, of.ids.shape[1] - 3)
@@ -116,7 +135,7 @@ def _pieces(length: int) -> list[Sequence[int]]:
     return fitting if len(fitting) == len(_PIECES) or length < 4 else [(length - 3, 1, 2), *fitting]
 
 
-def _compared(made: Decoder, step: Closed, session: Session, of: Text, pieces: Sequence[int]) -> Compared:
+def _compared(made: Decoder, step: Closed, session: Filled, of: Text, pieces: Sequence[int]) -> Compared:
     got = _logits(step, session, of, pieces)
     expected = of.logits[:, : sum(pieces)]
     error = _difference(step, of, expected, got)
@@ -146,7 +165,7 @@ def _difference(step: Closed, of: Text, expected: Tensor, got: Tensor) -> float:
     return difference(expected, got)
 
 
-def _logits(step: Closed, session: Session, of: Text, pieces: Sequence[int]) -> Tensor:
+def _logits(step: Closed, session: Filled, of: Text, pieces: Sequence[int]) -> Tensor:
     """The logits of the file, piece by piece."""
     names, placeholders = input_names(step), step.program.placeholders
     states = before_first(step, len(of.ids))

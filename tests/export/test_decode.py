@@ -76,13 +76,16 @@ def test_by_hand_with_one_file_of_weights(tmp_path: Path) -> None:
     """Tokens one by one, as somebody runs the files who reads the manifest alone; weights are held once."""
     model = Mixed(Convolution(cut=False)).eval()
     made = gatecc.export(model, tmp_path / "x", (IDS,), decode=True, external_data=True)
-    assert sorted(made.files) == ["decode.onnx", "model.onnx", "model.onnx.data"]
+    assert sorted(made.files) == ["decode.onnx", "genai_config.json", "model.onnx", "model.onnx.data"]
     large = [w.nbytes for w in model.parameters() if w.nbytes > 1024]
     assert sum(large) <= (tmp_path / "x" / build.DATA).stat().st_size < sum(large) + min(large)
     session = ort.InferenceSession(str(tmp_path / "x" / "decode.onnx"))
-    state, parts = torch.zeros(2, D, 3).numpy(), []
+    state, unread, parts = torch.zeros(2, D, 3).numpy(), torch.zeros(2, 1).numpy(), []
+    assert made.decode is not None
+    assert [(s.input, s.kind) for s in made.decode.states[1:]] == [("past.0.recurrent", "dummy")]
     for token in IDS.split(1, 1):
-        logits, state = session.run(["logits", "present.0.conv"], {"input_ids": token.numpy(), "past.0.conv": state})
+        feeds = {"input_ids": token.numpy(), "past.0.conv": state, "past.0.recurrent": unread}
+        logits, state = session.run(["logits", "present.0.conv"], feeds)
         parts.append(torch.from_numpy(logits))
     torch.testing.assert_close(torch.cat(parts, 1), model(IDS).detach(), rtol=0, atol=1e-5)
 

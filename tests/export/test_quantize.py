@@ -217,7 +217,8 @@ def test_the_decode_step_too(tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 48}
     model: Any = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, max_position_embeddings=64)).eval()
     made = gatecc.export(model, tmp_path / "out", {"input_ids": ids()}, decode=True, quantize="w8", external_data=True)
-    assert sorted(made.files) == ["decode.onnx", "model.onnx", "model.onnx.data"]
+    graphs = ["decode.onnx", "genai_config.json", "model.onnx", "model.onnx.data"]
+    assert sorted(made.files) == ["config.json", *graphs]
     assert made.quantized is not None
     assert list(made.quantized.time) == ["batch 1, sequence 1", "batch 1, sequence 61"]
     assert (tmp_path / "out" / "model.onnx.data").stat().st_size < 1.4 * made.quantized.bytes_after

@@ -43,8 +43,8 @@ class Generation:
         Temperature 0 takes the best token; above, tokens are drawn from the ``top_k`` best, and of these from the
         smallest set that holds the probability ``top_p``. A sample that has yielded a token of ``stop`` is done: that
         token is repeated until all are. ``stream`` is called with the new tokens (B,) of each step. Prompts of several
-        lengths are padded on the left and take an ``attention_mask``. ``state`` continues a text whose last tokens are
-        ``ids``. Raises ArgumentError for options out of range.
+        lengths are padded on either side and take an ``attention_mask``. ``state`` continues a text whose last tokens
+        are ``ids``. Raises ArgumentError for options out of range.
         """
         _check(max_new_tokens, temperature, top_k, top_p)
         stops = torch.tensor(sorted({stop} if isinstance(stop, int) else set(stop)), device=ids.device)
@@ -52,7 +52,8 @@ class Generation:
         done = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
         if not max_new_tokens:
             return ids
-        logits, state = self.prefill(ids, state, **values)
+        prompts, values = _ending_together(ids, values)
+        logits, state = self.prefill(prompts, state, **values)
         last = logits[:, -1]
         while True:
             token = choose(last, temperature, top_k, top_p, generator)
@@ -66,6 +67,19 @@ class Generation:
             if len(new) == max_new_tokens or (len(stops) and bool(done.all())):
                 return torch.cat([ids, torch.stack(new, 1)], 1)
             last, state = self.step(token, state)
+
+
+def _ending_together(
+    ids: torch.Tensor, values: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Prompts with the padding behind their tokens moved before them, and so what belongs to each token."""
+    mask = values.get("attention_mask")
+    if mask is None or mask.shape != ids.shape or bool(mask[:, -1].bool().all()):
+        return ids, values
+    behind = mask.bool().flip(1).long().argmax(1)
+    places = (torch.arange(ids.shape[1], device=ids.device) - behind[:, None]) % ids.shape[1]
+    rows = torch.arange(len(ids), device=ids.device)[:, None]
+    return ids[rows, places], {k: x[rows, places] if x.shape[:2] == ids.shape else x for k, x in values.items()}
 
 
 def _check(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:

@@ -34,7 +34,7 @@ def test_greedy_is_what_transformers_generates(llama: tuple[Any, Decoder]) -> No
     assert torch.equal(made.generate(ids, 12), expected)
 
 
-def test_prompts_of_several_lengths_are_padded_on_the_left(llama: tuple[Any, Decoder]) -> None:
+def test_prompts_of_several_lengths_are_padded_on_either_side(llama: tuple[Any, Decoder]) -> None:
     model, made = llama
     ids, mask = tokens(3, 9), padding(3, 9, left=True).long()
     together = made.generate(ids, 12, attention_mask=mask)
@@ -42,6 +42,9 @@ def test_prompts_of_several_lengths_are_padded_on_the_left(llama: tuple[Any, Dec
     for row, kept in zip(together, mask, strict=True):
         alone = made.generate(row[:9][kept.bool()][None], 12)
         assert torch.equal(alone[0, -12:], row[-12:])
+    moved = [torch.cat([row[kept.bool()], row[~kept.bool()]]) for row, kept in zip(ids, mask, strict=True)]
+    behind = made.generate(torch.stack(moved), 12, attention_mask=mask.flip(1))
+    assert torch.equal(behind[:, -12:], together[:, -12:])
 
 
 def test_samples_stop_one_by_one(llama: tuple[Any, Decoder]) -> None:
