@@ -14,7 +14,7 @@ from gatecc.codegen.onnx import build
 from gatecc.errors import DecoderError, ExportError
 from gatecc.export import steps
 from tests.decoder.emit.test_step import MIXERS
-from tests.decoder.mixing import D, Mixed, V
+from tests.decoder.mixing import D, LinearAttention, Mixed, V
 from tests.decoder.rules.test_scan import Convolution
 
 ort = pytest.importorskip("onnxruntime")
@@ -43,6 +43,21 @@ def test_every_kind_of_state(tmp_path: Path) -> None:
     compared = {(c.sizes["batch"], c.sizes["prefill"]) for c in made.compared}
     assert compared == {(batch, prefill) for batch in (1, 3) for prefill in (1, 7, 64)}
     assert max(c.error for c in made.compared) < 1e-5
+    assert made.operators["com.microsoft::CausalConvWithState"] == 1
+
+
+def test_a_step_in_operators_of_the_standard(tmp_path: Path) -> None:
+    model = Mixed(LinearAttention("gated")).eval()
+    made = gatecc.export(model, tmp_path / "x", (IDS,), decode=True, target="portable").decode
+    assert made is not None
+    assert not [op for op in made.operators if "::" in op]
+    assert made.operators["If"] == made.operators["Scan"] == 1  # a token by itself, or chunks
+    assert {c.sizes["prefill"] for c in made.compared} == {1, 7, 64}
+    text = gatecc.onnx.Session(tmp_path / "x").generate(IDS, 5)
+    expected = IDS
+    for _ in range(5):
+        expected = torch.cat([expected, model(expected)[:, -1:].argmax(-1)], 1)
+    assert text.equal(expected)
 
 
 class Windowed(nn.Module):

@@ -83,18 +83,18 @@ def _parsed(node: ir.Node, opset: int) -> ir.Graph:
         assert sizes is not None
         known = [d if isinstance(d, int) else None for d in sizes]
         declared.CopyFrom(onnx.helper.make_tensor_value_info(declared.name, onnx.TensorProto.FLOAT, known))
-    _forget_shapes(proto)
+    forget_shapes(proto)
     model = onnx.helper.make_model(proto, opset_imports=[onnx.helper.make_opsetid("", opset)])
     return ir.serde.deserialize_graph(onnx.shape_inference.infer_shapes(model, strict_mode=True).graph)
 
 
-def _forget_shapes(graph: Any) -> None:
+def forget_shapes(graph: Any) -> None:
     """``float x`` says that x has no axes; inside of a loop that is left to the inference of shapes."""
     for attribute in chain.from_iterable(node.attribute for node in graph.node):
         if attribute.HasField("g"):
             for end in (*attribute.g.input, *attribute.g.output):
                 end.type.tensor_type.ClearField("shape")
-            _forget_shapes(attribute.g)
+            forget_shapes(attribute.g)
 
 
 def _values(graph: ir.Graph) -> list[ir.Value]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from gatecc.codegen.onnx.opset import LINEAR_ATTENTION
 from gatecc.codegen.onnx.spelled import spelled
 from gatecc.ops.linear_attention.arguments import Rule
-from gatecc.ops.linear_attention.onnx_lines import by_chunk, by_token
+from gatecc.ops.linear_attention.onnx_lines import by_chunk, by_chunk_or_step, by_token
 
 Recurrence = Callable[
     [Rule, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], tuple[Tensor, Tensor]
@@ -69,7 +69,8 @@ def spelled_out(
     start = q.new_zeros(B, H, Dk, E) if state is None else state
     given = {"state": start, "q": q, "k": k, "v": v, "decay": decay, "beta": beta}
     widths = Dk, E, 0 if decay is None else decay.size(3)
-    lines = by_token("gated" in rule) if beta is not None else by_chunk(*widths)
+    chunks = by_chunk if state is None else by_chunk_or_step
+    lines = by_token("gated" in rule) if beta is not None else chunks(*widths)
     inputs = {name: x for name, x in given.items() if x is not None}
     o, final = spelled(lines, inputs, {"o": (B, H, N, E), "final": (B, H, Dk, E)})
     return o, final

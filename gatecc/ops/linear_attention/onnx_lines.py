@@ -11,7 +11,6 @@ from collections.abc import Iterator
 CHUNK, BLOCK = 32, 8
 _STRONGEST = -16.0  # a decay below forgets all but 1e-7 of a state
 _LARGEST = _STRONGEST * BLOCK / -2  # e to this is finite
-_FLOAT = "float state, float {}"
 
 
 def by_token(gated: bool) -> list[str]:
@@ -55,104 +54,144 @@ def by_chunk(Dk: int, E: int, decays: int) -> list[str]:
     et al. 2024, GLA). One decay for all channels is taken as that difference; of one for each channel, e^(b_i - m) and
     e^(m - b_j) are finite for m the sum in the middle of the block of 8 that i lies in.
     """
-    widths = {"q": Dk, "k": Dk, "v": E, **({"decay": decays} if decays else {})}
+    return [*_constants(Dk, E, decays), *_by_chunk(decays, "o", "final")]
+
+
+def by_chunk_or_step(Dk: int, E: int, decays: int) -> list[str]:
+    """``by_chunk``, and one token by itself, which takes a tenth of a chunk."""
+    step = [
+        "column = Transpose <perm = [0, 1, 3, 2]> (k)",
+        "added = MatMul (column, v)",
+        *(_FADED if decays else ["faded = Identity (state)"]),
+        "one_final = Add (faded, added)",
+        "one_o = MatMul (q, one_final)",
+    ]
+    one = f"one () => (float one_o, float one_final) {{ {' '.join(step)} }}"
+    more = f"more () => (float all_o, float all_final) {{ {' '.join(_by_chunk(decays, 'all_o', 'all_final'))} }}"
     return [
-        f"chunk = Constant <value = int64[1] {{{CHUNK}}}> ()",
-        "nothing = Constant <value = int64[6] {0, 0, 0, 0, 0, 0}> ()",
-        "zero = Constant <value = int64[1] {0}> ()",
-        "length = Shape <start = 2, end = 3> (q)",
-        "behind = Neg (length)",
-        "missing = Mod (behind, chunk)",
-        "pads = Concat <axis = 0> (nothing, missing, zero)",
-        *(line for name, width in widths.items() for line in _chunks(name, width)),
-        *(_forgetting(decays) if decays else ("writes = Identity (kc)", "reads = Identity (qc)")),
-        *(_weights(Dk, decays) if decays else ("column = Transpose <perm = [0, 1, 2, 4, 3]> (kc)", _PRODUCT)),
-        "seen = Trilu <upper = 0> (scores)",
-        "inside = MatMul (seen, vc)",
-        "turned = Transpose <perm = [0, 1, 2, 4, 3]> (writes)",
-        "added = MatMul (turned, vc)",
-        "addeds = Transpose <perm = [2, 0, 1, 3, 4]> (added)",
-        _states(bool(decays)),
-        "before = Transpose <perm = [1, 2, 0, 3, 4]> (befores)",
-        "across = MatMul (reads, before)",
-        "oc = Add (inside, across)",
-        f"whole = Constant <value = int64[4] {{0, 0, -1, {E}}}> ()",
-        "padded = Reshape (oc, whole)",
-        "tokens = Constant <value = int64[1] {2}> ()",
-        "o = Slice (padded, zero, length, tokens)",
+        *_constants(Dk, E, decays),
+        "one_token = Constant <value = int64[1] {1}> ()",
+        "tokens_given = Shape <start = 2, end = 3> (q)",
+        "is_one = Equal (tokens_given, one_token)",
+        f"o, final = If <then_branch = {one}, else_branch = {more}> (is_one)",
     ]
 
 
-_PRODUCT = "scores = MatMul (qc, column)"
+_FADED = [
+    "keep_row = Exp (decay)",
+    "keep = Transpose <perm = [0, 1, 3, 2]> (keep_row)",
+    "faded = Mul (state, keep)",
+]
 
 
-def _chunks(name: str, width: int) -> Iterator[str]:
-    """(B, H, N, D) -> (B, H, chunks, C, D), with zeros, which change nothing, after the last token."""
-    yield f"{name}_padded = Pad ({name}, pads)"
-    yield f"{name}_shape = Constant <value = int64[5] {{0, 0, -1, {CHUNK}, {width}}}> ()"
-    yield f"{name}c = Reshape ({name}_padded, {name}_shape)"
+def _constants(Dk: int, E: int, decays: int) -> list[str]:
+    blocks = {"q_blocks": Dk, "b_blocks": decays} if decays > 1 else {}
+    lists = {
+        "chunk": [CHUNK],
+        "nothing": [0] * 6,
+        "zero": [0],
+        "tokens": [2],
+        "rows": [3],
+        "inner": [4],
+        "end": [CHUNK - 1],
+        "half": [BLOCK // 2],
+        "behind_half": [BLOCK // 2 + 1],
+        "square": [0, 0, 0, CHUNK, CHUNK],
+        "whole": [0, 0, -1, E],
+        **{f"{name}_shape": [0, 0, -1, CHUNK, width] for name, width in _widths(Dk, E, decays).items()},
+        **{name: [0, 0, 0, CHUNK // BLOCK, BLOCK, width] for name, width in blocks.items()},
+    }
+    numbers = {"strongest": _STRONGEST, "largest": _LARGEST, "none": 0.0}
+    return [
+        *(f"{n} = Constant <value = int64[{len(x)}] {{{', '.join(map(str, x))}}}> ()" for n, x in lists.items()),
+        *(f"{n} = Constant <value = float {{{x}}}> ()" for n, x in numbers.items()),
+        "axis = Constant <value = int64 {3}> ()",
+    ]
 
 
-def _forgetting(decays: int) -> Iterator[str]:
+def _widths(Dk: int, E: int, decays: int) -> dict[str, int]:
+    return {"q": Dk, "k": Dk, "v": E, **({"decay": decays} if decays else {})}
+
+
+def _by_chunk(decays: int, o: str, final: str) -> Iterator[str]:
+    yield "length = Shape <start = 2, end = 3> (q)"
+    yield "behind = Neg (length)"
+    yield "missing = Mod (behind, chunk)"
+    yield "pads = Concat <axis = 0> (nothing, missing, zero)"
+    for name in _widths(0, 0, decays):  # zeros, which change nothing, after the last token: (B, H, chunks, C, D)
+        yield f"{name}_padded = Pad ({name}, pads)"
+        yield f"{name}c = Reshape ({name}_padded, {name}_shape)"
+    yield from _forgetting() if decays else ("writes = Identity (kc)", "reads = Identity (qc)")
+    yield from _scores(decays)
+    yield "seen = Trilu <upper = 0> (scores)"
+    yield "inside = MatMul (seen, vc)"
+    yield "turned = Transpose <perm = [0, 1, 2, 4, 3]> (writes)"
+    yield "added = MatMul (turned, vc)"
+    yield "addeds = Transpose <perm = [2, 0, 1, 3, 4]> (added)"
+    yield _states(bool(decays), final)
+    yield "before = Transpose <perm = [1, 2, 0, 3, 4]> (befores)"
+    yield "across = MatMul (reads, before)"
+    yield "oc = Add (inside, across)"
+    yield "padded = Reshape (oc, whole)"
+    yield f"{o} = Slice (padded, zero, length, tokens)"
+
+
+def _forgetting() -> Iterator[str]:
     """b, and what the tokens read of the state before the chunk and leave in that behind it."""
-    yield f"strongest = Constant <value = float {{{_STRONGEST}}}> ()"
-    yield "decayc_ = Max (decayc, strongest)"
-    yield "axis = Constant <value = int64 {3}> ()"
-    yield "b = CumSum (decayc_, axis)"
-    yield f"end = Constant <value = int64[1] {{{CHUNK - 1}}}> ()"
-    yield "rows = Constant <value = int64[1] {3}> ()"
+    yield "bounded = Max (decayc, strongest)"
+    yield "b = CumSum (bounded, axis)"
     yield "last = Slice (b, end, chunk, rows)"
     yield "until = Sub (last, b)"
-    yield "faded = Exp (until)"
-    yield "writes = Mul (kc, faded)"
+    yield "left = Exp (until)"
+    yield "writes = Mul (kc, left)"
     yield "since = Exp (b)"
     yield "reads = Mul (qc, since)"
     yield "kept = Exp (last)"
     yield "kepts = Transpose <perm = [2, 0, 1, 4, 3]> (kept)"
 
 
-def _weights(Dk: int, decays: int) -> Iterator[str]:
-    """scores: q_i k_j e^(b_i - b_j) for j <= i, anything above."""
-    if decays == 1:
-        yield "column = Transpose <perm = [0, 1, 2, 4, 3]> (kc)"
-        yield "products = MatMul (qc, column)"
+def _scores(decays: int) -> Iterator[str]:
+    """q_i k_j e^(b_i - b_j) for j <= i, anything above."""
+    if decays > 1:
+        yield from _scores_by_block()
+        return
+    yield "column = Transpose <perm = [0, 1, 2, 4, 3]> (kc)"
+    yield f"{'products' if decays else 'scores'} = MatMul (qc, column)"
+    if decays:
         yield "b_row = Transpose <perm = [0, 1, 2, 4, 3]> (b)"
         yield "apart = Sub (b, b_row)"
-        yield "none = Constant <value = float {0}> ()"
-        yield "far = Min (apart, none)"
-        yield "fading = Exp (far)"
+        yield "bound = Min (apart, none)"  # later tokens are not seen
+        yield "fading = Exp (bound)"
         yield "scores = Mul (products, fading)"
-        return
-    for name, width in (("q", Dk), ("b", decays)):
-        yield f"{name}_blocks = Constant <value = int64[6] {{0, 0, 0, {CHUNK // BLOCK}, {BLOCK}, {width}}}> ()"
-        yield f"{name}b = Reshape ({'qc' if name == 'q' else 'b'}, {name}_blocks)"
-    yield f"half = Constant <value = int64[1] {{{BLOCK // 2}}}> ()"
-    yield f"behind_half = Constant <value = int64[1] {{{BLOCK // 2 + 1}}}> ()"
-    yield "inner = Constant <value = int64[1] {4}> ()"
-    yield "middle = Slice (bb, half, behind_half, inner)"
-    yield "q_apart = Sub (bb, middle)"
+
+
+def _scores_by_block() -> Iterator[str]:
+    yield "q_block = Reshape (qc, q_blocks)"
+    yield "b_block = Reshape (b, b_blocks)"
+    yield "middle = Slice (b_block, half, behind_half, inner)"
+    yield "q_apart = Sub (b_block, middle)"
     yield "q_fading = Exp (q_apart)"
-    yield "q_block = Mul (qb, q_fading)"
+    yield "q_faded = Mul (q_block, q_fading)"
     yield "b_all = Unsqueeze (b, rows)"
     yield "k_all = Unsqueeze (kc, rows)"
     yield "k_apart = Sub (middle, b_all)"
-    yield f"largest = Constant <value = float {{{_LARGEST}}}> ()"
     yield "k_bound = Min (k_apart, largest)"  # keys behind the block are not seen
     yield "k_fading = Exp (k_bound)"
-    yield "k_block = Mul (k_all, k_fading)"
-    yield "k_column = Transpose <perm = [0, 1, 2, 3, 5, 4]> (k_block)"
-    yield "block_scores = MatMul (q_block, k_column)"
-    yield f"square = Constant <value = int64[5] {{0, 0, 0, {CHUNK}, {CHUNK}}}> ()"
+    yield "k_faded = Mul (k_all, k_fading)"
+    yield "column = Transpose <perm = [0, 1, 2, 3, 5, 4]> (k_faded)"
+    yield "block_scores = MatMul (q_faded, column)"
     yield "scores = Reshape (block_scores, square)"
 
 
-def _states(gated: bool) -> str:
+def _states(gated: bool, final: str) -> str:
     """The states before each chunk, and after the last."""
-    body = ["before_t = Identity (past)", "next = Add (left, added_t)"]
-    left = "left = Mul (past, kept_t)" if gated else "left = Identity (past)"
-    body.insert(1, left)
-    outer, inner = (["kepts", "addeds"], ["kept_t", "added_t"]) if gated else (["addeds"], ["added_t"])
-    return _scan("final, befores", ["state"], outer, body, inner, "before_t")
+    body = [
+        "before_t = Identity (past)",
+        "kept_state = Mul (past, kept_t)" if gated else "kept_state = Identity (past)",
+        "next = Add (kept_state, added_t)",
+    ]
+    rows = {"kepts": "kept_t", "addeds": "added_t"} if gated else {"addeds": "added_t"}
+    return _scan(f"{final}, befores", ["state"], list(rows), body, list(rows.values()), "before_t")
 
 
 def _scan(results: str, states: list[str], rows: list[str], body: list[str], inner: list[str], yields: str) -> str:

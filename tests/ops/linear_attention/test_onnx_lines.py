@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import onnx
@@ -9,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gatecc.ops.linear_attention.onnx_lines import by_chunk, by_token
+from gatecc.codegen.onnx.spelled import forget_shapes
+from gatecc.ops.linear_attention.onnx_lines import by_chunk, by_chunk_or_step, by_token
 from gatecc.ops.linear_attention.reference import token_by_token
 from tests.ops.linear_attention.cases import double, operands, relative
 
@@ -23,10 +25,7 @@ def session(lines: list[str], given: dict[str, Tensor]) -> Any:
     read, results = ", ".join(f"float[?,?,?,?] {name}" for name in given), "float[?,?,?,?] o, float[?,?,?,?] final"
     head = '<ir_version: 10, opset_import: ["" : 18]>'
     model = onnx.parser.parse_model(f"{head} form ({read}) => ({results}) {{ {' '.join(lines)} }}")
-    for node in model.graph.node:
-        for graph in (a.g for a in node.attribute if a.HasField("g")):
-            for end in (*graph.input, *graph.output):
-                end.type.tensor_type.ClearField("shape")
+    forget_shapes(model.graph)
     onnx.checker.check_model(model, full_check=True)
     return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
@@ -35,8 +34,9 @@ def session(lines: list[str], given: dict[str, Tensor]) -> Any:
     ("rule", "width"),
     [("linear", 0), ("gated", 1), ("gated", DK), ("delta", 0), ("gated_delta", 1), ("gated_delta", DK)],
 )
-def test_every_rule_at_every_length_and_decay(rule: str, width: int) -> None:
-    lines = by_token("gated" in rule) if "delta" in rule else by_chunk(DK, E, width)
+@pytest.mark.parametrize("chunks", [by_chunk, by_chunk_or_step])
+def test_every_rule_at_every_length_and_decay(rule: str, width: int, chunks: Callable[..., list[str]]) -> None:
+    lines = by_token("gated" in rule) if "delta" in rule else chunks(DK, E, width)
     run = None
     for N in (1, 7, 32, 33, 100):
         for kind in KINDS if "gated" in rule else KINDS[:1]:
@@ -46,8 +46,8 @@ def test_every_rule_at_every_length_and_decay(rule: str, width: int) -> None:
             if "beta" in given:
                 given["beta"] = given["beta"].unsqueeze(-1)
             wide = double(given)
-            operand = (wide[n] for n in ("q", "k", "v"))
-            truth = token_by_token(*operand, wide.get("log_decay"), wide.get("beta"), wide["state"])
+            q, k, v = (wide[n] for n in ("q", "k", "v"))
+            truth = token_by_token(q, k, v, wide.get("log_decay"), wide.get("beta"), wide["state"])
             feeds = {n.replace("log_", ""): x for n, x in given.items()}
             run = run or session(lines, feeds)
             found = run.run(None, {n: x.numpy() for n, x in feeds.items()})

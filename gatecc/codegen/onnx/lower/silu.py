@@ -22,7 +22,7 @@ class Silu(GraphLowering):
     """x * sigmoid(alpha * x) -> QuickGelu."""
 
     name = "silu"
-    after = ("copies",)
+    after = ("copies", "short-convolution")
     targets = ("ort",)
 
     def lower(self, subject: Subject) -> Iterator[Outcome]:
