@@ -72,7 +72,7 @@ class Body:
     def value(self, node: fx.Node) -> Value:
         """A node's value, printed with all that it needs. Raises RefusedError."""
         if node not in self.values:
-            self.values[node] = self._load(node) if node.op == "placeholder" else self._call(node)
+            self.values[node] = self.load(node) if node.op == "placeholder" else self._call(node)
         return self.values[node]
 
     def tiles(self) -> set[str]:
@@ -83,7 +83,7 @@ class Body:
         """The values that are the same in all columns, for another space of the same rows."""
         return {n: v for n, v in self.values.items() if all(x.kind in ("column", "scalar") for x in _parts(v))}
 
-    def _say(self, found: Value, text: str) -> Value:
+    def say(self, found: Value, text: str) -> Value:
         """The line that computes a value."""
         where = self.outside if self.in_blocks and found.kind in ("column", "scalar") else self.lines
         where.append(f"{found.text} = {text}")
@@ -110,7 +110,7 @@ class Body:
         except UnprintableError as error:
             raise RefusedError(str(error)) from error
         found = Value(self.name(node), _joined([x.kind for x in operands]))
-        return self._checked(node, self._say(found, text))
+        return self._checked(node, self.say(found, text))
 
     def _expanded(self, node: fx.Node, given: Value) -> Value:
         """A value over more than it was; what reads it broadcasts."""
@@ -132,7 +132,7 @@ class Body:
             text = f"{given.text}.to({_TYPES[to]}).to(tl.float32)"
         if text == given.text:
             return given
-        return self._say(Value(self.name(node), given.kind), text)
+        return self.say(Value(self.name(node), given.kind), text)
 
     def _reduced(self, node: fx.Node, name: str) -> Any:
         if self.in_blocks:
@@ -160,13 +160,14 @@ class Body:
         found = Value(own, kind)
         return (found, Value(mean, kind)) if name == "var_mean" else self._checked(node, found)
 
-    def _load(self, node: fx.Node) -> Value:
+    def load(self, node: fx.Node) -> Value:
+        """Read an input. A kernel whose inputs lie otherwise than in order has its own."""
         place, kind = self._place(node)
         mask = {"tile": "mask", "column": f"{self.space.row_mask}[:, None]", "row": f"{self.space.col_mask}[None, :]"}
         over = "" if kind == "scalar" else f", mask={_mask(self.space) if kind == 'tile' else mask[kind]}, other=0.0"
         text = f"tl.load({node.name} + {place}{over})" if place else f"tl.load({node.name})"
         text += " != 0" if dtype(node) == torch.bool else ".to(tl.float32)"
-        return self._say(Value(self.name(node), kind), text)
+        return self.say(Value(self.name(node), kind), text)
 
     def _place(self, node: fx.Node) -> tuple[str, Kind]:
         """Where an input's elements lie, and over what it runs."""

@@ -118,8 +118,8 @@ def _page(region: Region, title: str, runs: str, parts: str, after: str = "") ->
         title=title,
         notes="".join(f"    {note}\n" for note in region.notes) + "\n" * bool(region.notes),
         runs=runs,
-        graph="\n".join(f"    {line}" for line in _lines(region.graph)),
-        functions=_functions(parts),
+        graph="\n".join(f"    {line}" for line in graph_lines(region.graph)),
+        functions=imported_functions(parts),
         parts=parts,
         reference=print_aten(region.graph, "reference", region.rows, leader),
     )
@@ -143,7 +143,7 @@ def _title(region: Region) -> str:
     )
 
 
-def _lines(graph: fx.Graph) -> list[str]:
+def graph_lines(graph: fx.Graph) -> list[str]:
     """The graph with shapes and dtypes, a line a node."""
     found: list[str] = []
     for node in graph.nodes:
@@ -158,7 +158,7 @@ def _lines(graph: fx.Graph) -> list[str]:
     return [line.replace('"""', "'''").replace("\\", "/") for line in found]
 
 
-def _functions(kernels: str) -> str:
+def imported_functions(kernels: str) -> str:
     """The line that imports those that kernels call."""
     names = sorted(name for name in FUNCTIONS.values() if re.search(rf"(?<![.\w]){name}\(", kernels))
     return f"from gatecc.codegen.regions.kernels.functions import {', '.join(names)}\n" if names else ""

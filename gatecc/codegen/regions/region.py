@@ -130,6 +130,8 @@ def region_of(function: Callable[..., Any], example: Sequence[Tensor], notes: Se
         found = function(*given)
         return (found,) if isinstance(found, Tensor) else tuple(found)
 
+    # A tensor that is given twice would be traced as one input.
+    example = [torch.empty_like(x) if any(x is y for y in example[:i]) else x for i, x in enumerate(example)]
     # softmax is differentiated as one operator: through its parts, the gradient of the largest score would be added.
     table = decompositions()
     aten = torch.ops.aten

@@ -29,3 +29,4 @@ register(
 )
 register(Operator(overload=_ops.attention_backward.default, flops=cost.backward))
 judge.register("gatecc.ops.attention.triton.judged")
+judge.register("gatecc.ops.attention.triton.judged_region")

@@ -161,6 +161,13 @@ def test_every_leading_axis_may_be_longer(first: Any, second: Any) -> None:
     assert (findings.outside, findings.raced) == ([], [])
 
 
+def test_a_tensor_that_is_given_twice_is_two_inputs() -> None:
+    x, y = torch.randn(5, 24), torch.randn(5, 24)
+    module = build(lambda x, y: torch.sigmoid(x) * y, [x, x], gradient=False).module
+    with interpreting(module):
+        torch.testing.assert_close(module.launch(x, y)[0], torch.sigmoid(x) * y)
+
+
 def test_gradients_of_weights_are_kernels_that_sum_over_parts_of_the_rows() -> None:
     """Many rows are cut into parts, each with a program of its own; no result is left to ATen but views."""
 

@@ -33,6 +33,11 @@ def forward(a: Arguments) -> tuple[Tensor, Tensor]:
     return run.attend_few() if few else run.attend()
 
 
+def forward_then(a: Arguments, kernel: Any, others: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """What a printed kernel makes of the heads, and the logsumexp."""
+    return _Run(a).attend_then(kernel, others)
+
+
 def backward(
     a: Arguments, out: Tensor, logsumexp: Tensor, grad: Tensor, grad_logsumexp: Tensor | None, needs: Sequence[bool]
 ) -> Gradients:
@@ -75,6 +80,16 @@ class _Run:
         given = (*self.operands(a.q, a.k, a.v), self.bias, a.sinks, *self.operands(a.gate, out), logsumexp)
         grid = (cdiv(self.N, block.queries) * self.B * self.H,)
         self.start(attend, block, grid, *given, self.lists(), self.rule)
+        return out, logsumexp
+
+    def attend_then(self, kernel: Any, others: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The same by a kernel that was printed for what is made of the heads (see gatecc.ops.attention.region)."""
+        a, block = self.a, self.blocks("attend")
+        out, logsumexp = a.new_output(), a.new_logsumexp()
+        read = self.operands(*(x[(None,) * (4 - x.dim())] for x in others))
+        given = (*self.operands(a.q, a.k, a.v), self.bias, a.sinks, *read, *self.operands(out), logsumexp)
+        grid = (cdiv(self.N, block.queries) * self.B * self.H,)
+        self.start(kernel, block, grid, *given, self.lists(), self.rule)
         return out, logsumexp
 
     def attend_few(self) -> tuple[Tensor, Tensor]:

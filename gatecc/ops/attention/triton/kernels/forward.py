@@ -64,15 +64,12 @@ def absorb(
 
 
 @triton.jit
-def attend(
+def attended(
     q,
     k,
     v,
     bias,
     sinks,
-    gate,
-    out,
-    logsumexp,
     listed,
     rule,
     D: tl.constexpr,
@@ -83,14 +80,12 @@ def attend(
     BN: tl.constexpr,
     LIST_Q: tl.constexpr,
     LIST_K: tl.constexpr,
-    PER_HEAD: tl.constexpr,
-    ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out = gate * softmax(scores) v and the logsumexp of the scores, for a block of queries of one head.
+    """What a program has of softmax(scores) v: batch, head, rows, which of these there are, their values (BM, BE), and
+    the logsumexp of their scores in units of log 2.
 
-    ``listed``: which blocks of LIST_K keys each block of LIST_Q queries reads; None for all. PER_HEAD: the gate has one
-    channel.
+    ``listed``: which blocks of LIST_K keys each block of LIST_Q queries reads; None for all.
     """
     blocks = tl.cdiv(rule.queries, BM)
     program = tl.program_id(0).to(tl.int64)
@@ -118,9 +113,40 @@ def attend(
                     D, E, BD, BE, BN, edges, PRECISION,
                 )  # fmt: skip
     sums = sums / tl.where(total == 0.0, 1.0, total)[:, None]
+    return batch, head, rows, there, sums, peak + tl.log2(total)
+
+
+@triton.jit
+def attend(
+    q,
+    k,
+    v,
+    bias,
+    sinks,
+    gate,
+    out,
+    logsumexp,
+    listed,
+    rule,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BD: tl.constexpr,
+    BE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    LIST_Q: tl.constexpr,
+    LIST_K: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out = gate * softmax(scores) v and the logsumexp of the scores, for a block of queries of one head. PER_HEAD: the
+    gate has one channel."""
+    batch, head, rows, there, sums, level = attended(
+        q, k, v, bias, sinks, listed, rule, D, E, BD, BE, BM, BN, LIST_Q, LIST_K, PRECISION
+    )
     if gate is not None:
         given = openings(gate, batch, head, rows, tl.arange(0, BE), there, E, BE, PER_HEAD)
         sums *= activated(given, ACTIVATION)
     put(place(out, batch, head), out, rows, tl.arange(0, BE), there, sums, E)
-    places = (batch * rule.heads + head) * rule.queries + rows
-    tl.store(logsumexp + places, (peak + tl.log2(total)) * LN2, mask=there)
+    tl.store(logsumexp + (batch * rule.heads + head) * rule.queries + rows, level * LN2, mask=there)
