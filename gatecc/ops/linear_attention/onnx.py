@@ -70,7 +70,7 @@ def lowering(recurrence: Recurrence) -> Lowering:
 
 def _around(recurrence: Recurrence, a: Arguments) -> tuple[Tensor, Tensor]:
     heads, keep = a.q.size(1), None if a.mask is None else a.mask[:, None, :, None]
-    q, k, v = (_repeated(x.float(), heads) for x in (a.q * a.scale, a.k, a.v))
+    q, k, v = (_repeated(x.float(), heads) for x in (a.q, a.k, a.v))
     decay = None if a.log_decay is None else _decay(a, keep)
     strength = None if a.beta is None else _repeated(a.beta.float(), heads)
     k = k if keep is None else k * keep
@@ -78,9 +78,8 @@ def _around(recurrence: Recurrence, a: Arguments) -> tuple[Tensor, Tensor]:
     if a.reverse:
         q, k, v = q.flip(2), k.flip(2), v.flip(2)
         decay, strength = (None if x is None else x.flip(2) for x in (decay, strength))
-    o, state = recurrence(
-        a.rule, q, k, v, decay, strength, None if a.initial_state is None else a.initial_state.float()
-    )
+    start = None if a.initial_state is None else a.initial_state.float()
+    o, state = recurrence(a.rule, q, k, v, decay, strength, start, float(a.scale))
     o = o.flip(2) if a.reverse else o
     if a.normalize:
         total = o[..., -1:]

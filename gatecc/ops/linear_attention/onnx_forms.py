@@ -1,7 +1,8 @@
 """The recurrence of linear attention in ONNX: a node of ONNX Runtime, one of opset 27, or operators of any opset.
 
 Each takes operands whose heads are all there, in float32: q, k: (B, H, N, Dk), v: (B, H, N, E), decay: (B, H, N, Dk or
-1), beta: (B, H, N, 1), state: (B, H, Dk, E), and gives o: (B, H, N, E) and the state after the last token.
+1), beta: (B, H, N, 1), state: (B, H, Dk, E), and gives o: (B, H, N, E), times the scale, and the state after the last
+token.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from gatecc.ops.linear_attention.arguments import Rule
 from gatecc.ops.linear_attention.onnx_lines import by_chunk, by_chunk_or_step, by_token
 
 Recurrence = Callable[
-    [Rule, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], tuple[Tensor, Tensor]
+    [Rule, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, float], tuple[Tensor, Tensor]
 ]
 
 
@@ -32,7 +33,10 @@ def node(operator: str) -> Recurrence:
         decay: Tensor | None,
         beta: Tensor | None,
         state: Tensor | None,
+        scale: float,
     ) -> tuple[Tensor, Tensor]:
+        if scale == 0.0:  # the node takes it for 1 / sqrt(Dk)
+            q, scale = q * scale, 1.0
         (B, H, N, Dk), E = q.shape, v.size(3)
         inputs = [_packed(q), _packed(k), _packed(v), state, _packed(decay), _packed(beta)]
         while inputs[-1] is None:
@@ -40,7 +44,7 @@ def node(operator: str) -> Recurrence:
         o, final = torch.onnx.ops.symbolic_multi_out(
             operator,
             inputs,
-            attrs={"q_num_heads": H, "kv_num_heads": H, "update_rule": rule, "scale": 1.0},
+            attrs={"q_num_heads": H, "kv_num_heads": H, "update_rule": rule, "scale": scale},
             dtypes=(torch.float32, torch.float32),
             shapes=((B, N, H * E), (B, H, Dk, E)),
             version=1,
@@ -63,11 +67,12 @@ def spelled_out(
     decay: Tensor | None,
     beta: Tensor | None,
     state: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence in operators that opset 18 has: chunk by chunk, token by token for the delta rules."""
     (B, H, N, Dk), E = q.shape, v.size(3)
     start = q.new_zeros(B, H, Dk, E) if state is None else state
-    given = {"state": start, "q": q, "k": k, "v": v, "decay": decay, "beta": beta}
+    given = {"state": start, "q": q * scale, "k": k, "v": v, "decay": decay, "beta": beta}
     widths = Dk, E, 0 if decay is None else decay.size(3)
     chunks = by_chunk if state is None else by_chunk_or_step
     lines = by_token("gated" in rule) if beta is not None else chunks(*widths)

@@ -25,6 +25,7 @@ from gatecc.ir.program import fake
 from gatecc.ir.site import Attention
 from gatecc.ir.sizes import node_shape, same
 
+_WITHOUT_PADDING = " (GroupQueryAttention if the example inputs hold no padding; decode=True takes padded prompts)"
 _TRIES = 6  # values that may be the queries before their rotary embedding
 
 
@@ -56,6 +57,8 @@ class AttentionNode(GraphLowering):
             except UnwritableError as e:
                 yield self.left(call.out, found, str(e))
                 continue
+            if call.mask is not None and call.site.mask.padding and is_grouped(subject, call.site):
+                became += _WITHOUT_PADDING
             kept = f"; the rotary embedding stays outside: {call.kept_rotary}" if call.kept_rotary else ""
             yield self.done(call.out, found, became, "the mask was evaluated at several sizes" + kept)
         views.settle_all()

@@ -17,16 +17,20 @@ def settle_shapes(model: ir.Model) -> None:
     for graph in model.graphs():
         for node in graph:
             if node.op_type == "Reshape" and not node.domain and constant(node.inputs[1]) is None:
-                wanted = _written(node)
-                if wanted is not None:
-                    node.replace_input_with(1, _shape(model.graph, wanted))
+                shape = None if node.inputs[0] is None else reshaped(model.graph, node.inputs[0], node.outputs[0])
+                if shape is not None:
+                    node.replace_input_with(1, shape)
                     node.attributes.pop("allowzero", None)
 
 
-def _written(node: ir.Node) -> list[int] | None:
-    """The shape with 0 and -1; None if that does not say it."""
-    given, result = node.inputs[0], node.outputs[0]
-    if given is None or given.shape is None or result.shape is None:
+def reshaped(graph: ir.Graph, given: ir.Value, result: ir.Value) -> ir.Value | None:
+    """The constant that reshapes one value to the shape of another, with 0 and -1; None if that does not say it."""
+    wanted = _written(given, result)
+    return None if wanted is None else _shape(graph, wanted)
+
+
+def _written(given: ir.Value, result: ir.Value) -> list[int] | None:
+    if given.shape is None or result.shape is None:
         return None
     before: list[Any] = [d if isinstance(d, int) else d.value for d in given.shape]
     after: list[Any] = [d if isinstance(d, int) else d.value for d in result.shape]
