@@ -22,7 +22,7 @@ from gatecc.codegen.onnx.build import MODEL, Capture, Freedom, Graph, build, fre
 from gatecc.codegen.onnx.leaves import Call, flat_call
 from gatecc.codegen.onnx.lower import Target
 from gatecc.codegen.onnx.opset import RAISED, WRITTEN
-from gatecc.codegen.onnx.packages import EXPORT, RUNTIME, need, need_opset
+from gatecc.codegen.onnx.packages import EXPORT, RUNTIME, has, need, need_opset
 from gatecc.codegen.onnx.place import blame
 from gatecc.codegen.onnx.runtime import check, check_dtypes
 from gatecc.engine.analyse import Inputs, check_model, evaluation
@@ -31,8 +31,9 @@ from gatecc.errors import ArgumentError, CaptureError, ExampleInputsError, Expor
 from gatecc.export.beside import write_beside
 from gatecc.export.compare import Compared, Outcome, compare, located
 from gatecc.export.decode import decode as decode_step
-from gatecc.export.files import MANIFEST, Exported, describe, metadata, move, parent, write_manifest
+from gatecc.export.files import MANIFEST, Exported, describe, made_by, metadata, move, parent, write_manifest
 from gatecc.export.lower import context_of, lower
+from gatecc.export.page import write_report
 from gatecc.export.progress import stage
 from gatecc.export.quantize import Quantize, quantized, resolve
 from gatecc.ops import registry
@@ -76,7 +77,8 @@ def export(
     The graph is that of the model in eval mode without gradients and caches. It passes ONNX's checker and is compared
     with torch in ONNX Runtime at batch 1 and 3 and two lengths; if that fails, nothing is written. What differs by more
     than a tolerance is held against the model in float64: ONNX Runtime may be about as far from it as torch is.
-    ``verify=False`` leaves the comparison out, and with it the need for ONNX Runtime. Weights beyond 1.5 GiB, or any
+    Without ONNX Runtime, the reference evaluator of ONNX computes one small size, and a note says so.
+    ``verify=False`` leaves the comparison out. Weights beyond 1.5 GiB, or any
     with ``external_data=True``, go to ``model.onnx.data``. No second copy of the weights is made here: a process of its
     own checks and runs large models.
 
@@ -102,7 +104,7 @@ def export(
     Raises ArgumentError, MissingPackageError, ExampleInputsError, UnsupportedModelError, CaptureError, ExportError;
     DecoderError with ``decode=True`` for a model from which no decode step can be derived.
     """
-    need(*EXPORT, *(RUNTIME if verify or quantize is not None else ()))
+    need(*EXPORT, *(RUNTIME if quantize is not None else ()))
     if target not in TARGETS:
         raise ArgumentError("this target is not known", found=repr(target), expected=" or ".join(map(repr, TARGETS)))
     opset = _opset(opset, target)
@@ -202,10 +204,11 @@ def _export(
                     call, graph, made, quantize, sizes=sizes, evaluation=evaluation_inputs, external=external_data
                 )
             shutil.copytree(inside / "beside", made, dirs_exist_ok=True)
-            result = describe(folder, made, graph, compared, notes, steps)
+            result = describe(folder, made, graph, compared, notes, steps, runtime=has(*RUNTIME))
             if narrow is not None:
                 result = replace(result, operators=narrow.operators, quantized=narrow)
             write_manifest(made / MANIFEST, model, result)
+            write_report(made, type(model).__qualname__, result, made_by())
             move(made, folder)
     return result
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
+from math import prod
 from pathlib import Path
 
 import torch
@@ -62,6 +63,10 @@ def compare(call: Call, graph: Graph, path: Path, notes: list[str]) -> Outcome:
     outcome = Outcome()
     sizes = _sizes(call, graph, example, outcome.fixed, notes)
     with closing(Session(path, graph.places, apart=graph.apart)) as session:
+        if session.reference:
+            sizes = [_small(sizes)]
+            at = ", ".join(f"{name} {size}" for name, size in sizes[0].items()) or "the example's sizes"
+            notes.append(f"compared at {at} alone, in ONNX's reference evaluator: onnxruntime is missing")
         for one in sizes:
             try:
                 outcome.compared.append(_at(call, graph, session, one, notes))
@@ -79,6 +84,11 @@ def located(outcome: Outcome, call: Call, graph: Graph, path: Path) -> ExportErr
     error = outcome.failure
     assert error is not None
     return error if error.what != _DIFFERS else locate(error, call, graph, path, _resized(call, graph, outcome.at))
+
+
+def _small(sizes: Sequence[Sizes]) -> Sizes:
+    """The least of them at which no size is 1, where many a mistake does not show."""
+    return min(sizes, key=lambda s: (1 in s.values(), prod(s.values())))
 
 
 def _right(call: Call, graph: Graph, session: Session, sizes: Sizes) -> bool:

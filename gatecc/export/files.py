@@ -22,6 +22,7 @@ from gatecc.export.quantize import Quantized
 from gatecc.transform import history
 
 MANIFEST = "gatecc.json"
+_OLD_OPSET, _OLD_RUNTIME = 21, "1.18"  # the first release with IR version 10
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ class Exported:
     """What was left as the model spells it, how often, and why: ``{"attention: causal+padding: ...": 6}``."""
     decode: Decode | None = None
     quantized: Quantized | None = None
+    minimal_runtime: str | None = None
+    """The oldest ONNX Runtime that is known to run the files: the one they were compared in, or 1.18 where they hold
+    operators of the standard up to opset 21 alone. None if nobody ran them."""
 
     @property
     def dims(self) -> tuple[str, ...]:
@@ -63,8 +67,11 @@ def describe(
     compared: Sequence[Compared],
     notes: Sequence[str],
     decode: Decode | None = None,
+    *,
+    runtime: bool = True,
 ) -> Exported:
-    """The record of the files in ``made``, which are to be moved to ``folder``."""
+    """The record of the files in ``made``, which are to be moved to ``folder``; ``runtime``: whether ONNX Runtime did
+    what was compared."""
     return Exported(
         folder=folder,
         files={p.relative_to(made).as_posix(): _digest(p) for p in sorted(made.rglob("*")) if p.is_file()},
@@ -78,7 +85,15 @@ def describe(
         lowered=_counted(f"{o.lowering}: {o.became}" for o in graph.outcomes if o.became),
         kept=_counted(f"{o.lowering}: {o.found}: {o.reason}" for o in graph.outcomes if not o.became),
         decode=decode,
+        minimal_runtime=_minimal_runtime(graph, bool(compared) and runtime),
     )
+
+
+def _minimal_runtime(graph: Graph, ran: bool) -> str | None:
+    if graph.model.opset_imports[""] <= _OLD_OPSET and not any("::" in op for op in graph.operators):
+        return _OLD_RUNTIME
+    found = versions(*RUNTIME) if ran else {}
+    return next(iter(found.values()), None)
 
 
 def _counted(texts: Iterable[str]) -> dict[str, int]:
@@ -92,9 +107,14 @@ def write_manifest(path: Path, model: nn.Module, result: Exported) -> None:
         {"recipe": s.recipe.name, "citation": s.recipe.citation, "sites": [r.site for r in s.report.rewrites]}
         for s in history(model)
     ]
-    known = versions("gatecc", "torch", *EXPORT, *RUNTIME)
+    known = made_by()
     head = {"format": 1, "model": type(model).__qualname__, "dims": list(result.dims)}
     path.write_text(json.dumps({**head, **data, "steps": steps, "versions": known}, indent=1) + "\n")
+
+
+def made_by() -> dict[str, str]:
+    """The versions of what writes and runs the files."""
+    return versions("gatecc", "torch", *EXPORT, *RUNTIME)
 
 
 def parent(folder: str | os.PathLike[str]) -> Path:

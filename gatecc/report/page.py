@@ -17,7 +17,7 @@ from gatecc.report.units import change, error_text, si, worst
 
 def render(report: Findings) -> str:
     """The whole page. Every text of the report is escaped by the template engine or by ElementTree."""
-    return _template().render(
+    return template("report.html").render(
         report=report,
         kinds=Counter(site.kind for site in report.sites),
         refusals=group(report.refusals, lambda r: r.owner, lambda r: (r.code, r.kind, r.reason, r.remedy)),
@@ -50,10 +50,11 @@ def _sizes(report: Findings) -> list[tuple[str, str, int | None, int | None]]:
 
 
 @cache
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """A page of this package, with the filters that pages share; every text that is put in is escaped."""
     loader = jinja2.PackageLoader("gatecc.report", "template")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.undefined = jinja2.StrictUndefined
     filters: dict[str, Any] = {"si": si, "error": error_text, "change": change, "markup": Markup}
     environment.filters.update(filters)
-    return environment.get_template("report.html")
+    return environment.get_template(name)

@@ -89,7 +89,7 @@ def test_every_form(
     assert accuracy.bits_after == pytest.approx(sum(losses) / math.log(2) / (3 * 3 + 3 * 8), rel=1e-3)
     manifest = json.loads((tmp_path / "one" / "gatecc.json").read_text())
     assert manifest["quantized"]["options"]["form"] == options.form
-    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == ["gatecc.json", "model.onnx"]
+    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == ["gatecc.json", "model.onnx", "report.html"]
 
 
 class Pooled(nn.Module):

@@ -29,6 +29,16 @@ def need(*names: str) -> None:
         )
 
 
+def has(*names: str) -> bool:
+    """Whether these modules can be imported."""
+    try:
+        for name in names:
+            import_module(name)
+    except ImportError:
+        return False
+    return True
+
+
 def need_opset(opset: int) -> None:
     """Raise MissingPackageError if the installed onnx does not know an opset yet."""
     import onnx

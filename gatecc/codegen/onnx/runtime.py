@@ -9,14 +9,16 @@ from pathlib import Path
 
 import torch
 
+from gatecc.codegen.onnx.packages import RUNTIME, has
 from gatecc.codegen.onnx.place import first_line
 from gatecc.codegen.onnx.worker import Apart, RaisedThereError, Worker
-from gatecc.errors import ExportError
+from gatecc.errors import ExportError, MissingPackageError
 
 _NAME = re.compile(r"[\w.:/-]+")
 _UNFOLDED = {"Erf": ("Gelu",), "Softplus": ("Mish",), "Tanh": ("Gelu", "Mish"), "Sigmoid": ("Swish",)}
 _LACKS = re.compile(r"implementation for (\w+)\(")
 _OTHER = "write it with other operators; verify=False writes the graph untried"
+_NO_RUNTIME = "pip install 'gatecc[ort]'; target='portable' needs none; verify=False writes the graph untried"
 _REPORT = "gatecc did not foresee this: please report it with the model's code; another opset may do"
 _NO_COPIES = {"session.disable_prepacking": "1"}  # of weights, laid out for the kernels
 _NO_KERNELS = (torch.bfloat16, torch.complex64, torch.complex128)
@@ -41,12 +43,18 @@ class Session:
     def __init__(
         self, path: Path, places: Mapping[str, str], *, apart: bool = False, values: Sequence[str] = ()
     ) -> None:
-        self._worker = Apart() if apart else Worker()
+        self.reference = not has(*RUNTIME)
+        """Whether ONNX's reference evaluator stands in, for there is no ONNX Runtime."""
+        self._worker = Apart() if apart and not self.reference else Worker()
         self._places = places
         try:
             self._inputs, self.names = self._worker.load(str(path), _NO_COPIES if apart else {}, values)
         except Exception as e:
             self.close()
+            if self.reference:
+                raise MissingPackageError(
+                    "without ONNX Runtime this graph cannot be compared", found=first_line(e), do=_NO_RUNTIME
+                ) from e
             told = _blame(e, places)
             told["where"] = told["where"] or _unfolded(path, e, places)
             raise ExportError("ONNX Runtime does not load the graph", **told, do=_OTHER) from e

@@ -114,7 +114,7 @@ def _is_first(cut: fx.Node, conv: fx.Node, x: fx.Node) -> bool:
     """Whether a node takes the first values of the convolution, as many as x has."""
     one, other = node_shape(cut), node_shape(x)
     first = opname(cut) == "slice" and cut.args[:2] == (conv, 2) and cut.args[2] in (None, 0) and cut.args[4] == 1
-    return first and one is not None and other is not None and same(one[2], other[2])
+    return bool(first and one is not None and other is not None and same(one[2], other[2]))
 
 
 def _carried(conv: fx.Node, joined: fx.Node, before: int) -> _Found | None:

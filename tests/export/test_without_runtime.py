@@ -1,0 +1,34 @@
+"""Where ONNX Runtime is missing, ONNX's reference evaluator compares a small size."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import gatecc
+from gatecc.codegen.onnx import worker
+from gatecc.errors import ExportError, MissingPackageError
+from tests.test_export import Conv, X
+
+
+def test_without_onnx_runtime_the_reference_evaluator_computes_a_small_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    made = gatecc.export(Conv().eval(), tmp_path / "x", (torch.randn(2, 3, 8, 8),))
+    assert [c.sizes["batch"] for c in made.compared] == [3]
+    assert made.compared[0].error < 1e-5
+    assert "reference evaluator" in made.notes[-1]
+    assert made.minimal_runtime is None
+    monkeypatch.setattr(worker.Reference, "run", lambda self, names, feeds: [np.zeros((3, 4, 4, 4), "f")] * 2)
+    with pytest.raises(ExportError, match="does not compute what the model does"):
+        gatecc.export(Conv().eval(), tmp_path / "wrong", (torch.randn(2, 3, 8, 8),))
+    gelu = nn.Sequential(nn.Linear(4, 8), nn.GELU())
+    with pytest.raises(MissingPackageError, match=r"(?s)com\.microsoft.*target='portable'"):
+        gatecc.export(gelu, tmp_path / "contrib", (X,))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x"]
