@@ -11,6 +11,7 @@ from _races import Place, Race, Work, call, mode, other, quietly
 from torch import Tensor
 
 from gatecc.ops.attention import attention as gated_attention
+from gatecc.ops.attention.region import attention_region
 
 
 def attention(place: Place) -> Iterator[Race]:
@@ -33,6 +34,7 @@ def attention(place: Place) -> Iterator[Race]:
             contenders = {name: call(f, name, tensors, backward=backward) for name, f in calls.items()}
             yield Race(f"{what}B={B} H={H} G={G} N={N} D={D}", contenders)
     yield from _other_attention(place, B, H, G, D)
+    yield _printed(place, B, H, G, D)
     for S in (4096, 65536) if not place.small else (64,):
         q, k, v, g = place.randn(B, H, 1, D), place.randn(B, G, S, D), place.randn(B, G, S, D), place.randn(B, H, 1, D)
         every = _flex(place, B, 1, S, None)
@@ -41,6 +43,12 @@ def attention(place: Place) -> Iterator[Race]:
             "FlexAttention": lambda t=(q, k, v), g=g, f=every: f(*t) * g.sigmoid(),
             "flash SDPA": lambda t=(q, k, v): F.scaled_dot_product_attention(*t, enable_gqa=True),
         }
+        size = place.pick(128, 16)
+        blocks = torch.rand(1, 1, 1, S // size, device=place.device) < 0.25
+        blocks[..., -1] = True
+        steps["ours, a quarter of the blocks"] = lambda t=(q, k, v, g), m=blocks, n=size: gated_attention(
+            *t, causal=True, gate_activation="sigmoid", blocks=m, block_sizes=(1, n)
+        )
         what = f"gated attention, one query of {S} keys, B={B} H={H} G={G} D={D}"
         yield Race(what, {name: quietly(step) for name, step in steps.items()})
 
@@ -69,6 +77,27 @@ def _other_attention(place: Place, B: int, H: int, G: int, D: int) -> Iterator[R
     for what, (ours, flex) in pairs.items():
         contenders: dict[str, Work | str] = {"ours": quietly(ours), "FlexAttention": quietly(flex)}
         yield Race(f"attention, {what}, forward, B={B} H={H} G={G} N={N} D={D}", contenders)
+
+
+def _printed(place: Place, B: int, H: int, G: int, D: int) -> Race:
+    """A norm of each head and a gate behind it, in the kernel that is printed for them."""
+    N = place.pick(4096, 40)
+    q, k, v, g = place.randn(B, H, N, D), place.randn(B, G, N, D), place.randn(B, G, N, D), place.randn(B, H, N, D)
+    scale = place.randn(D)
+
+    def following(heads: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+        return F.rms_norm(heads, (heads.size(-1),), scale, 1e-5) * F.silu(gate)
+
+    def whole() -> Tensor:
+        return following(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), g, scale)
+
+    operator: Any = attention_region(following, q, (g, scale), ["a race"], causal=True).operator
+    contenders: dict[str, Work | str] = {
+        "ours": quietly(lambda: operator(q, k, v, None, None, g, scale)),
+        "Inductor": quietly(torch.compile(whole, backend=other(place))),
+        "eager": quietly(whole),
+    }
+    return Race(f"attention, a norm of each head and a gate, forward, B={B} H={H} G={G} N={N} D={D}", contenders)
 
 
 def _gated(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:

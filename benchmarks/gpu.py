@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import gatecc
 from gatecc.codegen.judge.device import judge_on_device
-from gatecc.codegen.judge.family import DTYPES, families
+from gatecc.codegen.judge.family import families
 from gatecc.codegen.judge.numbers import Numbers, judge_numbers
 from gatecc.ir.files import write_atomic
 from gatecc.ops.linear_attention import linear_attention, linear_attention_step
@@ -37,7 +37,7 @@ def correctness(place: Place) -> Iterator[Numbers]:
     """Every case of every kernel in every dtype, on the device; in a rehearsal one case each, in the interpreter."""
     for family in families():
         for case in list(family.cases)[: 1 if place.small else None]:
-            for dtype in DTYPES if not place.small else ("fp32",):
+            for dtype in family.dtypes[: 1 if place.small else None]:
                 try:
                     if place.small:
                         yield judge_numbers(family, case, dtype)
@@ -175,7 +175,36 @@ def models(place: Place) -> Iterator[Race]:
         )
 
 
-SECTIONS = (attention, linear, experts, models)
+def regions(place: Place) -> Iterator[Race]:
+    """Parts of a graph as generated kernels, against what Inductor makes of them; forward and with a backward pass."""
+    from gatecc.codegen.regions.build import build
+    from gatecc.codegen.regions.judged import SAMPLES
+
+    rows = place.pick(8192, 37)
+    for name, sample in SAMPLES.items():
+        tensors = tuple(x.to(place.device) for x in sample.tensors(rows, dtype=place.dtype))
+        calls: dict[str, Any] = {
+            "ours": build(sample.function, tensors, [f"a race: {name}"]).module.operator,
+            "Inductor": torch.compile(sample.function, backend=other(place)),
+            "eager": sample.function,
+        }
+        for backward in (False, True):
+            what = f"region, {name}, {'forward and backward' if backward else 'forward'}, {rows} rows"
+            firsts = {n: call(_first(f), n, tensors, backward=backward) for n, f in calls.items()}
+            yield Race(what, firsts)
+
+
+def _first(function: Callable[..., Any]) -> Callable[..., Tensor]:
+    """Its first result, of which gradients are taken."""
+
+    def run(*given: Any) -> Tensor:
+        found = function(*given)
+        return found if isinstance(found, Tensor) else found[0]
+
+    return run
+
+
+SECTIONS = (attention, linear, experts, models, regions)
 
 
 def _fla(module: str, name: str, options: dict[str, Any]) -> Callable[..., Tensor] | str:
