@@ -7,8 +7,10 @@ some then, and is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
+from math import prod
 
 import torch
 from torch import Tensor, fx
@@ -18,10 +20,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from gatecc import ops as ops  # registers the operator
 from gatecc.errors import SiteRefusedError
 from gatecc.ir.ops import argument, opname
-from gatecc.ir.program import Program, origin, shape
+from gatecc.ir.program import Program, shape
 from gatecc.ir.site import MLP, Site
 from gatecc.ir.sizes import on_example
 from gatecc.ops.moe_ffn.activations import names
+from gatecc.passes.expert_matrices import Matrices, Operands, Role
 from gatecc.passes.operands import place
 from gatecc.passes.trial import Trial, UntriedError
 
@@ -33,12 +36,21 @@ _TRIED = (24, 40)  # in their place: of the tokens, and inside the experts
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """The values of one call of experts. x: (..., d), weights and indices: (..., k), out: (..., o)."""
+    """The values of one call of experts. x: (..., d), weights and indices: (..., k), out: (..., o). Weights may be
+    (..., E), with zeros for those that were not chosen (`is_sparse`); where k is 1, both may be without that axis."""
 
     x: fx.Node
     weights: fx.Node
     indices: fx.Node
     out: fx.Node
+
+    @property
+    def form(self) -> str:
+        """How the weights are given: "slots" (..., k), "experts" (..., E), or "one" (...)."""
+        x, weights, indices = map(_on_example, (self.x, self.weights, self.indices))
+        if len(indices) == 1 or indices == x[:-1]:
+            return "one"
+        return "slots" if weights[-1] == indices[-1] else "experts"
 
 
 def one_operator(
@@ -53,9 +65,15 @@ def one_operator(
     dtype: torch.dtype,
     activation: str,
     layout: str,
+    form: str = "slots",
 ) -> Tensor:
-    """x (..., d), weights and indices (..., k) -> (..., d). Matrices that are ``swapped`` hold (in, out)."""
+    """x (..., d), weights and indices (..., k) -> (..., d), or in another ``form`` of a Call. Matrices that are
+    ``swapped`` hold (in, out)."""
     up, down = (w.transpose(1, 2) if swap else w for w, swap in zip((up, down), swapped, strict=True))
+    if form == "one":
+        weights, indices = weights.unsqueeze(-1), indices.unsqueeze(-1)
+    elif form == "experts":
+        weights = weights.gather(-1, indices)
     rows, weights, indices = (t if t.dim() == 2 else t.reshape(-1, t.size(-1)) for t in (x, weights, indices))
     rows = rows if rows.dtype == up.dtype else rows.to(up.dtype)
     y: Tensor = torch.ops.gatecc.moe_ffn(
@@ -69,10 +87,10 @@ def roles(site: Site) -> tuple[str, str]:
     """The names of the two stacks. Raises SiteRefusedError for a site without them."""
     found = set(site.weights) - {"router"}
     if not isinstance(site, MLP) or site.form != "experts":
-        raise _refused(site, "no experts", "a site that has experts: the other rewrites are for dense layers")
+        raise _refusal(place(site), "no experts", "a site that has experts: the other rewrites are for dense layers")
     if found not in ({"gate_up", "down"}, {"up", "down"}):
         text = f"weights {', '.join(sorted(found)) or 'none'}"
-        raise _refused(site, text, "gate and up in one stack and down in another, or up and down")
+        raise _refusal(place(site), text, "gate and up in one stack and down in another, or up and down")
     return ("gate_up" if "gate_up" in found else "up"), "down"
 
 
@@ -91,69 +109,126 @@ def swapped(site: Site) -> tuple[bool, bool]:
 
 def formula(site: Site, program: Program, call: Call) -> tuple[str, str]:
     """The activation and the layout with which the operator computes what the graph does. Raises SiteRefusedError."""
+    return prove(program, call, [matrices(site, program)])[:2]
+
+
+def prove(program: Program, call: Call, candidates: Sequence[Matrices]) -> tuple[str, str, Matrices]:
+    """The same, where the parameters may have several parts: of one of the candidates, which have the same roles.
+
+    Raises SiteRefusedError.
+    """
     with _disable_current_modes(), unset_fake_temporarily(), torch.no_grad():
-        return _Proof(site, program, call).found()
+        return _Proof(program, call, candidates).found()
+
+
+def matrices(site: Site, program: Program) -> Matrices:
+    """The stacks of a site. Raises SiteRefusedError for a site without them."""
+    held = [site.weights[role] for role in roles(site)]
+    assert isinstance(site, MLP)
+    tensors = {program.weight_name(n): t for n in program.graph.nodes if (t := program.weight(n)) is not None}
+
+    def role(name: str) -> Role:
+        return Role((name,), tuple(tensors[name].shape[1:]))
+
+    up, down = (role(weight.fqn) for weight in held)
+    biases = [None if weight.bias is None else role(weight.bias) for weight in held]
+    return Matrices(
+        place(site), site.experts, (up,), down, tuple(filter(None, biases[:1])), biases[1], swapped(site),
+        "gate_up" in site.weights,
+    )  # fmt: skip
+
+
+def is_sparse(program: Program, x: fx.Node, weights: fx.Node, indices: fx.Node) -> bool:
+    """Whether weights (..., E) are zero for all experts but those that a top-k has chosen, ties among them included.
+    Run from random tokens, with random parameters."""
+    generator = torch.Generator().manual_seed(0)
+    source = _chooser(indices).all_input_nodes[0]
+
+    def random(sizes: Sequence[int]) -> Tensor:
+        return torch.randn(list(sizes), generator=generator, dtype=torch.float64)
+
+    with _disable_current_modes(), unset_fake_temporarily(), torch.no_grad():
+        ties = torch.randint(3, _on_example(source), generator=generator).double()
+        for known in ({}, {source: ties}):
+            trial = Trial(program, {x: random(_on_example(x)), **known}, lambda name, held: random(held.shape))
+            try:
+                chosen, held = trial.run(indices), trial.run(weights)
+            except UntriedError:
+                return False
+            if held.scatter(-1, chosen, 0.0).count_nonzero():
+                return False
+    return True
 
 
 class _Proof:
-    """The experts of a site on random tokens, weights and choices.
+    """Experts on random tokens, weights and choices.
 
     Widths are free: wide experts are tried as narrow ones, where no other size of the graph is the same number.
     """
 
-    def __init__(self, site: Site, program: Program, call: Call) -> None:
-        self.site, self.program = site, program
-        assert isinstance(site, MLP)
+    def __init__(self, program: Program, call: Call, candidates: Sequence[Matrices]) -> None:
+        self.candidates, self.program = candidates, program
+        self.held = candidates[0]
         self.generator = torch.Generator().manual_seed(0)
-        self.names = [n for role in roles(site) for n in (site.weights[role].fqn, site.weights[role].bias) if n]
-        self.numbers: dict[str, Tensor] = {}
-        self.sizes = _narrow(site, program, call)
-        self.x, self.weights = self._random(self._sizes(call.x)), self._random(self._sizes(call.weights))
-        self.constants = list(_constants(program, site))
-        self.choices = list(_choices(call.indices, self._sizes(call.indices), site.experts, self.generator))
-        self.y = [self._run(call, indices) for indices in self.choices]
+        self.named = self.held.named()
+        self.numbers: dict[Role, Tensor] = {}
+        self.sizes = _narrow(self.held, call)
+        self.call, self.x, k = call, self._random(self._sizes(call.x)), self._sizes(call.indices)
+        self.weights = self._random([*k, 1] if call.form == "one" else k)
+        self.constants = list(_constants(program, call))
+        distinct = _are_distinct(call.indices)
+        sizes = list(self.weights.shape)
+        self.choices = list(_choices(sizes, self.held.experts, self.generator, distinct=distinct))
+        self.y: dict[int, Tensor] = {}
 
-    def _run(self, call: Call, indices: Tensor) -> Tensor:
-        known = {call.x: self.x, call.weights: self.weights, call.indices: indices.clone()}
+    def _theirs(self, choice: int) -> Tensor:
+        """What the graph yields."""
+        if choice not in self.y:
+            self.y[choice] = self._run(self.choices[choice])
+        return self.y[choice]
+
+    def _run(self, indices: Tensor) -> Tensor:
+        call, weights = self.call, self.weights
+        if call.form == "experts":
+            weights = weights.new_zeros([*weights.shape[:-1], self.held.experts]).scatter(-1, indices, weights)
+        if call.form == "one":
+            weights, indices = weights.squeeze(-1), indices.squeeze(-1)
+        known = {call.x: self.x, call.weights: weights, call.indices: indices.clone()}
         try:
             return Trial(self.program, known, self._weight, self.sizes).run(call.out)
         except UntriedError as e:
-            expected = "tokens, weights and indices that meet the stacks, and nothing else"
-            raise _refused(self.site, str(e), expected) from e
+            expected = "tokens, weights and indices that meet the experts' weights, and nothing else"
+            raise _refused(self.held, str(e), expected) from e
 
-    def found(self) -> tuple[str, str]:
-        """The activation and the layout of the operator."""
-        held = [self.site.weights[role] for role in roles(self.site)]
-        up, down = (self._numbers(weight.fqn) for weight in held)
-        up_bias, down_bias = (self.numbers.get(weight.bias or "") for weight in held)
-        layouts = ("halves", "interleaved") if "gate_up" in self.site.weights else ("plain",)
+    def found(self) -> tuple[str, str, Matrices]:
+        """The activation and the layout of the operator, and whose they are."""
+        self._theirs(0)
+        for role in self.held.roles:
+            if role not in self.numbers:
+                text = f"{role.names[0]} is not read on the way"
+                raise _refused(self.held, text, "two matrices an expert that the result depends on")
         errors: dict[tuple[str, str], float] = {}
-        for activation in (*self.constants, *names()):
-            for layout in layouts:
+        for held in self.candidates:
+            operands = held.operands(self.numbers)
+            for activation, layout in product((*self.constants, *names()), held.layouts):
                 if layout == "plain" and activation.startswith("swiglu"):
                     continue
-                errors[activation, layout] = error = self._error(up, down, up_bias, down_bias, activation, layout)
+                error = self._error(operands, held, activation, layout)
                 if error < _TOLERANCE:
-                    return activation, layout
+                    return activation, layout, held
+                errors[activation, layout] = min(error, errors.get((activation, layout), torch.inf))
         nearest = min(errors, key=errors.__getitem__)
         raise _refused(
-            self.site,
+            self.held,
             f"the nearest formula, {nearest[0]} with {nearest[1]}, differs by {errors[nearest]:.1e}",
             "the sum of w * down(act(gate(x)) * up(x)) over the experts that were chosen",
         )
 
-    def _error(
-        self,
-        up: Tensor,
-        down: Tensor,
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
-        activation: str,
-        layout: str,
-    ) -> float:
+    def _error(self, operands: Operands, held: Matrices, activation: str, layout: str) -> float:
         """The largest difference of a token; the first choices tell most formulas apart."""
-        worst, rest = 0.0, (up, down, up_bias, down_bias, swapped(self.site), torch.float64, activation, layout)
-        for indices, theirs in zip(self.choices, self.y, strict=True):
+        worst, rest = 0.0, (*operands, held.swapped, torch.float64, activation, layout)
+        for at, indices in enumerate(self.choices):
+            theirs = self._theirs(at)
             ours = one_operator(self.x, self.weights, indices, *rest)
             if ours.shape != theirs.shape:
                 return float("inf")
@@ -163,23 +238,23 @@ class _Proof:
                 break
         return worst
 
-    def _numbers(self, name: str) -> Tensor:
-        if name not in self.numbers:
-            raise _refused(self.site, f"{name} is not read on the way", "two stacks that the result depends on")
-        return self.numbers[name]
-
     def _weight(self, name: str, held: Tensor) -> Tensor | None:
+        if name not in self.named:
+            return None
+        role, expert = self.named[name]
+        if role not in self.numbers:
+            self.numbers[role] = self._stack(role)
+        return self.numbers[role] if expert is None else self.numbers[role][expert]
+
+    def _stack(self, role: Role) -> Tensor:
         """Random experts. Each begins a row after the one before it in one tall matrix: they differ, and need the
         memory of one. Some rows yield large numbers, for activations that are clamped."""
-        if name not in self.names:
-            return None
-        if name not in self.numbers:
-            count, *sizes = (self.sizes.get(size, size) for size in held.shape)
-            tall = self._random([sizes[0] + count, *sizes[1:]])
-            scale = torch.linspace(0.3, _LARGE, tall.size(0), dtype=tall.dtype).view(-1, *(1 for _ in sizes[1:]))
-            tall = tall * scale / (self.x.size(-1) ** 0.5 if len(sizes) == 2 else 1)
-            self.numbers[name] = tall.as_strided((count, *sizes), (tall.stride(0), *tall.stride()))
-        return self.numbers[name]
+        sizes = [self.sizes.get(size, size) for size in role.shape]
+        count = self.held.experts
+        tall = self._random([sizes[0] + count, *sizes[1:]])
+        scale = torch.linspace(0.3, _LARGE, tall.size(0), dtype=tall.dtype).view(-1, *(1 for _ in sizes[1:]))
+        tall = tall * scale / (self.x.size(-1) ** 0.5 if len(sizes) == 2 else 1)
+        return tall.as_strided((count, *sizes), (tall.stride(0), *tall.stride()))
 
     def _sizes(self, node: fx.Node) -> list[int]:
         return [self.sizes.get(size, size) for size in _on_example(node)]
@@ -192,18 +267,14 @@ def _on_example(node: fx.Node) -> list[int]:
     return [on_example(size) or 1 for size in shape(node)]
 
 
-def _narrow(site: Site, program: Program, call: Call) -> dict[int, int]:
+def _narrow(held: Matrices, call: Call) -> dict[int, int]:
     """Smaller sizes by the widths that are tried with them: of the tokens, of the experts, twice that with a gate."""
-    up, down = (w for role in roles(site) if (w := _stack(site, program, role)) is not None)
-    assert isinstance(site, MLP)
-    width = _on_example(call.x)[-1]
-    inner = up.shape[1 if site.weights[roles(site)[0]].orientation == "out_in" else 2]
-    hidden = inner // 2 if "gate_up" in site.weights else inner
-    if down.numel() // site.experts != width * hidden:
+    width, hidden = _on_example(call.x)[-1], held.hidden
+    inner = 2 * hidden if held.gated else hidden
+    if held.width != width or sorted(held.down.shape) != sorted((width, hidden)):
         return {}  # experts that change the width of the tokens
-    taken = {*_on_example(call.x)[:-1], *_on_example(call.indices), site.experts}
     rows = _on_example(call.indices)
-    taken |= {int(torch.tensor(rows).prod()), int(torch.tensor(rows[:-1]).prod()), site.experts + 1}
+    taken = {*_on_example(call.x)[:-1], *rows, held.experts, prod(rows), prod(rows[:-1]), held.experts + 1}
     if width == hidden or inner == width or {width, hidden, inner} & taken:
         return {}
     sizes = {width: _TRIED[0]} if width > _WIDE else {}
@@ -212,15 +283,10 @@ def _narrow(site: Site, program: Program, call: Call) -> dict[int, int]:
     return sizes
 
 
-def _stack(site: Site, program: Program, role: str) -> Tensor | None:
-    fqn = site.weights[role].fqn
-    return next((program.weight(n) for n in program.graph.nodes if program.weight_name(n) == fqn), None)
-
-
-def _choices(node: fx.Node, sizes: list[int], experts: int, generator: torch.Generator) -> Iterator[Tensor]:
+def _choices(sizes: list[int], experts: int, generator: torch.Generator, *, distinct: bool) -> Iterator[Tensor]:
     """Indices (..., k): any, all tokens the same, all tokens the same other ones. Those of a top-k are distinct."""
-    rows, k = int(torch.tensor(sizes[:-1]).prod()), sizes[-1]
-    if _are_distinct(node):
+    rows, k = prod(sizes[:-1]), sizes[-1]
+    if distinct:
         yield torch.rand(rows, experts, generator=generator).argsort(-1)[:, :k].reshape(sizes)
     else:
         yield torch.randint(experts, sizes, generator=generator)
@@ -230,14 +296,18 @@ def _choices(node: fx.Node, sizes: list[int], experts: int, generator: torch.Gen
 
 def _are_distinct(node: fx.Node) -> bool:
     """Whether indices were chosen by a top-k, which takes nobody twice."""
+    return opname(_chooser(node)) == "topk"
+
+
+def _chooser(node: fx.Node) -> fx.Node:
     while node.op == "call_function" and opname(node) in ("getitem", "to", "_to_copy", "detach", "alias", "view"):
         node = node.all_input_nodes[0]
-    return opname(node) == "topk"
+    return node
 
 
-def _constants(program: Program, site: Site) -> Iterator[str]:
+def _constants(program: Program, call: Call) -> Iterator[str]:
     """Clamped SwiGLU with the numbers that stand in the graph of the experts."""
-    inside = [n for n in program.calls() if origin(n).owner == site.owner]
+    inside = [n for n in program.calls() if call.x < n < call.out]
     limits = _numbers(argument(n, 2, "max") for n in inside if opname(n) == "clamp")
     slopes = _numbers(argument(n, 1, "other") for n in inside if opname(n) == "mul")
     for limit in sorted(limits):
@@ -249,10 +319,14 @@ def _numbers(found: Iterable[object]) -> set[float]:
     return {float(x) for x in found if isinstance(x, int | float)}
 
 
-def _refused(site: Site, found: str, expected: str) -> SiteRefusedError:
+def _refused(held: Matrices, found: str, expected: str) -> SiteRefusedError:
+    return _refusal(held.place, found, expected)
+
+
+def _refusal(where: str, found: str, expected: str) -> SiteRefusedError:
     return SiteRefusedError(
         "these experts are not what the one operator computes",
-        where=place(site),
+        where=where,
         found=found,
         expected=expected,
         do='leave this site out: sites="mlp[...]" takes globs, ranges and but(...)',

@@ -31,6 +31,7 @@ class PackedLinears(Lowering):
     """linear(x, A), linear(x, B) -> split(linear(x, cat(A, B)))."""
 
     name = "packed-linears"
+    after = ("adapters",)
 
     def lower(self, program: Program, sites: Sequence[Site], settings: Settings) -> Iterator[Outcome]:
         for group in _groups(program):

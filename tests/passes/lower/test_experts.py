@@ -97,14 +97,27 @@ class Dropping(Masks):
         return super().dispatched(x, weights * kept, indices)
 
 
-class Capacity(Mixture):
-    """The same, said per expert, and with so much room that random choices fill no expert."""
+class Room(Mixture):
+    """The same, said per expert, with so much room that random choices fill no expert. What is dropped shows in the
+    shares of all experts."""
 
     def dispatched(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         hit = F.one_hot(indices, self.experts).sum(1)
         share = torch.einsum("tke,tk->te", F.one_hot(indices, self.experts).to(x.dtype), weights)
         share = share * (hit.cumsum(0) <= indices.size(0) - 1)
         return sum((share[:, e : e + 1] * self.expert(x, e) for e in range(self.experts)), torch.zeros_like(x))
+
+
+class Capacity(Mixture):
+    """The same, but it shows nowhere: what is dropped is so expert by expert."""
+
+    def dispatched(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        share = torch.einsum("tke,tk->te", F.one_hot(indices, self.experts).to(x.dtype), weights)
+        y = torch.zeros_like(x)
+        for e in range(self.experts):
+            room = (indices == e).sum(-1).cumsum(0) <= indices.size(0) - 1
+            y = y + (share[:, e] * room)[:, None] * self.expert(x, e)
+        return y
 
 
 class Different(Masks):
@@ -150,7 +163,7 @@ def input_(tokens: int = 9) -> Tensor:
     return torch.randn(2, tokens, D, generator=torch.Generator().manual_seed(tokens))
 
 
-@pytest.mark.parametrize("spelling", [Masks, Scattered, Gathered, Loop, Dropping])
+@pytest.mark.parametrize("spelling", [Masks, Scattered, Gathered, Loop, Dropping, Room])
 def test_spellings_by_hand(spelling: type[Mixture]) -> None:
     torch.manual_seed(0)
     model, x = spelling(), input_()
@@ -161,6 +174,16 @@ def test_spellings_by_hand(spelling: type[Mixture]) -> None:
     names = str(operators(graphs))
     assert "moe_ffn" in names
     assert not any(name in names for name in ("chunk", "where", "index", "scatter", "assert", "sym_size"))
+    assert_the_same(model, x, y)
+
+
+def test_what_is_dropped_stays_dropped() -> None:
+    """All tokens take the same experts, which have room for all but one."""
+    torch.manual_seed(0)
+    model, x = Room(), input_()[:, :1].expand(2, 9, D).contiguous()
+    y, (outcome,), _ = compiled(model, x)
+    assert outcome.became
+    assert not y[-1, -1].any()
     assert_the_same(model, x, y)
 
 
