@@ -117,6 +117,11 @@ def prove(program: Program, call: Call, candidates: Sequence[Matrices]) -> tuple
 
     Raises SiteRefusedError.
     """
+    tokens, slots = prod(_on_example(call.x)[:-1]), _on_example(call.indices)
+    if prod(slots if call.form == "one" else slots[:-1]) != tokens:
+        raise _refused(
+            candidates[0], f"{tokens} rows and choices {slots}", "a row of indices for each row of the tokens"
+        )
     with _disable_current_modes(), unset_fake_temporarily(), torch.no_grad():
         return _Proof(program, call, candidates).found()
 

@@ -187,6 +187,39 @@ def test_what_is_dropped_stays_dropped() -> None:
     assert_the_same(model, x, y)
 
 
+class Repeated(nn.Module):
+    """Llama 4: every expert is handed its share of every token, so that weights stand inside of the activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.bank = nn.Linear(D, E, bias=False), Bank()
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.view(-1, D)
+        weights, indices = self.gate(rows).topk(1, -1)
+        share = torch.zeros(rows.size(0), E).scatter(-1, indices, weights.sigmoid()).t().reshape(-1, 1)
+        return self.bank(rows.repeat(E, 1) * share).view(E, *x.shape).sum(0)
+
+
+class Bank(nn.Module):
+    """x: (E T, 16), T rows an expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(E, D, 2 * H) * 0.3), nn.Parameter(torch.randn(E, H, D) * 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = torch.bmm(x.view(E, -1, D), self.up).chunk(2, -1)
+        return torch.bmm(F.silu(gate) * up, self.down).view(-1, D)
+
+
+def test_repeated_tokens_stay() -> None:
+    model, x = Repeated(), input_()
+    y, outcomes, _ = compiled(model, x)
+    assert all(outcome.reason and not outcome.became for outcome in outcomes)
+    assert torch.equal(y, model(x))
+
+
 @pytest.mark.parametrize("spelling", [Capacity, Different])
 def test_what_only_looks_like_it_stays(spelling: type[Mixture]) -> None:
     torch.manual_seed(0)
