@@ -55,7 +55,7 @@ def test_an_encoder_is_found_by_its_usual_names(source: Path, tmp_path: Path) ->
     texts = transformers.AutoTokenizer.from_pretrained(source)
     made = gatecc.export(model, folder, dict(texts(["a gate is", "or gate open"], return_tensors="pt")))
     written = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-    assert written == {*made.files, "gatecc.json"}
+    assert written == {*made.files, "gatecc.json", "report.html"}
     assert {"model.onnx", "config.json", "tokenizer.json", "modules.json", "1_Pooling/config.json"} <= written
     assert not {"decode.onnx", "genai_config.json"} & written
     assert str(source) not in (folder / "config.json").read_text()
