@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
-import operator
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from gatecc.codegen.onnx.packages import RUNTIME, need
 from gatecc.codegen.onnx.place import first_line
 from gatecc.decoder.runtime.generate import Generation
 from gatecc.errors import ArgumentError, CheckpointError, MissingPackageError
+from gatecc.export.carried import size_of
 from gatecc.export.decode import DECODE
 from gatecc.export.files import MANIFEST
 
@@ -167,7 +166,7 @@ class Session(Generation):
         """One tensor of the state with room for some tokens, and the first ``past`` of an earlier one in it."""
         import onnxruntime as ort
 
-        shape = [room if axis == held["grows"] else _size(size, batch) for axis, size in enumerate(held["shape"])]
+        shape = [room if axis == held["grows"] else size_of(size, batch) for axis, size in enumerate(held["shape"])]
         x = torch.full(shape, held["fill"], dtype=getattr(torch, held["dtype"]))
         if past:
             x.narrow(held["grows"], 0, past).copy_(torch.from_numpy(earlier.numpy()).narrow(held["grows"], 0, past))
@@ -248,12 +247,6 @@ class Session(Generation):
 
 
 _LOGITS = "logits"
-_ARITHMETIC: dict[type[ast.operator], Callable[[int, int], int]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.FloorDiv: operator.floordiv,
-}
 _FIRST = 64  # tokens that buffers have room for at first
 _TYPES = {
     "tensor(int64)": torch.int64,
@@ -263,32 +256,6 @@ _TYPES = {
     "tensor(float16)": torch.float16,
     "tensor(double)": torch.float64,
 }
-
-
-def _size(size: int | str, batch: int) -> int:
-    """A size of a state: a number, or one of ``batch``, ``3*batch``, ``batch + 1`` and so on.
-
-    A manifest may come from anywhere, so it is read as arithmetic and not evaluated as code.
-    """
-    if isinstance(size, int):
-        return size
-
-    def value(node: ast.expr) -> int:
-        match node:
-            case ast.Constant(value=int(number)):
-                return number
-            case ast.Name(id="batch"):
-                return batch
-            case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC:
-                return _ARITHMETIC[type(op)](value(left), value(right))
-            case _:
-                raise CheckpointError(
-                    f"{MANIFEST} gives a size of a state that is no arithmetic",
-                    found=size,
-                    expected="a number, or +, -, *, // of numbers and batch",
-                )
-
-    return value(ast.parse(size, mode="eval").body)
 
 
 def _one_build() -> None:

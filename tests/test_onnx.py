@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import gatecc
 from gatecc.errors import ArgumentError, CheckpointError, MissingPackageError
-from gatecc.onnx import Session, _size
+from gatecc.export.carried import size_of
+from gatecc.onnx import Session
 
 pytest.importorskip("onnxruntime")
 VOCABULARY = 97
@@ -162,6 +163,6 @@ def test_two_builds_of_the_runtime_are_refused(case: Case, monkeypatch: pytest.M
 
 
 def test_sizes_of_a_manifest_are_arithmetic() -> None:
-    assert [_size(size, 3) for size in (4, "batch", "2*batch", "batch + 1", "7")] == [4, 3, 6, 4, 7]
+    assert [size_of(size, 3) for size in (4, "batch", "2*batch", "batch + 1", "7")] == [4, 3, 6, 4, 7]
     with pytest.raises(CheckpointError, match="no arithmetic"):
-        _size("__import__('os').getcwd()", 3)
+        size_of("__import__('os').getcwd()", 3)

@@ -201,9 +201,18 @@ def _export(
                 stage(f"quantising ({quantize.form})")
                 sizes = [c.sizes for c in compared] or [graph.dims.sizes(call.leaves)]
                 narrow = quantized(
-                    call, graph, made, quantize, sizes=sizes, evaluation=evaluation_inputs, external=external_data
+                    call,
+                    graph,
+                    made,
+                    quantize,
+                    steps,
+                    sizes=sizes,
+                    evaluation=evaluation_inputs,
+                    external=external_data,
                 )
             shutil.copytree(inside / "beside", made, dirs_exist_ok=True)
+            if narrow is not None and narrow.decode is not None and steps is not None:
+                steps = replace(steps, operators=narrow.decode.operators)
             result = describe(folder, made, graph, compared, notes, steps, runtime=has(*RUNTIME))
             if narrow is not None:
                 result = replace(result, operators=narrow.operators, quantized=narrow)

@@ -222,8 +222,16 @@ def test_the_decode_step_too(tmp_path: Path) -> None:
     assert made.quantized is not None
     assert list(made.quantized.time) == ["batch 1, sequence 1", "batch 1, sequence 61"]
     assert (tmp_path / "out" / "model.onnx.data").stat().st_size < 1.4 * made.quantized.bytes_after
+    step = made.quantized.decode
+    assert step is not None
+    assert made.decode is not None
+    assert step.operators["com.microsoft::MatMulNBits"] == made.decode.operators["com.microsoft::MatMulNBits"] == 6
+    assert list(step.time) == ["a step behind 63 tokens"]
     session, tokens = Session(tmp_path / "out"), ids(1, 6)
     logits, state = session.prefill(tokens[:, :4])
     logits = torch.cat([logits, session.prefill(tokens[:, 4:], state)[0]], 1)
     expected = model(tokens).logits.detach()
     assert 0 < (logits - expected).abs().max() / expected.abs().max() < 0.05
+    assert step.accuracy is not None
+    assert 0 < step.accuracy.error < 0.05
+    assert step.accuracy.agreement == pytest.approx(made.quantized.accuracy[0].agreement, abs=0.02)

@@ -1,0 +1,58 @@
+"""quantized_steps: what decode.onnx in fewer bits is measured on: whole prompts, and a step behind some tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gatecc.export.accuracy import tokens_of
+from gatecc.export.carried import size_of
+from gatecc.export.decode import Decode
+
+BEFORE = 64  # tokens before the step whose time is measured
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Inputs of decode.onnx by name. ``ids``: (B, N); ``mask``: (B, N), None without padding."""
+
+    feeds: dict[str, Tensor]
+    ids: Tensor
+    mask: Tensor | None
+
+
+def prompt(decode: Decode, names: Sequence[str], leaves: Sequence[Tensor]) -> Prompt | None:
+    """The inputs of a model as a prompt of its step; None if they are not what it takes.
+
+    What is longer than the positions of the step is cut.
+    """
+    given = dict(zip(names, leaves, strict=True))
+    found, mask = tokens_of(names, leaves)
+    ids = given.get("input_ids", found)
+    if ids is None or any(name not in given for name in decode.values):
+        return None
+    length = min(ids.shape[1], decode.context_length or ids.shape[1])
+    ids = ids[:, :length]
+    mask = mask[:, :length] if mask is not None and decode.padding == "left" else None
+    values = {name: given[name][:, :length] for name in decode.values}
+    return Prompt({**_feeds(decode, ids, 0, values), **({} if mask is None else {"attention_mask": mask})}, ids, mask)
+
+
+def step(decode: Decode, of: Prompt) -> tuple[int, dict[str, Tensor]]:
+    """How many tokens there were, and the inputs for the next one of the first sample."""
+    past = min(BEFORE, (decode.context_length or BEFORE + 1) - 1)
+    values = {name: of.feeds[name][:1, :1] for name in decode.values}
+    return past, _feeds(decode, of.ids[:1, :1], past, values)
+
+
+def _feeds(decode: Decode, ids: Tensor, past: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    feeds = {"input_ids": ids, **values}
+    if decode.mask:
+        feeds["attention_mask"] = torch.ones(len(ids), past + ids.shape[1], dtype=torch.int64)
+    for state in decode.states:
+        shape = [past if axis == state.grows else size_of(size, len(ids)) for axis, size in enumerate(state.shape)]
+        feeds[state.input] = torch.full(shape, state.fill, dtype=getattr(torch, state.dtype))
+    return feeds
