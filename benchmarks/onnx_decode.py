@@ -141,7 +141,9 @@ def operator(folder: Path, only: str) -> Iterator[Row]:
         for path, made in zip(paths, operators(context), strict=True):
             path.write_bytes(made)
         works = [decoding(path, context) for path in paths]
-        yield Row(f"operator, step at {context} tokens: linear over softmax attention", ratio(*works, 200), bar)
+        yield Row(
+            f"operator, step at {context} tokens: linear over softmax attention", ratio(works[0], works[1], 200), bar
+        )
 
 
 def narrow(folder: Path, only: str) -> Iterator[Row]:

@@ -225,6 +225,7 @@ class Session(Generation):
                 f"the model has positions for {self.context_length} tokens",
                 found=f"{length} tokens",
                 expected=f"at most {self.context_length}",
+                do="a larger max_position_embeddings in the model's config before the export allows more",
             )
 
     def _check_values(self, ids: Tensor, values: Mapping[str, Tensor]) -> None:

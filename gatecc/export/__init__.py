@@ -30,6 +30,7 @@ from gatecc.engine.whole import reads_masks, whole_program
 from gatecc.errors import ArgumentError, CaptureError, ExampleInputsError, ExportError, GateccError
 from gatecc.export.beside import write_beside
 from gatecc.export.compare import Compared, Outcome, compare, located
+from gatecc.export.decode import Decode
 from gatecc.export.decode import decode as decode_step
 from gatecc.export.files import MANIFEST, Exported, describe, made_by, metadata, move, parent, write_manifest
 from gatecc.export.lower import context_of, lower
@@ -196,6 +197,7 @@ def _export(
             if decode:
                 stage("deriving the decode step")
             steps = decode_step(model, inputs, made, graph, target, opset, verify) if decode else None
+            notes += _reach(model, graph, steps)
             narrow = None
             if quantize is not None:
                 stage(f"quantising ({quantize.form})")
@@ -220,6 +222,22 @@ def _export(
             write_report(made, type(model).__qualname__, result, made_by())
             move(made, folder)
     return result
+
+
+def _reach(model: nn.Module, graph: Graph, steps: Decode | None) -> list[str]:
+    """What there is to say of long texts."""
+    notes: list[str] = []
+    if any("rotary" in outcome.became for outcome in graph.outcomes):
+        notes.append(
+            f"positions reach to {context_of(model)} tokens, as the model's config says: ONNX Runtime refuses longer "
+            "inputs, where torch goes on; export with a larger max_position_embeddings for them"
+        )
+    windows = sorted({state.window for state in (steps.states if steps else ()) if state.window is not None})
+    if windows:
+        notes.append(
+            f"decode.onnx keeps the keys of all tokens, also where windows of {windows} read no more than these"
+        )
+    return notes
 
 
 def _write(graph: Graph, made: Path, external: bool) -> None:

@@ -21,8 +21,8 @@ _ARITHMETIC: dict[type[ast.operator], Callable[[int, int], int]] = {
 class Carried:
     """One state: ``output`` of a call is ``input`` of the next. ``shape``: of the input; ``grows``: the axis that is 0
     before the first token and gets longer with each, None if its size stays; ``fill``: its value before the first.
-    ``shared``: input and output may be one buffer with room for more tokens. A ``kind`` "dummy" is read by nothing:
-    onnxruntime-genai wants it."""
+    ``shared``: input and output may be one buffer with room for more tokens. ``window``: the last tokens that are read
+    of it, though all are kept. A ``kind`` "dummy" is read by nothing: onnxruntime-genai wants it."""
 
     input: str
     output: str
@@ -33,6 +33,7 @@ class Carried:
     grows: int | None
     fill: float
     shared: bool
+    window: int | None = None
 
 
 def size_of(size: int | str, batch: int) -> int:

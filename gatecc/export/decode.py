@@ -193,6 +193,7 @@ def _states(step: Closed, graph: Graph) -> list[Carried]:
             grows=held.grows,
             fill=0.0 if held.slot is None else held.slot.fill,
             shared=present in shared,
+            window=None if held.slot is None else held.slot.span.window,
         )
         for held, layer, (past, present) in zip(step.held, layer_numbers(step), state_names(step), strict=True)
     ]

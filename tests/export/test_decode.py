@@ -79,10 +79,13 @@ class Windowed(nn.Module):
 
 
 def test_a_window_and_a_table_of_positions(tmp_path: Path) -> None:
-    made = gatecc.export(Mixed(Windowed()).eval(), tmp_path / "x", (IDS,), decode=True).decode
+    exported = gatecc.export(Mixed(Windowed()).eval(), tmp_path / "x", (IDS,), decode=True)
+    made = exported.decode
     assert made is not None
+    assert "decode.onnx keeps the keys of all tokens, also where windows of [5]" in " ".join(exported.notes)
     assert made.context_length == 40
     key, _ = made.states
+    assert key.window == 5
     assert (key.input, key.grows, key.shape) == ("past_key_values.0.key", 2, ["batch", 2, "past_sequence", 4])
     assert {c.sizes["prefill"] for c in made.compared} == {1, 7, 37}
 

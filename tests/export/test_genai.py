@@ -33,7 +33,10 @@ class Folder:
     decode: Decode
 
 
-def plain(layers: int = 1) -> nn.Module:
+SCALED = {"rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def plain(layers: int = 1, **options: Any) -> nn.Module:
     """Its weights are large enough that each token of a prompt changes the next one. It never says token 0."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -46,6 +49,7 @@ def plain(layers: int = 1) -> nn.Module:
         max_position_embeddings=64,
         initializer_range=0.4,
         eos_token_id=VOCABULARY + 3,  # of another tokenizer: no token of this one
+        **options,
     )
     model = transformers.LlamaForCausalLM(config).eval()
     nn.init.zeros_(model.lm_head.weight.detach()[0])
@@ -53,7 +57,9 @@ def plain(layers: int = 1) -> nn.Module:
 
 
 def gated() -> nn.Module:
-    model = gatecc.transform(plain(), "gated-attention", {"input_ids": IDS}, verify=False)
+    """With rotary embeddings that are scaled for longer texts, as those of Llama 3.1 are."""
+    scaled = plain(rope_parameters={**SCALED, "original_max_position_embeddings": 16})
+    model = gatecc.transform(scaled, "gated-attention", {"input_ids": IDS}, verify=False)
     for name, weight in model.named_parameters():
         if "gate." in name:
             nn.init.normal_(weight, std=0.5)
@@ -69,9 +75,11 @@ def hybrid() -> nn.Module:
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Folder:
     make: Callable[[], nn.Module] = request.param
     model, path = make(), tmp_path_factory.mktemp(make.__name__) / "out"
-    decode = gatecc.export(model, path, {"input_ids": IDS}, decode=True).decode
-    assert decode is not None
-    return Folder(model, path, decode)
+    made = gatecc.export(model, path, {"input_ids": IDS}, decode=True)
+    assert made.decode is not None
+    assert made.lowered["attention: GroupQueryAttention with rotary"] == 1
+    assert "positions reach to 64 tokens" in " ".join(made.notes)
+    return Folder(model, path, made.decode)
 
 
 def by_genai(path: Path, ids: Tensor) -> Tensor:
