@@ -113,7 +113,8 @@ def pages() -> dict[Path, str]:
     texts |= {DOCS / "catalogue.md": NOTE + catalogue(), DOCS / "sites.md": NOTE + sites_page()}
     for name, made_anew in (("scale.md", with_tables), ("kernels.md", with_estimates)):
         texts[DOCS / name] = made_anew((DOCS / name).read_text())
-    lowered = table(("lowering", "what becomes what"), [(n, markdown(t)) for n, t in lowering_rows()])
+    rows = [(name, markdown(text), left) for name, text, left in lowering_rows()]
+    lowered = table(("lowering", "what becomes what", "what is left alone, with a reason"), rows)
     texts[DOCS / "compile.md"] = between(LOWERED, (DOCS / "compile.md").read_text(), lowered)
     return {**texts, readme: with_table(readme.read_text())}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,8 @@ PLAIN = ("aot_eager", "eager")  # modes that run the lowered graph without Induc
 class Options:
     """What ``torch.compile(options=...)`` may say to gatecc.
 
-    ``freeze``: products with several weights may be packed into one, under no_grad; ``lowerings``: the names of those
-    that may run, all by default.
+    ``freeze``: what lowerings compute of weights alone is computed once, under no_grad, and anew when they change;
+    ``lowerings``: the names of those that may run, all by default.
     """
 
     freeze: bool = False
@@ -26,14 +26,20 @@ class Options:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Options:
-        """Read options as torch.compile hands them over. Raises ArgumentError for one of ours that does not exist."""
+        """Read options as torch.compile hands them over. Raises ArgumentError for one of ours that does not exist,
+        or that has another type."""
         ours = {name.removeprefix(PREFIX): value for name, value in given.items() if name.startswith(PREFIX)}
         known = cls.__dataclass_fields__
         if unknown := sorted(set(ours) - set(known)):
             expected = ", ".join(PREFIX + name for name in known)
             raise ArgumentError("unknown option of the backend", found=PREFIX + unknown[0], expected=expected)
-        if ours.get("lowerings") is not None:
-            ours["lowerings"] = tuple(ours["lowerings"])
+        if not isinstance(freeze := ours.get("freeze", False), bool):
+            raise ArgumentError("gatecc.freeze is a switch", found=repr(freeze), expected="True or False")
+        if (names := ours.get("lowerings")) is not None:
+            if isinstance(names, str) or not isinstance(names, Iterable):
+                expected = "a list of names: " + ", ".join(LOWERINGS)
+                raise ArgumentError("gatecc.lowerings names lowerings", found=repr(names), expected=expected)
+            ours["lowerings"] = tuple(names)
             if wrong := sorted(set(ours["lowerings"]) - set(LOWERINGS)):
                 raise ArgumentError("unknown lowering", found=wrong[0], expected=", ".join(LOWERINGS))
         return cls(**ours)

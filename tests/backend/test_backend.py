@@ -246,3 +246,16 @@ def test_options() -> None:
         Options.of({"gatecc.frozen": True})
     with pytest.raises(ArgumentError, match=r"(?s)casual-mask.*causal-mask"):
         Options.of({"gatecc.lowerings": ["casual-mask"]})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gatecc.frozen": True}, r"(?s)unknown option.*gatecc.frozen.*gatecc.freeze"),
+        ({"gatecc.freeze": "yes"}, r"(?s)gatecc.freeze is a switch.*'yes'.*True or False"),
+        ({"gatecc.lowerings": "causal-mask"}, r"(?s)'causal-mask'.*a list of names"),
+    ],
+)
+def test_a_wrong_option_is_said_by_torch_compile(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        torch.compile(nn.Linear(8, 8), backend="gatecc", options=options)(torch.randn(2, 8))

@@ -67,6 +67,15 @@ def test_what_was_lowered_and_what_it_saves(broken: Any) -> None:
     assert report.totals.parameters_before == sum(p.numel() for p in broken[0].parameters())
 
 
+def test_what_inductor_fuses_is_left_to_it_with_a_reason(broken: Any) -> None:
+    rows = [row for row in broken[-1].lowered if row.lowering == "regions"]
+    found = [row.found for row in rows]
+    assert "a rotary embedding, 4 times" in found
+    assert "a gated unit, 2 times" in found
+    assert any("norm, with the sum before it" in text for text in found)
+    assert all("Inductor's to fuse" in row.reason and not row.became for row in rows)
+
+
 def test_nothing_is_changed(broken: Any) -> None:
     model, before, same_random_state, _ = broken
     assert model.training

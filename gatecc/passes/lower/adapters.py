@@ -71,6 +71,7 @@ class Adapters(Lowering):
     """W x + s B (A x) + ... and (W + s B A) x -> one of three forms."""
 
     name = "adapters"
+    left = "one adapter in training, or no form that costs less; no sum with the weight after dropout or in 16 bits"
 
     def lower(self, program: Program, sites: Sequence[Site], settings: Settings) -> Iterator[Outcome]:
         for place in list(adapted(program)):

@@ -24,6 +24,7 @@ class CausalMask(Lowering):
     """SDPA(mask proved causal) -> SDPA(is_causal=True)."""
 
     name = "causal-mask"
+    left = "a mask that is handed in, a sliding window, one that is not proved at other sizes"
 
     def lower(self, program: Program, sites: Sequence[Site], settings: Settings) -> Iterator[Outcome]:
         masked = [s for s in sites if isinstance(s, Attention) and s.spelling == "sdpa" and _given(s.core) is not None]

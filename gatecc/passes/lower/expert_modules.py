@@ -34,6 +34,7 @@ class ExpertModules(Lowering):
     """A dispatch to experts of a list -> gatecc::moe_ffn of their weights, put together."""
 
     name = "expert-modules"
+    left = "fewer than 16 rows an expert; experts that differ, drop tokens or compute another formula"
     after = ("experts",)
 
     def lower(self, program: Program, sites: Sequence[Site], settings: Settings) -> Iterator[Outcome]:

@@ -23,6 +23,7 @@ class Experts(Lowering):
     """A dispatch to stacked experts -> gatecc::moe_ffn."""
 
     name = "experts"
+    left = "experts that differ, drop tokens or compute another formula; weights inside of the activation (Llama 4)"
 
     def lower(self, program: Program, sites: Sequence[Site], settings: Settings) -> Iterator[Outcome]:
         for site in sites:

@@ -34,6 +34,7 @@ class GatedAttention(Lowering):
     """SDPA, axes moved, times a gate -> gatecc::attention."""
 
     name = "gated-attention"
+    left = "on a CPU; on a GPU without a window, unless it is asked for by name"
     after = ("causal-mask", "spelled-attention")
 
     def lower(self, program: Program, sites: Sequence[Site], settings: Settings) -> Iterator[Outcome]:

@@ -41,6 +41,7 @@ class LinearAttention(Lowering):
     """Causal mixing that is linear in queries and values -> gatecc::linear_attention."""
 
     name = "linear-attention"
+    left = "what is not proved in float64, at a second length too where lengths are free"
 
     def lower(self, program: Program, sites: Sequence[Site], settings: Settings) -> Iterator[Outcome]:
         for owner in _owners(program):

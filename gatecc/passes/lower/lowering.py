@@ -30,9 +30,11 @@ class Settings:
 
 
 class Lowering(ABC):
-    """Register a subclass by giving it a ``name``. ``after``: names of lowerings that must have run before it."""
+    """Register a subclass by giving it a ``name``. ``after``: names of lowerings that must have run before it;
+    ``left``: what it leaves alone, for docs/compile.md."""
 
     name: ClassVar[str]
+    left: ClassVar[str] = ""
     after: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:

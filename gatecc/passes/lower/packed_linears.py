@@ -31,6 +31,7 @@ class PackedLinears(Lowering):
     """linear(x, A), linear(x, B) -> split(linear(x, cat(A, B)))."""
 
     name = "packed-linears"
+    left = "16 outputs and more, or 16 bits, on a CPU; on an accelerator without `gatecc.freeze`"
     after = ("adapters",)
 
     def lower(self, program: Program, sites: Sequence[Site], settings: Settings) -> Iterator[Outcome]:

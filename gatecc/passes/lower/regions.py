@@ -19,9 +19,15 @@ from gatecc.ir.ops import mutates, opname
 from gatecc.ir.program import META, Program, fake, origin
 from gatecc.ir.site import Site
 from gatecc.ops.generated import POINTWISE, generated
+from gatecc.passes.lower.fused_anyway import fused_anyway
 from gatecc.passes.lower.lowering import Lowering, Outcome, Settings
 from gatecc.passes.lower.replace import replace
 
+UNCONFIRMED = (
+    "Inductor fuses it; options={'gatecc.lowerings': ['regions', ...]} makes a kernel of it and the product before it, "
+    "which is estimated to move less, and no GPU has confirmed that it is faster"
+)
+FUSED = "on a CPU it is Inductor's to fuse, in one loop as any kernel would"
 _PRODUCTS = ("linear", "matmul", "mm", "addmm")
 _MOST = 24  # nodes of a region
 
@@ -30,13 +36,23 @@ class Regions(Lowering):
     """linear(s) and pointwise operators behind them -> one operator with a kernel of its own."""
 
     name = "regions"
+    left = "unless it is asked for by name, on a GPU: norms, gated units, rotary embeddings are fused by Inductor"
     after = ("causal-mask", "experts", "linear-attention", "packed-linears", "spelled-attention")
 
     def lower(self, program: Program, sites: Sequence[Site], settings: Settings) -> Iterator[Outcome]:
         if settings.only is None or self.name not in settings.only:
+            yield from self._left(program)
             return
         for members in list(convex_regions(program)):
             yield self._at(program, members)
+
+    def _left(self, program: Program) -> Iterator[Outcome]:
+        """What Inductor fuses as well, one outcome a kind."""
+        for kind, nodes in fused_anyway(program):
+            place = origin(nodes[0])
+            found = kind if len(nodes) == 1 else f"{kind}, {len(nodes)} times"
+            reason = UNCONFIRMED if _on_gpu(nodes[0]) else FUSED
+            yield Outcome(self.name, place.owner, place.line, found, reason=reason)
 
     def _at(self, program: Program, members: list[fx.Node]) -> Outcome:
         last = members[-1]

@@ -54,6 +54,7 @@ class SpelledAttention(Lowering):
     """softmax(q k^T) v in any spelling -> SDPA."""
 
     name = "spelled-attention"
+    left = "weights that are read elsewhere, a row that may see no key in training, dropout on a CPU, one query"
 
     def lower(self, program: Program, sites: Sequence[Site], settings: Settings) -> Iterator[Outcome]:
         spelled = [s for s in sites if isinstance(s, Attention) and s.spelling != "sdpa"]
