@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
 
 from gatecc.codegen.onnx.lower.views import Views
 from gatecc.codegen.onnx.lower.write import Writer, aten
-from gatecc.ir.ops import opname
+from gatecc.ir.match.axes import permutation
+from gatecc.ir.ops import RESHAPES, named, opname
 from gatecc.ir.program import Program
+from gatecc.ir.sizes import node_shape, same
 
 _SPLITS = ("split", "split_with_sizes", "chunk", "tensor_split")
 
@@ -18,8 +22,45 @@ _SPLITS = ("split", "split_with_sizes", "chunk", "tensor_split")
 def tokens_first(writer: Writer, views: Views, node: fx.Node) -> fx.Node:
     """(B, heads, N, D) as (B, N, heads * D): what was split into heads, if that is all that was done to it."""
     B, H, N, D = node.meta["val"].shape
+    stacked = _stacked(views, node)
+    if stacked is not None:
+        return _piece(writer, *stacked)
     turned = views.settled(writer.call(aten.transpose.int, views.settled(node), 1, 2))
     return views.settled(writer.call(aten.reshape.default, turned, [B, N, H * D]))
+
+
+def _stacked(views: Views, node: fx.Node) -> tuple[fx.Node, int, int] | None:
+    """Of (B, heads, N, D) that was taken out of a product (B, N, pieces * heads * D), seen as (pieces, B, heads, N, D):
+    the product, the number of pieces, and which one. None if it is nothing like that."""
+    taken = views.settled(node)
+    turned: Any
+    number: Any
+    if opname(taken) == "getitem" and isinstance(taken.args[0], fx.Node) and opname(taken.args[0]) == "unbind":
+        turned, number, axis = taken.args[0].args[0], taken.args[1], named(taken.args[0], "dim")
+    elif opname(taken) == "select":
+        turned, axis, number = taken.args[:3]
+    else:
+        return None
+    seen = turned.args[0] if isinstance(turned, fx.Node) and opname(turned) == "permute" else None
+    whole = seen.args[0] if isinstance(seen, fx.Node) and opname(seen) in RESHAPES else None
+    if not isinstance(turned, fx.Node) or not isinstance(seen, fx.Node) or not isinstance(whole, fx.Node):
+        return None
+    shape, given = node_shape(seen), node_shape(whole)
+    if axis != 0 or shape is None or given is None or len(shape) != 5 or len(given) != 3:
+        return None
+    known = isinstance(number, int) and isinstance(given[2], int) and isinstance(shape[2], int)
+    if not known or permutation(turned, 5) != [2, 0, 3, 1, 4] or not all(map(same, given[:2], shape[:2])):
+        return None
+    return None if any(map(views.written, (taken, turned, seen, whole))) else (whole, shape[2], number % shape[2])
+
+
+def _piece(writer: Writer, whole: fx.Node, pieces: int, number: int) -> fx.Node:
+    """One of equal pieces of the last axis; all are those of one split."""
+    width = int(whole.meta["val"].shape[2]) // pieces
+    before = [n for n in whole.users if n < writer.place]
+    known = next((n for n in before if opname(n) == "split" and n.args == (whole, width, 2)), None)
+    split = writer.call(aten.split.Tensor, whole, width, 2) if known is None else known
+    return writer.call(operator.getitem, split, number)
 
 
 def packed(
