@@ -57,7 +57,8 @@ class Products:
 
     tiles: values over rows and columns that are held at once behind the loop; whole: a program must have all columns;
     passes: how often it reads its rows before. ``first`` products of ``middle`` columns are summed in the same loop,
-    for ``last`` ones of (rows, middle) by (middle, columns). ``lefts``: how many different left operands there are.
+    for ``last`` ones of (rows, middle) by (middle, columns). ``lefts``: how many different left operands there are;
+    ``before``: values that are held at once where the operands of a block are computed, of a sum over rows.
     """
 
     columns: int
@@ -71,6 +72,7 @@ class Products:
     middle: int = 0
     last: int = 0
     lefts: int = 1
+    before: int = 0
 
     @property
     def held(self) -> int:
@@ -139,6 +141,7 @@ def seconds(c: Blocks, part: Part, rows: int, p: Products) -> tuple[float, float
     held = c.rows * across  # accumulators
     if p.dtype == torch.float32:
         held += 3 * (c.rows + c.cols) * c.inner // 2  # operands in three parts
+    held += p.before * c.inner * max(c.rows, c.cols)
     behind = c.rows * max((p.count + p.last) * c.cols + p.held, p.tiles * c.cols)
     if shared > part.shared or max(held, behind) / threads > 128:
         return float("inf"), behind / threads

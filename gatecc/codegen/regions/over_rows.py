@@ -120,7 +120,7 @@ def _product(region: Region) -> Printed:
     (node,) = region.outputs
     left, right = operands(node)
     M, N = shape(left)[-1], shape(right)[-1]
-    loop, tiles = list[str](), 0
+    loop, before = list[str](), 0
     spaces = Space("rows", "down", "row_mask", "down_mask", M), Space("rows", "cols", "row_mask", "col_mask", N)
     for name, side, space in (("left", left, spaces[0]), ("right", right, spaces[1])):
         body = Body(region, space, in_blocks=True)
@@ -129,10 +129,12 @@ def _product(region: Region) -> Printed:
             raise RefusedError("a sum over rows of what is the same in all of them")
         text = found.text if side.op == "placeholder" else f"tl.where(row_mask[:, None], {found.text}, 0.0)"
         loop += [*body.outside, *body.lines, f"{name} = {text}.to({_TYPES[dtype(side)]})"]
-        tiles = max(tiles, most_alive(body.lines, body.tiles()))
+        before = max(before, 0 if side.op == "placeholder" else most_alive(body.lines, body.tiles()))
     blocks = {
         make: [(0, choices[-1][1])]
-        for make, choices in product_blocks(Products(N, MANY, 1, tiles, dtype(left), whole=False), rows=M).items()
+        for make, choices in product_blocks(
+            Products(N, MANY, 1, 1, dtype(left), whole=False, before=before), rows=M
+        ).items()
     }
     sizes = {"arguments": _arguments(region), "counts": counts(region, loop)}
     text = PRODUCT.format(**sizes, M=M, N=N, part=PART.format(block="BLOCK_INNER"), loop=_in(loop))

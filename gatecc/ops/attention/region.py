@@ -50,7 +50,7 @@ FOLLOWING = "{following}"  # the file of what is made of the heads, and of its g
 def kernel(q, k, v, bias, sinks, {others}out, logsumexp, listed, rule,
            D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
            LIST_Q: tl.constexpr, LIST_K: tl.constexpr, PRECISION: tl.constexpr):
-    batch, head, rows, row_mask, heads, level = attended(
+    batch, head, rows, row_mask, heads, peak, total = attended(
         q, k, v, bias, sinks, listed, rule, D, E, BD, BE, BM, BN, LIST_Q, LIST_K, PRECISION
     )
     cols = tl.arange(0, BE)
@@ -58,7 +58,8 @@ def kernel(q, k, v, bias, sinks, {others}out, logsumexp, listed, rule,
     mask = row_mask[:, None] & col_mask[None, :]
 {lines}
     put(place(out, batch, head), out, rows, cols, row_mask, {value}, E)
-    tl.store(logsumexp + (batch * rule.heads + head) * rule.queries + rows, level * LN2, mask=row_mask)
+    places = (batch * rule.heads + head) * rule.queries + rows
+    tl.store(logsumexp + places, (peak + tl.log2(total)) * LN2, mask=row_mask)
 
 
 def launch(q, k, v, bias, sinks, {others}blocks=None, block_sizes=(64, 64)):

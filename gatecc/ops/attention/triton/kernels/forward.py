@@ -83,7 +83,7 @@ def attended(
     PRECISION: tl.constexpr,
 ):
     """What a program has of softmax(scores) v: batch, head, rows, which of these there are, their values (BM, BE), and
-    the logsumexp of their scores in units of log 2.
+    of their scores the largest and the sum of exp2, less it.
 
     ``listed``: which blocks of LIST_K keys each block of LIST_Q queries reads; None for all.
     """
@@ -113,7 +113,7 @@ def attended(
                     D, E, BD, BE, BN, edges, PRECISION,
                 )  # fmt: skip
     sums = sums / tl.where(total == 0.0, 1.0, total)[:, None]
-    return batch, head, rows, there, sums, peak + tl.log2(total)
+    return batch, head, rows, there, sums, peak, total
 
 
 @triton.jit
@@ -142,11 +142,12 @@ def attend(
 ):
     """out = gate * softmax(scores) v and the logsumexp of the scores, for a block of queries of one head. PER_HEAD: the
     gate has one channel."""
-    batch, head, rows, there, sums, level = attended(
+    batch, head, rows, there, sums, peak, total = attended(
         q, k, v, bias, sinks, listed, rule, D, E, BD, BE, BM, BN, LIST_Q, LIST_K, PRECISION
     )
     if gate is not None:
         given = openings(gate, batch, head, rows, tl.arange(0, BE), there, E, BE, PER_HEAD)
         sums *= activated(given, ACTIVATION)
     put(place(out, batch, head), out, rows, tl.arange(0, BE), there, sums, E)
-    tl.store(logsumexp + (batch * rule.heads + head) * rule.queries + rows, level * LN2, mask=there)
+    places = (batch * rule.heads + head) * rule.queries + rows
+    tl.store(logsumexp + places, (peak + tl.log2(total)) * LN2, mask=there)
