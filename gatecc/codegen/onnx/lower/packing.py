@@ -51,7 +51,8 @@ def _stacked(views: Views, node: fx.Node) -> tuple[fx.Node, int, int] | None:
     known = isinstance(number, int) and isinstance(given[2], int) and isinstance(shape[2], int)
     if not known or permutation(turned, 5) != [2, 0, 3, 1, 4] or not all(map(same, given[:2], shape[:2])):
         return None
-    return None if any(map(views.written, (taken, turned, seen, whole))) else (whole, shape[2], number % shape[2])
+    pieces = int(shape[2])
+    return None if any(map(views.written, (taken, turned, seen, whole))) else (whole, pieces, int(number) % pieces)
 
 
 def _piece(writer: Writer, whole: fx.Node, pieces: int, number: int) -> fx.Node:
