@@ -15,19 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from gatecc.ir.ops import opname
 from gatecc.ir.program import Program, shape
 from gatecc.ir.sizes import Sizes, on_example
 from gatecc.passes.causal.held import images
 from gatecc.passes.causal.lengths import other_sizes
 from gatecc.passes.causal.narrow import Narrow
-from gatecc.passes.causal.parts import Part, read_buffer
+from gatecc.passes.causal.parts import CONVOLUTIONS, Part, read_buffer
 from gatecc.passes.causal.roles import Formula, Operand, Places, compute, spread
 from gatecc.passes.trial import Trial, UntriedError
 
 _TOLERANCE = 1e-6  # of a token in float64, relative to its largest number
 _ROUNDED = 2e-5  # of one that comes of numbers that were rounded to float32
 NEAREST = "the nearest recurrence"  # so begins the reason where one was compared
-_MOST = 6  # values that may enter
+FREE = "the length is free"  # and so where one held on the example alone
+MOST = 6  # values that may enter
 _FIRST = 48  # tokens by which assignments are told apart; the very first tells most, whatever the decay
 
 _ErrorOn = Callable[["Formula", int], float]  # of a formula, on so many first tokens
@@ -35,11 +37,13 @@ _ErrorOn = Callable[["Formula", int], float]  # of a formula, on so many first t
 
 def find_formula(program: Program, part: Part) -> Formula | str:
     """What a part computes, or why it is nothing that the operator does. Raises UntriedError."""
-    if not 2 <= len(part.operands) <= _MOST:
+    if len(part.operands) == 1 and opname(part.out) in CONVOLUTIONS:
+        return "a short causal convolution stays one"
+    if not 2 <= len(part.operands) <= MOST:
         return f"{len(part.operands)} values enter it"
     if not _has_one_length(part, Narrow((), ())):
         return "its values have different numbers of tokens"
-    if len(part.held) > _MOST:
+    if len(part.held) > MOST:
         return f"it reads {len(part.held)} weights or buffers"
     whole = any(not n.meta["val"].is_floating_point() for n in part.held)
     formula = "it reads a mask" if whole else _tried(program, part, {}, _Search.found)
@@ -118,11 +122,11 @@ class _Search:
         """The formula if it holds at these sizes too."""
         tokens = self.narrow.sizes(self.part.out)[self.part.axis]
         if not _has_one_length(self.part, self.narrow):
-            return f"the length is free, and at {tokens} tokens its values have different numbers of them"
+            return f"{FREE}, and at {tokens} tokens its values have different numbers of them"
         found, error = self._proved(formula, formula.scale)
         if found is not None:
             return formula
-        return f"the length is free, and at {tokens} tokens it differs by {error:.1e} from what it is on the example"
+        return f"{FREE}, and at {tokens} tokens it differs by {error:.1e} from what it is on the example"
 
     def _assignments(
         self, operands: list[Operand], held: list[Operand], domains: tuple[str, ...], error_on: _ErrorOn

@@ -26,8 +26,8 @@ from gatecc.passes.causal.settled import Settled
 from gatecc.passes.trial import Trial, UntriedError
 
 _SAME = 1e-10  # relative: the same number, computed again
-_CONVOLUTIONS = frozenset("convolution conv1d".split())
-_GROWING = _CONVOLUTIONS | frozenset("cat stack pad constant_pad_nd index embedding conv2d".split())
+CONVOLUTIONS = frozenset("convolution conv1d".split())
+_GROWING = CONVOLUTIONS | frozenset("cat stack pad constant_pad_nd index embedding conv2d".split())
 _SHOWN = VIEWS | CASTS | {"linear", "addmm"}
 _LEAST = 4  # tokens: with fewer, what is causal cannot be told
 
@@ -115,11 +115,11 @@ class Probe:
         found: dict[fx.Node, int] = {}
         for node, (kind, axis) in self.kinds.items():
             source = node.all_input_nodes[0] if node.all_input_nodes else node
-            cut = opname(node) in ("slice", "narrow") and opname(source) in _CONVOLUTIONS
+            cut = opname(node) in ("slice", "narrow") and opname(source) in CONVOLUTIONS
             if (
                 kind == "causal"
                 and on_example(shape(node)[axis]) == self._tokens
-                and (cut or opname(node) in _CONVOLUTIONS)
+                and (cut or opname(node) in CONVOLUTIONS)
             ):
                 found[node] = axis
         return found

@@ -20,11 +20,12 @@ from gatecc.ir.ops import SOFTMAXES, opname
 from gatecc.ir.program import Program, fake, origin, shape
 from gatecc.ir.site import Site
 from gatecc.ir.sizes import on_example
-from gatecc.passes.causal.formula import NEAREST, find_formula
+from gatecc.passes.causal.formula import FREE, MOST, NEAREST, find_formula
 from gatecc.passes.causal.parts import Part, Probe, read_buffer
 from gatecc.passes.causal.peeled import peeled
 from gatecc.passes.causal.remembered import Remembered
 from gatecc.passes.causal.roles import Formula, Places, compute, gathered, spread
+from gatecc.passes.causal.unlike import unlike
 from gatecc.passes.lower.insert import insert
 from gatecc.passes.lower.lowering import Lowering, Outcome, Settings
 from gatecc.passes.lower.replace import replace
@@ -124,7 +125,7 @@ def _search(
     """The first part that is proved to be linear attention; else the one that came nearest to it, and why not; and
     whether that says nothing of this place alone."""
     wide = any(len(shape(n)) == 4 for n in entering)
-    best: tuple[Part | None, str, bool] = (None, "", True)
+    tried: list[tuple[Part, str, bool]] = []
     usual = [n for n in entering if len(shape(n)) == (4 if wide else 3)]
     lengths = {a: max((_length(n, a) or 0 for n in usual), default=0) for a in ((1, 2) if wide else (1,))}
     for axis in sorted(lengths, key=lambda a: -lengths[a]):  # the longest is the likeliest
@@ -145,9 +146,25 @@ def _search(
                 formula, lasts = str(e), False  # it names a node
             if isinstance(formula, Formula):
                 return part, _unfit(part, settings) or formula, True
-            if formula.startswith(NEAREST) or not best[1].startswith(NEAREST):
-                best = (part, formula, lasts)
-    return best
+            tried.append((part, formula, lasts))
+    if not tried:
+        return None, "", True
+    part, reason, lasts = _telling(tried)
+    why = unlike(program, part) if lasts and not reason.startswith(FREE) else ""
+    return part, f"{reason}: {why}" if why else reason, lasts
+
+
+def _telling(tried: list[tuple[Part, str, bool]]) -> tuple[Part, str, bool]:
+    """The refusal that says most: of the largest recurrence that held on the example, or was compared at all;
+    else of the smallest part that holds most of the nodes and has few operands: larger ones hold what comes after it,
+    too, and much smaller ones are convolutions and the like."""
+    for begins in (FREE, NEAREST):
+        near = [one for one in tried if one[1].startswith(begins)]
+        if near:
+            return near[-1]
+    few = [one for one in tried if len(one[0].operands) <= MOST] or tried
+    most = max(len(part.nodes) for part, *_ in few)
+    return next(one for one in few if 2 * len(one[0].nodes) >= most)
 
 
 def _is_own(node: fx.Node) -> bool:

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import gatecc
+from gatecc.passes.causal import unlike
 from tests.passes.lower.test_linear_attention import compiled
 
 H, K, V, C = 2, 4, 6, 4  # heads, features of keys and values, tokens of a chunk
@@ -32,7 +34,8 @@ class Layer(nn.Module):
         self.q, self.k, self.v = nn.Linear(10, H * K), nn.Linear(10, H * K), nn.Linear(10, H * V)
         self.per_channel, self.per_head, self.strength = nn.Linear(10, H * K), nn.Linear(10, H), nn.Linear(10, H)
         self.register_buffer("gamma", 1 - 2.0 ** (-2 - torch.arange(H)))
-        self.rate, self.w, self.u = (nn.Parameter(torch.randn(s) * 0.3 - 1) for s in ((H,), (H, K), (H, K)))
+        sizes = ((H,), (H, K), (H, K), (H, K, V))
+        self.rate, self.w, self.u, self.rates = (nn.Parameter(torch.randn(s) * 0.3 - 1) for s in sizes)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (p(x).unflatten(-1, (H, -1)).transpose(1, 2) for p in (self.q, self.k, self.v))
@@ -204,6 +207,26 @@ def of_second_order(layer: Layer, x: Tensor, q: Tensor, k: Tensor, v: Tensor) ->
     return (1 + scores + scores.square() / 2).tril() @ v
 
 
+def decayed_by_pairs(layer: Layer, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Mamba (Gu & Dao, 2023): a step size per value channel, a rate for each pair of it with a key channel."""
+    rates, steps, state, out = -layer.rates.exp(), F.softplus(v), empty(q, v), []
+    for t in range(q.size(2)):
+        state = state * (steps[:, :, t, None] * rates).exp() + outer(k, v, t)
+        out.append(read(q, state, t))
+    return torch.stack(out, 2)
+
+
+def of_exponentials(layer: Layer, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """RWKV-4 (Peng et al., 2023): an average by exponentials, with a bonus for the token itself."""
+    k, u, w = k[..., :1], layer.u[:, :1, None], (-layer.w[:, :1, None].exp()).exp()
+    total, weight, out = torch.zeros_like(v[:, :, :1]), torch.zeros_like(k[:, :, :1]), []
+    for t in range(q.size(2)):
+        one, own = k[:, :, t, None].exp(), (k[:, :, t, None] + u).exp()
+        out.append((total + own * v[:, :, t, None]) / (weight + own))
+        total, weight = total * w + one * v[:, :, t, None], weight * w + one
+    return torch.cat(out, 2) * q.mean(-1, keepdim=True).sigmoid()
+
+
 FORMS = [
     retention, retention_of_logarithms, retention_by_token, retention_in_chunks, learned_rates,
     learned_rates_of_channels, gated_all_at_once, gated_with_tokens_first, delta, delta_in_chunks, delta_solved,
@@ -240,7 +263,14 @@ def test_published_forms(form: Callable[..., Tensor]) -> None:
     assert all(one <= 2 * other + allowed for one, other in zip(ours, theirs, strict=True))
 
 
-OTHERS = [with_a_bonus, with_another_direction, normalized_by_the_largest, of_second_order]
+OTHERS = {
+    with_a_bonus: unlike.BONUS,
+    with_another_direction: unlike.TRANSITION,
+    normalized_by_the_largest: unlike.NORMALIZED,
+    of_second_order: unlike.SECOND_ORDER,
+    decayed_by_pairs: unlike.PAIRS,
+    of_exponentials: unlike.AVERAGE,
+}
 
 
 @pytest.mark.parametrize("form", OTHERS)
@@ -250,9 +280,49 @@ def test_other_functions_stay_and_say_why(form: Callable[..., Tensor]) -> None:
     y, outcomes, calls = compiled(layer, x)
     assert len(outcomes) == 1
     assert not outcomes[0].became
-    assert outcomes[0].reason
+    assert outcomes[0].reason.endswith(OTHERS[form])
     assert "linear_attention" not in str([n.target for n in calls])
     assert torch.equal(y, layer(x))
+
+
+def rwkv() -> nn.Module:
+    import transformers as hf
+
+    sizes: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "attention_hidden_size": 16, "num_hidden_layers": 2}
+    return hf.RwkvModel(hf.RwkvConfig(**sizes, intermediate_size=24, context_length=64))
+
+
+def mamba() -> nn.Module:
+    import transformers as hf
+
+    sizes: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    return hf.MambaModel(hf.MambaConfig(**sizes, time_step_rank=4, use_associative_scan=False))
+
+
+def xlstm() -> nn.Module:
+    import transformers as hf
+
+    sizes: dict[str, Any] = {"vocab_size": 32, "hidden_size": 32, "num_blocks": 1, "num_heads": 2, "chunk_size": 16}
+    kernels: dict[str, Any] = {
+        "chunkwise_kernel": "chunkwise--native_autograd",
+        "sequence_kernel": "native_sequence__native",
+    }
+    return hf.xLSTMModel(hf.xLSTMConfig(**sizes, **kernels, step_kernel="native"))
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [(rwkv, unlike.NONLINEAR), (mamba, unlike.PAIRS), (xlstm, unlike.NORMALIZED)],
+    ids=["rwkv", "mamba", "xlstm"],
+)
+def test_recurrences_of_transformers_that_stay_say_why(make: Callable[[], nn.Module], reason: str) -> None:
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        report = gatecc.explain(make().eval(), {"input_ids": torch.randint(0, 32, (1, 10)), "use_cache": False})
+    found = [row for row in report.lowered if row.lowering == "linear-attention"]
+    assert found
+    assert all(not row.became and row.reason.endswith(reason) for row in found)
 
 
 def lightning_attention() -> nn.Module:
