@@ -31,7 +31,7 @@ from torch import Tensor, nn
 import gatecc
 
 LLAMA: dict[str, Any] = dict(vocab_size=1000, num_hidden_layers=6, max_position_embeddings=4096, use_cache=False)
-KNOWN = ("llama 6 x 512", "mistral", "qwen3", "gemma2", "phi")  # to the expert
+KNOWN = {"llama 6 x 512": 64, "mistral": 32, "qwen3": 32, "gemma2": 32, "phi": 64}  # to the expert; channels of a head
 BARS = {"opt": 0.40, "liger": 0.45}
 ERROR = 1e-5  # of results that are raced
 REPEATS = {1: 60, 16: 60, 128: 8, 512: 4, 2048: 3}
@@ -179,8 +179,8 @@ def nodes(path: Path, *, optimised: bool = True) -> int:
     return len(onnx.load(path, load_external_data=False).graph.node)
 
 
-def feeds(made: ort.InferenceSession, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a graph takes of these inputs; caches are empty."""
+def feeds(made: ort.InferenceSession, inputs: Mapping[str, Any], head: int) -> dict[str, Any]:
+    """What a graph takes of these inputs; caches are empty, of heads of so many channels."""
     given: dict[str, Any] = {}
     batch, length = next(iter(inputs.values())).shape[:2]
     for i in made.get_inputs():
@@ -189,14 +189,16 @@ def feeds(made: ort.InferenceSession, inputs: Mapping[str, Any]) -> dict[str, An
         elif i.name == "attention_mask":
             given[i.name] = np.ones((batch, length), np.int64)
         else:
-            given[i.name] = np.zeros((batch, i.shape[1], 0, i.shape[3]), np.float32)
+            given[i.name] = np.zeros((batch, i.shape[1], 0, head), np.float32)
     return given
 
 
-def ratios(ours: Path, others: Mapping[str, Path], inputs: Mapping[str, Any], repeats: int) -> dict[str, float]:
+def ratios(
+    ours: Path, others: Mapping[str, Path], inputs: Mapping[str, Any], repeats: int, head: int = 0
+) -> dict[str, float]:
     """The CPU time of our graph over that of each other one."""
     made = {name: session(path) for name, path in {"": ours, **others}.items()}
-    works = [partial(s.run, None, feeds(s, inputs)) for s in made.values()]
+    works = [partial(s.run, None, feeds(s, inputs, head)) for s in made.values()]
     for work in works:
         work()
     first, *rest = best_of(*works, repeats=repeats)
@@ -226,10 +228,15 @@ def decoders(folder: Path, only: str) -> Iterator[Row]:
 def latency(name: str, ours: Path, theirs: Path, by_hand: Path | None) -> Iterator[Row]:
     others = {"exporter": theirs, **({"expert": by_hand} if by_hand is not None else {})}
     if by_hand is not None:
+        try:
+            session(by_hand).run(None, feeds(session(by_hand), {"input_ids": ids(1, 2).numpy()}, KNOWN[name]))
+        except Exception as e:  # that of Gemma-2 wants its caches as long as the window
+            print(f"the expert's graph does not run without a context: {e}", file=sys.stderr)
+            del others["expert"]
         yield Row(f"{name}: nodes of the expert", nodes(by_hand, optimised=False))
     small = 1 if name == "llama 6 x 512" else 4
     for length, bar in ((1, 1.0), (128, 1.0), (512, 0.98)):
-        found = ratios(ours, others, {"input_ids": ids(1, length).numpy()}, small * REPEATS[length])
+        found = ratios(ours, others, {"input_ids": ids(1, length).numpy()}, small * REPEATS[length], KNOWN[name])
         for other_name, ratio in found.items():
             limit = 1.04 if other_name == "expert" else bar if small == 1 else None
             yield Row(f"{name}, {length} tokens: time over the {other_name}'s", ratio, limit)
