@@ -19,6 +19,8 @@ from gatecc.decoder.runtime.generate import Generation
 from gatecc.errors import ArgumentError, CheckpointError, MissingPackageError
 from gatecc.export.carried import size_of
 from gatecc.export.decode import DECODE
+from gatecc.export.encoded import TYPES, Encoded
+from gatecc.export.encoder import ENCODER
 from gatecc.export.files import MANIFEST
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -55,8 +57,15 @@ class Session(Generation):
         self._singly: bool = held["singly"]
         self._session = _session(self.folder / DECODE, providers)
         self._device = "cuda" if _CUDA in self._session.get_providers() else "cpu"
-        self._types = {i.name: _TYPES[i.type] for i in self._session.get_inputs()}
+        self._types = {i.name: TYPES[i.type] for i in self._session.get_inputs()}
+        self._encoder = self._encoded(held.get("encoder"), providers)
         self.state: State | None = None
+
+    def _encoded(self, encoder: Mapping[str, Any] | None, providers: Sequence[str] | None) -> Encoded | None:
+        if encoder is None:
+            return None
+        file = _session(self.folder / ENCODER, providers) if encoder["outputs"] else None
+        return Encoded(encoder, file, self._types, self._device)
 
     def reset(self) -> None:
         """Forget the text so far."""
@@ -67,10 +76,19 @@ class Session(Generation):
         them.
 
         ``values``: ``attention_mask`` (B, T), 0 for padding, where the file knows padding; and the model's other inputs
-        with a value per token. Raises ArgumentError for tokens, values or a state that do not fit.
+        with a value per token. Of a new text they are also the inputs that are no tokens, those of an encoder, by the
+        model's names (its mask is then the encoder's, and that of the tokens ``decoder_attention_mask``); they are
+        encoded once. Raises ArgumentError for tokens, values or a state that do not fit.
         """
+        context: dict[str, Any] = {}
+        if self._encoder is not None:
+            values, given = self._encoder.parted(values)
+            if state is None:
+                context = self._encoder(given, ids)
+            else:
+                self._encoder.refuse(given)
         self._check(ids, state, values)
-        state = self._empty(len(ids)) if state is None else state
+        state = self._empty(len(ids), context) if state is None else state
         mask = values.get("attention_mask")
         if self.padding == "right" and mask is not None and not bool(mask.bool().all()):
             logits, self.state = self._ragged(ids, state, mask)
@@ -135,6 +153,8 @@ class Session(Generation):
         before, written = self._with_room(state, past, past + new)
         for held, x in zip(self.states, before, strict=True):
             binding.bind_ortvalue_input(held["input"], x)
+        for name, x in state["context"].items():
+            binding.bind_ortvalue_input(name, x)
         binding.bind_output(_LOGITS, "cpu")
         for held, x in zip(self.states, before, strict=True):
             if held["shared"]:
@@ -153,14 +173,14 @@ class Session(Generation):
         logits, *outputs = binding.get_outputs()  # which know nothing of the memory that a buffer was made of
         after = [x if held["shared"] else y for held, x, y in zip(self.states, before, outputs, strict=True)]
         written[0] = past + new
-        made = {"length": past + new, "batch": len(ids), "mask": mask, "states": after, "written": written}
+        made = {**state, "length": past + new, "mask": mask, "states": after, "written": written}
         return torch.from_numpy(logits.numpy()).to(ids.device), made
 
-    def _empty(self, batch: int) -> State:
+    def _empty(self, batch: int, context: Mapping[str, Any]) -> State:
         """The state before the first token."""
         states = [self._filled(held, batch, _FIRST if held["shared"] else 0) for held in self.states]
         mask = torch.ones(batch, 0, dtype=torch.int64)
-        return {"length": 0, "batch": batch, "mask": mask, "states": states, "written": [0]}
+        return {"length": 0, "batch": batch, "mask": mask, "states": states, "written": [0], "context": context}
 
     def _filled(self, held: Mapping[str, Any], batch: int, room: int, earlier: Any = None, past: int = 0) -> Any:
         """One tensor of the state with room for some tokens, and the first ``past`` of an earlier one in it."""
@@ -249,14 +269,6 @@ class Session(Generation):
 
 _LOGITS = "logits"
 _FIRST = 64  # tokens that buffers have room for at first
-_TYPES = {
-    "tensor(int64)": torch.int64,
-    "tensor(int32)": torch.int32,
-    "tensor(bool)": torch.bool,
-    "tensor(float)": torch.float32,
-    "tensor(float16)": torch.float16,
-    "tensor(double)": torch.float64,
-}
 
 
 def _one_build() -> None:
@@ -300,8 +312,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _read(files: Collection[str]) -> list[str]:
-    """The files that decode.onnx is made of."""
-    return [name for name in files if name == DECODE or name.endswith(".data")]
+    """The files that are run."""
+    return [name for name in files if name in (DECODE, ENCODER) or name.endswith(".data")]
 
 
 def _check_file(path: Path, expected: str) -> None:

@@ -40,6 +40,7 @@ class Plan:
     logits: fx.Node
     output: int  # the index of the logits among the leaves of the model's output
     attentions: dict[fx.Node, Recalled]  # by the node that yields their result
+    cross: list[tuple[fx.Node, fx.Node]]  # keys and values of attention to a context
 
     def __post_init__(self) -> None:
         self.nodes: list[fx.Node] = list(self.program.graph.nodes)
@@ -99,7 +100,10 @@ def plan(program: Program) -> Plan:
     dependence = Dependence(flow, inputs)
     labels = label(dependence, slots, program.graph.nodes)
     _check_output(logits, labels)
-    return Plan(program, inputs, slots, flow, dependence, labels, logits, output_at, attentions)
+    known = [site for site in sites if dependence.of(site.core) == "data" and {"k", "v"} <= site.values.keys()]
+    pairs = [(site.values["k"].node, site.values["v"].node) for site in known]
+    cross = [pair for pair in pairs if all(dependence.of(node) == "context" for node in pair)]
+    return Plan(program, inputs, slots, flow, dependence, labels, logits, output_at, attentions, cross)
 
 
 def _only_logits(program: Program, inputs: Inputs) -> tuple[fx.Node, int]:

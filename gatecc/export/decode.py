@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from gatecc.codegen.onnx.buffers import count_by_mask, is_buffer
 from gatecc.codegen.onnx.build import DATA, EXTERNAL, MODEL, Capture, Graph, Lower, build
 from gatecc.codegen.onnx.leaves import Call
 from gatecc.codegen.onnx.lower import Target
@@ -20,14 +21,15 @@ from gatecc.codegen.onnx.passed import pass_on
 from gatecc.codegen.onnx.runtime import Session, check
 from gatecc.codegen.onnx.stream import save
 from gatecc.decoder import Decoder, decoder
-from gatecc.decoder.emit.closed import Closed
-from gatecc.decoder.emit.names import input_names, layer_numbers, output_names, state_names
-from gatecc.errors import ExportError
+from gatecc.decoder.emit.closed import MASK, Closed
+from gatecc.decoder.emit.names import TOKENS, input_names, layer_numbers, output_names, state_names
 from gatecc.export.carried import Carried
 from gatecc.export.compare import Compared
+from gatecc.export.encoder import ENCODER, Encoding, described, encode, ends
 from gatecc.export.genai import Genai, dummies, limits, unfit, write_config
 from gatecc.export.lower import context_of, lower
-from gatecc.export.steps import Filled, compare_steps, takes_padding, text
+from gatecc.export.steps import Filled, compare_steps, other_contexts, takes_padding, text
+from gatecc.ir.program import Program
 from gatecc.ops import registry
 
 DECODE = "decode.onnx"
@@ -45,6 +47,7 @@ class Decode:
     ``values``: the inputs with a value per new token. ``singly``: behind the first call it takes several samples or
     several tokens, not both (GroupQueryAttention on a CPU). ``context_length``: the most tokens that it has positions
     for, None if there is no limit. ``genai``: how it does in onnxruntime-genai, for which genai_config.json is written.
+    ``encoder``: what a text is decoded for, where the model has such inputs.
     """
 
     inputs: dict[str, list[int | str]]
@@ -58,6 +61,7 @@ class Decode:
     operators: dict[str, int]
     compared: tuple[Compared, ...]
     genai: Genai
+    encoder: Encoding | None = None
 
 
 def decode(
@@ -74,36 +78,37 @@ def decode(
     made = decoder(model, inputs)
     reach = _reach(model, made)
     step = made.closed(reach, counted=target == "ort")
-    if step.context:
-        raise ExportError(
-            "a decode graph of a model with an encoder cannot be written yet",
-            where=type(model).__name__,
-            found="inputs that are no tokens: " + ", ".join(n.name for n in made.plan.inputs.context),
-            do="export with decode=False; gatecc.decoder runs it in torch",
-        )
     lowered = partial(lower, target=target, opset=opset, context=reach)
-    again = _again(step, lambda: made.closed(reach, counted=target == "ort"))
-    graph = _graph(model, step, opset, registry.lowerings(target), lowered, whole.model.metadata_props, again)
+    written = partial(_graph, model, opset, registry.lowerings(target), lowered, whole.model.metadata_props)
+    again = _again(step.program, lambda: made.closed(reach, counted=target == "ort").program)
+    graph = written(step.program, again, input_names(step), output_names(step))
+    if step.counted and step.mask is not None:
+        count_by_mask(graph.model.graph, MASK, TOKENS)
     states = _states(step, graph)
-    refused = (
-        f"it loads no opset {opset}"
-        if opset > _LOADED
-        else unfit(states, _values(step), graph.shapes(graph.model.graph.outputs)["logits"])
-    )
+    refused = _unfit(step, graph, states, opset)
     unread = [] if refused else dummies(states)
     for state in unread:
         pass_on(graph.model, state.input, state.output, state.shape, state.dtype)
-    _write(graph, whole, folder)
-    apart = graph.apart
-    check(folder / DECODE, graph.places, apart=apart)
+    encoder, first = made.encoder(), None
+    if encoder is not None:
+        first = written(encoder.program, _again(encoder.program, lambda: _encoder(made)), *ends(encoder))
+    graphs = {DECODE: graph, **({} if first is None else {ENCODER: first})}
+    _write(graphs, whole, folder)
+    for name, each in graphs.items():
+        check(folder / name, each.places, apart=each.apart)
     compared: list[Compared] = []
     padded = False
     if verify:
-        of = text(made, step, model, inputs)
-        with closing(Session(folder / DECODE, graph.places, apart=apart)) as opened:
-            session = Filled(opened, unread)
+        with ExitStack() as opened:
+            sessions = {name: Session(folder / name, each.places, apart=each.apart) for name, each in graphs.items()}
+            for one in sessions.values():
+                opened.callback(one.close)
+            of = text(made, step, model, inputs, encode(made, encoder, sessions.get(ENCODER)))
+            session = Filled(sessions[DECODE], unread)
             compared = compare_steps(made, step, of, session, singly=_singly(graph))
-            padded = _singly(graph) and takes_padding(step, of, session)
+            for other in other_contexts(made, step, model, inputs, of):
+                compared += compare_steps(made, step, other, session, singly=_singly(graph), briefly=True)
+            padded = takes_padding(step, of, session)
     padding = "right" if padded else "left" if _masks(step) else "none"
     takes, gives = graph.shapes(graph.model.graph.inputs), graph.shapes(graph.model.graph.outputs)
     context = min(reach, step.capacity or reach)
@@ -123,46 +128,49 @@ def decode(
         operators=graph.operators,
         compared=tuple(compared),
         genai=genai,
+        encoder=described(step, first, graph),
     )
 
 
 def _graph(
     model: nn.Module,
-    step: Closed,
     opset: int,
     forms: Mapping[Any, Lowering],
     lowered: Lower,
     metadata: Mapping[str, str],
+    program: Program,
     capture: Capture,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
 ) -> Graph:
-    program = step.program
     results = program.graph_module(*program.example)
     where: Any = SimpleNamespace(m=model)
-    call = Call(where, tuple(program.example), tuple(input_names(step)), tuple(output_names(step)), tuple(results))
+    call = Call(where, tuple(program.example), tuple(inputs), tuple(outputs), tuple(results))
     return build(call, opset, metadata, forms, capture, lower=lowered)
 
 
-def _again(step: Closed, derive: Callable[[], Closed]) -> Capture:
-    """What yields the program of a step, which whoever asks may edit: from the second time on it is derived again."""
-    first = [step.program]
-    return lambda axes: first.pop() if first else derive().program
+def _again(program: Program, derive: Callable[[], Program]) -> Capture:
+    """What yields a program, which whoever asks may edit: from the second time on it is derived again."""
+    first = [program]
+    return lambda axes: first.pop() if first else derive()
 
 
-def _write(graph: Graph, whole: Graph, folder: Path) -> None:
-    if (folder / DATA).exists() or graph.nbytes > EXTERNAL:
-        save({MODEL: whole.model, DECODE: graph.model}, folder, DATA)
+def _encoder(made: Decoder) -> Program:
+    encoder = made.encoder()
+    assert encoder is not None
+    return encoder.program
+
+
+def _write(graphs: Mapping[str, Graph], whole: Graph, folder: Path) -> None:
+    models = {name: graph.model for name, graph in graphs.items()}
+    if (folder / DATA).exists() or any(graph.nbytes > EXTERNAL for graph in graphs.values()):
+        save({MODEL: whole.model, **models}, folder, DATA)
     else:
-        save({DECODE: graph.model}, folder)
+        save(models, folder)
 
 
 def _singly(graph: Graph) -> bool:
     return "com.microsoft::GroupQueryAttention" in graph.operators
-
-
-def _made_by_one_node(value: Any) -> bool:
-    """Whether the node that appends to a state writes to the buffer that it is given."""
-    node = value.producer()
-    return node is not None and node.op_type == "GroupQueryAttention"
 
 
 def _reach(model: nn.Module, made: Decoder) -> int:
@@ -174,6 +182,15 @@ def _masks(step: Closed) -> bool:
     return step.mask is not None and not step.counted
 
 
+def _unfit(step: Closed, graph: Graph, states: list[Carried], opset: int) -> str:
+    """Why onnxruntime-genai does not run it, "" if it does."""
+    if opset > _LOADED:
+        return f"it loads no opset {opset}"
+    if step.context:
+        return "it gives a decoder nothing but tokens"
+    return unfit(states, _values(step), graph.shapes(graph.model.graph.outputs)["logits"])
+
+
 def _values(step: Closed) -> tuple[str, ...]:
     """The inputs with a value per new token."""
     return tuple(node.name for node in step.given if node is not step.mask)
@@ -181,7 +198,7 @@ def _values(step: Closed) -> tuple[str, ...]:
 
 def _states(step: Closed, graph: Graph) -> list[Carried]:
     inputs = graph.shapes(graph.model.graph.inputs)
-    shared = {v.name for v in graph.model.graph.outputs if _made_by_one_node(v)}
+    shared = {v.name for v in graph.model.graph.outputs if is_buffer(v)}
     return [
         Carried(
             input=past,

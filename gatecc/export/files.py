@@ -17,6 +17,7 @@ from gatecc.codegen.onnx.packages import EXPORT, RUNTIME, versions
 from gatecc.errors import ExportError
 from gatecc.export.compare import Compared
 from gatecc.export.decode import DECODE, Decode
+from gatecc.export.encoder import ENCODER
 from gatecc.export.genai import CONFIG
 from gatecc.export.quantize import Quantized
 from gatecc.transform import history
@@ -137,7 +138,7 @@ def move(made: Path, folder: Path) -> None:
         for path in sorted(written, key=_turn):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             os.replace(made / path, folder / path)
-        for name in (DATA, MODEL, DECODE, CONFIG):
+        for name in (DATA, MODEL, ENCODER, DECODE, CONFIG):
             if Path(name) not in written:
                 (folder / name).unlink(missing_ok=True)
     except OSError as e:
@@ -146,7 +147,7 @@ def move(made: Path, folder: Path) -> None:
 
 def _turn(path: Path) -> tuple[int, str]:
     """When a file is put in place: weights before the graphs that read them, the manifest after all."""
-    order = (DATA, MODEL, DECODE)
+    order = (DATA, MODEL, ENCODER, DECODE)
     name = str(path)
     return (order.index(name) if name in order else len(order) + (name == MANIFEST)), name
 

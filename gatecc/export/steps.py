@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -15,16 +15,20 @@ from gatecc.capture import signature
 from gatecc.codegen.onnx.packages import RUNTIME, has
 from gatecc.codegen.onnx.runtime import Session
 from gatecc.decoder import Decoder
+from gatecc.decoder.analysis.axes import Lengths
 from gatecc.decoder.emit.closed import Closed
 from gatecc.decoder.emit.names import input_names
-from gatecc.errors import ExportError
+from gatecc.decoder.plan import Plan
+from gatecc.errors import ArgumentError, ExportError
 from gatecc.export.carried import Carried
 from gatecc.export.compare import TOLERANCE, Compared
-from gatecc.ir.sizes import expression
+from gatecc.export.encoder import Encode
+from gatecc.ir.sizes import expression, node_shape
 from gatecc.scope.family import difference
 
 _PIECES = ((64, 1, 1, 4), (7, 1, 5, 1), (1, 1, 1, 1, 3))  # tokens of a prefill, and of the steps behind it
 _BATCHES = (3, 1)
+_CONTEXTS = (3, -(1 << 30))  # lengths of what an encoder reads: a few more than the example's, and one
 _TIMES = 10  # as far from the full forward as the derived decoder in torch, in so many of its own distances ...
 _MOST = {torch.float32: 1e-2, torch.float16: 1e-1}  # ... up to this one
 
@@ -32,16 +36,19 @@ _MOST = {torch.float32: 1e-2, torch.float16: 1e-1}  # ... up to this one
 @dataclass(frozen=True, eq=False)
 class Text:
     """Example tokens with what the model computes for all of them at once. ``values`` are those of the other inputs,
-    by the captured nodes that they are."""
+    by the captured nodes that they are; ``encode`` says what the steps read of those that are no tokens. ``sizes``:
+    those by which it differs from others."""
 
     ids: Tensor
     values: dict[fx.Node, Tensor]
     logits: Tensor
+    encode: Encode
+    sizes: dict[str, int] = field(default_factory=dict[str, int])
 
     def sample(self, batch: int) -> Text:
         """The first samples alone."""
         values = {node: x[:batch] for node, x in self.values.items()}
-        return Text(self.ids[:batch], values, self.logits[:batch])
+        return replace(self, ids=self.ids[:batch], values=values, logits=self.logits[:batch])
 
 
 class Filled:
@@ -62,30 +69,61 @@ class Filled:
         return found[: len(found) - len(zeros)]
 
 
-def text(made: Decoder, step: Closed, model: nn.Module, inputs: tuple[Any, Any]) -> Text:
+def text(made: Decoder, step: Closed, model: nn.Module, inputs: tuple[Any, Any], encode: Encode) -> Text:
     """A text of the longest length that is compared, padded on the left where the model takes a mask."""
+    return _text(made, step, model, inputs, encode, {})
+
+
+def other_contexts(
+    made: Decoder, step: Closed, model: nn.Module, inputs: tuple[Any, Any], like: Text
+) -> Iterator[Text]:
+    """Texts for contexts of other lengths, as far as the model runs there: the lengths of what an encoder reads."""
+    plan = made.plan
+    known = {
+        expression(n): int(m)
+        for node, x in _example(plan)
+        for n, m in zip(node.meta["val"].shape, x.shape, strict=True)
+    }
+    for change in _CONTEXTS if plan.lengths.other else ():
+        sizes = {s: max(known[s] + change, 1) for s in plan.lengths.other if s in known}
+        try:
+            yield _text(made, step, model, inputs, like.encode, sizes)
+        except (RuntimeError, IndexError, ValueError, TypeError, ArgumentError):  # the model does not run there
+            continue
+
+
+def _text(
+    made: Decoder, step: Closed, model: nn.Module, inputs: tuple[Any, Any], encode: Encode, sizes: Mapping[Any, int]
+) -> Text:
     plan = made.plan
     length = made.reach(max(map(sum, _PIECES)))
     length = length if step.capacity is None else min(length, step.capacity)
-    example = dict(zip(plan.program.placeholders, plan.program.example, strict=True))
-    values = {node: _resized(x, plan.inputs, node, length) for node, x in example.items()}
-    ids = values[plan.inputs.tokens]
+    values = {node: _resized(x, plan.inputs, node, length, sizes) for node, x in _example(plan)}
+    ids = values.pop(plan.inputs.tokens)
+    if sizes:
+        made.context(len(ids), {n.name: values[n] for n in plan.inputs.context})
+    leaves = [ids if node is plan.inputs.tokens else values[node] for node in plan.program.placeholders]
     with torch.no_grad():
-        args, kwargs = signature.rebuild(inputs, iter(values.values()))
+        args, kwargs = signature.rebuild(inputs, iter(leaves))
         logits = tree_leaves(model(*args, **kwargs))[plan.output]
-    return Text(ids, {n: x for n, x in values.items() if n is not plan.inputs.tokens}, logits)
+    return Text(ids, values, logits, encode, {"context": max(sizes.values())} if sizes else {})
 
 
-def _resized(x: Tensor, inputs: Any, node: fx.Node, length: int) -> Tensor:
-    """An input for the largest batch and this length: tokens are drawn, of the mask the second row is padded."""
+def _example(plan: Plan) -> list[tuple[fx.Node, Tensor]]:
+    return list(zip(plan.program.placeholders, plan.program.example, strict=True))
+
+
+def _resized(x: Tensor, inputs: Any, node: fx.Node, length: int, sizes: Mapping[Any, int]) -> Tensor:
+    """An input for the largest batch and this length: tokens are drawn, of a mask the second row is padded on the
+    left, and the third on the right where it is one of a context. ``sizes``: the lengths of contexts."""
     rows = max(_BATCHES)
     if node is inputs.tokens:
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randint(int(x.max()) + 1, (rows, length, *x.shape[2:]), generator=generator)
         return drawn.to(x.device, x.dtype)
     x = x.index_select(0, torch.arange(rows, device=x.device) % len(x))
-    if node not in inputs.history:
-        return x
+    if node in inputs.context:
+        return _context(x, node, inputs.lengths, sizes)
     if node.name.endswith("attention_mask"):
         x = x.new_ones(rows, length)
         x[1, : length // 3] = 0
@@ -95,13 +133,30 @@ def _resized(x: Tensor, inputs: Any, node: fx.Node, length: int) -> Tensor:
     return x.index_select(1, torch.arange(length, device=x.device) % x.shape[1])
 
 
-def compare_steps(made: Decoder, step: Closed, of: Text, session: Filled, *, singly: bool) -> list[Compared]:
+def _context(x: Tensor, node: fx.Node, lengths: Lengths, sizes: Mapping[Any, int]) -> Tensor:
+    shape = [expression(size) for size in node_shape(node) or ()]
+    for axis, size in enumerate(shape):
+        if lengths.foreign(size):
+            wanted = int(size.xreplace(dict(sizes))) if size.free_symbols <= set(sizes) else x.shape[axis]
+            x = x.index_select(axis, torch.arange(wanted, device=x.device) % x.shape[axis])
+    if node.name.endswith("mask") and len(shape) == 2 and lengths.foreign(shape[1]):
+        hidden = x.shape[1] // 3
+        x = torch.ones_like(x)
+        x[1, :hidden] = 0
+        x[2, x.shape[1] - hidden :] = 0
+    return x
+
+
+def compare_steps(
+    made: Decoder, step: Closed, of: Text, session: Filled, *, singly: bool, briefly: bool = False
+) -> list[Compared]:
     """Run the file in pieces. Raises ExportError if its logits are not those of the full forward.
 
-    ``singly``: behind a prefill it takes several samples or several tokens, not both.
+    ``singly``: behind a prefill it takes several samples or several tokens, not both. ``briefly``: one batch and one
+    way to cut the text.
     """
     found: list[Compared] = []
-    first = None if has(*RUNTIME) else 1  # ONNX's reference evaluator is slow
+    first = 1 if briefly or not has(*RUNTIME) else None  # ONNX's reference evaluator is slow
     for batch in _BATCHES[:first]:
         for each in _pieces(of.ids.shape[1])[::-1][:first]:
             pieces = (each[0], *[1] * sum(each[1:])) if singly and batch > 1 else each
@@ -117,10 +172,10 @@ def takes_padding(step: Closed, of: Text, session: Filled) -> bool:
         return False
     lengths = torch.tensor([length // (row + 1) for row in range(rows)])
     mask = (torch.arange(length) < lengths[:, None]).long()
-    ids, states = of.ids[:, :length], before_first(step, rows)
+    ids, states, context = of.ids[:, :length], before_first(step, rows), _contexts(step, of)
     tolerance = TOLERANCE.get(of.logits.dtype, 0.0)
     for number in range(3):
-        feeds = {step.tokens: ids, **({} if step.mask is None else {step.mask: mask})}
+        feeds = {step.tokens: ids, **({} if step.mask is None else {step.mask: mask}), **context}
         feeds.update({held.source: x for held, x in zip(step.held, states, strict=True)})
         logits, *states = session.run(input_names(step), [feeds[node] for node in step.program.placeholders])
         last = lengths - 1 if number == 0 else torch.zeros_like(lengths)
@@ -142,7 +197,7 @@ def _compared(made: Decoder, step: Closed, session: Filled, of: Text, pieces: Se
     expected = of.logits[:, : sum(pieces)]
     error = _difference(step, of, expected, got)
     tolerance = TOLERANCE.get(expected.dtype, 0.0)
-    sizes = {"batch": len(of.ids), "prefill": pieces[0], "steps": sum(pieces[1:])}
+    sizes = {"batch": len(of.ids), "prefill": pieces[0], "steps": sum(pieces[1:]), **of.sizes}
     if not error <= tolerance:
         own = _difference(step, of, expected, _in_torch(made, of, pieces))
         allowed = max(tolerance, _TIMES * own) if own <= _MOST.get(expected.dtype, 0.0) else tolerance
@@ -170,10 +225,10 @@ def _difference(step: Closed, of: Text, expected: Tensor, got: Tensor) -> float:
 def _logits(step: Closed, session: Filled, of: Text, pieces: Sequence[int]) -> Tensor:
     """The logits of the file, piece by piece."""
     names, placeholders = input_names(step), step.program.placeholders
-    states = before_first(step, len(of.ids))
+    states, context = before_first(step, len(of.ids)), _contexts(step, of)
     parts: list[Tensor] = []
     for start, end in pairwise(accumulate((0, *pieces))):
-        feeds = {step.tokens: of.ids[:, start:end]}
+        feeds = {step.tokens: of.ids[:, start:end], **context}
         for node, captured in step.given.items():
             feeds[node] = of.values[captured][:, (0 if node is step.mask else start) : end]
         if step.mask is not None and step.counted:
@@ -182,6 +237,12 @@ def _logits(step: Closed, session: Filled, of: Text, pieces: Sequence[int]) -> T
         logits, *states = session.run(names, [feeds[node] for node in placeholders])
         parts.append(logits)
     return torch.cat(parts, 1)
+
+
+def _contexts(step: Closed, of: Text) -> dict[fx.Node, Tensor]:
+    """What the steps read of the inputs that are no tokens, by the inputs of the file."""
+    found = of.encode(of.values) if step.context else {}
+    return {made: found[captured] for captured, made in step.context.items()}
 
 
 def before_first(step: Closed, batch: int) -> list[Tensor]:
@@ -203,7 +264,8 @@ def _number(size: Any, batch: int) -> int:
 
 def _in_torch(made: Decoder, of: Text, pieces: Sequence[int]) -> Tensor:
     """The logits of the derived decoder itself."""
-    state = made.init_state(len(of.ids), capacity=sum(pieces))
+    context = {node.name: of.values[node] for node in made.plan.inputs.context}
+    state = made.init_state(len(of.ids), capacity=sum(pieces), context=context)
     parts: list[Tensor] = []
     for start, end in pairwise(accumulate((0, *pieces))):
         values = {n.name: of.values[n][:, start:end] for n in made.plan.inputs.history}

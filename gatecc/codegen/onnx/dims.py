@@ -102,6 +102,8 @@ def _usual(name: str, value: torch.Tensor, axis: int) -> str:
     """What the axes of inputs usually are: images are (B, C, H, W), anything else (B, N, ...)."""
     if axis == 0:
         return BATCH
+    if name.startswith("encoder") or ".encoder." in name:
+        return f"encoder_{SEQUENCE}"
     if name.startswith("past"):
         return "past_sequence"
     if value.dim() == 4 and value.is_floating_point() and "mask" not in name:

@@ -59,9 +59,15 @@ class Call:
         return self.flat.arguments(leaves)
 
 
+def _whole(x: torch.Tensor) -> torch.Tensor:
+    """A tensor of its own: torch.export makes conditions on what a view is a view of, which no graph is given."""
+    return x if x._base is None else x.clone()
+
+
 def flat_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """The flat form of ``model(*args, **kwargs)``, which is run once. Raises ExampleInputsError."""
     try:
+        args, kwargs = signature.map_tensors(_whole, (args, kwargs))
         _, leaves = signature.flatten(args, kwargs)
     except signature.OpaqueArgumentError as e:
         raise ExampleInputsError(

@@ -49,9 +49,26 @@ def read_inputs(program: Program) -> Inputs:
     history = [n for n in others if _is_history(n, length)]
     batch = {s for n in (tokens, *history) for s in symbols((node_shape(n) or (1,))[0])} - {length}
     context = [n for n in others if n not in history]
+    batch |= _samples(program, tokens, context, batch)
     other = {s for n in context for size in node_shape(n) or () for s in symbols(size)} - batch - {length}
     lengths = Lengths(frozenset({length}), frozenset(batch), upper_bound(sizes[1]), frozenset(other))
     return Inputs(tokens, history, context, lengths)
+
+
+def _samples(program: Program, tokens: fx.Node, context: list[fx.Node], batch: set[sympy.Symbol]) -> set[sympy.Symbol]:
+    """The symbols that are the batch as well, though nothing compared the two: of a mask whose rows are looked up, say.
+
+    It is the first axis, if it is as long as the batch in the example and no other axis is the batch.
+    """
+    example = dict(zip(program.placeholders, program.example, strict=True))
+    firsts = {
+        node: sizes[0]
+        for node in context
+        if (sizes := [expression(size) for size in node_shape(node) or ()])
+        and not any(size in batch for size in sizes)
+        and example[node].shape[0] == example[tokens].shape[0]
+    }
+    return {size for size in firsts.values() if isinstance(size, sympy.Symbol)}
 
 
 def _is_history(node: fx.Node, length: sympy.Symbol) -> bool:

@@ -15,32 +15,27 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP, ShapeEnv, optimization_hint
 from torch.utils._pytree import tree_structure
 
-from gatecc.decoder.analysis.axes import ALL, NOW, Lengths, Span
+from gatecc.decoder.analysis.axes import ALL, NOW, Span
 from gatecc.decoder.emit.attention import AttentionWriter
 from gatecc.decoder.emit.data import DataWriter
 from gatecc.decoder.emit.numbers import Numbers
 from gatecc.decoder.emit.operands import Operands
 from gatecc.decoder.emit.positions import PositionWriter
-from gatecc.decoder.emit.record import Symbols, record_calls
+from gatecc.decoder.emit.sized import Sizes, record_closed
 from gatecc.decoder.emit.slots import SlotWriter
 from gatecc.decoder.emit.sources import Sources
 from gatecc.decoder.emit.tables import Tables
 from gatecc.decoder.emit.writer import GraphWriter
 from gatecc.decoder.plan import Plan
-from gatecc.decoder.refuse import refusal
 from gatecc.decoder.rules.slots import Slot
-from gatecc.ir.loops import free_lengths
 from gatecc.ir.program import Program
 from gatecc.ir.sizes import expression, node_shape, symbols
 
 _aten = torch.ops.aten
 MASK = "attention_mask"
-_BATCH, _BEFORE, _NEW, _CONTEXT = 2, 6, 5, 7  # sizes of the example
+_BEFORE, _NEW = 6, 5  # sizes of the example
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,34 +269,11 @@ class _Attention(AttentionWriter):
 
 
 def _record(step: Closed) -> None:
-    """Record the values of all nodes, and an example of the sizes that symbols stand for: zeros, ones for the mask.
-
-    The symbols are new ones, for what the capture found out about its own (that a mask is as long as the tokens, say)
-    does not hold here.
-    """
-    program = step.program
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    with mode, enable_python_dispatcher(), free_lengths(), torch.no_grad():
-        for node, value in _inputs(step, _Sizes(step.plan.lengths, Symbols(mode.shape_env))):
-            node.meta["val"] = value
-        for node in program.graph.find_nodes(op="get_attr"):
-            node.meta["val"] = mode.from_tensor(_real(program, node), static_shapes=True)
-        record_calls(program, mode.shape_env)
-    program.example = [
-        torch.full([optimization_hint(s) for s in x.shape], int(node is step.mask), dtype=x.dtype, device=x.device)
-        for node, x in ((n, n.meta["val"]) for n in program.placeholders)
-    ]
-    program.paths = [(node.name,) for node in program.placeholders]
+    """Record the values of all nodes, and an example of the sizes that symbols stand for: zeros, ones for the mask."""
+    record_closed(step.program, lambda symbol: _inputs(step, Sizes(step.plan.lengths, symbol)), ones={step.mask})
 
 
-def _real(program: Program, node: fx.Node) -> torch.Tensor:
-    tensor = program.tensor(node)
-    if tensor is None:
-        raise refusal(next(iter(node.users)), "it runs a graph of its own, which is not looked into")
-    return tensor
-
-
-def _inputs(step: Closed, sizes: _Sizes) -> Iterator[tuple[fx.Node, torch.Tensor]]:
+def _inputs(step: Closed, sizes: Sizes) -> Iterator[tuple[fx.Node, torch.Tensor]]:
     """The fake values of the placeholders."""
     tokens = step.plan.inputs.tokens.meta["val"]
     before, now = sizes.symbol("past", _BEFORE), sizes.symbol("new", _NEW)
@@ -325,22 +297,3 @@ def _inputs(step: Closed, sizes: _Sizes) -> Iterator[tuple[fx.Node, torch.Tensor
         yield held.source, sizes.like(held.slot.like, None if held.slot.kind == "state" else held.slot.axis, size)
     for captured, node in step.context.items():
         yield node, sizes.like(captured.meta["val"], None, 0)
-
-
-class _Sizes:
-    """The sizes of the captured graph in symbols of the step: all that stand for the batch are one."""
-
-    def __init__(self, lengths: Lengths, symbol: Symbols) -> None:
-        self.lengths, self.symbol = lengths, symbol
-        batch = symbol("batch", _BATCH)
-        self._known: dict[str, Any] = {str(s): batch for s in lengths.batch}
-        self._known |= {str(s): symbol(f"context_{s}", _CONTEXT) for s in lengths.other}
-
-    def like(self, captured: torch.Tensor, axis: int | None, size: Any) -> torch.Tensor:
-        """A fake tensor like a captured one, with another size along one axis."""
-        sizes = [size if i == axis else self._size(s) for i, s in enumerate(captured.shape)]
-        return torch.empty(sizes, dtype=captured.dtype, device=captured.device)
-
-    def _size(self, size: Any) -> Any:
-        settled = self.lengths.settled(size)
-        return settled if isinstance(settled, int) else eval(str(expression(settled)), dict(SYMPY_INTERP), self._known)

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from gatecc.decoder.emit.closed import Closed, write_closed
+from gatecc.decoder.emit.encoder import Encoder, write_encoder
 from gatecc.decoder.emit.lower import lower
 from gatecc.decoder.emit.record import record
 from gatecc.decoder.emit.step import Step, write_step
@@ -100,6 +101,11 @@ class Decoder(Generation):
         the tokens of each row by a mask.
         """
         return write_closed(self.plan, self._live, self.reach(capacity), counted=counted)
+
+    def encoder(self) -> Encoder | None:
+        """What `closed` needs of the inputs that are no tokens, as a function of them; None if nothing is computed of
+        them."""
+        return write_encoder(self.plan)
 
     def reach(self, wanted: int) -> int:
         """The largest length up to ``wanted`` that the model has positions for."""

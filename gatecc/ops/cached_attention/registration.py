@@ -25,11 +25,16 @@ def spelled(
     window: int = 0,
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values put behind one another, and attention with a mask. Every token counts."""
-    del mask
-    past, keys, values = past_k.size(2), torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
-    queries = torch.arange(past, past + q.size(2), device=q.device)[:, None]
-    places = torch.arange(past + q.size(2), device=q.device)
+    """Keys and values put behind one another, where the mask says that each row ends, and attention with a mask."""
+    keys, values = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+    places = torch.arange(keys.size(2), device=q.device)
+    if mask is None:
+        queries = torch.arange(past_k.size(2), keys.size(2), device=q.device)[:, None]  # (T, 1)
+    else:
+        first = (mask.sum(1, keepdim=True) - q.size(2)).clamp(min=0)  # (B, 1), the place of each row's first new token
+        at = first + torch.arange(q.size(2), device=q.device)
+        keys, values = (_placed(whole, new, at) for whole, new in ((keys, k), (values, v)))
+        queries = at[:, None, :, None]
     seen = places <= queries
     if window:
         seen = seen & (places > queries - window)
@@ -39,6 +44,11 @@ def spelled(
         return torch.nn.functional.scaled_dot_product_attention(q, every_k, every_v, seen, scale=scale), keys, values
     scores = softcap * torch.tanh((q * scale) @ every_k.mT / softcap)
     return torch.where(seen, scores, -torch.inf).softmax(-1) @ every_v, keys, values
+
+
+def _placed(whole: Tensor, new: Tensor, at: Tensor) -> Tensor:
+    """New keys where they belong: (B, K, M, D), (B, K, T, D) and (B, T) -> (B, K, M, D)."""
+    return whole.scatter(2, at[:, None, :, None].expand_as(new), new)
 
 
 register(Operator(overload=torch.ops.gatecc.cached_attention.default, onnx={"portable": Lowering(spelled)}))

@@ -49,15 +49,16 @@ def test_a_soft_cap_is_that_of_gemma() -> None:
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
 
 
-def test_what_follows_a_padded_prompt_takes_the_place_of_the_padding() -> None:
+@pytest.mark.parametrize("form", [cached_attention, spelled])
+def test_what_follows_a_padded_prompt_takes_the_place_of_the_padding(form: Callable[..., Any]) -> None:
     q, k, v = (x[:1] for x in _text())
     expected, *_ = cached_attention(q, k, v, k[:, :, :0], v[:, :, :0], scale=1.0)
     p_q, p_k, p_v = (pad(x[:, :, :5], (0, 0, 0, 2)) for x in (q, k, v))  # 5 tokens in 7 places
     mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0]])
-    out, kept_k, kept_v = cached_attention(p_q, p_k, p_v, k[:, :, :0], v[:, :, :0], mask, scale=1.0)
+    out, kept_k, kept_v = form(p_q, p_k, p_v, k[:, :, :0], v[:, :, :0], mask, scale=1.0)
     torch.testing.assert_close(out[:, :, :5], expected[:, :, :5], rtol=0, atol=1e-5)
     for at in (5, 6):
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         n_q, n_k, n_v = (x[:, :, at : at + 1] for x in (q, k, v))
-        out, kept_k, kept_v = cached_attention(n_q, n_k, n_v, kept_k, kept_v, mask, scale=1.0)
+        out, kept_k, kept_v = form(n_q, n_k, n_v, kept_k, kept_v, mask, scale=1.0)
         torch.testing.assert_close(out, expected[:, :, at : at + 1], rtol=0, atol=1e-5)
