@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,50 +13,11 @@ from torch import fx
 
 from gatecc.codegen.onnx.lower.lowering import GraphLowering, Subject, lacking_kernel, written_in_place
 from gatecc.codegen.onnx.lower.write import Writer, aten
+from gatecc.ir.match.gelu import GELU, by_tanh
 from gatecc.ir.ops import opname
 from gatecc.ir.outcome import Outcome
-from gatecc.ir.pattern import Match, Part, Pattern, Patterns, anything, call, constant, one_of
+from gatecc.ir.pattern import Match
 from gatecc.ir.program import fake
-
-_X = anything("x")
-
-
-def _near(value: float) -> Part:
-    return constant(_is_near(value))
-
-
-def _is_near(value: float) -> Callable[[object], bool]:
-    return lambda given: isinstance(given, int | float) and abs(given - value) <= 1e-6 * abs(value)
-
-
-def _tanh_form() -> Part:
-    cube = one_of(call("pow", _X, 3), call("mul", call("mul", _X, _X), _X))
-    inner = call("add", _X, call("mul", cube, _near(0.044715)))
-    factored = call("mul", _X, call("add", call("mul", call("mul", _X, _X), _near(0.044715)), 1))
-    tanh = call("tanh", call("mul", one_of(inner, factored), _near(math.sqrt(2 / math.pi))))
-    return _halved(call("add", tanh, 1))
-
-
-def _erf_form() -> Part:
-    scaled = one_of(call("div", _X, _near(math.sqrt(2))), call("mul", _X, _near(math.sqrt(0.5))))
-    return _halved(call("add", call("erf", scaled), 1))
-
-
-def _halved(factor: Part) -> Part:
-    """0.5 * x * factor, in whatever order."""
-    return one_of(
-        call("mul", call("mul", _X, 0.5), factor),
-        call("mul", call("mul", _X, factor), 0.5),
-        call("mul", _X, call("mul", factor, 0.5)),
-    )
-
-
-_PATTERNS = Patterns(
-    Pattern("gelu", call("gelu", _X)),
-    Pattern("gelu tanh", call("gelu", _X, approximate="tanh")),
-    Pattern("gelu tanh", _tanh_form()),
-    Pattern("gelu", _erf_form()),
-)
 
 
 class Gelu(GraphLowering):
@@ -69,8 +29,8 @@ class Gelu(GraphLowering):
 
     def lower(self, subject: Subject) -> Iterator[Outcome]:
         flow = subject.flow()
-        for match in _PATTERNS.find(flow).matches:
-            found = "GELU by tanh" if match.pattern.name.endswith("tanh") else "GELU"
+        for match in GELU.find(flow).matches:
+            found = "GELU by tanh" if by_tanh(match) else "GELU"
             if reason := lacking_kernel(match["x"], match.root) or written_in_place(match, flow):
                 yield self.left(match.root, found, reason)
                 continue
@@ -79,7 +39,7 @@ class Gelu(GraphLowering):
             yield self.done(match.root, found, op)
 
     def _write(self, subject: Subject, match: Match) -> tuple[str, fx.Node]:
-        x, tanh = match["x"], match.pattern.name.endswith("tanh")
+        x, tanh = match["x"], by_tanh(match)
         writer = Writer(subject.program, match.root, self.name)
         own = subject.target == "ort" and match.root.meta["val"].dtype == torch.float32
         if own and (tanh or _biased(match)):
