@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +145,10 @@ def test_an_operator_is_registered_once() -> None:
 
 
 def test_a_form_for_all_targets_gives_way_to_one_for_its_own() -> None:
-    overloads: Sequence[Any] = (ENTRY.overload, torch.ops.gatecc.linear_attention.default)
-    assert [o in registry.lowerings("portable") for o in overloads] == [True, False]
-    assert [o in registry.lowerings("ort") for o in overloads] == [True, True]
+    targets: tuple[registry.Target, ...] = ("portable", "ort", "opset27")
+    with_one, with_several = (
+        [registry.lowerings(target)[overload] for target in targets]
+        for overload in (ENTRY.overload, torch.ops.gatecc.linear_attention.default)
+    )
+    assert with_one == [ENTRY.onnx["portable"]] * 3
+    assert len({id(lowering) for lowering in with_several}) == 3
