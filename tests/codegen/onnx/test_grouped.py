@@ -63,8 +63,12 @@ def test_rows_of_each_group_and_of_none(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_mixture_of_experts(tmp_path: Path) -> None:
+    """At batch 1 and 3 and at other lengths than the example's. Equal tokens choose equal experts, all others get
+    none."""
+    import onnxruntime
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
+    torch.manual_seed(0)
     sizes: dict[str, Any] = {"vocab_size": 29, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     experts: dict[str, Any] = {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 8, "num_experts": 4}
     config = Qwen2MoeConfig(**sizes, **experts, num_experts_per_tok=2, num_key_value_heads=2, intermediate_size=16)
@@ -72,3 +76,21 @@ def test_a_mixture_of_experts(tmp_path: Path) -> None:
     made = gatecc.export(model, tmp_path / "x", {"input_ids": torch.randint(29, (2, 8))})
     assert made.outputs["logits"] == ["batch", "sequence", 29]
     assert {c.sizes["sequence"] for c in made.compared} == {1, 7, 8, 11, 131}
+    path = tmp_path / "x" / "model.onnx"
+    session: Any = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    equal, mixed = torch.full((3, 5), 7), torch.randint(29, (3, 13))
+    for ids, chosen in ((equal, 2), (equal[:1, :1], 2), (mixed, 4), (mixed[:1], 4)):
+        with torch.no_grad():
+            expected = model(ids, output_router_logits=True)
+        (routes,) = expected.router_logits
+        assert len(routes.topk(2, -1).indices.unique()) == chosen
+        (found,) = session.run(["logits"], {"input_ids": ids.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), expected.logits, rtol=1e-5, atol=1e-5)
+    graph = onnx.load(path).graph
+    typed = {v.name for v in (*graph.value_info, *graph.output) if v.type.tensor_type.HasField("shape")}
+    assert {name for node in graph.node for name in node.output if name} <= typed
+    owners = {node.name.rpartition("/")[0] for node in graph.node if node.op_type in ("Gemm", "MatMul")}
+    modules = dict(model.named_modules())
+    assert "model.layers.0.mlp.experts" in owners
+    assert owners <= modules.keys()
+    assert not any(held.metadata_props or held.doc_string for held in (graph, *graph.node, *graph.value_info))
