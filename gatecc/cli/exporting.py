@@ -24,7 +24,7 @@ OnnxTarget = Annotated[
 ]
 Opset = Annotated[int | None, typer.Option("--opset", help="Of the standard operators, 18 to 25, by default 24.")]
 Decode = Annotated[bool, typer.Option("--decode", help="Write decode.onnx, the step of generation, too.")]
-Bits = Annotated[str | None, typer.Option("--quantize", help="Weights in fewer bits: w8, w4, int8, fp16.")]
+Bits = Annotated[str | None, typer.Option("--quantize", help="Fewer bits: w8, w4, int8, fp16; fp4 only tells.")]
 Evaluation = Annotated[
     str | None, typer.Option("--evaluation", metavar="MODULE:FACTORY", help="Inputs to measure --quantize on.")
 ]

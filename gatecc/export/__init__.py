@@ -95,9 +95,9 @@ def export(
     that can; the record's ``decode.genai`` says why not, and what goes wrong there.
     ``tokenizer``: one of transformers, or a processor, or a folder that holds one, whose files are written beside the
     graph; without it, those in the folder that the model was loaded from, if there are any. Nothing is downloaded.
-    ``quantize``: "w8", "w4", "int8" or "fp16", or a ``Quantize`` with its options; the record's ``quantized`` tells
-    how far the outputs are from the graph that was compared with torch, on ``evaluation_inputs`` (inputs like the
-    example's) if there are some, and the time of a run. It needs ONNX Runtime.
+    ``quantize``: "w8", "w4", "int8" or "fp16", "fp4" (an analysis, which changes no file), or a ``Quantize`` with its
+    options; the record's ``quantized`` tells how far the outputs are from the graph that was compared with torch, on
+    ``evaluation_inputs`` (inputs like the example's) if there are some, and the time of a run. It needs ONNX Runtime.
     ``timeout``: seconds of CPU time after which the export is stopped; None is no limit.
     ``group_experts``: experts of transformers that are set to "batched_mm", which copies a matrix for each token, are
     written as products by expert, and a note says so; of a model that is rewritten, what its graphs hold is written.
@@ -198,6 +198,8 @@ def _export(
                 stage("deriving the decode step")
             steps = decode_step(model, inputs, made, graph, target, opset, verify) if decode else None
             notes += _reach(model, graph, steps)
+            if quantize is not None and quantize.form == "fp4":
+                notes.append("fp4 is an analysis: the files hold the weights as they were")
             narrow = None
             if quantize is not None:
                 stage(f"quantising ({quantize.form})")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,8 +23,9 @@ from gatecc.export.accuracy import Accuracy, Gathered, tokens_of
 from gatecc.export.compare import Sizes
 from gatecc.export.decode import DECODE, Decode
 from gatecc.export.quantized_steps import prompt, step
+from gatecc.export.routes import routes
 
-Form = Literal["w8", "w4", "int8", "fp16"]
+Form = Literal["w8", "w4", "int8", "fp16", "fp4"]
 FORMS: tuple[str, ...] = get_args(Form)
 _BLOCKS = (16, 32, 64, 128, 256)
 _SLOWER, _NOISE = 1.15, 2e-5  # times, and seconds, from which on a graph is slower
@@ -37,7 +39,9 @@ class Quantize:
 
     ``form``: "w8" and "w4" hold the matrices of products in blocks of integers with a scale each (MatMulNBits of ONNX
     Runtime: for decoding, which reads weights); "int8" computes products in integers, scales found when it runs (for
-    long inputs); "fp16" is for GPUs.
+    long inputs); "fp16" is for GPUs; "fp4" is an analysis, which changes no file: what matrices of products in numbers
+    of four bits (E2M1, a scale for each column) would do to the outputs (LLM-FP4, Liu et al. 2023). A product by whose
+    result something is chosen (a router) keeps its bits there.
     ``block``: how many entries of a column share a scale; by default 64 for "w8", for which ONNX Runtime has a faster
     kernel (0.75 of the time of 32), 32 for "w4". ``accuracy_level``: what products are computed in, 4 is int8.
     ``embedding``, ``head``: whether the table of tokens, and the last product, are quantised too.
@@ -54,6 +58,12 @@ class Quantize:
     def __post_init__(self) -> None:
         if self.form not in FORMS:
             raise ArgumentError("this form of weights is not known", found=repr(self.form), expected=", ".join(FORMS))
+        if self.form == "fp4" and (self.block is not None or self.embedding):
+            raise ArgumentError(
+                "this option is none of the analysis",
+                found=f"fp4, block {self.block}, embedding {self.embedding}",
+                expected="neither: each column of a product has a scale",
+            )
         if self.block is None:
             object.__setattr__(self, "block", 64 if self.form == "w8" else 32)
         if self.block not in _BLOCKS:
@@ -80,6 +90,8 @@ class Quantized:
     accuracy: tuple[Accuracy, ...]
     time: dict[str, float]
     decode: QuantizedStep | None = None
+    routes: dict[str, float] = field(default_factory=dict[str, float])
+    """"fp4": for each node that chooses (experts, say), the share of its choices that would stay."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +136,9 @@ def quantized(
     """
     inside = made / "quantized"
     inside.mkdir()
-    paths = sorted(made.glob("*.onnx"), key=lambda p: p.name != MODEL)
+    analysis = options.form == "fp4"
+    paths = [made / MODEL] if analysis else sorted(made.glob("*.onnx"), key=lambda p: p.name != MODEL)
+    decode = None if analysis else decode
     apart = graph.apart
     with closing(Apart() if apart else Worker()) as worker:
         settings = {**asdict(options), "external": external, "data": DATA}
@@ -143,8 +157,14 @@ def quantized(
         )
         pair = made / MODEL, inside / MODEL
         accuracy = _accuracy(call, graph, *pair, samples)
-        times = {} if options.form == "fp16" else _times(worker, call, graph, pair, sizes)
+        chosen = routes(call, graph, *pair, samples) if analysis else {}
+        times = {} if options.form in ("fp16", "fp4") else _times(worker, call, graph, pair, sizes)
         narrow = None if decode is None else _step(worker, call, graph, made, options, decode, samples, others[0])
+    on = f"{len(samples)} inputs of the user" if evaluation is not None else "the example inputs"
+    if analysis:
+        shutil.rmtree(inside)
+        of_file = graph.operators, graph.nbytes, graph.nbytes
+        return Quantized(options, told["quantized"], told["kept"], *of_file, on, tuple(accuracy), {}, None, chosen)
     _refuse(options, accuracy, times)
     if narrow is not None:
         _refuse(options, [] if narrow.accuracy is None else [narrow.accuracy], narrow.time)
@@ -152,7 +172,6 @@ def quantized(
     for written in sorted(inside.iterdir()):
         os.replace(written, made / written.name)
     inside.rmdir()
-    on = f"{len(samples)} inputs of the user" if evaluation is not None else "the example inputs"
     return Quantized(
         options,
         told["quantized"],

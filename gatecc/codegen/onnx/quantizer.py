@@ -23,11 +23,12 @@ _INTEGERS = ("MatMulNBits", "GatherBlockQuantized", "MatMulInteger", "DynamicQua
 _EXTERNAL = 3 * 2**29  # bytes of weights above which they get a file of their own
 _PASSES = ("Add", "Cast", "Concat", "Div", "Gather", "GatherElements", "GatherND", "Identity", "LogSoftmax", "Mul")
 _ON_THE_WAY = (*_PASSES, "Reshape", "Slice", "Softmax", "Split", "Squeeze", "Tanh", "Transpose", "Unsqueeze")
+_SCORES = ("Exp", "ReduceMax", "ReduceSum", "Sigmoid", "Softplus", "Sqrt", "Sub", "Where")  # of what is chosen
 _UNSAFE = ("Range", "CumSum", "TopK", "NonMaxSuppression")  # without kernels in float16, or too coarse there
 
 
 def quantize(paths: Sequence[str], folder: str, form: str, options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Write files in another form ("w8", "w4", "int8", "fp16") to a folder, under their names.
+    """Write files in another form ("w8", "w4", "int8", "fp16", "fp4") to a folder, under their names.
 
     Options: ``block``, ``accuracy_level``, ``embedding``, ``head``, ``keep`` (patterns of node or weight names),
     ``data`` (the file that holds their weights together, None for each its own). Returns of each file what became of
@@ -40,16 +41,20 @@ def quantize(paths: Sequence[str], folder: str, form: str, options: Mapping[str,
     made: dict[str, Any] = {}
     with _quiet():
         for path in paths:
-            model, kept = _quantized(onnx.load(path), form, options)
-            told.append(_described(model, kept))
+            model, kept, changed = _quantized(onnx.load(path), form, options)
+            told.append({**_described(model, kept), **({"quantized": changed} if form == "fp4" else {})})
             made[os.path.basename(path)] = ir.from_proto(model)
             made[os.path.basename(path)].graph.sort()  # casts come behind what reads them
             del model
     total = max(t["bytes"] for t in told)
     data = options["data"] if options["external"] or total > _EXTERNAL else None
-    stream = os.path.join(os.path.dirname(os.path.abspath(__file__)), "stream.py")
-    runpy.run_path(stream)["save"](made, Path(folder), data)
+    _beside("stream.py")["save"](made, Path(folder), data)
     return told
+
+
+def _beside(name: str) -> dict[str, Any]:
+    """What another file of this folder defines, which is not imported as a package."""
+    return runpy.run_path(os.path.join(os.path.dirname(os.path.abspath(__file__)), name))
 
 
 @contextmanager
@@ -66,16 +71,20 @@ def _quiet() -> Generator[None]:
         root.setLevel(level)
 
 
-def _quantized(model: Any, form: str, options: Mapping[str, Any]) -> tuple[Any, Counter[str]]:
+def _quantized(model: Any, form: str, options: Mapping[str, Any]) -> tuple[Any, Counter[str], dict[str, int]]:
     kept: Counter[str] = Counter()
+    changed: dict[str, int] = {}
     if form == "fp16":
         model = _half(model)
     else:
         plain_products(model)
-        left = _left_out(model, options, kept)
-        model = _blocks(model, form, options, left) if form in ("w4", "w8") else _dynamic(model, options, left)
+        left = _left_out(model, form, options, kept)
+        if form == "fp4":
+            changed = _beside("fp4.py")["fake"](model, left)
+        else:
+            model = _blocks(model, form, options, left) if form in ("w4", "w8") else _dynamic(model, options, left)
     _once_each(model)
-    return model, kept
+    return model, kept, changed
 
 
 def _described(model: Any, kept: Counter[str]) -> dict[str, Any]:
@@ -265,10 +274,13 @@ def _is_plain(node: Any, options: Mapping[str, Any]) -> bool:
     return all(not options.get(o, 0) for o in others) and options.get("alpha", 1.0) == options.get("beta", 1.0) == 1.0
 
 
-def _left_out(model: Any, options: Mapping[str, Any], kept: Counter[str]) -> list[str]:
+def _left_out(model: Any, form: str, options: Mapping[str, Any], kept: Counter[str]) -> list[str]:
     """The nodes that stay as they are. Each has a name afterwards."""
     held = {t.name: t for t in model.graph.initializer}
-    heads = set() if options["head"] else set(_heads(model))
+    wanted = {} if options["head"] else dict.fromkeys(_last_products(model, _ends(model)), "head=False")
+    if form == "fp4":
+        chosen = [n.input[0] for n in model.graph.node if n.op_type in ("TopK", "ArgMax")]
+        wanted.update(dict.fromkeys(_last_products(model, chosen, _SCORES), "something is chosen by it"))
     left: list[str] = []
     for i, node in enumerate(model.graph.node):
         node.name = node.name or f"node_{i}"
@@ -278,8 +290,8 @@ def _left_out(model: Any, options: Mapping[str, Any], kept: Counter[str]) -> lis
             continue
         elif len(node.input) > 1 and node.input[1] not in held:
             reason = "the constant matrix is on the left"
-        elif node.name in heads:
-            reason = "head=False"
+        elif node.name in wanted:
+            reason = wanted[node.name]
         else:
             reason = _matrix(held[node.input[1]])
         weight = next((x for x in node.input if x in held), "")
@@ -309,11 +321,15 @@ def _is_matrix(weight: Any) -> bool:
     return len(weight.dims) == 2 and weight.data_type in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
 
 
-def _heads(model: Any) -> list[str]:
-    """The products behind which there is nothing but sums, factors and layouts until an output of the graph."""
+def _ends(model: Any) -> list[str]:
+    return [o.name for o in model.graph.output]
+
+
+def _last_products(model: Any, ends: Sequence[str], more: Sequence[str] = ()) -> list[str]:
+    """The products behind which there is nothing but sums, factors and layouts (and ``more``) until one of these."""
     made = {name: node for node in model.graph.node for name in node.output}
     found: list[str] = []
-    waiting = [o.name for o in model.graph.output]
+    waiting = list(ends)
     seen: set[int] = set()
     while waiting:
         node = made.get(waiting.pop())
@@ -322,7 +338,7 @@ def _heads(model: Any) -> list[str]:
         seen.add(id(node))
         if node.op_type == "MatMul":
             found.append(node.name)
-        elif node.op_type in _ON_THE_WAY:
+        elif node.op_type in (*_ON_THE_WAY, *more):
             waiting += [x for x in node.input if x]
     return found
 
