@@ -222,7 +222,9 @@ def _nvidia(found: Any, threads: int) -> Resources:
 
 def _amd(found: Any, threads: int) -> Resources:
     text = found.asm["amdgcn"]
-    registers, spills = (int(re.findall(rf"\.{key}:\s+(\d+)", text)[0]) for key in ("vgpr_count", "vgpr_spill_count"))
+    registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", text)[0])
+    # Not vgpr_spill_count, which also counts what is moved to accumulation registers: that is no access to memory.
+    spills = len(re.findall(r"\bscratch_(?:load|store)_", text))
     accesses = re.findall(r"\b(?:global|buffer)_(?:load|store)_(?:lds_)?(\w+)", text)
     return Resources(
         registers,

@@ -23,6 +23,7 @@ _REGISTERS = 65536  # of a multiprocessor, 32 bits each
 _ROWS = (16, 64, 1 << 30)  # up to so many rows a choice of its own
 MANY = 4096  # rows that stand for more
 WIDEST_MIDDLE = 128  # columns between two products that a program holds
+COMPUTED = 48  # values of operands that a thread computes at once, beside its sums: of 96, ptxas spilled some on sm_100
 LAUNCH = 2e-6  # seconds from one kernel to the next, an assumption
 
 
@@ -127,9 +128,12 @@ def best(make: str, rows: int, p: Products) -> tuple[tuple[float, float], Blocks
         c = c._replace(
             cols=cols, inner=block_of(p.inner, max(16, c.inner // _power(p.lefts))), rows=block_of(rows, c.rows)
         )
-        widest = c.rows * c.inner * p.dtype.itemsize // 16  # accesses of 16 bytes to a block of the left operand
-        c = c._replace(warps=max(1, min(c.warps, widest // _LANES[make])))
-        found.append((seconds(c, part, rows, p), c))
+        threads = _LANES[make] * c.warps
+        while _computed(c, p) > COMPUTED * threads and _accesses(c, p) >= 2 * threads:
+            c = c._replace(inner=c.inner // 2)
+        c = c._replace(warps=max(1, min(c.warps, _accesses(c, p) // _LANES[make])))
+        each = _computed(c, p) / (_LANES[make] * c.warps)
+        found.append(((float("inf"), each) if each > COMPUTED else seconds(c, part, rows, p), c))
     return min(found)
 
 
@@ -141,7 +145,7 @@ def seconds(c: Blocks, part: Part, rows: int, p: Products) -> tuple[float, float
     held = c.rows * across  # accumulators
     if p.dtype == torch.float32:
         held += 3 * (c.rows + c.cols) * c.inner // 2  # operands in three parts
-    held += p.before * c.inner * max(c.rows, c.cols)
+    held += _computed(c, p)
     behind = c.rows * max((p.count + p.last) * c.cols + p.held, p.tiles * c.cols)
     if shared > part.shared or max(held, behind) / threads > 128:
         return float("inf"), behind / threads
@@ -157,6 +161,16 @@ def seconds(c: Blocks, part: Part, rows: int, p: Products) -> tuple[float, float
     least = (rows * p.inner * p.lefts + weights + rows * p.columns) * itemsize / part.bandwidth
     busy = waves * max(flops, fed)
     return max(busy, least), busy
+
+
+def _computed(c: Blocks, p: Products) -> int:
+    """How many values are held at once where the operands of a block are computed."""
+    return p.before * c.inner * max(c.rows, c.cols)
+
+
+def _accesses(c: Blocks, p: Products) -> int:
+    """How many there are of 16 bytes to a block of the left operand."""
+    return c.rows * c.inner * p.dtype.itemsize // 16
 
 
 def _power(count: int) -> int:

@@ -37,6 +37,16 @@ def test_double_precision_is_found() -> None:
         assert "float64" in fault
 
 
+def test_spills_are_found() -> None:
+    """128 by 128 values in one warp of AMD's: 256 for each thread, which has 512 registers, and as many beside them."""
+    launcher: Any = kernels
+    x = torch.empty(1, device="meta")
+    with recorded("gfx942", kernels) as found:
+        launcher.held[(1,)](x, x, N=128, num_warps=1)
+    (fault,) = faults(compile_launch(found[0], "gfx942"), "gfx942")
+    assert "spilled" in fault
+
+
 def test_each_budget_is_held() -> None:
     right = Resources(registers=64, spills=0, shared=1024, threads=128, dots=1, matrix=4, double=0, vector=16)
     assert faults(right, "sm_80") == []
