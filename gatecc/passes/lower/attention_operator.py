@@ -1,10 +1,11 @@
 """attention-operator: fused attention becomes `gatecc::attention` where that is faster.
 
 torch's kernel computes whole blocks of a causal mask, and has no word for a sliding window. Nor has it one for capped
-scores, or values that are not as wide as keys: what is spelled out for their sake becomes the operator, too. What it
-gains on this kind of CPU is data (gatecc.ops.attention.c.profit); where it gains nothing, all stays as it is. On a GPU,
-where nothing was measured, windows and caps alone become the operator: a window's pairs are a part of those that
-torch's kernel goes through with a mask, and capped scores are written to memory otherwise.
+scores, a logit beside them that belongs to no key (gpt-oss), or values that are not as wide as keys: what is spelled
+out for their sake becomes the operator, too. What it gains on this kind of CPU is data (gatecc.ops.attention.c.profit);
+where it gains nothing, all stays as it is. On a GPU, where nothing was measured, windows, caps and sinks alone become
+the operator: a window's pairs are a part of those that torch's kernel goes through with a mask, and scores that are
+capped or joined to a logit are written to memory otherwise.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class AttentionOperator(Lowering):
             on_cpu = held is not None and held.device.type == "cpu"
             queries, keys = hints(call)
             speed = gain(held.dtype, kind, queries, keys, training=settings.training) if held is not None else 0.0
-            gains = call.softcap is not None if at_gpu else on_cpu and speed >= LEAST
+            gains = call.softcap is not None or call.sinks is not None if at_gpu else on_cpu and speed >= LEAST
             if not gains or autocasts(program):
                 yield replace(at, reason=f"on this device the operator gains nothing at {queries} x {keys} tokens")
                 continue
@@ -123,6 +124,7 @@ def _beyond_torch(call: FusedCall) -> str:
     """What torch's operator has no word for, or no kernel on a CPU; empty if it is nothing."""
     widths = call.operands.width[0].size != call.operands.v_width[0].size
     words = [f"scores capped at {call.softcap:g}"] if call.softcap is not None else []
+    words += ["sinks"] * (call.sinks is not None)
     return ", ".join(words + ["values of another width"] * widths)
 
 

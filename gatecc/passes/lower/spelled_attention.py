@@ -102,8 +102,15 @@ def plan(
     found = operands(reading, flow)
     tensors = [one.node for one in (*reading.terms, *reading.hidden)]
     lengths = _length(found, found.queries), _length(found, found.keys)
+    alone = reading.softcap is not None or reading.sinks is not None
+    if reading.dropout and (own or alone):
+        raise UnreadableError("weights are dropped out, which gatecc::attention does not")
+    if reading.sinks is not None and not reading.sinks.now(reading.cuts).atoms <= set(found.batch):
+        raise UnreadableError("the logit that is joined to the scores is not the same for all queries")
     if reading.softcap is not None and not own:
         raise UnreadableError("the scores are capped, which torch's fused operator cannot")
+    if reading.sinks is not None and not own:
+        raise UnreadableError("a further logit is in the softmax, for which torch's fused operator has no place")
     proof = prove(site.mask, tensors, lengths, flow, windows=own)
     call = _call(reading, found, proof, flow)
     if own:
@@ -121,7 +128,7 @@ def _call(reading: Reading, found: Operands, proof: MaskProof, flow: Flow) -> Fu
     terms = [] if proof.kind else [replace(t, layout=now(t.layout)) for t in reading.terms]
     hidden = [] if proof.kind else [replace(h, layout=now(h.layout)) for h in reading.hidden]
     endless = any(h.fill == -torch.inf for h in hidden) or any(t.node not in flow.learned for t in terms)
-    zero = reading.empty_rows_are_zero
+    zero = reading.empty_rows_are_zero or reading.sinks is not None  # a sink takes all the weight
     assert core is not None
     return FusedCall(
         found,
@@ -136,6 +143,7 @@ def _call(reading: Reading, found: Operands, proof: MaskProof, flow: Flow) -> Fu
         dropout=reading.dropout,
         dtype=core.dtype,
         softcap=reading.softcap,
+        sinks=None if reading.sinks is None else reading.sinks.now(reading.cuts),
     )
 
 
@@ -178,7 +186,7 @@ def _inexact(call: FusedCall, program: Program, proof: MaskProof, settings: Sett
     if any(t is not None and t.device.type not in ("cpu", "cuda") for t in tensors):
         return "nothing is known of the fused operator on this device"
     masked = bool(call.terms or call.hidden)
-    if not masked or proof.all_see:
+    if not masked or proof.all_see or call.sinks is not None:
         return ""
     finite = any(h.fill != -torch.inf for h in call.hidden) or bool(call.terms)
     if settings.training and finite and not call.as_boolean:

@@ -64,6 +64,31 @@ def narrow_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat((weights @ v[..., :5], v[..., 5:]), -1)
 
 
+class Sunk(nn.Module):
+    """gpt-oss: a learned logit for each head takes part in the softmax; its weight is cut off."""
+
+    def __init__(self, window: int = 0, groups: int = H, first: bool = False) -> None:
+        super().__init__()
+        self.logits, self.window, self.groups, self.first = nn.Parameter(torch.randn(H)), window, groups, first
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, there: Tensor | None = None) -> Tensor:
+        k, v = (x[:, :, None].expand(-1, -1, H // self.groups, -1, -1).flatten(1, 2) for x in (k, v))
+        scores = (q @ k.mT * 0.4).masked_fill(~seen(q, self.window), torch.finfo(q.dtype).min)
+        if there is not None:
+            scores = scores.masked_fill(~there[:, None, None], -torch.inf)
+        logits = self.logits.view(1, -1, 1, 1).expand(q.size(0), -1, q.size(2), -1)
+        joined = torch.cat((logits, scores) if self.first else (scores, logits), -1)
+        weights = (joined - joined.amax(-1, keepdim=True)).softmax(-1)
+        return (weights[..., 1:] if self.first else weights[..., :-1]) @ v
+
+
+def quiet(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A query may look at nothing: one is added to the sum of the exponentials."""
+    scores = q @ k.mT
+    joined = torch.cat((scores, scores.new_zeros(*scores.shape[:3], 1)), -1)
+    return joined.softmax(-1).narrow(-1, 0, k.size(2)) @ v
+
+
 sdpa: Any = F.scaled_dot_product_attention
 MODELS: dict[str, tuple[Callable[..., Tensor], int, str]] = {
     "causal": (lambda q, k, v: sdpa(q, k, v, is_causal=True), H, "gatecc::attention, causal"),
@@ -79,6 +104,10 @@ MODELS: dict[str, tuple[Callable[..., Tensor], int, str]] = {
     "padding": (padded, H, "gatecc::attention, causal, with a mask"),
     "bias": (lambda q, k, v, x: sdpa(q, k, v, x[:, None, :, :N]), H, "gatecc::attention, with a mask"),
     "capped": (capped, H, "gatecc::attention, scores capped at 1.5"),
+    "sinks": (Sunk(), H, "gatecc::attention, sinks"),
+    "sinks before shared keys of a window": (Sunk(4, 2, True), 2, "gatecc::attention, sinks"),
+    "sinks beside padding": (Sunk(), H, "gatecc::attention, sinks"),
+    "quiet": (quiet, H, "gatecc::attention, sinks"),
     "narrow values": (narrow_values, H, "gatecc::attention, values of another width"),
 }
 
@@ -91,7 +120,7 @@ LEFT: dict[str, tuple[Callable[..., Tensor], str]] = {
 }
 
 
-def compiled(model: nn.Module, **options: Any) -> tuple[Callable[..., Any], list[Outcome]]:
+def compiled(model: Callable[..., Any], **options: Any) -> tuple[Callable[..., Any], list[Outcome]]:
     outcomes: list[Outcome] = []
 
     def spy(graph_module: fx.GraphModule, example: Any) -> Callable[..., Any]:
@@ -108,7 +137,8 @@ def compiled(model: nn.Module, **options: Any) -> tuple[Callable[..., Any], list
 def given(name: str) -> tuple[Tensor, ...]:
     torch.manual_seed(0)
     x = torch.randn(B, N, H * D, dtype=torch.float64)
-    others = {"padding": (torch.tensor([[False] * 2 + [True] * 7, [True] * 9]),), "bias": (x,)}
+    there = torch.tensor([[False] * 2 + [True] * 7, [True] * 9])
+    others = {"padding": (there,), "sinks beside padding": (there,), "bias": (x,)}
     return (x, *others.get(name, ()))
 
 
@@ -150,3 +180,35 @@ def test_it_stays_where_nothing_is_gained(monkeypatch: pytest.MonkeyPatch) -> No
     function(*given("causal"))
     assert "1.01 times" in outcomes[0].reason
     assert not outcomes[0].became
+
+
+def test_gpt_oss() -> None:
+    """A layer with a window and one without; values and gradients against float64, sinks among them."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
+    heads = dict(num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1, vocab_size=50, sliding_window=4)
+    config = transformers.GptOssConfig(**sizes, **heads, attn_implementation="eager", max_position_embeddings=64)
+    model = transformers.GptOssModel(config).eval().double()
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.self_attn.sinks.normal_()
+    attentions, x = nn.ModuleList(layer.self_attn for layer in model.layers), torch.randn(B, 12, 32).double()
+
+    def run(x: Tensor) -> Tensor:
+        places = torch.arange(x.size(1))
+        turned, ahead = model.rotary_emb(x, places[None]), places - places[:, None]
+        for layer, window in zip(attentions, (4, 64), strict=True):
+            hidden = (ahead > 0) | (ahead <= -window)
+            mask = torch.zeros_like(hidden, dtype=x.dtype).masked_fill(hidden, torch.finfo(x.dtype).min)[None, None]
+            x = x + layer(x, position_embeddings=turned, attention_mask=mask, cache=None)[0]
+        return x
+
+    function, outcomes = compiled(run, dynamic=True)
+    for given in (x, torch.randn(B, 9, 32).double()):
+        found, expected = function(given), run(given)
+        torch.testing.assert_close(found, expected)
+        parameters = list(attentions.parameters())
+        grads = [torch.autograd.grad(y.square().sum(), parameters) for y in (found, expected)]
+        torch.testing.assert_close(*grads)
+    assert [o.became for o in outcomes] == ["gatecc::attention, sinks"] * 2

@@ -351,3 +351,34 @@ def test_autocast(masked: bool, around: bool) -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=around):
         torch.testing.assert_close(function(x, mask), call(x, mask), rtol=3e-2, atol=3e-2)
     assert bool(made[0][0].became) != masked
+
+
+def one_for_each_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    joined = torch.cat((q @ k.mT, q.sum(-1, keepdim=True)), -1)
+    return joined.softmax(-1)[..., :-1] @ v
+
+
+def another_column_is_cut_off(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    joined = torch.cat((q @ k.mT, q.new_zeros(*q.shape[:3], 1)), -1)
+    return joined.softmax(-1)[..., 1:] @ v
+
+
+def weighs_a_row_of_its_own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    joined = torch.cat((q @ k.mT, q.new_zeros(*q.shape[:3], 1)), -1)
+    return joined.softmax(-1) @ torch.cat((v, v[:, :, :1]), 2)
+
+
+JOINED = {
+    "not the same for all queries": one_for_each_query,
+    "the weights are changed by slice": another_column_is_cut_off,
+    "not cut off": weighs_a_row_of_its_own,
+}
+
+
+@pytest.mark.parametrize("reason", JOINED)
+def test_what_is_joined_to_the_scores(reason: str) -> None:
+    function, made = compiled(JOINED[reason])
+    q, k, v = inputs(3, 2, 4, 9, 8)
+    torch.testing.assert_close(function(q, k, v), JOINED[reason](q, k, v))
+    assert reason in made[0][0].reason
+    assert not made[0][0].became

@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from gatecc.passes.lower.attention.atoms import Atom, Group, Layout, rearrange
 from gatecc.passes.lower.attention.operands import Operands
+from gatecc.passes.lower.attention.sinks import Sinks
 from gatecc.passes.lower.attention.softmax_reading import Hidden, Multiplier, Term
 
 
@@ -33,28 +34,39 @@ class FusedCall:
     dropout: float
     dtype: torch.dtype  # of the result
     contiguous: bool = False
-    own: bool = False  # by gatecc's operator, which alone has the next two
+    own: bool = False  # by gatecc's operator, which alone has the next three
     softcap: float | None = None
+    sinks: Sinks | None = None
     window: int | None = None
 
     @property
     def nodes(self) -> list[fx.Node]:
         """The arguments of the call."""
-        o = self.operands
-        return [o.q.node, o.k.node, o.v.node, *(t.node for t in (*self.multipliers, *self.terms, *self.hidden))]
+        o, sinks = self.operands, [] if self.sinks is None or self.sinks.node is None else [self.sinks.node]
+        others = (t.node for t in (*self.multipliers, *self.terms, *self.hidden))
+        return [o.q.node, o.k.node, o.v.node, *others, *sinks]
 
     @property
     def grouped(self) -> bool:
         """Whether queries share key heads that are not repeated."""
-        return len(self._heads) == 2
+        batch, o = self.operands.batch, self.operands
+        held = [{atom for group in x.layout for atom in group} for x in (o.k, o.v)]
+        shares = len(batch) > 1 and all(batch[-1] not in h and batch[-2] in h for h in held)
+        return shares and self._of_sinks <= 2
 
     @property
     def _heads(self) -> Group:
-        batch, o = self.operands.batch, self.operands
-        held = [{atom for group in x.layout for atom in group} for x in (o.k, o.v)]
-        if len(batch) > 1 and all(batch[-1] not in h and batch[-2] in h for h in held):
-            return batch[-2:]
-        return batch[-1:] if len(batch) > 1 else ()
+        """The last axes of the batch: as few as there can be, for the others need no common stride. Sinks are of
+        heads."""
+        batch = self.operands.batch
+        count = 2 if self.grouped else int(len(batch) > 1)
+        return batch[len(batch) - max(count, self._of_sinks) :]
+
+    @property
+    def _of_sinks(self) -> int:
+        """How many axes of the batch, from the last, the sinks need."""
+        batch, atoms = self.operands.batch, set[Any]() if self.sinks is None else self.sinks.atoms
+        return max((len(batch) - i for i, atom in enumerate(batch) if atom in atoms), default=0)
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
         """q, k, v and the tensors of the mask, each as the graph holds it -> what the spelled-out form yields."""
@@ -81,7 +93,11 @@ class FusedCall:
             for x, h in zip(hidden, self.hidden, strict=True)
         ]
         mask = self._mask(added, concealed, dtype)
-        result = self._by_own(query, key, value, mask) if self.own else self._by_torch(query, key, value, mask)
+        if self.own:
+            logits = self._logits(query, next(rest, None), (*want, o.queries, o.keys), sizes)
+            result = self._by_own(query, key, value, mask, logits)
+        else:
+            result = self._by_torch(query, key, value, mask)
         if self.nan_rows and mask is not None:
             seen = mask if mask.dtype == torch.bool else mask > -torch.inf
             result = result.masked_fill(~seen.any(-1, keepdim=True), torch.nan)
@@ -103,10 +119,25 @@ class FusedCall:
         )
 
     def _by_own(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         options: dict[str, Any] = {"scale": self.scale, "causal": self.causal, "softcap": self.softcap}
-        return torch.ops.gatecc.attention(query, key, value, None, mask, window=self.window, **options)[0]
+        return torch.ops.gatecc.attention(query, key, value, None, mask, sinks, window=self.window, **options)[0]
+
+    def _logits(
+        self, query: torch.Tensor, x: torch.Tensor | None, square: Layout, sizes: _Sizes
+    ) -> torch.Tensor | None:
+        """A logit for each head."""
+        if self.sinks is None:
+            return None
+        if x is None:
+            return query.new_full((query.size(1),), self.sinks.number)
+        return rearrange(x, self.sinks.layout, square, sizes).reshape(-1).expand(query.size(1))
 
     def _mask(
         self, added: Sequence[torch.Tensor], concealed: Sequence[torch.Tensor], dtype: torch.dtype

@@ -12,6 +12,9 @@ from gatecc.ir.dataflow import Flow
 from gatecc.ir.ops import opname
 from gatecc.ir.scalars import scalar
 
+_FILLING = {"full": 1, "full_like": 1, "new_full": 2}
+_FILLED = {"zeros": 0.0, "new_zeros": 0.0, "zeros_like": 0.0, "ones": 1.0, "new_ones": 1.0, "ones_like": 1.0}
+
 
 def number(value: Any, flow: Flow) -> float | None:
     """A scalar of the graph. Under ``dynamic=True`` Dynamo hands the numbers of modules over as inputs, such as the
@@ -39,3 +42,13 @@ def factor(node: fx.Node, source: fx.Node, flow: Flow) -> float | None:
     if found is None or (name == "div" and not found):
         return None
     return found if name == "mul" else 1.0 / found
+
+
+def filling(value: Any, flow: Flow) -> float | None:
+    """The one number that a tensor holds, if it is a number at all."""
+    name = opname(value) if isinstance(value, fx.Node) else ""
+    if name in _FILLED and not flow.writers.get(value):
+        return _FILLED[name]
+    if name in _FILLING and not flow.writers.get(value):
+        value = value.args[_FILLING[name]]
+    return number(value, flow)

@@ -19,7 +19,8 @@ from gatecc.ir.match.attention.values import is_binary
 from gatecc.ir.ops import CASTS, DROPOUTS, RESHAPES, SAME_SHAPE, TRANSPOSES, argument, mutates, opname, same_call
 from gatecc.ir.sizes import node_shape
 from gatecc.passes.lower.attention.atoms import Cuts, Group, Layout, after, whole
-from gatecc.passes.lower.attention.numbers import factor, number
+from gatecc.passes.lower.attention.numbers import factor, filling, number
+from gatecc.passes.lower.attention.sinks import Sinks, cut_off, joined
 
 HIDING = -1e4  # a score at or below this has no weight beside one that is seen
 _MOVING = TRANSPOSES | RESHAPES | SAME_SHAPE | CASTS | frozenset(("unsqueeze", "squeeze", "expand"))
@@ -74,6 +75,7 @@ class Reading:
     hidden: list[Hidden] = field(default_factory=list[Hidden])
     multipliers: list[Multiplier] = field(default_factory=list[Multiplier])
     floor: float | None = None  # scores are raised to it
+    sinks: Sinks | None = None
     dropout: float = 0.0
     weights: Layout = ()
     empty_rows_are_zero: bool = False
@@ -106,8 +108,6 @@ class _Reader:
 
     def read(self) -> Reading:
         reading, product = self.reading, self.reading.parts.product
-        if self.scores.sinks:
-            raise UnreadableError("a further logit takes part in the softmax, the fused operator has no place for it")
         if not reading.keys:
             raise UnreadableError("there is a single key")
         layout: Layout = tuple(reading.letters[a] for a in product.axes)
@@ -117,10 +117,15 @@ class _Reader:
         node = product.node
         for step in self._steps(node, self.scores.path):
             layout, node = self._score(step, node, layout), step
-        layout = self._normalise(node, layout)
-        node = self.softmax.output
+        layout = self._normalise(self._joined(node, layout), layout)
+        node, whole_rows = self.softmax.output, reading.sinks is not None
         for step in self._steps(node, [n for n in self.sum.path if n is not node]):
+            if whole_rows and reading.sinks and cut_off(step, node, self._key_axis(layout), reading.sinks):
+                node, whole_rows = step, False
+                continue
             layout, node = self._weight(step, node, layout), step
+        if whole_rows:
+            raise UnreadableError("the weight of a further logit is not cut off before the values")
         reading.weights = layout
         reading.inner = self._inner()
         return reading
@@ -223,7 +228,7 @@ class _Reader:
         else:
             seen = node.args[1] is source
             condition, filled = node.args[0], node.args[2 if seen else 1]
-        fill = _filling(filled, self.flow)
+        fill = filling(filled, self.flow)
         if fill is None or not isinstance(condition, fx.Node) or condition is source:
             raise UnreadableError("hidden keys get a score that is not known")
         if fill > HIDING:
@@ -254,6 +259,20 @@ class _Reader:
         return at[0]
 
     # --- the softmax ---
+
+    def _joined(self, node: fx.Node, layout: Layout) -> fx.Node:
+        """What the softmax normalises: the scores, or the scores with a logit that belongs to no key."""
+        if not self.scores.sinks:
+            return node
+        cat = self.shifted
+        while opname(cat) in CASTS and isinstance(cat.args[0], fx.Node):
+            cat = cat.args[0]
+        self._key_axis(layout)
+        found = joined(cat, node, layout, self.reading.keys, self.flow)
+        if isinstance(found, str):
+            raise UnreadableError(found)
+        self.reading.sinks = found
+        return self.shifted
 
     def _normalise(self, node: fx.Node, layout: Layout) -> Layout:
         if self.softmax.axis % len(layout) != self._key_axis(layout):
@@ -365,10 +384,3 @@ def _reader(user: fx.Node) -> str:
 
 def _alike(one: fx.Node, other: fx.Node) -> bool:
     return one is other or same_call(one, other)
-
-
-def _filling(value: Any, flow: Flow) -> float | None:
-    """The one number that a tensor holds."""
-    if isinstance(value, fx.Node) and opname(value) in ("full", "full_like", "new_full"):
-        value = value.args[1 if opname(value) != "new_full" else 2]
-    return number(value, flow)
