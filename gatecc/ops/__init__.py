@@ -12,6 +12,7 @@ from gatecc.ops import (
     rnn,
     routing,
     sequences,
+    short_convolution,
 )
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "rnn",
     "routing",
     "sequences",
+    "short_convolution",
 ]

@@ -1,4 +1,4 @@
-"""What is left to Inductor, which fuses it: norms, gated units, rotary embeddings, short convolutions."""
+"""What is left to Inductor, which fuses it: norms, gated units and rotary embeddings."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from gatecc.ir.ops import argument, opname
-from gatecc.ir.program import Program, shape
+from gatecc.ir.ops import opname
+from gatecc.ir.program import Program
 
 _NORMS = frozenset("layer_norm rms_norm _fused_rms_norm native_layer_norm rsqrt".split())  # a spelled-out one's last
 _GATES = frozenset("silu gelu relu sigmoid tanh".split())
-_SHORT = 16  # taps
 
 
 def fused_anyway(program: Program) -> Iterator[tuple[str, list[fx.Node]]]:
@@ -29,9 +28,7 @@ def _kind(node: fx.Node) -> str:
         return "a norm, with the sum before it" if any(map(_adds, _near(node))) else "a norm"
     if name == "mul" and len(node.all_input_nodes) == 2 and any(opname(n) in _GATES for n in node.all_input_nodes):
         return "a gated unit"
-    if name == "cat" and _is_half_turn(node):
-        return "a rotary embedding"
-    return "a short convolution" if name == "conv1d" and _is_short(node) else ""
+    return "a rotary embedding" if name == "cat" and _is_half_turn(node) else ""
 
 
 def _near(node: fx.Node) -> list[fx.Node]:
@@ -52,8 +49,3 @@ def _is_half_turn(node: fx.Node) -> bool:
     parts = node.args[0]
     first = parts[0] if isinstance(parts, list | tuple) and len(parts) == 2 else None
     return isinstance(first, fx.Node) and opname(first) == "neg"
-
-
-def _is_short(node: fx.Node) -> bool:
-    taps = shape(node.all_input_nodes[1])[-1]
-    return argument(node, 6, "groups", 1) == shape(node)[1] and taps in range(2, _SHORT)

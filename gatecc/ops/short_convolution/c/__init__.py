@@ -1,0 +1,1 @@
+"""The CPU kernels of ``gatecc::short_convolution``, in C."""
