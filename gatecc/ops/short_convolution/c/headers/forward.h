@@ -40,7 +40,9 @@ INLINE const el *row_of(const struct work *w, int64_t sample, int64_t token) {
 }
 
 // n channels of `count` tokens that follow each other.
-INLINE void channels(const struct work *w, const el *const *in, el *out, int64_t c, int64_t n, const int count, const int silu) {
+INLINE void channels(
+    const struct work *w, const el *const *in, el *out, int64_t c, int64_t n, const int count, const int silu
+) {
     vf x[BEFORE + ABREAST];
     UNROLL for (int i = 0; i < BEFORE + count; i++) x[i] = load_els(in[i] + c, n);
     UNROLL for (int t = 0; t < count; t++) {
