@@ -53,7 +53,7 @@ def _replace(graph: ir.Graph, node: Any, value: Any, mask: Any, tokens: Any) -> 
     made: list[Any] = []
 
     def add(op: str, inputs: list[Any], size: int, **attributes: int) -> Any:
-        name = f"{node.outputs[0].name}_{len(made)}"
+        name = f"{node.outputs[0].name}.{len(made)}"  # a dot: values are numbered by underscores
         made.append(ir.node(op, inputs, attributes, name=name))
         result = made[-1].outputs[0]
         result.name, result.type, result.shape = name, ir.TensorType(ir.DataType.INT64), ir.Shape([size])

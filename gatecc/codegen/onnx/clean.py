@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from gatecc.codegen.onnx.dims import Dims
@@ -9,6 +11,8 @@ from gatecc.codegen.onnx.leaves import Call
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+_NUMBER = re.compile(r"(?<=.)_\d+$")
 
 
 def hold_constants(graph: ir.Graph) -> None:
@@ -51,7 +55,7 @@ def name_ends(graph: ir.Graph, call: Call) -> None:
 
 
 def clean(model: ir.Model, dims: Dims) -> None:
-    """Drop traces of the machine, name dims and weights as the model does."""
+    """Drop traces of the machine and of what it traced before, name dims and weights as the model does."""
     graph = model.graph
     model.doc_string = graph.doc_string = None
     model.metadata_props.clear()
@@ -68,6 +72,23 @@ def clean(model: ir.Model, dims: Dims) -> None:
             _clean_value(value, dims)
     for value in (*graph.inputs, *graph.initializers.values()):
         _clean_value(value, dims)
+    _number(graph)
+
+
+def _number(graph: ir.Graph) -> None:
+    """Number the values of nodes by their order: torch's own numbers depend on what it traced before, and the same
+    model would be other bytes the second time."""
+    inside = list(graph.all_nodes())
+    graphs = {id(graph): graph, **{id(n.graph): n.graph for n in inside if n.graph is not None}}
+    kept = {id(v) for v in graph.outputs}
+    names = {v.name for each in graphs.values() for v in (*each.inputs, *each.initializers.values())}
+    names |= {v.name for v in graph.outputs}
+    numbers: dict[str, count[int]] = {}
+    for value in (v for n in inside for v in n.outputs if v.name and id(v) not in kept):
+        base = _NUMBER.sub("", str(value.name))
+        numbered = (f"{base}_{i}" if i else base for i in numbers.setdefault(base, count()))
+        value.name = next(name for name in numbered if name not in names)
+        names.add(value.name)
 
 
 def _clean_value(value: ir.Value, dims: Dims) -> None:
