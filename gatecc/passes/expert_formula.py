@@ -211,7 +211,7 @@ class _Proof:
         for role in self.held.roles:
             if role not in self.numbers:
                 text = f"{role.names[0]} is not read on the way"
-                raise _refused(self.held, text, "two matrices an expert that the result depends on")
+                raise _refused(self.held, text, "two matrices per expert that the result depends on")
         errors: dict[tuple[str, str], float] = {}
         for held in self.candidates:
             operands = held.operands(self.numbers)

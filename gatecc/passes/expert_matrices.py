@@ -1,4 +1,4 @@
-"""Matrices: the weights of experts as ``gatecc::moe_ffn`` takes them, of stacks or of one parameter an expert."""
+"""Matrices: the weights of experts as ``gatecc::moe_ffn`` takes them, of stacks or of one parameter per expert."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Matrices:
         return parts[0] if len(parts) == 1 else torch.cat(list(parts), 2 if self.swapped[0] else 1)
 
     def _stacked(self, parts: Sequence[Sequence[Tensor]], axis: int = 0) -> Tensor:
-        """Of one or two parts, each one tensor an expert or one for all, the stack of what stands along an axis."""
+        """Of one or two parts, each one tensor per expert or one for all, the stack of what stands along an axis."""
         first = parts[0]
         if len(first) == 1:
             return self._joined([held for (held,) in parts])

@@ -20,7 +20,7 @@ from gatecc.ir.program import fake, shape
 from gatecc.ir.sizes import on_example
 from gatecc.passes.expert_matrices import Matrices, Role
 
-_KINDS = (2, 3)  # matrices an expert
+_KINDS = (2, 3)  # matrices per expert
 _NEAR = 24  # values before the first products among which the tokens are sought
 _TOKENS, _RESULTS = 3, 4  # that are tried
 
@@ -113,7 +113,7 @@ def _listed(facts: Facts, group: list[_Family]) -> ExpertList | None:
 
 
 class _Held:
-    """Which experts' weights a value depends on: one bit an expert. Writes count from where they are written."""
+    """Which experts' weights a value depends on: one bit per expert. Writes count from where they are written."""
 
     def __init__(self, facts: Facts, group: list[_Family]) -> None:
         base = facts.flow.base

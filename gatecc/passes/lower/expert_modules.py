@@ -34,7 +34,7 @@ class ExpertModules(Lowering):
     """A dispatch to experts of a list -> gatecc::moe_ffn of their weights, put together."""
 
     name = "expert-modules"
-    left = "fewer than 16 rows an expert; experts that differ, drop tokens or compute another formula"
+    left = "fewer than 16 rows per expert; experts that differ, drop tokens or compute another formula"
     after = ("experts",)
 
     def lower(self, program: Program, sites: Sequence[Site], settings: Settings) -> Iterator[Outcome]:
@@ -94,7 +94,7 @@ def _poor(call: Call, found: ExpertList, settings: Settings) -> str:
     if on_example(shape(found.rows)[0]) is not None and _number(found.rows, -1) == tokens:
         few, rows, text = DENSE_ROWS, tokens - share, "rows less an expert"
     else:
-        few, rows, text = CHOSEN_ROWS, share, "rows an expert"
+        few, rows, text = CHOSEN_ROWS, share, "rows per expert"
     if rows >= few:
         return ""
     costs = "it costs more to put the weights together; options={'gatecc.freeze': True} does so once"

@@ -236,7 +236,7 @@ def test_few_rows_stay_unless_weights_are_frozen() -> None:
     down = model.get_parameter("experts.2.w2.weight")
     with torch.no_grad():
         _, (outcome,), _ = compiled(model, x)
-        assert outcome.reason.startswith("5 rows an expert: below 16")
+        assert outcome.reason.startswith("5 rows per expert: below 16")
         y, (outcome,), _ = compiled(model, x, freeze=True)
         assert outcome.became
         assert torch.allclose(y, model(x), atol=1e-5)

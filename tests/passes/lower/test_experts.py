@@ -202,7 +202,7 @@ class Repeated(nn.Module):
 
 
 class Bank(nn.Module):
-    """x: (E T, 16), T rows an expert."""
+    """x: (E T, 16), T rows per expert."""
 
     def __init__(self) -> None:
         super().__init__()

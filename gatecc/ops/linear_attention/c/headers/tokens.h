@@ -118,7 +118,7 @@ INLINE void read_row(const struct operand *x, const char *row, float *to, const 
     store(to + whole, used(y, use, scale));
 }
 
-// What the state is multiplied by at a token, a number a channel.
+// What the state is multiplied by at a token, one number per channel.
 APART void read_gates(const struct problem *p, const char *row, float *a) {
     if (p->g.width == 1) {
         const vf x = splat(element(row, p->g.type, 0));
