@@ -1,55 +1,164 @@
-"""gatecc::short_convolution is conv1d padded on the left, with every derivative, for few tokens and many."""
+"""gatecc::short_convolution is conv1d padded on the left, with every derivative, in pieces as at once."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from gatecc.ops.short_convolution.c import kernels
+from gatecc.errors import ArgumentError
+from gatecc.ops.short_convolution import short_convolution
+from gatecc.ops.short_convolution.c.kernels import CpuKernels
+from gatecc.ops.short_convolution.kernels import KERNELS
+
+Drawn = list[Tensor | None]
 
 
-def exact(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """The sum over taps, token by token, in float64."""
-    x, w, taps = x.double(), weight.double()[:, 0], weight.size(2)
-    y = torch.zeros_like(x)
-    for t in range(x.size(1)):
-        for j in range(taps):
-            if t - taps + 1 + j >= 0:
-                y[:, t] += w[:, j] * x[:, t - taps + 1 + j]
-    y = y if bias is None else y + bias.double()
-    return F.silu(y) if activation == "silu" else y
+def drawn(batch: int, tokens: int, channels: int, taps: int, *, bias: bool, state: bool, dtype: torch.dtype) -> Drawn:
+    x = torch.randn(batch, tokens, 2 * channels, dtype=dtype)[..., channels:]  # a part of a projection
+    weight = torch.randn(channels, 1, taps, dtype=dtype)
+    before = torch.randn(channels, batch, taps - 1, dtype=dtype).permute(1, 2, 0)
+    return [x, weight, torch.randn(channels, dtype=dtype) if bias else None, before if state else None]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("taps", [2, 3, 4])
-@pytest.mark.parametrize("activation", ["identity", "silu"])
-def test_the_sum_over_taps(taps: int, activation: str, dtype: torch.dtype) -> None:
+def exact(tensors: Drawn, activation: str, grad: Tensor, grad_after: Tensor) -> list[Tensor]:
+    """Results and gradients of torch's conv1d, padded by hand, in float64."""
+    leaves = [None if t is None else t.detach().double().requires_grad_() for t in tensors]
+    x, weight, bias, state = leaves
+    assert x is not None
+    assert weight is not None
+    before = x.new_zeros(x.size(0), weight.size(2) - 1, x.size(2)) if state is None else state
+    joined = torch.cat([before, x], 1)
+    y = F.conv1d(joined.transpose(1, 2), weight, bias, groups=x.size(2)).transpose(1, 2)
+    y, after = F.silu(y) if activation == "silu" else y, joined[:, x.size(1) :]
+    grads = torch.autograd.grad((y, after), [t for t in leaves if t is not None], (grad.double(), grad_after.double()))
+    return [y, after, *grads]
+
+
+@settings(max_examples=40)
+@given(
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 140), st.integers(1, 40), st.sampled_from([2, 4, 7])),
+    short=st.booleans(),
+    bias=st.booleans(),
+    state=st.booleans(),
+    activation=st.sampled_from(["identity", "silu"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_results_and_gradients(
+    sizes: tuple[int, int, int, int], short: bool, bias: bool, state: bool, activation: str, dtype: torch.dtype
+) -> None:
+    batch, tokens, channels, taps = sizes
+    tokens = 1 + tokens % taps if short else tokens
+    tensors = drawn(batch, tokens, channels, taps, bias=bias, state=state, dtype=dtype)
+    grad, grad_after = (torch.randn(batch, n, channels, dtype=dtype) for n in (tokens, taps - 1))
+    grad = grad.transpose(0, 1).contiguous().transpose(0, 1)
+    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    y, after = torch.ops.gatecc.short_convolution(*leaves, activation=activation)
+    wanted = [t for t in leaves if t is not None]
+    grads = torch.autograd.grad((y, after), wanted, (grad, grad_after))
+    assert y.is_contiguous()
+    assert after.is_contiguous()
+    # A sum over all tokens is as exact as its largest terms are.
+    steps = 4e-6 if dtype == torch.float32 else 2**-7
+    for found, expected in zip((y, after, *grads), exact(tensors, activation, grad, grad_after), strict=True):
+        assert (found.shape, found.dtype) == (expected.shape, dtype)
+        assert (found.double() - expected).abs().max() <= steps * (1 + expected.abs().max())
+
+
+def test_the_kernels_take_these_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no fallback was compared; the number of threads changes no bit."""
+    tensors = [
+        t.requires_grad_() for t in drawn(2, 150, 37, 4, bias=True, state=True, dtype=torch.float32) if t is not None
+    ]
+    calls: list[str] = []
+    for name in ("forward", "backward"):
+        plain = getattr(CpuKernels, name)
+
+        def spy(*args: Any, name: str = name, plain: Any = plain) -> Any:
+            found = plain(*args)
+            calls.append(name + " not" * (found is None))
+            return found
+
+        monkeypatch.setattr(CpuKernels, name, spy)
+    found: list[tuple[Tensor, ...]] = []
+    threads = torch.get_num_threads()
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        try:
+            y, _ = short_convolution(*tensors, activation="silu")
+            found.append((y, *torch.autograd.grad(y.square().sum(), tensors)))
+        finally:
+            torch.set_num_threads(threads)
+    assert calls == ["forward", "backward"] * 2
+    assert all(map(torch.equal, *found))
+
+
+def test_it_learns_to_any_order_and_maps() -> None:
     torch.manual_seed(0)
-    for batch, tokens, channels in ((3, 2, 16), (1, 1, 5), (3, 70, 37), (2, 0, 16)):
-        x = torch.randn(batch, tokens, 2 * channels, dtype=dtype)[..., channels:]  # a part of a projection
-        weight, bias = torch.randn(channels, 1, taps, dtype=dtype), torch.randn(channels, dtype=dtype)
-        for b in (bias, None):
-            found = torch.ops.gatecc.short_convolution(x, weight, b, activation)
-            expected = exact(x, weight, b, activation)
-            assert (found.shape, found.dtype, found.is_contiguous()) == (x.shape, dtype, True)
-            accuracy = 2e-6 if dtype == torch.float32 else 2**-8  # of a bfloat16: half a step of 2**-7
-            assert torch.allclose(found.double(), expected, rtol=accuracy, atol=accuracy)
-            if x.numel():
-                assert kernels.forward(x, weight, b, activation == "silu") is not None  # no fallback was compared
+    given = [
+        t.detach().requires_grad_()
+        for t in drawn(2, 3, 2, 4, bias=True, state=True, dtype=torch.float64)
+        if t is not None
+    ]
+
+    def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return short_convolution(*tensors, activation="silu")
+
+    assert torch.autograd.gradcheck(function, given, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, given)
+    x, *rest = (t.detach().float() for t in given)
+    mapped = torch.func.vmap(lambda one, s: function(one[None], *rest[:2], s[None])[0][0])(x, rest[2])
+    assert torch.allclose(mapped, function(x, *rest)[0], atol=1e-5)
 
 
-def test_it_learns_and_maps() -> None:
-    torch.manual_seed(0)
-    x, weight, bias = (torch.randn(*s, dtype=torch.float64) for s in ((2, 5, 3), (3, 1, 4), (3,)))
-    given = [t.requires_grad_() for t in (x, weight, bias)]
-    assert torch.autograd.gradcheck(lambda *a: torch.ops.gatecc.short_convolution(*a, "silu"), given)
-    x, weight, bias = (t.detach().float() for t in given)
-    mapped = torch.func.vmap(lambda one: torch.ops.gatecc.short_convolution(one[None], weight, bias, "silu")[0])(x)
-    assert torch.allclose(mapped, torch.ops.gatecc.short_convolution(x, weight, bias, "silu"), atol=1e-5)
+def test_what_is_not_asked_for_is_not_computed() -> None:
+    x, weight, bias, state = drawn(2, 9, 5, 3, bias=True, state=True, dtype=torch.float32)
+    assert x is not None
+    whole = [t.detach().requires_grad_() for t in (x, weight, bias, state) if t is not None]
+    grads = torch.autograd.grad(short_convolution(*whole)[0].sum(), whole)
+    for i, leaf in enumerate(whole):
+        others = [t if t is leaf else t.detach() for t in whole]
+        assert torch.equal(torch.autograd.grad(short_convolution(*others)[0].sum(), leaf)[0], grads[i])
+
+
+def test_pieces() -> None:
+    x, weight, bias, state = drawn(2, 12, 5, 4, bias=True, state=False, dtype=torch.float32)
+    assert x is not None
+    assert weight is not None
+    whole, last = short_convolution(x, weight, bias, activation="silu")
+    found: list[Tensor] = []
+    for piece in x.split([1, 2, 0, 7, 2], 1):
+        y, state = short_convolution(piece, weight, bias, state, activation="silu")
+        found.append(y)
+    assert torch.allclose(torch.cat(found, 1), whole, atol=1e-6)
+    assert state is not None
+    assert torch.equal(state, last)
 
 
 def test_the_operator_is_one_to_torch() -> None:
-    x, weight = torch.randn(2, 7, 6), torch.randn(6, 1, 4)
-    torch.library.opcheck(torch.ops.gatecc.short_convolution.default, (x.transpose(0, 1), weight, None, "silu"))
+    x, weight, _, state = drawn(2, 7, 6, 4, bias=False, state=True, dtype=torch.float32)
+    assert x is not None
+    given = (x.requires_grad_(), weight, None, state)
+    torch.library.opcheck(torch.ops.gatecc.short_convolution.default, given, {"activation": "silu"})
+    assert set(KERNELS) >= {"cpu"}
+
+
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        ("activation", {"activation": "relu"}),
+        ("channel", {"weight": torch.randn(5, 1, 4)}),
+        ("bias", {"bias": torch.randn(5)}),
+        ("state", {"state": torch.randn(2, 4, 6)}),
+        ("dtype", {"weight": torch.randn(6, 1, 4).double()}),
+    ],
+)
+def test_what_does_not_fit_is_refused(what: str, change: dict[str, object]) -> None:
+    given: dict[str, object] = {"x": torch.randn(2, 3, 6), "weight": torch.randn(6, 1, 4), **change}
+    with pytest.raises(ArgumentError, match=what):
+        torch.ops.gatecc.short_convolution(**given)

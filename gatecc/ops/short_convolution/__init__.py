@@ -1,5 +1,8 @@
-"""``gatecc::short_convolution``: a causal convolution of few taps along tokens, each channel by itself."""
+"""``gatecc::short_convolution``: a causal convolution of few taps along tokens; its whole life, one matter a file."""
 
-from gatecc.ops.short_convolution.operator import DTYPES, TAPS
+from gatecc.ops.short_convolution.operator import short_convolution
 
-__all__ = ["DTYPES", "TAPS"]
+from gatecc.ops.short_convolution import c  # isort: skip  (kernels, which register themselves)
+from gatecc.ops.short_convolution import registration  # isort: skip  (of the operators above)
+
+__all__ = ["c", "registration", "short_convolution"]

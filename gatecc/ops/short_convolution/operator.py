@@ -1,67 +1,128 @@
-"""``gatecc::short_convolution``: y_t = act(bias + sum_j weight_j x_(t-K+1+j)), each channel by itself, zeros before x.
-
-x: (B, N, C), tokens first, as projections leave it and what follows reads it; weight: (C, 1, K), as conv1d holds it;
-bias: (C,) -> y: (B, N, C), contiguous. On a CPU torch transposes to channels first, where Inductor computes a tap at a
-time through gathered weights. Of Mamba (Gu and Dao 2023), gated delta nets, LFM2 and the like.
-"""
+"""``gatecc::short_convolution``: schema, fake kernel, autograd."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from gatecc.ops.registry import Operator, register
-from gatecc.ops.short_convolution.c.kernels import DTYPES, forward
-from gatecc.ops.transforms import LIBRARY, UNDER_FUNC, below_autograd, has_tangents
+from gatecc.ops.short_convolution import kernels, reference
+from gatecc.ops.short_convolution.arguments import padded, read
+from gatecc.ops.transforms import LIBRARY, UNDER_FUNC, below_autograd, learn
 
-TAPS = range(2, 9)  # for which the kernel is written
-
-LIBRARY.define('short_convolution(Tensor x, Tensor weight, Tensor? bias=None, str activation="identity") -> Tensor')
-
-
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "identity") -> Tensor:
-    plain = all(t.device.type == "cpu" and t.dtype == x.dtype for t in (x, weight, bias) if t is not None)
-    if plain and x.numel() and weight.size(2) in TAPS:
-        y = forward(x, weight, bias, activation == "silu")
-        if y is not None:
-            return y
-    return _in_aten(x, weight, bias, activation)
+_TENSORS = "Tensor x, Tensor weight, Tensor? bias=None, Tensor? state=None"
+_OPTIONS = 'str activation="identity"'
+LIBRARY.define(f"short_convolution({_TENSORS}, *, {_OPTIONS}) -> (Tensor y, Tensor after)")
+LIBRARY.define(
+    f"short_convolution_backward(Tensor grad, Tensor? grad_after, {_TENSORS}, *, bool[] needs, {_OPTIONS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
 
 
-def _in_aten(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "identity") -> Tensor:
-    """The same by operators of torch, which have derivatives."""
-    if x.size(1) == 0:  # conv1d asks for a token
-        return x.contiguous()
-    before = weight.size(2) - 1
-    y = F.conv1d(x.transpose(1, 2), weight, bias, padding=before, groups=weight.size(0))
-    y = y[:, :, : x.size(1)].transpose(1, 2).contiguous()
-    return F.silu(y) if activation == "silu" else y
+def _forward(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+    return kernels.forward(read(tensors, options))
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "identity") -> Tensor:
-    return x.new_empty(x.shape)
+def _fake(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+    a = read(tensors, options)
+    return a.x.new_empty(a.x.shape), a.x.new_empty(a.state_shape)
 
 
-def _autograd(keys: Any, *tensors: Any, **options: Any) -> Tensor:
-    given = [x for x in tensors if isinstance(x, Tensor)]
-    if has_tangents(given) or (torch.is_grad_enabled() and any(x.requires_grad for x in given)):
-        return _in_aten(*tensors, **options)
-    result: Tensor = below_autograd(_OPERATOR, keys, options, *tensors)
-    return result
+def _backward(
+    grad: Tensor, grad_after: Tensor | None, *tensors: Tensor | None, needs: list[bool], **options: Any
+) -> tuple[Tensor, ...]:
+    """Gradients of the four tensors, contiguous; an empty tensor for one that is not needed."""
+    found = kernels.backward(read(tensors, options), grad, grad_after, needs)
+    return tuple(grad.new_empty(0) if g is None else g for g in found)
 
 
-def _flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
-    return 2 * x[0] * x[1] * weight[0] * weight[2]
+def _fake_backward(
+    grad: Tensor, grad_after: Tensor | None, *tensors: Tensor | None, needs: list[bool], **options: Any
+) -> tuple[Tensor, ...]:
+    return tuple(
+        x.new_empty(x.shape) if need and x is not None else grad.new_empty(0)
+        for x, need in zip(padded(tensors), needs, strict=True)
+    )
+
+
+class _Differentiable(torch.autograd.Function):
+    """The operator on tensors of which some need a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, keys: Any, options: dict[str, Any], *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(*tensors)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return below_autograd(_OPERATOR, keys, options, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        grad, grad_after = grads
+        if grad is None:
+            if grad_after is None:
+                return (None, None, *[None] * len(tensors))
+            grad = torch.zeros_like(tensors[0])
+        wanted = ctx.needs_input_grad[2:]
+        needs = [x is not None and i < len(wanted) and wanted[i] for i, x in enumerate(padded(tensors))]
+        found = _GRADIENT(grad, grad_after, *tensors, needs=needs, **ctx.options)
+        return (None, None, *(found[i] if needs[i] else None for i in range(len(tensors))))
+
+
+class _Gradient(torch.autograd.Function):
+    """Its gradient where that is differentiated in turn (``create_graph=True``)."""
+
+    @staticmethod
+    def forward(ctx: Any, keys: Any, options: dict[str, Any], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*tensors)
+        ctx.options = options
+        return below_autograd(_GRADIENT, keys, options, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> tuple[Tensor | None, ...]:
+        grad, grad_after, *tensors = ctx.saved_tensors
+        options = dict(ctx.options)
+        needs = options.pop("needs")
+        return (None, None, *reference.second(cotangents, (grad, grad_after), tuple(tensors), needs, options))
 
 
 LIBRARY.impl("short_convolution", _forward, "CompositeExplicitAutograd")
+LIBRARY.impl("short_convolution_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("gatecc::short_convolution", _fake, lib=LIBRARY)
+torch.library.register_fake("gatecc::short_convolution_backward", _fake_backward, lib=LIBRARY)
 _OPERATOR = torch.ops.gatecc.short_convolution.default
-LIBRARY.impl("short_convolution", _autograd, "Autograd", with_keyset=True)
-LIBRARY.impl("short_convolution", _in_aten, UNDER_FUNC)
-register(Operator(overload=_OPERATOR, flops=_flops))
+_GRADIENT = torch.ops.gatecc.short_convolution_backward.default
+learn(_OPERATOR, _Differentiable, reference.forward)
+learn(_GRADIENT, _Gradient, reference.gradients)
+LIBRARY.impl("short_convolution", reference.forward, UNDER_FUNC)
+LIBRARY.impl("short_convolution_backward", reference.gradients, UNDER_FUNC)
 
-__all__ = ["DTYPES", "TAPS"]
+
+def short_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    state: Tensor | None = None,
+    *,
+    activation: str = "identity",
+) -> tuple[Tensor, Tensor]:
+    """A causal convolution of few taps along tokens, each channel by itself: y (B, N, C) and the state behind it.
+
+        y_t = act(bias + the sum over j of weight_j x_(t - K + 1 + j)).
+
+    Args:
+        x: (B, N, C), tokens first, as projections leave it and what follows reads it.
+        weight: (C, 1, K), as conv1d holds it. Kernels are written for K from 2 to 8.
+        bias: (C,).
+        state: (B, K - 1, C), the inputs before the first; zeros if not given. The second result is that of the next
+            call, so that texts may come in pieces of any length.
+        activation: "identity" or "silu".
+
+    Both results are contiguous. Differentiable in all four, to any order, in both modes, and under torch.func; kernels
+    serve the first derivative. Raises ArgumentError for shapes, dtypes or options that do not fit.
+
+    On a CPU torch transposes to channels first, where Inductor computes a tap at a time through gathered weights. Of
+    Mamba (Gu and Dao 2023), gated delta nets, LFM2 and the like.
+    """
+    return torch.ops.gatecc.short_convolution(x, weight, bias, state, activation=activation)

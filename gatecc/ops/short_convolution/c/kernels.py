@@ -6,48 +6,82 @@ import ctypes
 import struct
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from gatecc.codegen.c.build import load
 from gatecc.codegen.c.source import amalgamated
+from gatecc.ops.short_convolution import kernels
+from gatecc.ops.short_convolution.arguments import TAPS, Arguments
+from gatecc.ops.short_convolution.kernels import Gradients
 
 HEADERS = Path(__file__).parent / "headers"
 DTYPES = (torch.float32, torch.bfloat16)
-_CALL = struct.Struct("@PqqPPP3qii")
+_CALL = struct.Struct("@Pqq3P3qii")
+_RESULTS = struct.Struct("@2P")
+_GRADIENTS = struct.Struct("@Pqq4P")
 
 
 @cache
-def _library(dtype: torch.dtype, taps: int) -> ctypes.CDLL | None:
+def _library(dtype: torch.dtype, taps: int, part: Literal["forward", "backward"]) -> ctypes.CDLL | None:
     """The kernel, built if need be. None without a compiler."""
     constants = f"#define BF16 {int(dtype == torch.bfloat16)}\n#define TAPS {taps}\n"
-    found = load(constants + amalgamated([HEADERS / "forward.h"]))
+    found = load(constants + amalgamated([HEADERS / f"{part}.h"]))
     if found is not None:
-        found.forward.argtypes, found.forward.restype = [ctypes.c_char_p], ctypes.c_int
+        function = getattr(found, part)
+        function.argtypes, function.restype = [ctypes.c_char_p] * 2, ctypes.c_int
     return found
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor | None:
-    """x: (B, N, C), weight: (C, 1, K), bias: (C,) -> (B, N, C), contiguous; None where the kernel cannot run."""
-    c = _library(x.dtype, weight.size(2)) if x.dtype in DTYPES else None
-    if c is None:
-        return None
-    x = x if x.stride(2) == 1 else x.contiguous()
-    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    y = torch.empty(x.shape, dtype=x.dtype)
-    call = _CALL.pack(
-        x.data_ptr(),
-        x.stride(0),
-        x.stride(1),
-        weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        *x.shape,
-        silu,
-        torch.get_num_threads(),
-    )
-    return y if c.forward(call) else None
+class CpuKernels:
+    """Serves float32 and bfloat16 on the CPU."""
+
+    def forward(self, a: Arguments) -> tuple[Tensor, Tensor] | None:
+        """See gatecc.ops.short_convolution.kernels.Kernels."""
+        c = _fitting(a, "forward")
+        if c is None:
+            return None
+        y, after = torch.empty(a.x.shape, dtype=a.x.dtype), torch.empty(a.state_shape, dtype=a.x.dtype)
+        read = _readable(a)
+        return (y, after) if c.forward(_packed(read), _RESULTS.pack(y.data_ptr(), after.data_ptr())) else None
+
+    def backward(self, a: Arguments, grad: Tensor, needs: list[bool]) -> Gradients | None:
+        """See gatecc.ops.short_convolution.kernels.Kernels."""
+        c = _fitting(a, "backward")
+        if c is None:
+            return None
+        read = _readable(a)
+        grad = grad if grad.stride(2) == 1 else grad.contiguous()
+        found = tuple(
+            torch.empty(x.shape, dtype=x.dtype) if need and x is not None else None
+            for x, need in zip(a.tensors, needs, strict=True)
+        )
+        places = (0 if x is None else x.data_ptr() for x in found)
+        gradients = _GRADIENTS.pack(grad.data_ptr(), grad.stride(0), grad.stride(1), *places)
+        return found if c.backward(_packed(read), gradients) else None
 
 
-__all__ = ["DTYPES", "forward"]
+def _fitting(a: Arguments, part: Literal["forward", "backward"]) -> ctypes.CDLL | None:
+    """None for what is left to ATen: other dtypes and numbers of taps, and calls without a number."""
+    fits = a.x.dtype in DTYPES and a.taps in TAPS and a.x.numel()
+    return _library(a.x.dtype, a.taps, part) if fits else None
+
+
+def _readable(a: Arguments) -> Arguments:
+    """Tensors as the kernels read them."""
+    x = a.x if a.x.stride(2) == 1 else a.x.contiguous()
+    bias, state = (None if t is None else t.contiguous() for t in (a.bias, a.state))
+    return Arguments(x, a.weight.contiguous(), bias, state, a.activation)
+
+
+def _packed(a: Arguments) -> bytes:
+    """``struct convolution`` of problem.h; the tensors are to live as long as it is read."""
+    x = a.x
+    places = (0 if t is None else t.data_ptr() for t in (a.weight, a.bias, a.state))
+    silu = a.activation == "silu"
+    return _CALL.pack(x.data_ptr(), x.stride(0), x.stride(1), *places, *x.shape, silu, torch.get_num_threads())
+
+
+kernels.register("cpu", CpuKernels())
