@@ -21,8 +21,8 @@ from rich.text import Text
 from torch import nn
 
 import gatecc
+from gatecc.cli import exporting
 from gatecc.cli.doctor import Finding, diagnose
-from gatecc.cli.exporting import Bits, Decode, Evaluation, OnnxTarget, Opset, Tokenizer, export_progress, summary
 from gatecc.cli.kernels import kernels
 from gatecc.cli.reference import load_batches, load_model, load_recipe, parse_options
 from gatecc.errors import ArgumentError, GateccError
@@ -176,17 +176,18 @@ def export(
         Path | None, typer.Option("--checkpoint", metavar="FOLDER", help="Load this checkpoint into the model first.")
     ] = None,
     inputs: Inputs = None,
-    target: OnnxTarget = "ort",
-    opset: Opset = None,
-    decode: Decode = False,
-    quantize: Bits = None,
-    evaluation: Evaluation = None,
-    tokenizer: Tokenizer = None,
+    target: exporting.OnnxTarget = "ort",
+    opset: exporting.Opset = None,
+    decode: exporting.Decode = False,
+    quantize: exporting.Bits = None,
+    evaluation: exporting.Evaluation = None,
+    tokenizer: exporting.Tokenizer = None,
     external_data: Annotated[bool, typer.Option("--external-data", help="Weights in a file of their own.")] = False,
     timeout: Annotated[float, typer.Option("--timeout", help="Stop after so many seconds of CPU time.")] = 600.0,
     group_experts: Annotated[
         bool, typer.Option(help='Write experts that are set to "batched_mm" as products by expert.')
     ] = True,
+    functions: exporting.Functions = False,
     traceback: Traceback = False,
 ) -> None:
     """Write model.onnx after comparing it with torch, and say what was lowered and what not; if they differ nothing is
@@ -206,10 +207,11 @@ def export(
                 chosen = gatecc.load(chosen, checkpoint)
         options: dict[str, Any] = {"target": target, "opset": opset, "decode": decode, "quantize": quantize}
         options.update(timeout=timeout, group_experts=group_experts, external_data=external_data, tokenizer=tokenizer)
+        options.update(functions=functions)
         samples = load_batches(evaluation) if evaluation else None
-        with export_progress(decode + (quantize is not None)):
+        with exporting.export_progress(decode + (quantize is not None)):
             made = gatecc.export(chosen, out, example, evaluation_inputs=samples, **options)
-        Console(file=sys.stderr).print(summary(made))
+        Console(file=sys.stderr).print(exporting.summary(made))
         typer.echo(out)
 
 

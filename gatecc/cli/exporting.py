@@ -31,6 +31,9 @@ Evaluation = Annotated[
 Tokenizer = Annotated[
     Path | None, typer.Option("--tokenizer", metavar="FOLDER", help="Write this tokenizer beside the graph, too.")
 ]
+Functions = Annotated[
+    bool, typer.Option("--functions", help="Rewrites and operators as calls of functions that bear their names.")
+]
 _STAGES = 4  # of an export that gives up no size: more are shown as they come
 
 
@@ -70,6 +73,7 @@ def summary(made: Exported) -> Group:
     if made.quantized is not None:
         facts.add_row(*_quantised(made))
     parts = [facts, *_counted("lowered to", made.lowered), *_counted("kept as it is", made.kept)]
+    parts += _counted("calls of functions", made.functions)
     if made.quantized is not None:
         parts += _counted("not quantised", made.quantized.kept)
     return Group(*parts, *(Text(f"note: {note}", style="dim") for note in made.notes))

@@ -18,7 +18,17 @@ from gatecc.capture.adapters import adapted, experts_open
 from gatecc.capture.budget import budget
 from gatecc.capture.shield import random_states_kept, shielded
 from gatecc.capture.signature import OpaqueArgumentError, map_tensors, split_inputs
-from gatecc.codegen.onnx.build import MODEL, Capture, Freedom, Graph, build, free_axes, write
+from gatecc.codegen.onnx.build import (
+    MODEL,
+    Axes,
+    Capture,
+    Freedom,
+    Graph,
+    build,
+    captured,
+    free_axes,
+    write,
+)
 from gatecc.codegen.onnx.leaves import Call, flat_call
 from gatecc.codegen.onnx.lower import Target
 from gatecc.codegen.onnx.opset import RAISED, WRITTEN
@@ -37,6 +47,7 @@ from gatecc.export.lower import context_of, lower
 from gatecc.export.page import write_report
 from gatecc.export.progress import stage
 from gatecc.export.quantize import Quantize, quantized, resolve
+from gatecc.ir.program import Program
 from gatecc.ops import registry
 from gatecc.passes.ensemble.ensemble import in_branches
 from gatecc.scope.printed_rows import bodies_in_branches
@@ -72,6 +83,7 @@ def export(
     quantize: str | Quantize | None = None,
     evaluation_inputs: Iterable[Inputs] | None = None,
     tokenizer: Any = None,
+    functions: bool = False,
 ) -> Exported:
     """Write ``model.onnx`` and a manifest ``gatecc.json`` to ``folder``; batch, length and the like stay free.
 
@@ -98,6 +110,8 @@ def export(
     ``quantize``: "w8", "w4", "int8" or "fp16", "fp4" (an analysis, which changes no file), or a ``Quantize`` with its
     options; the record's ``quantized`` tells how far the outputs are from the graph that was compared with torch, on
     ``evaluation_inputs`` (inputs like the example's) if there are some, and the time of a run. It needs ONNX Runtime.
+    ``functions``: the nodes of each rewrite, and of each operator that ONNX has not, are a call of a function of the
+    file's own in the domain gatecc, which bears its name; runtimes put the nodes back. Not with ``quantize``.
     ``timeout``: seconds of CPU time after which the export is stopped; None is no limit.
     ``group_experts``: experts of transformers that are set to "batched_mm", which copies a matrix for each token, are
     written as products by expert, and a note says so; of a model that is rewritten, what its graphs hold is written.
@@ -113,6 +127,12 @@ def export(
         raise ArgumentError("a timeout is a time", found=str(timeout), expected="seconds above 0, or None for no limit")
     args, kwargs = split_inputs(example_inputs)
     narrow = resolve(quantize, target)
+    if functions and narrow is not None:
+        raise ArgumentError(
+            "ONNX Runtime's quantizers do not look into functions",
+            found=f"functions=True, quantize={narrow.form!r}",
+            expected="one of the two",
+        )
     check_model(model)
     if verify:
         check_dtypes([*model.parameters(), *model.buffers()])
@@ -122,7 +142,7 @@ def export(
             tempfile.TemporaryDirectory(dir=parent(folder), prefix=".gatecc-") as inside,
         ):
             write_beside(model, Path(inside) / "beside", tokenizer)
-            how = target, opset, decode, verify, timeout
+            how = target, opset, decode, verify, timeout, functions
             weights = group_experts, external_data, narrow, evaluation_inputs
             return _export(model, Path(folder), Path(inside), (args, kwargs), *how, *weights)
     except GateccError:
@@ -163,6 +183,7 @@ def _export(
     decode: bool,
     verify: bool,
     timeout: float | None,
+    functions: bool,
     group_experts: bool,
     external_data: bool,
     quantize: Quantize | None,
@@ -180,13 +201,14 @@ def _export(
             made = inside / "made"
             if branches:
                 notes.append("a member of an ensemble runs on all samples of a batch if one of them chose it, else not")
-            capture = _capture(call)
+            capture = _capture(call, functions, notes)
             lowered = partial(lower, target=target, opset=opset, context=context_of(model))
 
             def make(free: Freedom, limit: float | None) -> Graph:
                 stage("capturing and lowering")
                 forms = registry.lowerings(target)
                 graph = build(call, opset, metadata(model), forms, capture, free, limit, lowered)
+                graph = replace(graph, functions=functions)
                 _write(graph, made, external_data)
                 return graph
 
@@ -320,15 +342,28 @@ def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], notes
     return double
 
 
-def _capture(call: Call) -> Capture | None:
+def _capture(call: Call, functions: bool, notes: list[str]) -> Capture | None:
     """How a transformed model is captured whose scopes cannot be traced each by itself, for they would see masks as
-    inputs: as a Program of the whole model, with the rewrites done on it. None for all others."""
+    inputs, or would not tell what is of which rewrite: as a Program of the whole model, with the rewrites done on it.
+    None for all others."""
     model = call.flat.m
-    if not reads_masks(model):
+    masks = reads_masks(model)
+    if not masks and not (functions and any(True for _ in scopes(model))):
         return None
     args, kwargs = call.arguments(call.leaves)
     forward = call.flat.tensors
-    return lambda axes: whole_program(model, args, kwargs, dynamic=axes, forward=forward)
+
+    def capture(axes: Axes) -> Program:
+        try:
+            return whole_program(model, args, kwargs, dynamic=axes, forward=forward)
+        except GateccError as e:
+            if masks:
+                raise
+            note = f"the functions have no names of rewrites, which are not found again in the whole model: {e.found}"
+            notes.extend([note] if note not in notes else [])
+            return captured(call, axes)
+
+    return capture
 
 
 def _per_sample(one: torch.Tensor, two: torch.Tensor) -> bool:

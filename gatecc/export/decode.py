@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,9 +89,11 @@ def decode(
     unread = [] if refused else dummies(states)
     for state in unread:
         pass_on(graph.model, state.input, state.output, state.shape, state.dtype)
+    graph = replace(graph, functions=whole.functions)
     encoder, first = made.encoder(), None
     if encoder is not None:
         first = written(encoder.program, _again(encoder.program, lambda: _encoder(made)), *ends(encoder))
+        first = replace(first, functions=whole.functions)
     graphs = {DECODE: graph, **({} if first is None else {ENCODER: first})}
     _write(graphs, whole, folder)
     for name, each in graphs.items():
@@ -162,9 +164,9 @@ def _encoder(made: Decoder) -> Program:
 
 
 def _write(graphs: Mapping[str, Graph], whole: Graph, folder: Path) -> None:
-    models = {name: graph.model for name, graph in graphs.items()}
+    models = {name: graph.written for name, graph in graphs.items()}
     if (folder / DATA).exists() or any(graph.nbytes > EXTERNAL for graph in graphs.values()):
-        save({MODEL: whole.model, **models}, folder, DATA)
+        save({MODEL: whole.written, **models}, folder, DATA)
     else:
         save(models, folder)
 

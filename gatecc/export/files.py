@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import nn
 
 from gatecc.codegen.onnx.build import DATA, IR_VERSION, MODEL, Graph
+from gatecc.codegen.onnx.functions import calls
 from gatecc.codegen.onnx.packages import EXPORT, RUNTIME, versions
 from gatecc.errors import ExportError
 from gatecc.export.compare import Compared
@@ -48,6 +49,10 @@ class Exported:
     minimal_runtime: str | None = None
     """The oldest ONNX Runtime that is known to run the files: the one they were compared in, or 1.18 where they hold
     operators of the standard up to opset 21 alone. None if nobody ran them."""
+
+    functions: dict[str, int] = field(default_factory=dict[str, int])
+    """How often each function of ``functions=True`` is called in model.onnx, also by others. ``operators`` counts the
+    nodes that runtimes put in their place."""
 
     @property
     def dims(self) -> tuple[str, ...]:
@@ -87,6 +92,7 @@ def describe(
         kept=_counted(f"{o.lowering}: {o.found}: {o.reason}" for o in graph.outcomes if not o.became),
         decode=decode,
         minimal_runtime=_minimal_runtime(graph, bool(compared) and runtime),
+        functions=calls(graph.written) if graph.functions else {},
     )
 
 

@@ -7,9 +7,10 @@ from which any later value agrees is right, or does not matter. The first node f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from gatecc.codegen.onnx.build import Graph
+from gatecc.codegen.onnx.build import MODEL, Graph, write
 from gatecc.codegen.onnx.leaves import Call
 from gatecc.codegen.onnx.runtime import Session
 from gatecc.errors import ExportError
@@ -55,7 +56,10 @@ def first_difference(call: Call, graph: Graph, path: Path, leaves: Sequence[Tens
     """Which node of the file it is, and where in the model it comes from, in words."""
     nodes = [_plain(n) for n in graph.model.graph]
     wanted = [name for node in nodes for name in node.outputs]
-    with closing(Session(path, graph.places, apart=graph.apart, values=wanted)) as session:
+    with (
+        _without_functions(graph, path) as plain,
+        closing(Session(plain, graph.places, apart=graph.apart, values=wanted)) as session,
+    ):
         every = session.run(call.inputs, leaves)
     outputs, found = every[: len(call.outputs)], dict(zip(session.names, every, strict=True))
     torch.manual_seed(0)
@@ -70,6 +74,17 @@ def first_difference(call: Call, graph: Graph, path: Path, leaves: Sequence[Tens
         return "no single node is to blame"
     place = graph.places.get(guilty.name, "")
     return f"the first node that differs is {guilty.operator} {guilty.name}" + (f" of {place}" if place else "")
+
+
+@contextmanager
+def _without_functions(graph: Graph, path: Path) -> Generator[Path]:
+    """The file, or one of the same graph in which every value can be looked at."""
+    if not graph.functions:
+        yield path
+        return
+    with tempfile.TemporaryDirectory(dir=path.parent.parent, prefix=".gatecc-") as folder:
+        write(replace(graph, functions=False), Path(folder))
+        yield Path(folder) / MODEL
 
 
 def _plain(node: Any) -> OnnxNode:

@@ -53,6 +53,13 @@ def _tables(made: Path, result: Exported) -> Iterator[tuple[str, str, list[str],
     lead = "The largest |torch - onnx| / max(1, max|torch|) over all outputs."
     yield "Compared", lead, ["Sizes", "Difference"], differences
     yield "Operators", "Nodes of model.onnx.", ["Operator", "Nodes"], _rows(result.operators)
+    if result.functions:
+        yield (
+            "Functions",
+            "Calls; runtimes put the nodes in their place.",
+            ["Function", "Calls"],
+            _rows(result.functions),
+        )
     if result.quantized is not None:
         yield (
             "Not quantised",

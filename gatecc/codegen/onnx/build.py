@@ -31,11 +31,13 @@ from gatecc.codegen.onnx.attention import ATTENTION, attention
 from gatecc.codegen.onnx.branches import put_in_branches
 from gatecc.codegen.onnx.clean import clean, hold_constants, name_ends
 from gatecc.codegen.onnx.dims import Dims, fixed
+from gatecc.codegen.onnx.functions import with_functions
 from gatecc.codegen.onnx.grouped import split_groups
 from gatecc.codegen.onnx.indices import long_indices
 from gatecc.codegen.onnx.leaves import Call
 from gatecc.codegen.onnx.lower import FailedLoweringError
 from gatecc.codegen.onnx.lowering import Lowering
+from gatecc.codegen.onnx.marks import mark, marks
 from gatecc.codegen.onnx.opset import FREELY_LOADED, raise_opset, written_at
 from gatecc.codegen.onnx.padded import fold_padded_weights
 from gatecc.codegen.onnx.place import blame, place, reason
@@ -87,6 +89,13 @@ class Graph:
     """Captures the call again, as it was before anything was put in its ONNX form."""
     outcomes: Sequence[Outcome] = ()
     """What the lowerings say of each place that they looked at."""
+    functions: bool = False
+    """Whether rewrites and operators are written as calls of functions."""
+
+    @property
+    def written(self) -> ir.Model:
+        """The model as the file has it."""
+        return with_functions(self.model) if self.functions else self.model
 
     @property
     def operators(self) -> dict[str, int]:
@@ -156,7 +165,10 @@ def build(
         source, outcomes = _without_failures(lower, source, lambda: _program(call, capture, axes, limit)[0])
     if outcomes:
         program = exported_program(source)
-    model = _convert(_lowered(program, opset, lowerings), call, opset)
+    _prepare(program, lowerings)
+    known = marks(program, lowerings)
+    model = _convert(_decomposed(program, opset, lowerings), call, opset)
+    mark(model, known)
     raise_opset(model, opset)
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = "gatecc", metadata.get("gatecc.version", "")
@@ -212,7 +224,7 @@ def _holds(x: torch.Tensor, axis: int, symbols: Set[Any]) -> bool:
 
 def write(graph: Graph, folder: Path, *, external: bool = False) -> None:
     """Write ``model.onnx``, and ``model.onnx.data`` if the weights are many or it is asked for."""
-    save({MODEL: graph.model}, folder, DATA if external or graph.nbytes > EXTERNAL else None)
+    save({MODEL: graph.written}, folder, DATA if external or graph.nbytes > EXTERNAL else None)
 
 
 def captured(call: Call, axes: Axes) -> Program:
@@ -252,8 +264,8 @@ def _too_long(where: str, seconds: float) -> CaptureError:
     )
 
 
-def _lowered(program: ExportedProgram, opset: int, lowerings: Mapping[Any, Lowering]) -> ExportedProgram:
-    """The program in operators that torch.onnx writes and ONNX Runtime computes right."""
+def _prepare(program: ExportedProgram, lowerings: Mapping[Any, Lowering]) -> None:
+    """Say what ONNX Runtime computes otherwise in a form that it computes right, in place. Raises ExportError."""
     for node in program.graph.nodes:
         if node.target in lowerings:
             lowerings[node.target].check(node)
@@ -262,6 +274,10 @@ def _lowered(program: ExportedProgram, opset: int, lowerings: Mapping[Any, Lower
     exact_sigmoids(program)
     long_indices(program)
     scalars_as_tensors(program, float64=False)
+
+
+def _decomposed(program: ExportedProgram, opset: int, lowerings: Mapping[Any, Lowering]) -> ExportedProgram:
+    """The program in operators that torch.onnx writes."""
     own = {operator: lowering.form for operator, lowering in lowerings.items() if lowering.form is not None}
     forms = {**FORMS, ATTENTION: attention(opset), **own}
     if not any(n.target in forms for n in program.graph.nodes):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gatecc.codegen.onnx.dims import Dims
 from gatecc.codegen.onnx.leaves import Call
+from gatecc.codegen.onnx.marks import WEIGHT
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -63,7 +64,7 @@ def clean(model: ir.Model, dims: Dims) -> None:
     for name, value in list(graph.initializers.items()):
         if name.startswith("m."):
             del graph.initializers[name]
-            value.name = name.removeprefix("m.")
+            value.name, value.meta[WEIGHT] = name.removeprefix("m."), True
             graph.initializers.add(value)
     for node in graph.all_nodes():
         node.metadata_props.clear()

@@ -15,7 +15,7 @@ from torch.fx.node import map_aggregate
 from torch.onnx.ops import _symbolic_impl
 
 from gatecc.ir.loops import free_lengths
-from gatecc.ir.program import META, Program, origin
+from gatecc.ir.program import META, Origin, Program, origin
 from gatecc.ir.sizes import same
 
 aten: Any = torch.ops.aten
@@ -83,7 +83,7 @@ class Writer:
         """A call in the name of another node than the place."""
         made = self.call(target, *args)
         made.meta.update({k: source.meta[k] for k in ("nn_module_stack", "stack_trace") if k in source.meta})
-        made.meta[META] = replace(origin(source), inserted_by=self.lowering)
+        made.meta[META] = self._origin(source)
         return made
 
     def constant(self, name: str, tensor: torch.Tensor) -> fx.Node:
@@ -144,8 +144,13 @@ class Writer:
         with self.program.graph.inserting_before(self.place):
             made = self.program.graph.call_function(target, args, kwargs)
         made.meta = {k: self.place.meta[k] for k in ("nn_module_stack", "stack_trace") if k in self.place.meta}
-        made.meta[META] = replace(origin(self.place), inserted_by=self.lowering)
+        made.meta[META] = self._origin(self.place)
         return made
+
+    def _origin(self, node: fx.Node) -> Origin:
+        """That of a node in whose name another is put: what a rewrite made stays its own."""
+        at = origin(node)
+        return at if at.inserted_by else replace(at, inserted_by=self.lowering)
 
     def _empty(self, inputs: Sequence[fx.Node | None], shape: Shape, dtype: torch.dtype) -> torch.Tensor:
         device = next((n.meta["val"].device for n in inputs if n is not None), torch.device("cpu"))
