@@ -32,7 +32,7 @@ from gatecc.codegen.onnx.build import (
 from gatecc.codegen.onnx.leaves import Call, flat_call
 from gatecc.codegen.onnx.lower import Target
 from gatecc.codegen.onnx.opset import RAISED, WRITTEN
-from gatecc.codegen.onnx.packages import EXPORT, RUNTIME, has, need, need_opset
+from gatecc.codegen.onnx.packages import EXPORT, RUNTIME, need, need_opset
 from gatecc.codegen.onnx.place import blame
 from gatecc.codegen.onnx.runtime import check, check_dtypes
 from gatecc.engine.analyse import Inputs, check_model, evaluation
@@ -239,7 +239,7 @@ def _export(
             shutil.copytree(inside / "beside", made, dirs_exist_ok=True)
             if narrow is not None and narrow.decode is not None and steps is not None:
                 steps = replace(steps, operators=narrow.decode.operators)
-            result = describe(folder, made, graph, compared, notes, steps, runtime=has(*RUNTIME))
+            result = describe(folder, made, graph, compared, notes, steps)
             if narrow is not None:
                 result = replace(result, operators=narrow.operators, quantized=narrow)
             write_manifest(made / MANIFEST, model, result)
@@ -317,8 +317,7 @@ def _fixed(graph: Graph, outcome: Outcome, made: Path, external: bool) -> list[C
         return outcome.compared
     graph.fix(outcome.fixed)
     _write(graph, made, external)
-    free = [{k: v for k, v in c.sizes.items() if k not in outcome.fixed} for c in outcome.compared]
-    return [Compared(sizes, c.error) for sizes, c in zip(free, outcome.compared, strict=True)]
+    return [replace(c, sizes={k: v for k, v in c.sizes.items() if k not in outcome.fixed}) for c in outcome.compared]
 
 
 def _axes(call: Call, free: Freedom) -> list[set[int]]:

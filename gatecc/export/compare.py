@@ -37,10 +37,12 @@ Sizes = dict[str, int]
 @dataclass(frozen=True)
 class Compared:
     """One comparison with torch. ``error`` is the largest of |torch - onnx| / max(1, max|torch|) over all outputs; of
-    an output that is closer to the model in float64 than to torch, the distance from that."""
+    an output that is closer to the model in float64 than to torch, the distance from that. ``reference``: whether it is
+    ONNX's reference evaluator that ran the graph, in the place of ONNX Runtime."""
 
     sizes: Sizes
     error: float
+    reference: bool = False
 
 
 @dataclass
@@ -63,10 +65,10 @@ def compare(call: Call, graph: Graph, path: Path, notes: list[str]) -> Outcome:
     outcome = Outcome()
     sizes = _sizes(call, graph, example, outcome.fixed, notes)
     with closing(Session(path, graph.places, apart=graph.apart)) as session:
-        if session.reference:
+        if session.lacking:
             sizes = [_small(sizes)]
             at = ", ".join(f"{name} {size}" for name, size in sizes[0].items()) or "the example's sizes"
-            notes.append(f"compared at {at} alone, in ONNX's reference evaluator: onnxruntime is missing")
+            notes.append(f"compared at {at} alone, in ONNX's reference evaluator: {session.lacking}")
         for one in sizes:
             try:
                 outcome.compared.append(_at(call, graph, session, one, notes))
@@ -172,7 +174,7 @@ def _at(call: Call, graph: Graph, session: Session, sizes: Sizes, notes: list[st
     limits = [TOLERANCE.get(x.dtype, 0.0) for x in expected]
     if any(not error <= limit for error, limit in zip(errors, limits, strict=True)):
         _judge(call, graph, leaves, (expected, found), errors, where, notes)
-    return Compared(sizes, max(errors, default=0.0))
+    return Compared(sizes, max(errors, default=0.0), bool(session.lacking))
 
 
 def _resized(call: Call, graph: Graph, sizes: Mapping[str, int]) -> tuple[torch.Tensor, ...]:

@@ -73,11 +73,8 @@ def describe(
     compared: Sequence[Compared],
     notes: Sequence[str],
     decode: Decode | None = None,
-    *,
-    runtime: bool = True,
 ) -> Exported:
-    """The record of the files in ``made``, which are to be moved to ``folder``; ``runtime``: whether ONNX Runtime did
-    what was compared."""
+    """The record of the files in ``made``, which are to be moved to ``folder``."""
     return Exported(
         folder=folder,
         files={p.relative_to(made).as_posix(): _digest(p) for p in sorted(made.rglob("*")) if p.is_file()},
@@ -91,7 +88,7 @@ def describe(
         lowered=_counted(f"{o.lowering}: {o.became}" for o in graph.outcomes if o.became),
         kept=_counted(f"{o.lowering}: {o.found}: {o.reason}" for o in graph.outcomes if not o.became),
         decode=decode,
-        minimal_runtime=_minimal_runtime(graph, bool(compared) and runtime),
+        minimal_runtime=_minimal_runtime(graph, any(not c.reference for c in compared)),
         functions=calls(graph.written) if graph.functions else {},
     )
 

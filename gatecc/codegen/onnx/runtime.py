@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from gatecc.codegen.onnx.packages import RUNTIME, has
+from gatecc.codegen.onnx.opset import FREELY_LOADED
+from gatecc.codegen.onnx.packages import RUNTIME, has, versions
 from gatecc.codegen.onnx.place import first_line
-from gatecc.codegen.onnx.worker import Apart, RaisedThereError, Worker
+from gatecc.codegen.onnx.worker import Apart, Ends, RaisedThereError, Worker
 from gatecc.errors import ExportError, MissingPackageError
 
 _NAME = re.compile(r"[\w.:/-]+")
@@ -43,21 +44,33 @@ class Session:
     def __init__(
         self, path: Path, places: Mapping[str, str], *, apart: bool = False, values: Sequence[str] = ()
     ) -> None:
-        self.reference = not has(*RUNTIME)
-        """Whether ONNX's reference evaluator stands in, for there is no ONNX Runtime."""
-        self._worker = Apart() if apart and not self.reference else Worker()
+        self.lacking = "" if has(*RUNTIME) else "onnxruntime is missing"
+        """Why ONNX's reference evaluator stands in for ONNX Runtime; "" if it does not."""
+        self._worker = Apart() if apart and not self.lacking else Worker()
         self._places = places
         try:
-            self._inputs, self.names = self._worker.load(str(path), _NO_COPIES if apart else {}, values)
+            self._inputs, self.names = self._load(path, _NO_COPIES if apart else {}, values)
+        except ExportError:
+            self.close()
+            raise
         except Exception as e:
             self.close()
-            if self.reference:
-                raise MissingPackageError(
-                    "without ONNX Runtime this graph cannot be compared", found=first_line(e), do=_NO_RUNTIME
-                ) from e
-            told = _blame(e, places)
-            told["where"] = told["where"] or _unfolded(path, e, places)
-            raise ExportError("ONNX Runtime does not load the graph", **told, do=_OTHER) from e
+            raise MissingPackageError(
+                "without ONNX Runtime this graph cannot be compared", found=first_line(e), do=_NO_RUNTIME
+            ) from e
+
+    def _load(self, path: Path, settings: Mapping[str, str], values: Sequence[str]) -> Ends:
+        if not self.lacking:
+            try:
+                return self._worker.load(str(path), settings, values)
+            except Exception as e:
+                told = _blame(e, self._places)
+                told["where"] = told["where"] or _unfolded(path, e, self._places)
+                if (opset := _opset(path)) <= FREELY_LOADED:
+                    raise ExportError("ONNX Runtime does not load the graph", **told, do=_OTHER) from e
+                known = " ".join(f"{name} {number}" for name, number in versions(*RUNTIME).items())
+                self.lacking = f"{known} does not load opset {opset} ({told['found']})"
+        return self._worker.evaluate(str(path), values)
 
     def run(self, names: Sequence[str], leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The outputs for these inputs, on the CPU."""
@@ -93,6 +106,13 @@ def _unfolded(path: Path, error: Exception, places: Mapping[str, str]) -> str:
         if node.op_type in (lacking[1], *_UNFOLDED.get(lacking[1], ())):
             return places.get(node.name, "")
     return ""
+
+
+def _opset(path: Path) -> int:
+    import onnx
+
+    imports = onnx.load(path, load_external_data=False).opset_import
+    return next((i.version for i in imports if not i.domain), 0)
 
 
 def check_dtypes(tensors: Sequence[torch.Tensor]) -> None:

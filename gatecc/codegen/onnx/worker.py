@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 Arrays = list[Any]
+Ends = tuple[list[str], list[str]]  # names of inputs and outputs
 _ANY_OPSET = {"ALLOW_RELEASED_ONNX_OPSET_ONLY": "0"}  # ONNX Runtime reads it once: opset 27 is new to some
 _ROUNDS = 5  # at least
 
@@ -41,24 +42,24 @@ class Worker:
 
         onnx.checker.check_model(path, full_check=True)
 
-    def load(self, path: str, settings: Mapping[str, str], values: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+    def load(self, path: str, settings: Mapping[str, str], values: Sequence[str] = ()) -> Ends:
         """Load a file into ONNX Runtime with these entries of its configuration, and these values inside it as further
-        outputs. Returns the names of its inputs and outputs. Where there is no ONNX Runtime, ONNX's reference evaluator
-        takes its place."""
+        outputs. Returns the names of its inputs and outputs."""
+        import onnxruntime as ort
+
         if values:
             path = _with_outputs(path, values)
-        try:
-            import onnxruntime as ort
-        except ImportError:
-            self._session = Reference(path)
-            return self._session.ends
-
         options = ort.SessionOptions()
         options.log_severity_level = 4  # what fails raises
         for key, value in settings.items():
             options.add_session_config_entry(key, value)
         self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         return [i.name for i in self._session.get_inputs()], [o.name for o in self._session.get_outputs()]
+
+    def evaluate(self, path: str, values: Sequence[str] = ()) -> Ends:
+        """As ``load``, into ONNX's reference evaluator."""
+        self._session = Reference(_with_outputs(path, values) if values else path)
+        return self._session.ends
 
     def run(self, feeds: Mapping[str, Any]) -> Arrays:
         """The outputs of the file that was loaded."""
@@ -108,8 +109,11 @@ class Apart(Worker):
     def check(self, path: str) -> None:
         self._ask("check", path)
 
-    def load(self, path: str, settings: Mapping[str, str], values: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+    def load(self, path: str, settings: Mapping[str, str], values: Sequence[str] = ()) -> Ends:
         return self._ask("load", path, dict(settings), list(values))
+
+    def evaluate(self, path: str, values: Sequence[str] = ()) -> Ends:
+        return self._ask("evaluate", path, list(values))
 
     def run(self, feeds: Mapping[str, Any]) -> Arrays:
         return self._ask("run", dict(feeds))
