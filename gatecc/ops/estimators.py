@@ -11,7 +11,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from gatecc.codegen.onnx.lowering import GRADIENT, Lowering
 from gatecc.errors import ArgumentError
+from gatecc.ops.registry import Operator, register
 from gatecc.ops.transforms import derivatives, has_tangents, instead, refuse
 
 BASELINES = ("mean", "none", "leave_one_out", "min_variance")
@@ -120,6 +122,13 @@ reinforce_sample.register_autograd(_backward, setup_context=_setup)
 reinforce_backward.register_autograd(_no_derivative)
 instead(reinforce_sample, _sample_under_func)
 instead(reinforce_backward, _no_derivative)
+register(
+    Operator(
+        overload=torch.ops.gatecc.reinforce_sample.default,
+        onnx={"portable": Lowering(lambda logit, noise, *_: (noise < torch.sigmoid(logit)).to(logit.dtype))},
+    )
+)
+register(Operator(overload=torch.ops.gatecc.reinforce_backward.default, onnx={"portable": GRADIENT}))
 
 
 def write_reward(reward: Tensor, count: Tensor, state: Tensor, loss: Tensor, *, scale: float) -> None:
@@ -209,3 +218,9 @@ def _injected_once() -> NoReturn:
 
 inject_bce.register_autograd(_backward_bce, setup_context=_setup_bce)
 instead(inject_bce, _inject_under_func)
+register(
+    Operator(
+        overload=torch.ops.gatecc.inject_bce.default,
+        onnx={"portable": Lowering(lambda logit, label, weight: logit.clone())},
+    )
+)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gatecc.codegen.onnx.lowering import Lowering
 from gatecc.ops.registry import Operator, register
 from gatecc.ops.transforms import LIBRARY, UNDER_FUNC, below_autograd, has_tangents
 
@@ -85,6 +86,6 @@ torch.library.register_fake("gatecc::linear", _in_aten, lib=LIBRARY)
 _OPERATOR = torch.ops.gatecc.linear.default
 LIBRARY.impl("linear", _autograd, "Autograd", with_keyset=True)
 LIBRARY.impl("linear", _in_aten, UNDER_FUNC)
-register(Operator(overload=_OPERATOR, flops=_flops))
+register(Operator(overload=_OPERATOR, onnx={"portable": Lowering(_in_aten)}, flops=_flops))
 
 __all__ = ["ACTIVATIONS", "ROWS", "smallest"]

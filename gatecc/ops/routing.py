@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from gatecc.codegen.onnx.lowering import Lowering, without_form
+from gatecc.ops.registry import Operator, register
 from gatecc.ops.transforms import LIBRARY, UNDER_FUNC, derivatives, has_tangents, instead, refuse
 
 # -- add_loss ----------------------------------------------------------------------------------------------------------
@@ -79,6 +81,9 @@ def _under_func(x: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
 
 add_loss.register_autograd(_backward, setup_context=_setup)
 instead(add_loss, _under_func)
+register(
+    Operator(overload=torch.ops.gatecc.add_loss.default, onnx={"portable": Lowering(lambda x, loss, scale: x.clone())})
+)
 
 
 # -- record ------------------------------------------------------------------------------------------------------------
@@ -107,3 +112,5 @@ def _kept_out(*_: Any) -> None:
 
 
 LIBRARY.impl("gatecc::record", _kept_out, UNDER_FUNC)
+_KEPT = without_form("figures that are kept in a buffer", "export the model in eval mode, where a router keeps none")
+register(Operator(overload=torch.ops.gatecc.record.default, onnx={"portable": _KEPT}))

@@ -10,7 +10,7 @@ import io
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -40,7 +40,7 @@ from gatecc.codegen.onnx.lowering import Lowering
 from gatecc.codegen.onnx.marks import mark, marks
 from gatecc.codegen.onnx.opset import FREELY_LOADED, raise_opset, written_at
 from gatecc.codegen.onnx.padded import fold_padded_weights
-from gatecc.codegen.onnx.place import blame, place, reason
+from gatecc.codegen.onnx.place import blame, operator, place, reason
 from gatecc.codegen.onnx.scalars import scalars_as_tensors
 from gatecc.codegen.onnx.sigmoids import exact_sigmoids
 from gatecc.codegen.onnx.spelled import spell_out
@@ -49,6 +49,7 @@ from gatecc.codegen.onnx.stream import save
 from gatecc.codegen.onnx.tidy import tidy
 from gatecc.errors import CaptureError, ExportError
 from gatecc.ir.loops import free_lengths
+from gatecc.ir.ops import mutates
 from gatecc.ir.outcome import Outcome
 from gatecc.ir.program import Program
 
@@ -61,6 +62,7 @@ EXTERNAL = 3 * 2**29  # bytes of weights above which they get a file of their ow
 MODEL, DATA = "model.onnx", "model.onnx.data"
 _WHERE = "gatecc.inspect says which submodules can be captured; write data-dependent code with torch.where"
 _OTHER_OPERATOR = "write it with other operators, or select sites or gates without it"
+_OF_TORCH = ("aten.", "prim.", "prims.")
 
 
 Axes = Sequence[set[int]]  # of each input
@@ -266,9 +268,8 @@ def _too_long(where: str, seconds: float) -> CaptureError:
 
 def _prepare(program: ExportedProgram, lowerings: Mapping[Any, Lowering]) -> None:
     """Say what ONNX Runtime computes otherwise in a form that it computes right, in place. Raises ExportError."""
-    for node in program.graph.nodes:
-        if node.target in lowerings:
-            lowerings[node.target].check(node)
+    for node in _nodes(program):
+        _check_form(node, lowerings)
     for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
         node.target = torch.ops.aten.reshape.default  # a lowering may have changed the layout of what it reads
     exact_sigmoids(program)
@@ -290,6 +291,26 @@ def _decomposed(program: ExportedProgram, opset: int, lowerings: Mapping[Any, Lo
         return program
     except Exception as e:
         raise ExportError("an operator cannot be put in its ONNX form", **blame(e), do=_OTHER_OPERATOR) from e
+
+
+def _check_form(node: fx.Node, lowerings: Mapping[Any, Lowering]) -> None:
+    """Raise ExportError for a call that has no ONNX form."""
+    if node.target in lowerings:
+        lowerings[node.target].check(node)
+    elif mutates(node) and not operator(node).startswith(_OF_TORCH):
+        raise ExportError(
+            "this operator has no ONNX form",
+            where=place(node),
+            found="an operator of a library that writes to its inputs",
+            do="let it return a new tensor instead",
+        )
+
+
+def _nodes(program: ExportedProgram) -> Iterator[fx.Node]:
+    """All nodes of a program, those of its branches and loops too."""
+    for module in program.graph_module.modules():
+        if isinstance(module, fx.GraphModule):
+            yield from module.graph.nodes
 
 
 def _convert(program: ExportedProgram, call: Call, opset: int) -> ir.Model:

@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import fx
 
+from gatecc.codegen.onnx.place import place
+from gatecc.errors import ExportError
+
 
 @dataclass(frozen=True)
 class Lowering:
@@ -21,3 +24,15 @@ class Lowering:
     form: Callable[..., Any] | None
     check: Callable[[fx.Node], None] = lambda node: None
     fixed: Callable[[fx.Node], Iterable[Any]] = lambda node: ()
+
+
+def without_form(found: str, do: str) -> Lowering:
+    """For an operator that no graph holds: an export with it is refused, by its name, module and line."""
+
+    def check(node: fx.Node) -> None:
+        raise ExportError("this operator has no ONNX form", where=place(node), found=found, do=do)
+
+    return Lowering(None, check)
+
+
+GRADIENT = without_form("a gradient, or what is kept for one", "export the model; what trains it stays in torch")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from torch import fx
+from torch._ops import OpOverload
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _RAW = re.compile(r"\x1b\[[0-9;]*m")
@@ -23,9 +24,10 @@ def place(node: fx.Node) -> str:
 
 
 def operator(node: fx.Node) -> str:
-    """The name of what a node calls."""
-    schema = getattr(node.target, "_schema", None)
-    return schema.name.replace("::", ".") if schema is not None else getattr(node.target, "__name__", str(node.target))
+    """The name of what a node calls; of an operator that torch has wrapped (one that writes to its inputs) its own."""
+    target = node.args[0] if node.args and isinstance(node.args[0], OpOverload) else node.target
+    schema = getattr(target, "_schema", None)
+    return schema.name.replace("::", ".") if schema is not None else getattr(target, "__name__", str(target))
 
 
 def blame(error: BaseException) -> dict[str, str]:

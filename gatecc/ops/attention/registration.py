@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from gatecc.codegen.judge import family as judge
+from gatecc.codegen.onnx.lowering import GRADIENT
 from gatecc.ops.attention import cost
 from gatecc.ops.attention.kernels import KERNELS
 from gatecc.ops.attention.onnx import LOWERING
@@ -27,6 +28,6 @@ register(
         kernels=KERNELS,
     )
 )
-register(Operator(overload=_ops.attention_backward.default, flops=cost.backward))
+register(Operator(overload=_ops.attention_backward.default, onnx={"portable": GRADIENT}, flops=cost.backward))
 judge.register("gatecc.ops.attention.triton.judged")
 judge.register("gatecc.ops.attention.triton.judged_region")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from gatecc.codegen.judge import family as judge
+from gatecc.codegen.onnx.lowering import GRADIENT, without_form
 from gatecc.ir.ops import named
 from gatecc.ops.linear_attention import cost, gates
 from gatecc.ops.linear_attention.kernels import KERNELS
@@ -74,7 +75,10 @@ register(
         kernels=KERNELS,
     )
 )
-register(Operator(overload=_ops.linear_attention_backward.default, flops=cost.backward))
-register(Operator(overload=_ops.linear_attention_step.default, flops=cost.step))
+_IN_PLACE = without_form(
+    "a state that is written to", "call gatecc.ops.linear_attention.linear_attention, which returns the next state"
+)
+register(Operator(overload=_ops.linear_attention_backward.default, onnx={"portable": GRADIENT}, flops=cost.backward))
+register(Operator(overload=_ops.linear_attention_step.default, onnx={"portable": _IN_PLACE}, flops=cost.step))
 judge.register("gatecc.ops.linear_attention.triton.judged")
 judge.register("gatecc.ops.linear_attention.triton.judged_step")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from gatecc.codegen.judge import family as judge
+from gatecc.codegen.onnx.lowering import GRADIENT
 from gatecc.ops.moe_ffn import cost
 from gatecc.ops.moe_ffn.kernels import KERNELS
 from gatecc.ops.moe_ffn.onnx import LOWERING
@@ -22,6 +23,20 @@ register(
         kernels=KERNELS,
     )
 )
-register(Operator(overload=_ops.moe_ffn_training.default, flops=cost.forward, served=cost.served))
-register(Operator(overload=_ops.moe_ffn_backward.default, flops=cost.backward, served=cost.served_backward))
+register(
+    Operator(
+        overload=_ops.moe_ffn_training.default,
+        onnx={"portable": GRADIENT},
+        flops=cost.forward,
+        served=cost.served,
+    )
+)
+register(
+    Operator(
+        overload=_ops.moe_ffn_backward.default,
+        onnx={"portable": GRADIENT},
+        flops=cost.backward,
+        served=cost.served_backward,
+    )
+)
 judge.register("gatecc.ops.moe_ffn.triton.judged")

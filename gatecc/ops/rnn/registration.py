@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from gatecc.codegen.onnx.lowering import Lowering
+from gatecc.codegen.onnx.lowering import GRADIENT, Lowering
 from gatecc.ir.ops import named
 from gatecc.ops.registry import Carry, Operator, StepRule, Unfit, register
 from gatecc.ops.rnn.onnx import ONE_LAYER, layers
@@ -59,3 +59,4 @@ register(
         flops=_flops_of_one,
     )
 )
+register(Operator(overload=torch.ops.gatecc.rnn_backward.default, onnx={"portable": GRADIENT}))

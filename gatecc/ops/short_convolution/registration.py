@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from gatecc.codegen.onnx.lowering import Lowering
+from gatecc.codegen.onnx.lowering import GRADIENT
 from gatecc.ops.registry import Carry, Operator, StepRule, register
-from gatecc.ops.short_convolution import reference
 from gatecc.ops.short_convolution.kernels import KERNELS
+from gatecc.ops.short_convolution.onnx import FORMS
 
 
 def _flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
@@ -26,9 +26,9 @@ register(
     Operator(
         overload=_ops.short_convolution.default,
         step=StepRule(operand="x", axis=1, carries=(Carry("state", output=1),)),
-        onnx={"portable": Lowering(reference.forward)},
+        onnx=FORMS,
         flops=_flops,
         kernels=KERNELS,
     )
 )
-register(Operator(overload=_ops.short_convolution_backward.default, flops=_backward_flops))
+register(Operator(overload=_ops.short_convolution_backward.default, onnx={"portable": GRADIENT}, flops=_backward_flops))

@@ -1,4 +1,4 @@
-"""Weights: what is computed from weights alone (turned, joined, 1 + weight) is a weight itself.
+"""Weights: what is computed from weights alone (turned, taken apart, joined, 1 + weight) is a weight itself.
 
 torch.onnx folds small ones. Here no copy is made before the file is written: a tensor that is evaluated then takes the
 node's place.
@@ -28,9 +28,24 @@ def _joined(node: ir.Node) -> Compute:
     return lambda *parts: np.concatenate(parts, axis)
 
 
+def _apart(node: ir.Node) -> Compute:
+    """Parts of the sizes that are given, or of one size, the last one smaller."""
+    axis, count = node.attributes["axis"].as_int(), len(node.outputs)
+
+    def parts(x: Any, sizes: Any = None) -> Any:
+        one = -(-x.shape[axis] // count)
+        ends = [one * i for i in range(1, count)] if sizes is None else np.cumsum(sizes)[:-1]
+        return np.split(x, ends, axis)
+
+    return parts
+
+
 _FORMS: dict[str, Callable[[ir.Node], Compute]] = {
     "Transpose": _transposed,
     "Concat": _joined,
+    "Split": _apart,
+    "Squeeze": lambda node: lambda x, *axes: np.squeeze(x, *map(tuple, axes)),
+    "Unsqueeze": lambda node: lambda x, axes: np.expand_dims(x, tuple(axes)),
     "Add": lambda node: np.add,
     "Mul": lambda node: np.multiply,
     "Sub": lambda node: np.subtract,
@@ -38,17 +53,23 @@ _FORMS: dict[str, Callable[[ir.Node], Compute]] = {
     "Reshape": lambda node: lambda x, shape: x.reshape([x.shape[i] if s == 0 else s for i, s in enumerate(shape)]),
     "Identity": lambda node: lambda x: x,
 }
-_SAME_SIZE = frozenset(("Transpose", "Reshape", "Identity", "Neg"))
 
 
 def fold_weights(model: ir.Model) -> None:
-    """Put weights in the place of nodes that read weights alone."""
+    """Put weights in the place of nodes that read weights alone; equal nodes share theirs."""
+    made: dict[Any, list[ir.Value]] = {}
     for node in list(model.graph):
-        if node.domain or node.op_type not in _FORMS or len(node.outputs) != 1 or node.outputs[0].is_graph_output():
+        if node.domain or node.op_type not in _FORMS or any(value.is_graph_output() for value in node.outputs):
             continue
         held = [constant(v) for v in node.inputs]
-        if held and all(h is not None for h in held) and _is_worth(node, held):
-            _fold(model.graph, node, held)
+        if not held or any(h is None for h in held) or not _is_worth(node, held) or not _is_settled(node):
+            continue
+        key = (node.op_type, str(sorted(node.attributes.items(), key=str)), *map(id, node.inputs))
+        if key not in made:
+            made[key] = _folded(model.graph, node, held)
+        for out, known in zip(node.outputs, made[key], strict=True):
+            out.replace_all_uses_with(known)
+        model.graph.remove(node, safe=True)
 
 
 def constant(value: ir.Value | None) -> Any:
@@ -60,7 +81,7 @@ def constant(value: ir.Value | None) -> Any:
 
 def _is_worth(node: ir.Node, held: Sequence[Any]) -> bool:
     """Whether the file does not grow: a weight that others read as it is stays, and is turned when the graph runs."""
-    if node.op_type not in ("Transpose", "Concat"):
+    if node.op_type not in ("Transpose", "Concat", "Split"):
         return True
     sources = [v for v in node.inputs if v is not None]
     alone = all(len(_readers(v)) == 1 or v.const_value is None or v.const_value.nbytes < 4096 for v in sources)
@@ -72,25 +93,34 @@ def _readers(value: ir.Value) -> set[Any]:
     return {(n.op_type, str(sorted(n.attributes.items(), key=str)), i) for n, i in value.uses()}
 
 
-def _fold(graph: ir.Graph, node: ir.Node, held: Sequence[Any]) -> None:
+def _is_settled(node: ir.Node) -> bool:
+    """Whether dtype and sizes of its results are known."""
+    sizes = [None if v.dtype is None or v.shape is None else list(v.shape) for v in node.outputs]
+    return all(s is not None and all(isinstance(d, int) for d in s) for s in sizes)
+
+
+def _folded(graph: ir.Graph, node: ir.Node, held: Sequence[Any]) -> list[ir.Value]:
+    """New initializers, which are computed when the file is written."""
+    compute, name = _FORMS[node.op_type](node), _named(graph, node)
+    if len(node.outputs) == 1:
+        return [_initializer(graph, name, node.outputs[0], lambda: compute(*(h.numpy() for h in held)))]
+
+    def part(number: int) -> Callable[[], Any]:
+        return lambda: compute(*(h.numpy() for h in held))[number]
+
+    return [_initializer(graph, f"{name}.{i}", out, part(i)) for i, out in enumerate(node.outputs)]
+
+
+def _initializer(graph: ir.Graph, name: str, out: ir.Value, compute: Callable[[], Any]) -> ir.Value:
     import onnx_ir as ir
 
-    out, compute = node.outputs[0], _FORMS[node.op_type](node)
-    if out.dtype is None or out.shape is None or not all(isinstance(d, int) for d in out.shape):
-        return
-    name = _named(graph, node)
-    known = graph.initializers.get(name)
-    if known is None:
-
-        def evaluate() -> Any:
-            return ir.Tensor(compute(*(h.numpy() for h in held)), name=name)
-
-        shape = ir.Shape([int(d) for d in out.shape])  # pyright: ignore[reportArgumentType]
-        tensor = ir.LazyTensor(evaluate, dtype=out.dtype, shape=shape, name=name)
-        known = ir.Value(name=name, const_value=tensor, shape=shape, type=ir.TensorType(out.dtype))
-        graph.initializers.add(known)
-    out.replace_all_uses_with(known)
-    graph.remove(node, safe=True)
+    assert out.dtype is not None
+    assert out.shape is not None
+    shape = ir.Shape([int(d) for d in out.shape])  # pyright: ignore[reportArgumentType]
+    tensor = ir.LazyTensor(lambda: ir.Tensor(compute(), name=name), dtype=out.dtype, shape=shape, name=name)
+    known = ir.Value(name=name, const_value=tensor, shape=shape, type=ir.TensorType(out.dtype))
+    graph.initializers.add(known)
+    return known
 
 
 def _named(graph: ir.Graph, node: ir.Node) -> str:
@@ -101,7 +131,6 @@ def _named(graph: ir.Graph, node: ir.Node) -> str:
     if perm is not None and list(perm.as_ints()) != [1, 0]:
         suffix += "".join(map(str, perm.as_ints()))
     name = f"{first}.{suffix}"
-    if node.op_type != "Transpose":
-        while name in graph.initializers:
-            name += "_"
+    while any(known == name or known.startswith(f"{name}.") for known in graph.initializers):
+        name += "_"
     return name
