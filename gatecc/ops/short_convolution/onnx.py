@@ -1,4 +1,4 @@
-"""``gatecc::short_convolution`` in ONNX: one node that carries its state, or a convolution of what stands before x and x.
+"""``gatecc::short_convolution`` in ONNX: one node that carries its state, or a convolution of the state and x joined.
 
 ONNX Runtime's node is the slower one at hundreds of tokens (see `gatecc.codegen.onnx.lower.short_convolution`), and is
 written where a state is given.
