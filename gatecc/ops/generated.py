@@ -15,7 +15,8 @@ POINTWISE = NAMES
 
 
 def generated(function: Callable[..., Any], example: Sequence[Tensor], notes: Sequence[str]) -> OpOverload | str:
-    """The operator that computes what a function of tensors does, or why there is none.
+    """The operator that computes what a function of tensors does, or why there is none: it cannot be printed, or two
+    kernels take less for so many rows as the example has, by a static model.
 
     ``example``: tensors of these sizes and dtypes, fake ones will do; ``notes`` stand in its file.
     """
@@ -23,7 +24,7 @@ def generated(function: Callable[..., Any], example: Sequence[Tensor], notes: Se
     from gatecc.codegen.regions.region import RefusedError
 
     try:
-        module = build(function, example, notes).module
+        module = build(function, example, notes, slower=False).module
     except RefusedError as reason:
         return str(reason)
     except ImportError as error:

@@ -59,6 +59,8 @@ class Family:
     reference: the same in ATen, in any dtype.
     dtypes: those that the kernels are for.
     sizes: by name, what launches the kernels on tensors without data for inputs of a dtype: what is compiled.
+    cancelled: of a call in float64, by name: for results that are sums of which little may be left, the sum of their
+        terms' sizes over the size of their sum. So many epsilons they may err.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Family:
     sizes: Mapping[str, Callable[[torch.dtype], object]]
     exemptions: tuple[Exemption, ...] = ()
     dtypes: tuple[str, ...] = tuple(DTYPES)
+    cancelled: Callable[[dict[str, Any]], Mapping[str, float]] = lambda given: {}
 
     def module(self) -> ModuleType:
         """The launcher; imports Triton."""

@@ -44,7 +44,8 @@ def judge_numbers(family: Family, case: str, dtype: str) -> Numbers:
     """Run a case.
 
     A kernel may err by twice what ATen in the same dtype does plus the dtype's epsilon, both against float64, relative
-    to the largest entry of a value. It must write what it was given, once, and move bytes within its budget.
+    to the largest entry of a value; a sum of which little is left by more epsilons (see Family.cancelled). It must
+    write what it was given, once, and move bytes within its budget.
     """
     torch.manual_seed(0)
     given = family.cases[case]()
@@ -70,13 +71,14 @@ def compared(
     family: Family, case: str, dtype: str, narrow: dict[str, Any], found: dict[str, Tensor]
 ) -> tuple[list[Error], tuple[str, ...]]:
     """The errors of what kernels made of the call ``narrow``; and why they may be larger than is usual, if they are."""
-    eager = family.reference(narrow)
-    truth = family.reference(in_dtype(narrow, torch.float64))
+    exact = in_dtype(narrow, torch.float64)
+    eager, truth, cancelled = family.reference(narrow), family.reference(exact), family.cancelled(exact)
     pairs = [(name, relative(found[name], truth[name]), relative(eager[name], truth[name])) for name in truth]
 
     def held(epsilons: float) -> list[Error]:
-        eps = torch.finfo(DTYPES[dtype]).eps * epsilons
-        return [Error(name, ours, theirs, SLACK * theirs + eps) for name, ours, theirs in pairs]
+        eps = torch.finfo(DTYPES[dtype]).eps
+        more = {name: eps * max(epsilons, cancelled.get(name, 1.0)) for name in truth}
+        return [Error(name, ours, theirs, SLACK * theirs + more[name]) for name, ours, theirs in pairs]
 
     granted = family.exemption(case, "error", dtype)
     if granted is None:

@@ -7,12 +7,13 @@ GPU has confirmed its order.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
-from gatecc.codegen.triton.configs import config, width
+from gatecc.codegen.triton.configs import config, family, width
 from gatecc.codegen.triton.parts import PARTS, Part
 from gatecc.codegen.triton.sizes import block_of, cdiv
 
@@ -59,7 +60,8 @@ class Products:
     tiles: values over rows and columns that are held at once behind the loop; whole: a program must have all columns;
     passes: how often it reads its rows before. ``first`` products of ``middle`` columns are summed in the same loop,
     for ``last`` ones of (rows, middle) by (middle, columns). ``lefts``: how many different left operands there are;
-    ``before``: values that are held at once where the operands of a block are computed, of a sum over rows.
+    ``reads``: how many tensors these are computed from; ``before``: values that are held at once where the operands of
+    a block are computed, of a sum over rows; ``split``: what is summed is cut into parts, for programs of their own.
     """
 
     columns: int
@@ -73,7 +75,9 @@ class Products:
     middle: int = 0
     last: int = 0
     lefts: int = 1
+    reads: int = 1
     before: int = 0
+    split: bool = False
 
     @property
     def held(self) -> int:
@@ -86,35 +90,59 @@ def product_blocks(p: Products, rows: int = MANY) -> dict[str, list[tuple[int, B
     return {make: [(most, best(make, min(most, rows), p)[1]) for most in _ROWS] for make in MAKES}
 
 
-def loses(p: Products) -> str | None:
-    """Why products that follow each other are no one kernel: where it takes longer than one after the other."""
-    if not p.first:
+def too_wide(p: Products) -> str | None:
+    """Why a program cannot hold the first of products that follow each other."""
+    if p.middle <= WIDEST_MIDDLE:
         return None
-    if p.middle > WIDEST_MIDDLE:
-        again = cdiv(p.columns, 128)
-        return (
-            f"products that follow each other over {p.middle} columns: a program holds {WIDEST_MIDDLE}, and computes "
-            f"the first anew for each of {again} blocks of columns; one after the other they are computed once"
-        )
-    one = replace(p, count=p.first, columns=p.middle, first=0, last=0, tiles=p.first + 1, whole=False)
-    two = replace(p, count=p.count + p.last, inner=p.middle, first=0, last=0, passes=0)
-    slower = list[str]()
-    for make, name in MAKES.items():
-        for rows in (_ROWS[0], MANY):
-            together = best(make, rows, p)[0][0]
-            apart = best(make, rows, one)[0][0] + best(make, rows, two)[0][0] + LAUNCH
-            apart += 0 if not p.count else _beside(make, rows, p)
-            if together > apart:
-                slower.append(f"{1e6 * together:.1f} us and not {1e6 * apart:.1f} on {name} with {rows} rows")
-    if len(slower) == 2 * len(MAKES):
-        return f"products that follow each other take longer in one kernel, by its model: {', '.join(slower)}"
+    again = cdiv(p.columns, 128)
+    return (
+        f"products that follow each other over {p.middle} columns: a program holds {WIDEST_MIDDLE}, and computes "
+        f"the first anew for each of {again} blocks of columns; one after the other they are computed once"
+    )
+
+
+def loses(p: Products, rows: int) -> str | None:
+    """Why a region of so many rows is better cut in two, on this machine's make of GPU: where one kernel takes longer
+    than one after the other, by the model."""
+    make = family()
+    together = best(make, rows, p)[0][0]
+    for what, apart in _cut(make, rows, p):
+        if together > apart + LAUNCH:
+            return (
+                f"{what} and the product take longer in one kernel than one after the other, by its model: "
+                f"{1e6 * together:.1f} us and not {1e6 * (apart + LAUNCH):.1f} on {MAKES[make]} with {rows} rows"
+            )
     return None
+
+
+def _cut(make: str, rows: int, p: Products) -> Iterator[tuple[str, float]]:
+    """Each way to cut a region in two: what is computed by itself, and what both take without the second's launch."""
+    bandwidth = PARTS[MAKES[make]].bandwidth
+    if p.first:
+        one = replace(p, count=p.first, columns=p.middle, first=0, last=0, tiles=p.first + 1, whole=False)
+        two = replace(p, count=p.count + p.last, inner=p.middle, first=0, last=0, passes=0, lefts=1, reads=1)
+        beside = _beside(make, rows, p) if p.count else 0.0
+        yield "a product that it reads", best(make, rows, one)[0][0] + best(make, rows, two)[0][0] + beside
+    if p.passes or p.reads > p.lefts:
+        plain = best(make, rows, replace(p, passes=0, reads=p.lefts))[0][0]
+        moved = rows * p.inner * p.dtype.itemsize * (p.reads + p.lefts)
+        yield "what is before it", plain + moved / bandwidth
+    if p.whole:
+        plain = best(make, rows, replace(p, whole=False, tiles=p.count + p.last))[0][0]
+        yield "a reduction of its rows", plain + 2 * rows * p.columns * p.dtype.itemsize / bandwidth
 
 
 def _beside(make: str, rows: int, p: Products) -> float:
     """What products beside a chain take longer if they are summed over ``inner`` and not over ``middle``."""
     own = replace(p, first=0, last=0)
     return best(make, rows, own)[0][0] - best(make, rows, replace(own, inner=p.middle))[0][0]
+
+
+def parts(make: str, count: int, block: int, programs: int) -> int:
+    """Into how many parts ``count`` rows are cut that are summed over in so many at once, so that a GPU has work beside
+    ``programs`` that share no sum: none of less than four blocks."""
+    wanted = max(1, config(_PACKAGE, "over_rows", make=make)["programs"] // max(1, programs))
+    return min(wanted, cdiv(count, 4 * block))
 
 
 def best(make: str, rows: int, p: Products) -> tuple[tuple[float, float], Blocks]:
@@ -133,12 +161,14 @@ def best(make: str, rows: int, p: Products) -> tuple[tuple[float, float], Blocks
             c = c._replace(inner=c.inner // 2)
         c = c._replace(warps=max(1, min(c.warps, _accesses(c, p) // _LANES[make])))
         each = _computed(c, p) / (_LANES[make] * c.warps)
-        found.append(((float("inf"), each) if each > COMPUTED else seconds(c, part, rows, p), c))
+        cut = parts(make, p.inner, c.inner, cdiv(rows, c.rows) * cdiv(p.columns, c.cols)) if p.split else 1
+        found.append(((float("inf"), each) if each > COMPUTED else seconds(c, part, rows, p, cut), c))
     return min(found)
 
 
-def seconds(c: Blocks, part: Part, rows: int, p: Products) -> tuple[float, float]:
-    """An estimate of a product's time on a part, and of it without memory; infinite for what does not fit."""
+def seconds(c: Blocks, part: Part, rows: int, p: Products, cut: int = 1) -> tuple[float, float]:
+    """An estimate of a product's time on a part, and of it without memory; infinite for what does not fit. ``cut``:
+    into so many parts is cut what is summed; they are written in float32, read and added up."""
     itemsize, threads = p.dtype.itemsize, 32 * c.warps
     across = p.count * c.cols + p.held
     shared = max((c.rows * p.lefts + across) * c.inner * c.stages, p.last * p.held * c.cols) * itemsize
@@ -150,17 +180,19 @@ def seconds(c: Blocks, part: Part, rows: int, p: Products) -> tuple[float, float
     if shared > part.shared or max(held, behind) / threads > 128:
         return float("inf"), behind / threads
     at_once = max(1, min(part.shared // (shared + 1024), _REGISTERS // max(1, 2 * held), 2048 // threads))
-    programs = cdiv(rows, c.rows) * cdiv(p.columns, c.cols)
+    programs, inner = cdiv(rows, c.rows) * cdiv(p.columns, c.cols) * cut, cdiv(p.inner, cut)
+    at_once = min(at_once, cdiv(programs, part.units))  # few programs share no multiprocessor
     waves = cdiv(programs, part.units * at_once)
     small = min(1.0, c.rows * c.cols / (128 * 128)) ** 0.35 * min(1.0, at_once * c.warps / 8)
-    multiplied = across * p.inner + p.last * p.held * c.cols
+    multiplied = across * inner + p.last * p.held * c.cols
     flops = 2 * c.rows * multiplied * at_once / (part.rate(p.dtype) / part.units * small)
-    read = (c.rows * (p.lefts + p.passes) + across) * p.inner + p.last * p.held * c.cols
+    read = (c.rows * (p.reads + p.passes) + across) * inner + p.last * p.held * c.cols
     fed = read * itemsize * at_once / (2 * part.bandwidth / part.units)
     weights = p.inner * (p.count * p.columns + p.first * p.middle) + p.last * p.middle * p.columns
-    least = (rows * p.inner * p.lefts + weights + rows * p.columns) * itemsize / part.bandwidth
+    least = (rows * p.inner * p.reads + weights + rows * p.columns) * itemsize / part.bandwidth
     busy = waves * max(flops, fed)
-    return max(busy, least), busy
+    added = 8 * cut * rows * p.columns / part.bandwidth + LAUNCH if cut > 1 else 0.0
+    return max(busy, least) + added, busy
 
 
 def _computed(c: Blocks, p: Products) -> int:

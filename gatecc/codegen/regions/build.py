@@ -14,7 +14,8 @@ from torch import Tensor
 from gatecc.codegen.c.build import folder
 from gatecc.codegen.regions.derivative import gradient_of
 from gatecc.codegen.regions.file import Derivative, Page, print_page, print_steps
-from gatecc.codegen.regions.region import region_of
+from gatecc.codegen.regions.part import print_kernel
+from gatecc.codegen.regions.region import RefusedError, region_of
 from gatecc.codegen.regions.steps import steps_of
 from gatecc.errors import ArgumentError
 from gatecc.ir.files import write_atomic
@@ -32,16 +33,24 @@ class Built(NamedTuple):
 
 
 def build(
-    function: Callable[..., Any], example: Sequence[Tensor], notes: Sequence[str] = (), *, gradient: bool = True
+    function: Callable[..., Any],
+    example: Sequence[Tensor],
+    notes: Sequence[str] = (),
+    *,
+    gradient: bool = True,
+    slower: bool = True,
 ) -> Built:
     """The file of what a function of tensors computes.
 
     ``example``: tensors of the shapes and dtypes that it will be given, fake ones will do; rows may become more or
     fewer, columns not. ``notes`` stand in the header. With ``gradient`` the operator can be differentiated: by kernels,
-    and in ATen what has none. Raises RefusedError with a reason.
+    and in ATen what has none. Raises RefusedError with a reason; if it must not be ``slower``, also where the model
+    finds that two kernels take less for so many rows as the example has.
     """
     region = region_of(function, example, notes)
-    print_page(region)  # what has no kernel needs no gradient
+    reason = print_kernel(region).slower  # and what has no kernel needs no gradient
+    if reason and not slower:
+        raise RefusedError(reason)
     if not gradient:
         return Built(load(write(print_page(region))), tuple(example))
     whole, there = gradient_of(region)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -131,8 +132,20 @@ def gradient_family(
         given = example(rows, **options)
         return [*given, *(torch.randn_like(x) for x in _named(function(*given)).values())]
 
+    def cancelled(given: dict[str, Any]) -> dict[str, float]:
+        """Of the gradients of inputs that are one number: these are sums over all rows and columns."""
+        inputs, grads = list(given.values())[: len(built.example)], list(given.values())[len(built.example) :]
+        found, place = dict[str, float](), 0
+        for i, x in enumerate(inputs):
+            if x.numel() == 1 and x.is_floating_point():
+                spread = [*inputs[:i], x.expand(grads[0].shape), *inputs[i + 1 :]]
+                terms = gradients(*(y.contiguous() for y in spread), *grads)[place]
+                found[f"y{place}"] = float(terms.abs().sum() / terms.sum().abs())
+            place += x.is_floating_point()
+        return found
+
     gradient = Built(built.gradient, built.example)  # pyright: ignore[reportArgumentType]
-    return family_of(f"{name}, gradient", gradient, gradients, with_grads)
+    return replace(family_of(f"{name}, gradient", gradient, gradients, with_grads), cancelled=cancelled)
 
 
 def families() -> tuple[Family, ...]:

@@ -7,13 +7,14 @@ product of few columns may be read by another one (a gate of low rank): a progra
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import fx
 
 from gatecc.codegen.regions.alive import most_alive
-from gatecc.codegen.regions.blocks import Products, loses, product_blocks
+from gatecc.codegen.regions.blocks import Products, loses, product_blocks, too_wide
 from gatecc.codegen.regions.body import Body, Space, Value, counts
 from gatecc.codegen.regions.chain import chain_of, is_transposed, left_of, operand
 from gatecc.codegen.regions.reduced import print_reduced
@@ -89,14 +90,16 @@ def print_matmul(region: Region) -> Printed:
         middle,
         len(chain.last),
         len(lefts),
+        max(len(lefts), sum(n.op == "placeholder" and v.kind == "tile" for n, v in before.values.items())),
     )
-    if reason := loses(shape_of):
+    if reason := too_wide(shape_of):
         raise RefusedError(reason)
     strides = ", ".join(f"{w.name}.stride({axis})" for w in dict.fromkeys(weights) for axis in _axes(region, w))
     grid = f"(cdiv(count, blocks.rows) * cdiv({N}, blocks.cols),)"
     constants = f", BLOCK_INNER=blocks.inner, PRECISION=precision({lefts[0].meta['val'].dtype})"
     sizes = counts(region, text.splitlines())
-    return Printed(text, product_blocks(shape_of), grid, constants, f", {strides}", counts=sizes)
+    slower = loses(shape_of, math.prod(region.rows))
+    return Printed(text, product_blocks(shape_of), grid, constants, f", {strides}", counts=sizes, slower=slower)
 
 
 def _text(region: Region, weights: list[fx.Node], lines: list[str]) -> str:

@@ -133,7 +133,7 @@ def _product(region: Region) -> Printed:
     blocks = {
         make: [(0, choices[-1][1])]
         for make, choices in product_blocks(
-            Products(N, MANY, 1, 1, dtype(left), whole=False, before=before), rows=M
+            Products(N, MANY, 1, 1, dtype(left), whole=False, before=before, split=True), rows=M
         ).items()
     }
     sizes = {"arguments": _arguments(region), "counts": counts(region, loop)}

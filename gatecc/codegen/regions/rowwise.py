@@ -15,7 +15,8 @@ class Printed:
     """A kernel's text, its blocks by make of GPU and number of rows, and what its launcher says besides.
 
     ``fresh``: the lines that make room for results, where that is no tensor of each result's shape; ``finish``: those
-    that make results of what the kernel wrote. ``counts``: the sizes that it is given, see body.counts.
+    that make results of what the kernel wrote. ``counts``: the sizes that it is given, see body.counts. ``slower``:
+    why it is better cut in two, by the model; None if it is not.
     """
 
     kernel: str
@@ -26,6 +27,7 @@ class Printed:
     fresh: tuple[str, ...] = ()
     finish: tuple[str, ...] = ()
     counts: str = "count"
+    slower: str | None = None
 
 
 HEAD = """@triton.jit

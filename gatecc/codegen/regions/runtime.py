@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from gatecc.codegen.regions.blocks import Blocks
-from gatecc.codegen.triton.configs import config, family
+from gatecc.codegen.regions.blocks import Blocks, parts
+from gatecc.codegen.triton.configs import family
 from gatecc.codegen.triton.sizes import cdiv
 
 __all__ = ["Blocks", "cdiv", "choose", "parts_of", "precision"]
+_UNKNOWN = 1 << 30  # rows, where a compiler hands in a symbol
 
 
 def choose(blocks: dict[str, list[tuple[int, Blocks]]], count: int | torch.SymInt) -> Blocks:
@@ -21,8 +22,7 @@ def choose(blocks: dict[str, list[tuple[int, Blocks]]], count: int | torch.SymIn
 
 def parts_of(count: int | torch.SymInt, block: int, programs: int) -> int:
     """Into how many parts rows are cut that are summed over, so that a GPU has work: none of less than four blocks."""
-    wanted = max(1, config("gatecc.codegen.regions", "over_rows")["programs"] // max(1, programs))
-    return min(wanted, cdiv(count, 4 * block)) if isinstance(count, int) else wanted
+    return parts(family(), count if isinstance(count, int) else _UNKNOWN, block, programs)
 
 
 def precision(dtype: torch.dtype) -> str:

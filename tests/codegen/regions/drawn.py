@@ -92,9 +92,8 @@ class Drawn:
 
     @property
     def smooth(self) -> bool:
-        """Whether its gradient has no jumps, beside which two computations may fall to different sides, and none is one
-        number, a sum over everything of which little may be left."""
-        return (1,) not in self.shapes and all(
+        """Whether its gradient has no jumps, beside which two computations may fall to different sides."""
+        return all(
             kind == "product" or rest[0] in (CONTINUOUS if kind == "unary" else set(BINARY) - {"max", "where", "div"})
             for kind, *rest in self.steps
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from gatecc.codegen.judge.family import DTYPES
 from gatecc.codegen.judge.interpreted import interpreting
 from gatecc.codegen.judge.numbers import judge_numbers
 from gatecc.codegen.regions import judged
+from gatecc.codegen.regions.blocks import LAUNCH, MANY, Products, best
 from gatecc.codegen.regions.build import build, load
-from gatecc.codegen.regions.region import RefusedError
+from gatecc.codegen.regions.part import print_kernel
+from gatecc.codegen.regions.region import RefusedError, region_of
 from gatecc.errors import ArgumentError
 from tests.codegen.regions.drawn import Drawn, drawn
 
@@ -187,6 +190,58 @@ def test_gradients_of_weights_are_kernels_that_sum_over_parts_of_the_rows() -> N
     for ours, wanted in zip(found, exact, strict=True):
         torch.testing.assert_close(ours.double(), wanted, atol=1e-5, rtol=1e-5)
     assert (findings.outside, findings.raced) == ([], [])
+
+
+def test_a_gradient_of_one_number_is_judged_by_the_terms_of_its_sum() -> None:
+    def function(x: Tensor, s: Tensor) -> Tensor:
+        return torch.tanh(x) * s
+
+    def example(rows: int, **options: Any) -> list[Tensor]:
+        return [torch.randn(rows, 24, **options), torch.randn(1, **options)]
+
+    built = build(function, example(37))
+    family = judged.gradient_family("one number", built, function, example)
+    torch.manual_seed(0)
+    x, _, grad = (given := family.cases["37 rows"]()).values()
+    terms = x.tanh() * grad
+    (found,) = (cancelled := family.cancelled(given)).values()
+    assert list(cancelled) == ["y1"]
+    assert found == pytest.approx(float(terms.abs().sum() / terms.sum().abs()))
+    assert judge_numbers(family, "37 rows", "fp32").faults == ()
+
+    def off(given: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: y * (1 + 4 * torch.finfo().eps * found) for name, y in family.run(given).items()}
+
+    assert any("y1 errs" in fault for fault in judge_numbers(replace(family, run=off), "37 rows", "fp32").faults)
+
+
+def test_sums_over_rows_are_priced_in_parts() -> None:
+    """A weight's gradient of few columns keeps a GPU busy if its rows are cut; its parts are added up behind."""
+    whole = Products(64, MANY, 1, 1, torch.bfloat16, whole=False)
+    one, parts = (best("nvidia", 64, replace(whole, split=split))[0][0] for split in (False, True))
+    assert LAUNCH < parts < one / 2
+
+
+def test_what_two_kernels_do_sooner_is_refused() -> None:
+    """A norm in front of a product, a gate of low rank: one kernel for few rows, two for many, by the model."""
+
+    def normed(x: Tensor, w: Tensor) -> Tensor:
+        return F.rms_norm(x, (1024,)) @ w
+
+    def gate(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return torch.sigmoid(x @ a @ b)
+
+    for function, weights, word in (
+        (normed, ((1024, 4096),), "what is before it"),
+        (gate, ((1024, 16), (16, 4096)), "a product that it reads"),
+    ):
+        for rows, refused in ((16, False), (4096, True)):
+            given = [torch.empty(s, dtype=torch.bfloat16, device="meta") for s in ((rows, 1024), *weights)]
+            region = region_of(function, given)
+            assert (word in str(print_kernel(region).slower)) is refused
+            if refused:
+                with pytest.raises(RefusedError, match=word):
+                    build(function, given, slower=False)
 
 
 def test_functions_that_triton_lacks_hold_at_every_size() -> None:
