@@ -8,10 +8,16 @@ from typing import Any
 from torch import Tensor
 from torch._ops import OpOverload
 
+from gatecc.codegen.regions.blocks import WIDEST_MIDDLE
 from gatecc.codegen.regions.expressions import NAMES
+from gatecc.codegen.regions.region import CASTS, WIDEST_PRODUCT
 
 POINTWISE = NAMES
 """The names of the pointwise operators that such a part may have."""
+REDUCED = ("sum", "mean", "amax", "amin", "var")
+"""Those of reductions of rows, which keep their axis."""
+ROWWISE = ("layer_norm", "rms_norm", "softmax", "log_softmax")
+"""Those of operators that are made of both."""
 
 
 def generated(function: Callable[..., Any], example: Sequence[Tensor], notes: Sequence[str]) -> OpOverload | str:
@@ -30,3 +36,6 @@ def generated(function: Callable[..., Any], example: Sequence[Tensor], notes: Se
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
     return module.operator._opoverload
+
+
+__all__ = ["CASTS", "POINTWISE", "REDUCED", "ROWWISE", "WIDEST_MIDDLE", "WIDEST_PRODUCT", "generated"]

@@ -196,8 +196,9 @@ def seconds(c: Blocks, part: Part, rows: int, p: Products, cut: int = 1) -> tupl
 
 
 def _computed(c: Blocks, p: Products) -> int:
-    """How many values are held at once where the operands of a block are computed."""
-    return p.before * c.inner * max(c.rows, c.cols)
+    """How many values are held at once where the operands of a block are computed; those of a sum over rows lie in
+    registers, both, before they are multiplied."""
+    return c.inner * max(p.before * max(c.rows, c.cols), (c.rows + c.cols) * p.split)
 
 
 def _accesses(c: Blocks, p: Products) -> int:
