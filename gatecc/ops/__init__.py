@@ -5,6 +5,7 @@ from gatecc.ops import (
     cached_attention,
     estimators,
     grouped,
+    kept_graphs,
     linear,
     linear_attention,
     moe_ffn,
@@ -14,6 +15,8 @@ from gatecc.ops import (
     sequences,
     short_convolution,
 )
+
+kept_graphs.tell()
 
 __all__ = [
     "attention",

@@ -54,11 +54,6 @@ class Arguments(NamedTuple):
         sequences = self.q.size(0) if self.cu_seqlens is None else self.cu_seqlens.size(0) - 1
         return sequences, self.q.size(1), self.q.size(3), self.v.size(3) + int(self.normalize)
 
-    @property
-    def output_shape(self) -> tuple[int, int, int, int]:
-        """(B, H, N, Dv)."""
-        return self.q.size(0), self.q.size(1), self.q.size(2), self.v.size(3)
-
 
 def arguments(
     q: Tensor,

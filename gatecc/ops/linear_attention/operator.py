@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gatecc.ops.linear_attention import differentiable, kernels
 from gatecc.ops.linear_attention.arguments import read
+from gatecc.ops.linear_attention.layout import laid, room
 from gatecc.ops.linear_attention.problem import finish, finish_backward, prepare, prepare_backward
 from gatecc.ops.transforms import LIBRARY, UNDER_FUNC, autocast, below_autograd, learn
 
@@ -28,30 +29,34 @@ LIBRARY.define(
 def _forward(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
     a = read(tensors, options)
     o, state = kernels.forward(prepare(a))
-    return finish(a, o), state
+    return laid(finish(a, o), a.q), state
 
 
 def _fake(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
     a = read(tensors, options)
-    return a.q.new_empty(a.output_shape), a.q.new_empty(a.state_shape, dtype=a.state_dtype)
+    return room(a.q, a.v.size(3)), a.q.new_empty(a.state_shape, dtype=a.state_dtype)
 
 
 def _backward(grad_o: Tensor, grad_state: Tensor, *tensors: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
-    """Gradients of the first six inputs; an empty tensor for one that was not given."""
+    """Gradients of the first six inputs, each lying as its input does; an empty tensor for one that was not given."""
     a = read(tensors, options)
     problem = prepare(a)
     o = kernels.forward(problem)[0].to(a.state_dtype) if a.normalize else None
     grads = prepare_backward(a, kernels.backward(problem, finish_backward(a, o, grad_o), grad_state))
     # Shaped as they came: beta may have done without its last axis.
     return tuple(
-        a.q.new_empty(0) if g is None or x is None else g.contiguous().view(x.shape)
+        a.q.new_empty(0) if g is None or x is None else laid(g, x) if x.dim() == 4 else g.contiguous().view(x.shape)
         for g, x in zip(grads, tensors, strict=False)
     ) + tuple(a.q.new_empty(0) for _ in grads[len(tensors) :])
 
 
 def _fake_backward(grad_o: Tensor, grad_state: Tensor, *tensors: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
     six = (*tensors, *[None] * (6 - len(tensors)))[:6]
-    return tuple(grad_o.new_empty(0) if x is None else x.new_empty(x.shape) for x in six)
+    return tuple(grad_o.new_empty(0) if x is None else _new_gradient(x) for x in six)
+
+
+def _new_gradient(x: Tensor) -> Tensor:
+    return room(x, x.size(3)) if x.dim() == 4 else x.new_empty(x.shape)
 
 
 class _Differentiable(torch.autograd.Function):

@@ -48,6 +48,11 @@ def double(given: dict[str, Any]) -> dict[str, Any]:
     return {name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in given.items()}
 
 
+def tokens_first(given: dict[str, Any]) -> dict[str, Any]:
+    """The same where the heads of a token lie together, as views of (B, N, H, D)."""
+    return {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in given.items()}
+
+
 def leaves(given: dict[str, Any]) -> dict[str, Any]:
     """The same, with a gradient for every floating-point tensor."""
     return {

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gatecc.errors import ArgumentError
 from gatecc.ops.linear_attention import bidirectional, linear_attention
-from tests.ops.linear_attention.cases import RULES, double, leaves, operands, relative
+from tests.ops.linear_attention.cases import RULES, double, leaves, operands, relative, tokens_first
 
 
 def by_hand(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -42,7 +42,8 @@ def test_the_definition(rule: str) -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_registration(rule: str) -> None:
-    given = leaves(operands(rule, N=5, Dk=4, Dv=3))
+    given = operands(rule, N=5, Dk=4, Dv=3)
+    given = leaves(given if rule in ("gated", "delta") else tokens_first(given))
     state = torch.randn(1, 2, 4, 3, requires_grad=True)
     torch.library.opcheck(torch.ops.gatecc.linear_attention.default, (), {**given, "initial_state": state})
 

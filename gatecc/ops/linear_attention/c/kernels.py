@@ -19,6 +19,7 @@ from gatecc.codegen.c.source import amalgamated
 from gatecc.ops.linear_attention import kernels
 from gatecc.ops.linear_attention.c.split import outermost, parts_of, split, split_gradient
 from gatecc.ops.linear_attention.kernels import Step
+from gatecc.ops.linear_attention.layout import room
 from gatecc.ops.linear_attention.problem import Gradients, Problem
 
 HEADERS = Path(__file__).parent / "headers"
@@ -26,8 +27,9 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LARGEST = 512  # channels of a head; beyond it the scratch leaves the caches and the ATen form is as good
 
 _OPERAND = struct.Struct("@Pqqqqiiq")
-_TAIL = struct.Struct("@Pqqq10Pffii")
-POINTERS = ("final", "decay", "grad_final", "dq", "dk", "dv", "dg", "dbeta", "dstate")
+_TAIL = struct.Struct("@Pqqq5Pffii")
+WRITTEN = ("o", "grad_o", "dq", "dk", "dv", "dg", "dbeta")
+POINTERS = ("final", "decay", "grad_final", "dstate")
 STEP = struct.Struct("@8Pqq4iffi")
 _NOTHING = _OPERAND.pack(0, 0, 0, 0, 0, 0, 1, 0)
 
@@ -235,7 +237,7 @@ def _stepper(gated: bool, delta: bool, Dk: int, Dv: int) -> Callable[[bytes], No
 def _forward(c: ctypes.CDLL, p: Problem) -> tuple[Tensor, Tensor]:
     # The kernel rounds to bfloat16 itself; float16 has denormals that are better left to ATen.
     dtype = torch.bfloat16 if p.q.dtype == torch.bfloat16 else torch.float32
-    o = p.q.new_empty(*p.q.shape[:3], p.v.size(3), dtype=dtype)
+    o = room(p.q, p.v.size(3), dtype)
     final = p.new_state()
     _call(c.forward, p, o=o, final=final)
     return o, final
@@ -250,12 +252,9 @@ def _summary(c: ctypes.CDLL, p: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _backward(c: ctypes.CDLL, p: Problem, grad_o: Tensor, grad_state: Tensor) -> Gradients:
-    """Gradients in float32; those of heads that serve a group of queries are summed."""
+    """Gradients in float32, each lying as its input does; those of heads that serve a group of queries are summed."""
     given = {"dq": p.q, "dk": p.k, "dv": p.v, "dg": p.log_decay, "dbeta": p.beta}
-    rooms = {
-        name: None if x is None else p.q.new_empty(*p.q.shape[:3], x.size(3), dtype=torch.float32)
-        for name, x in given.items()
-    }
+    rooms = {name: None if x is None else room(x, x.size(3), torch.float32, p.q.size(1)) for name, x in given.items()}
     dstate = p.new_state()
     _call(c.backward, p, grad_o=grad_o, grad_final=grad_state, dstate=dstate, **rooms)
     found = (
@@ -301,7 +300,7 @@ def _call(function: Callable[[bytes], None], p: Problem, **given: Tensor | None)
     heads = p.q.size(1)
     decay, beta = (x if x is None or x.dtype in TYPES else x.float() for x in (p.log_decay, p.beta))
     segments = array("q", (number for segment in p.segments for number in segment))
-    operands = (_operand(x, heads) for x in (p.q, p.k, p.v, decay, beta, given.get("o"), given.get("grad_o")))
+    operands = (_operand(x, heads) for x in (p.q, p.k, p.v, decay, beta, *map(given.get, WRITTEN)))
     pointers = (_pointer(given.get(name)) for name in POINTERS)
     sizes = (segments.buffer_info()[0], len(p.segments), heads, p.q.size(2), _pointer(p.state))
     options = (p.scale, _inverse(p.normalizer), p.reverse, torch.get_num_threads())

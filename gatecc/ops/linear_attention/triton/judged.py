@@ -32,6 +32,12 @@ def _call(rule: str, H: int = 1, N: int = 40, Dk: int = 16, Dv: int = 16, **opti
     return {**found, **options}
 
 
+def _joined(**options: Any) -> Call:
+    """The heads of a token lie together."""
+    given = _call("gated_delta", **options)
+    return {n: x.transpose(1, 2).contiguous().transpose(1, 2) if x.dim() == 4 else x for n, x in given.items()}
+
+
 def _packed() -> Call:
     edges = torch.tensor([0, 1, 64, 64, 97])
     return {**_call("gated", N=97, Dk=20, Dv=24), "cu_seqlens": edges, "reverse": True}
@@ -93,7 +99,7 @@ FAMILY = Family(
         "linear": partial(_call, "linear", Dk=72),
         "gated": partial(_call, "gated"),
         "delta": partial(_call, "delta", H=2),
-        "gated delta": partial(_call, "gated_delta", H=2, Dk=20, Dv=12),
+        "gated delta": partial(_joined, H=2, Dk=20, Dv=12),
         "packed, backwards": _packed,
         "logits": _logits,
     },

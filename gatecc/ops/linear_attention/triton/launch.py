@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gatecc.codegen.triton.sizes import cdiv
+from gatecc.ops.linear_attention.layout import room
 from gatecc.ops.linear_attention.problem import Gradients, Problem
 from gatecc.ops.linear_attention.triton.kernels.corrections import solve, strengths
 from gatecc.ops.linear_attention.triton.kernels.delta import delta_scan, delta_scan_backward
@@ -26,7 +27,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
         states, final, missing = run.delta_scan(run.solve(p.beta))
         written = missing * run.spread(p.beta)
     # As the C kernels do: bfloat16 is rounded here, float16 later; it may overflow before it is normalised.
-    o = run.room(p.v.size(3), torch.bfloat16 if p.q.dtype == torch.bfloat16 else torch.float32)
+    o = run.room(p.v.size(3), p.q, torch.bfloat16 if p.q.dtype == torch.bfloat16 else torch.float32)
     run.mix(written, o, states)
     return o, final
 
@@ -38,7 +39,7 @@ def backward(p: Problem, grad_o: Tensor, grad_state: Tensor) -> Gradients:
         return _delta_backward(run, p.beta, grad_o, grad_state)
     states, _ = run.scan(p.k, p.v, p.state)
     grads, dstate = run.scan(p.q, grad_o, grad_state, backward=True)
-    dv = run.room(p.v.size(3))
+    dv = run.room(p.v.size(3), p.v)
     run.mix(grad_o, dv, grads, backward=True)
     dq, dk, dg = run.differentiate(p.q, p.v, grad_o, states, grads)
     return dq, _ungroup(dk, p.k.size(1)), _ungroup(dv, p.v.size(1)), dg, None, dstate
@@ -49,7 +50,7 @@ def _delta_backward(run: _Run, beta: Tensor, grad_o: Tensor, grad_state: Tensor)
     p = run.p
     solved = run.solve(beta, backward=True)
     states, _, missing = run.delta_scan(solved)
-    du, dmissing, dbeta = (run.room(width) for width in (p.v.size(3), p.v.size(3), 1))
+    du, dmissing, dbeta = run.room(run.Dv), run.room(run.Dv, p.v), run.room(1)
     run.mix(grad_o, du, None, backward=True)
     grads, dstate = run.delta_scan_backward(solved, grad_o, du, dmissing, grad_state)
     written = missing * run.spread(beta)
@@ -118,8 +119,8 @@ class _Run:
         p, block = self.p, self.blocks("differentiate")
         parts = cdiv(self.Dk, block.keys)
         per_head = p.log_decay is not None and p.log_decay.size(3) == 1
-        dq, dk = self.room(self.Dk), self.room(self.Dk)
-        dg = None if p.log_decay is None else self.room(parts if per_head else self.Dk)
+        dq, dk = self.room(self.Dk, q), self.room(self.Dk, p.k)
+        dg = None if p.log_decay is None else self.room(parts if per_head else self.Dk, p.log_decay)
         operands = self.operands(q, p.k, v, p.log_decay, grad, dq, dk, dg)
         rest = (states, grads, self.chunks.table, self.heads, -1.0 if grads is None else p.scale)
         grid = (self.chunks.number, self.heads, parts)
@@ -198,9 +199,9 @@ class _Run:
         """Sequences of all heads: the programs that go through tokens in order."""
         return len(self.p.segments) * self.heads
 
-    def room(self, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(B, H, N, width), not filled."""
-        return self.p.q.new_empty(*self.p.q.shape[:3], width, dtype=dtype)
+    def room(self, width: int, like: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(B, H, N, width), not filled; a result lies as what it is ``like`` does."""
+        return room(self.p.q if like is None else like, width, dtype, self.heads)
 
     def new_states(self) -> tuple[Tensor, Tensor]:
         """States of every chunk, and of every sequence, not filled."""

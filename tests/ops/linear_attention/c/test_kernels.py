@@ -18,7 +18,7 @@ from gatecc.ops.linear_attention.c import kernels as kernels_in_c
 from gatecc.ops.linear_attention.c.kernels import CpuKernels, Spec, has_matrix_units, library
 from gatecc.ops.linear_attention.kernels import KERNELS
 from gatecc.ops.linear_attention.registration import bound
-from tests.ops.linear_attention.cases import RULES, double, leaves, operands, relative
+from tests.ops.linear_attention.cases import RULES, double, leaves, operands, relative, tokens_first
 
 HARD = ("mild", "-3", "-12", "mixed", "zero", "one")
 
@@ -107,10 +107,9 @@ def test_any_layout(
     if per_head and "log_decay" in inputs:
         inputs["log_decay"] = inputs["log_decay"][..., :1]
     for name, x in inputs.items():
-        if layout == "tokens first":
-            inputs[name] = x.transpose(1, 2).contiguous().transpose(1, 2)
         if layout == "channels apart":
             inputs[name] = torch.stack([x, x], -1)[..., 0]
+    inputs = tokens_first(inputs) if layout == "tokens first" else inputs
     inputs["initial_state"] = torch.randn(len(cuts) - 1 if cuts else 1, 4, *sizes)
     options: dict[str, Any] = {"reverse": reverse}
     if "log_decay" in inputs:
@@ -120,6 +119,8 @@ def test_any_layout(
     for name, found, truth in both(inputs, **options):
         assert found.shape == truth.shape
         assert relative(found, truth) < 1e-5, name
+        if layout == "tokens first" and name in ("o", "q", "k", "v", "log_decay"):
+            assert found.transpose(1, 2).is_contiguous(), name
 
 
 @pytest.mark.usefixtures("threads")
@@ -149,8 +150,10 @@ def test_large_outputs_are_those_of_their_parts() -> None:
 
     whole = results(weight, *inputs.values())
     parts = [results(*rows) for rows in zip(*(x.split(1) for x in (weight, *inputs.values())), strict=True)]
-    for found, *pieces in zip(whole, *parts, strict=True):
+    joined = results(*tokens_first({"weight": weight, **inputs}).values())
+    for found, other, *pieces in zip(whole, joined, *parts, strict=True):
         assert torch.equal(found, torch.cat(pieces))
+        assert torch.equal(found, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

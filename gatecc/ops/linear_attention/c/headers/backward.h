@@ -212,9 +212,8 @@ APART void chunk_backward(struct backward_scratch *w, const float *S, int t, flo
     share(w, t, qu, eu, scale);
 }
 
-// The row of a token in an output, (batch, heads, tokens, width).
-INLINE int64_t row_at(const struct problem *p, const struct sequence *s, int64_t token) {
-    return (s->batch * p->heads + s->head) * p->tokens + token;
+INLINE float *room_of(const struct operand *x, const struct sequence *s, int64_t token) {
+    return (float *)row_of(x, s, token);
 }
 
 // The gradients of a token's logits in the place of those of their log decays.
@@ -234,20 +233,20 @@ static void write_gradients(
 ) {
     const int straight = streamed(p, DK);
     for (int i = 0; i < count; i++) {
-        const int64_t at = row_at(p, s, token_of(p, s, t + i));
-        put_row(p->dq + at * DK, w->dq[i], DK, straight);
-        put_row(p->dk + at * DK, w->dk[i], DK, straight);
-        put_row(p->dv + at * DV, w->e[i], DV, straight);
-        if (DELTA) p->dbeta[at] = w->dbeta[i];
+        const int64_t token = token_of(p, s, t + i);
+        put_row(room_of(&p->dq, s, token), w->dq[i], DK, straight);
+        put_row(room_of(&p->dk, s, token), w->dk[i], DK, straight);
+        put_row(room_of(&p->dv, s, token), w->e[i], DV, straight);
+        if (DELTA) *room_of(&p->dbeta, s, token) = w->dbeta[i];
         if (!GATED) continue;
         float *dg = w->dg[i], sum = 0;
         for (int d = 0; d < DK && p->g.width == 1; d++) sum += dg[d];
         if (p->g.width == 1) dg[0] = sum;
-        if (p->inverse) through_sigmoid(p, row_of(&p->g, s, token_of(p, s, t + i)), dg);
+        if (p->inverse) through_sigmoid(p, row_of(&p->g, s, token), dg);
         if (p->g.width == 1)
-            p->dg[at] = dg[0];
+            *room_of(&p->dg, s, token) = dg[0];
         else
-            put_row(p->dg + at * DK, dg, DK, straight);
+            put_row(room_of(&p->dg, s, token), dg, DK, straight);
     }
 }
 
@@ -287,11 +286,10 @@ static void backward_job(const void *context, int64_t job) {
     const int64_t size = (int64_t)DK * DV, spans = (s.length + SPAN - 1) / SPAN;
     struct backward_scratch *w = scratch(sizeof *w);
     float *kept = scratch(sizeof(float) * STATE * (size_t)(spans + 1)), *S = kept;
-    const int64_t first = row_at(p, &s, s.first);
-    populate(p->dq + first * DK, s.length * 4 * DK);
-    populate(p->dk + first * DK, s.length * 4 * DK);
-    populate(p->dv + first * DV, s.length * 4 * DV);
-    if (GATED) populate(p->dg + first * p->g.width, s.length * 4 * p->g.width);
+    populate_rows(&p->dq, &s);
+    populate_rows(&p->dk, &s);
+    populate_rows(&p->dv, &s);
+    populate_rows(&p->dg, &s);
     for (int i = 0; i < AHEAD; i++) w->ahead.row[i] = (const char *)w;
     take_state(S, p->state ? p->state + job * size : NULL);
     take_state(w->D, p->grad_final ? p->grad_final + job * size : NULL);
@@ -321,9 +319,9 @@ static void backward_job(const void *context, int64_t job) {
 }
 
 void backward(const struct problem *p) {
-    expect(p->dq, rows(p) * 4 * DK);
-    expect(p->dk, rows(p) * 4 * DK);
-    expect(p->dv, rows(p) * 4 * DV);
-    if (GATED) expect(p->dg, rows(p) * 4 * p->g.width);
+    expect(p->dq.data, rows(p) * 4 * DK);
+    expect(p->dk.data, rows(p) * 4 * DK);
+    expect(p->dv.data, rows(p) * 4 * DV);
+    if (GATED) expect(p->dg.data, rows(p) * 4 * p->g.width);
     parallel(backward_job, p, p->count * p->heads, p->threads);
 }

@@ -22,7 +22,7 @@ static void forward_job(const void *context, int64_t job) {
     for (int i = 0; i < AHEAD; i++) w->ahead.row[i] = (const char *)w;
     w->chunk.ahead = LOOKS ? &w->ahead : NULL;
     const int reads = p->o.data != NULL, straight = reads && p->o.type == FLOAT32 && streamed(p, DV);
-    if (reads) populate((char *)row_of(&p->o, &s, s.first), s.length * DV * (p->o.type == FLOAT32 ? 4 : 2));
+    populate_rows(&p->o, &s);
     for (int64_t t = 0; t < s.length; t += T) {
         const int count = s.length - t < T ? (int)(s.length - t) : T;
         read_tokens(p, &s, t, count, reads ? w->q : NULL, w->k, w->a, w->v, w->beta);

@@ -58,7 +58,7 @@ static void forward_job(const void *context, int64_t job) {
     round_state(w);
     w->chunk.ahead = NULL;
     for (int d = 0; d < DKP; d++) w->decay[d] = w->gates[d] = 1;  // gates beyond the last channel stay
-    if (j.o.first) populate((char *)row_of(&p->o, &s, s.first), 2 * s.length * DV);
+    populate_rows(&p->o, &s);
     int patience = 0;
     for (int64_t t = 0; t < s.length; t += C) {
         const int mild = !patience && read_values(w, &j, t) && read_keys(w, &j, t);

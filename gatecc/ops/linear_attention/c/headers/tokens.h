@@ -1,5 +1,6 @@
 // What the caller hands over, and rows of it as floats.
 #pragma once
+#include "../../../../codegen/c/headers/pages.h"
 #include "constants.h"
 #include "gates.h"
 
@@ -24,12 +25,13 @@ struct operand {  // x[b, head / group, token, channel]; strides in elements
 
 struct problem {
     struct operand q, k, v, g, beta, o, grad_o;
+    struct operand dq, dk, dv, dg, dbeta;  // of every head, in float32
     const int64_t *segments;  // (row of the batch, first token, length) of each sequence
     int64_t count, heads, tokens;
     const float *state;  // (count, heads, DK, DV)
     float *final, *decay;  // (count, heads, DK, DV); (count, heads, DK), the product of all gates
     const float *grad_final;
-    float *dq, *dk, *dv, *dg, *dbeta, *dstate;  // (batch, heads, tokens, width), dstate as state
+    float *dstate;  // as state
     float scale, inverse;  // inverse: 0 where g holds log decays; with logits, what their logsigmoid is multiplied by
     int32_t reverse, threads;
 };
@@ -41,6 +43,15 @@ struct sequence {
 static struct sequence sequence_of(const struct problem *p, int64_t job) {
     const int64_t *s = p->segments + job / p->heads * 3;
     return (struct sequence){s[0], job % p->heads, s[1], s[2], job};
+}
+
+// The rows that a job will write: one after another, or with those of the other heads between them, which are asked for
+// with them, once.
+INLINE void populate_rows(const struct operand *x, const struct sequence *s) {
+    if (!x->data || !s->length) return;
+    const int64_t size = x->type == FLOAT32 ? 4 : 2, together = x->head < x->token;
+    const int64_t first = s->batch * x->batch + (together ? 0 : s->head * x->head) + s->first * x->token;
+    populate(x->data + first * size, s->length * x->token * size);
 }
 
 // Of an output: the last sequence lies in the last row of the batch.
