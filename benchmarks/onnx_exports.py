@@ -1,59 +1,87 @@
-"""ONNX exports of models of the zoo, plain and gated, and of every recipe, all with weights that matter.
+"""ONNX exports of real models of all kinds, plain and gated, and of every recipe, all with weights that matter.
 
-``python benchmarks/onnx_exports.py [--check]``; ``GATECC_ONLY=llama`` limits it, ``GATECC_ZOO=all`` takes the whole
-zoo. An export that returns has been compared with torch at batch 1 and 3 and at several
-lengths; it is written twice. A refusal counts as right if it is a GateccError that names the operator and its line. New
-parameters get random values: fresh gates do little and would hide an error.
+    python benchmarks/onnx_exports.py models|recipes|zoo [--only llama] [--again] [--into found.json]
+
+Each is a row of the file, written when it is known; what the file holds already is not run again, unless it went wrong
+and ``--again`` asks for it. An export that returns has been compared with torch at batch 1 and 3 and at several
+lengths; it is made twice. New parameters get random values: fresh gates do little and would hide an error. Exit code 1
+if an export is wrong: no GateccError that names the operator and its line, or other bytes the second time.
+``python -m tools.exports found.json; python tools/docs.py`` put a run into docs/export.md.
 """
 
 from __future__ import annotations
 
+import datetime
+import json
 import os
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
+from typing import Annotated, Any
 
-from _table import Row, main
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import typer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import gatecc
 from tests.acceptance.onnx_exports import MODELS, RECIPES, Result, of_recipe, plain_and_gated
+from tests.acceptance.onnx_models import KINDS
 from tests.zoo.models import variants
 
-
-def runs(only: str) -> Iterator[tuple[str, Result]]:
-    """Every export, by its name."""
-    for info in gatecc.recipes():
-        name = f"{info.name} on {RECIPES.get(info.name, ('hf/llama-sdpa', {}))[0]}"
-        if only in name:
-            yield name, of_recipe(info.name)
-    for name in [n for n, _ in variants()] if os.getenv("GATECC_ZOO") == "all" else MODELS:
-        if only in name:
-            yield from plain_and_gated(name)
+PACKAGES = ("torch", "transformers", "timm", "torchvision", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
+INTO = Path(__file__).parent / "results" / "onnx_exports.json"
 
 
-def measure() -> Iterator[Row]:
-    """One row an export while it runs, then the shares."""
-    only = os.getenv("GATECC_ONLY", "")
-    results: dict[str, Result] = {}
-    for name, result in runs(only):
-        results[name] = result
-        mark = "ok" if result.right and result.error == result.error else "refused" if result.right else "WRONG"
-        at = "/".join(map(str, result.batches)) or "-"
-        figures = f"{result.seconds:6.1f} s  {result.error:8.1e}  {result.nodes:5d} nodes  batch {at:<5}"
-        print(f"{mark:<8}{figures} {name}  {result.said}", flush=True)
-    count = max(len(results), 1)
-    written = sum(r.error == r.error for r in results.values())
-    yield Row("exports tried", len(results))
-    yield Row("written and compared", written / count)
-    yield Row(
-        "written, or refused by operator and line", sum(r.right for r in results.values()) / count, 1, at_most=False
-    )
-    yield Row("run at a batch of 1 and 3", sum(r.batches == (1, 3) for r in results.values()) / max(written, 1))
-    yield Row("slowest", max((r.seconds for r in results.values()), default=0.0), 60, unit="s")
-    yield Row("largest error", max((r.error for r in results.values() if r.error == r.error), default=0.0))
+def runs(what: str, name: str) -> Iterator[tuple[str, str, Result]]:
+    """Kind, form and result of what bears this name."""
+    if what == "recipes":
+        yield f"recipe on {RECIPES.get(name, ('hf/llama-sdpa', {}))[0]}", "gated", of_recipe(name)
+    else:
+        for form, result in plain_and_gated(name):
+            yield KINDS.get(name, "zoo"), form, result
+
+
+def keep(path: Path, data: dict[str, Any]) -> None:
+    """Write the file as a whole, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def main(
+    what: Annotated[str, typer.Argument(help="models, recipes or zoo")] = "models",
+    only: Annotated[str, typer.Option(help="those whose names hold this")] = "",
+    again: Annotated[bool, typer.Option(help="run what went wrong again")] = False,
+    into: Annotated[Path, typer.Option(help="the file of the results")] = INTO,
+) -> None:
+    """Print and keep a row for each export."""
+    torch.set_num_threads(1)
+    data: dict[str, Any] = json.loads(into.read_text(encoding="utf-8")) if into.exists() else {"rows": []}
+    data["date"] = datetime.date.today().isoformat()
+    data["versions"] = {name: version(name) for name in PACKAGES}
+    names = {
+        "models": MODELS,
+        "recipes": tuple(info.name for info in gatecc.recipes()),
+        "zoo": tuple(name for name, _ in variants()),
+    }[what]
+    for name in names:
+        rows = [row for row in data["rows"] if row["name"] == name]
+        if only not in name or (rows and not (again and any(row["became"] == "wrong" for row in rows))):
+            continue
+        data["rows"] = [row for row in data["rows"] if row["name"] != name]
+        for kind, form, result in runs(what, name):
+            data["rows"].append({"name": name, "kind": kind, "form": form, **result._asdict()})
+            figures = f"{result.seconds:6.1f} s  {result.error or 0:8.1e}  {result.nodes:5d} nodes"
+            print(f"{result.became:<8}{figures}  {name} {form}  {result.said}", flush=True)
+        keep(into, data)
+    raise typer.Exit(int(any(row["became"] == "wrong" for row in data["rows"])))
 
 
 if __name__ == "__main__":
-    main("onnx_exports", lambda: list(measure()))
+    typer.run(main)

@@ -39,6 +39,7 @@ from gatecc.ir.rewrite import REWRITES, Rewrite  # noqa: E402
 from gatecc.ir.router import RouterSpec  # noqa: E402
 from gatecc.ir.site import KINDS  # noqa: E402
 from tools.checked import WORDS, checked, test_file  # noqa: E402
+from tools.exports import with_exports  # noqa: E402
 from tools.kernels import with_estimates  # noqa: E402
 from tools.lowerings import lowering_rows  # noqa: E402
 from tools.marks import between, marks  # noqa: E402
@@ -111,7 +112,7 @@ def pages() -> dict[Path, str]:
     readme = ROOT / "README.md"
     texts |= {DOCS / "gates.md": NOTE + gates_page(), DOCS / "README.md": NOTE + index()}
     texts |= {DOCS / "catalogue.md": NOTE + catalogue(), DOCS / "sites.md": NOTE + sites_page()}
-    for name, made_anew in (("scale.md", with_tables), ("kernels.md", with_estimates)):
+    for name, made_anew in (("scale.md", with_tables), ("kernels.md", with_estimates), ("export.md", with_exports)):
         texts[DOCS / name] = made_anew((DOCS / name).read_text())
     rows = [(name, markdown(text), left) for name, text, left in lowering_rows()]
     lowered = table(("lowering", "what becomes what", "what is left alone, with a reason"), rows)

@@ -19,7 +19,7 @@ from torch.export.graph_signature import (
 )
 from torch.utils import _pytree as pytree
 
-from gatecc.ir.program import Program
+from gatecc.ir.program import Program, origin
 
 _KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
@@ -47,6 +47,7 @@ def exported_program(program: Program, in_spec: pytree.TreeSpec | None = None) -
     for node in program.graph.nodes:
         if node not in copied:
             copied[node] = graph.node_copy(node, copied.__getitem__)
+            copied[node].meta.update(_whence(node))
     outputs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(copied[node].name), None) for node in program.outputs]
     flat = pytree.tree_structure((tuple(program.example), {}))
     named, in_spec = in_spec is not None, in_spec or flat
@@ -66,6 +67,19 @@ def exported_program(program: Program, in_spec: pytree.TreeSpec | None = None) -
     if named:
         made._guards_code = [_told_by_name(code, example) for code in made._guards_code]
     return made
+
+
+def _whence(node: fx.Node) -> dict[str, Any]:
+    """Where a node comes from, as torch's own exports say it; nothing for one that says so already, or of that nobody
+    knows it."""
+    of = origin(node)
+    found: dict[str, Any] = {}
+    if of.owner and not node.meta.get("nn_module_stack"):
+        found["nn_module_stack"] = {of.owner: (f"m.{of.owner}", "torch.nn.modules.module.Module")}
+    if of.line and not node.meta.get("stack_trace"):
+        file, _, number = of.line.rpartition(":")
+        found["stack_trace"] = f'File "{file}", line {number}, in forward'
+    return found
 
 
 def _told_by_name(code: str, example: tuple[Any, ...]) -> str:

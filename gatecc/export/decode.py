@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from gatecc.codegen.onnx.buffers import count_by_mask, is_buffer
 from gatecc.codegen.onnx.build import DATA, EXTERNAL, MODEL, Capture, Graph, Lower, build
@@ -27,8 +27,10 @@ from gatecc.export.carried import Carried
 from gatecc.export.compare import Compared
 from gatecc.export.encoder import ENCODER, Encoding, described, encode, ends
 from gatecc.export.genai import Genai, dummies, limits, unfit, write_config
+from gatecc.export.locate import first_difference
 from gatecc.export.lower import context_of, lower
 from gatecc.export.steps import Filled, compare_steps, other_contexts, takes_padding, text
+from gatecc.export.watched import Watched
 from gatecc.ir.program import Program
 from gatecc.ops import registry
 
@@ -105,11 +107,20 @@ def decode(
             sessions = {name: Session(folder / name, each.places, apart=each.apart) for name, each in graphs.items()}
             for one in sessions.values():
                 opened.callback(one.close)
-            of = text(made, step, model, inputs, encode(made, encoder, sessions.get(ENCODER)))
+
+            def locate(run: Callable[[Filled], object], limit: float) -> str:
+                watched = Watched(sessions[DECODE], unread, graph, folder / DECODE, limit)
+                run(watched)
+                return watched.told
+
+            def locate_first(names: Sequence[str], leaves: Sequence[Tensor]) -> str:
+                return "" if first is None else first_difference(first, folder / ENCODER, names, leaves)
+
+            of = text(made, step, model, inputs, encode(made, encoder, sessions.get(ENCODER), locate_first))
             session = Filled(sessions[DECODE], unread)
-            compared = compare_steps(made, step, of, session, singly=_singly(graph))
+            compared = compare_steps(made, step, of, session, locate, singly=_singly(graph))
             for other in other_contexts(made, step, model, inputs, of):
-                compared += compare_steps(made, step, other, session, singly=_singly(graph), briefly=True)
+                compared += compare_steps(made, step, other, session, locate, singly=_singly(graph), briefly=True)
             padded = takes_padding(step, of, session)
     padding = "right" if padded else "left" if _masks(step) else "none"
     takes, gives = graph.shapes(graph.model.graph.inputs), graph.shapes(graph.model.graph.outputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx
@@ -16,11 +16,13 @@ from gatecc.decoder.emit.names import context_names
 from gatecc.decoder.plan import Plan
 from gatecc.errors import ExportError
 from gatecc.export.compare import TOLERANCE
+from gatecc.export.locate import with_place
 from gatecc.ir.sizes import expression, node_shape
 from gatecc.scope.family import difference
 
 ENCODER = "encoder.onnx"
 Encode = Callable[[Mapping[fx.Node, Tensor]], dict[fx.Node, Tensor]]
+Place = Callable[[Sequence[str], Sequence[Tensor]], str]
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,11 @@ def described(step: Closed, graph: Graph | None, decode: Graph) -> Encoding | No
     return Encoding(inputs, graph.shapes(graph.model.graph.outputs), passed, graph.operators)
 
 
-def encode(made: Decoder, encoder: Encoder | None, session: Session | None) -> Encode:
+def encode(made: Decoder, encoder: Encoder | None, session: Session | None, locate: Place) -> Encode:
     """What decode.onnx is given for these inputs of the model: what the file computes of them, and they themselves.
 
-    Raises ExportError if that is not what torch computes.
+    Raises ExportError if that is not what torch computes. ``locate`` says of these inputs of the file which of its
+    nodes differs first.
     """
 
     plan = made.plan
@@ -71,9 +74,12 @@ def encode(made: Decoder, encoder: Encoder | None, session: Session | None) -> E
         names, outputs = ends(encoder)
         batch = next((x.shape[0] for n, x in values.items() if _samples(plan, n)), 1)
         expected = dict(zip(plan.context, made.context(batch, {n.name: x for n, x in values.items()}), strict=True))
-        results = session.run(names, [values[node] for node in encoder.inputs])
+        feeds = [values[node] for node in encoder.inputs]
+        results = session.run(names, feeds)
         for name, node, x in zip(outputs, encoder.results, results, strict=True):
-            _check(name, expected[node], x, values)
+            error = _wrong(name, expected[node], x, values)
+            if error is not None:
+                raise with_place(error, lambda: locate(names, feeds))
             found[node] = x
         return found
 
@@ -86,15 +92,16 @@ def _samples(plan: Plan, node: fx.Node) -> bool:
     return bool(shape) and expression(shape[0]) in plan.lengths.batch
 
 
-def _check(name: str, expected: Tensor, found: Tensor, given: Mapping[fx.Node, Tensor]) -> None:
+def _wrong(name: str, expected: Tensor, found: Tensor, given: Mapping[fx.Node, Tensor]) -> ExportError | None:
     tolerance = TOLERANCE.get(expected.dtype, 0.0)
     same = expected.shape == found.shape and expected.dtype == found.dtype
     error = difference(expected, found) if same else float("inf")
-    if not error <= tolerance:
-        raise ExportError(
-            f"{ENCODER} does not compute what the model does",
-            where=f"{name} of " + ", ".join(f"{node.name} {tuple(x.shape)}" for node, x in given.items()),
-            found=f"{tuple(found.shape)} {found.dtype}, difference {error:.3g} of the largest",
-            expected=f"{tuple(expected.shape)} {expected.dtype}, at most {tolerance:.3g}",
-            do="please report it with the model's code",
-        )
+    if error <= tolerance:
+        return None
+    return ExportError(
+        f"{ENCODER} does not compute what the model does",
+        where=f"{name} of " + ", ".join(f"{node.name} {tuple(x.shape)}" for node, x in given.items()),
+        found=f"{tuple(found.shape)} {found.dtype}, difference {error:.3g} of the largest",
+        expected=f"{tuple(expected.shape)} {expected.dtype}, at most {tolerance:.3g}",
+        do="please report it with the model's code",
+    )

@@ -1,14 +1,14 @@
 """Locate: the first node of an ONNX graph that does not compute what the model does.
 
 Lowerings fuse, fold and rename, so that few values have a partner that a name would find. They are told by their
-numbers: a value of the graph agrees if some value of the captured model has the same entries, in any layout. A node
-from which any later value agrees is right, or does not matter. The first node from which none does is the one to blame.
+numbers: a value of the graph agrees if some value of the captured model has the same entries, in any layout. A value
+from which any later one agrees is right, or does not matter. The first node of one from which none does is to blame.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import permutations
@@ -28,7 +28,8 @@ from gatecc.scope.family import difference
 _FEW = 8  # entries: sizes and scalars agree by chance
 _SMALLEST = 1e-6
 _AXES = 5  # of a tensor whose layouts are tried
-_SHARE = 0.1  # of the difference that was found: less is rounding on the way
+_SHARES = (0.01, 0.1)  # of the difference that was found: less is rounding on the way ...
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 2e-3}  # ... and so is this, up to the larger one
 
 
 @dataclass(frozen=True)
@@ -43,33 +44,54 @@ class OnnxNode:
 
 def locate(error: ExportError, call: Call, graph: Graph, path: Path, leaves: Sequence[Tensor]) -> ExportError:
     """The error with the first differing node in what was found; as it was if that cannot be said."""
+
+    def expected() -> list[Tensor]:
+        torch.manual_seed(0)
+        return list(call.flat(*leaves))
+
+    return with_place(error, lambda: first_difference(graph, path, call.inputs, leaves, expected()))
+
+
+def with_place(error: ExportError, place: Callable[[], str]) -> ExportError:
+    """The error with this in what was found, as it was if that fails: the error matters more than its place."""
     try:
-        found = first_difference(call, graph, path, leaves)
-    except Exception:  # the error itself matters more than its place
+        found = place()
+    except Exception:
         return error
-    return ExportError(
-        error.what, where=error.where, found=f"{error.found}; {found}", expected=error.expected, do=error.do
-    )
+    found = f"{error.found}; {found}" if found else error.found
+    return ExportError(error.what, where=error.where, found=found, expected=error.expected, do=error.do)
 
 
-def first_difference(call: Call, graph: Graph, path: Path, leaves: Sequence[Tensor]) -> str:
-    """Which node of the file it is, and where in the model it comes from, in words."""
+def first_difference(
+    graph: Graph,
+    path: Path,
+    inputs: Sequence[str],
+    leaves: Sequence[Tensor],
+    expected: Sequence[Tensor] | None = None,
+) -> str:
+    """Which node of the file it is, and where in the model it comes from, in words.
+
+    ``inputs`` and ``leaves``: what the file is given, first of all the inputs of the captured program. ``expected``:
+    what its first outputs should be, by default what the program computes.
+    """
     nodes = [_plain(n) for n in graph.model.graph]
     wanted = [name for node in nodes for name in node.outputs]
     with (
         _without_functions(graph, path) as plain,
         closing(Session(plain, graph.places, apart=graph.apart, values=wanted)) as session,
     ):
-        every = session.run(call.inputs, leaves)
-    outputs, found = every[: len(call.outputs)], dict(zip(session.names, every, strict=True))
-    torch.manual_seed(0)
-    expected = [x.cpu() for x in call.flat(*leaves)]
-    errors = [_gap(x, y) for x, y in zip(expected, outputs, strict=True)]
+        every = session.run(inputs, leaves)
+    known, results = values(graph, leaves)
+    expected = results if expected is None else expected
+    found = dict(zip(session.names, every, strict=True))
+    errors = [_gap(x.cpu(), y) for x, y in zip(expected, every, strict=False)]
     worst = max(errors, default=0.0)
     if not worst > 0:
         return "no node differs when each value is an output: ONNX Runtime's own optimisation is at fault"
-    known = values(graph, leaves)
-    guilty = first_differing(nodes, found, known, _SHARE * worst)
+    ends = [v.name for v in graph.model.graph.outputs if v.name]
+    least, most = (share * worst for share in _SHARES)
+    rounding = max((_ROUNDING.get(x.dtype, 0.0) for x in expected), default=0.0)
+    guilty = first_differing(nodes, found, known, min(most, max(least, rounding)), ends)
     if guilty is None:
         return "no single node is to blame"
     place = graph.places.get(guilty.name, "")
@@ -117,41 +139,69 @@ class _Recording(fx.Interpreter):
         return value
 
 
-def values(graph: Graph, leaves: Sequence[Tensor]) -> list[Tensor]:
-    """Every tensor that the captured model computes for these inputs, before anything was put in its ONNX form."""
+def values(graph: Graph, leaves: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Every tensor that the captured model computes for these inputs, before anything was put in its ONNX form; and
+    its outputs. What is left over of the inputs is none of its own."""
     module = graph.program().module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     recording = _Recording(module)
+    own = len(module.graph.find_nodes(op="placeholder"))
     with torch.no_grad():
-        recording.run(*leaves)
-    return recording.kept
+        results = recording.run(*leaves[:own])
+    return recording.kept, [x for x in pytree.tree_leaves(results) if isinstance(x, Tensor)]
 
 
 def first_differing(
-    nodes: Sequence[OnnxNode], found: Mapping[str, Tensor], known: Sequence[Tensor], limit: float
+    nodes: Sequence[OnnxNode],
+    found: Mapping[str, Tensor],
+    known: Sequence[Tensor],
+    limit: float,
+    ends: Collection[str] = (),
 ) -> OnnxNode | None:
-    """The first node, in the order of the graph, from which no value agrees with a known one within ``limit``."""
-    by_count: dict[int, list[Tensor]] = {}
-    for tensor in known:
-        by_count.setdefault(tensor.numel(), []).append(tensor)
+    """The first node, in the order of the graph, one of whose results is wrong.
+
+    A result is right if it agrees with a known value within ``limit``, or if a node that reads it gives something
+    right. Each is judged by itself: attention may be wrong and the keys that it hands on right. One that nobody reads
+    counts if the node has no other.
+    """
     readers: dict[str, list[OnnxNode]] = {}
     for node in nodes:
         for name in node.inputs:
             readers.setdefault(name, []).append(node)
     right: set[str] = set()
     for node in reversed(nodes):
-        held = [found[name] for name in node.outputs if name in found]
-        later = any(r.outputs[0] in right for name in node.outputs for r in readers.get(name, ()))
-        if later or any(x.numel() >= _FEW and _agrees(x, by_count.get(x.numel(), ()), limit) for x in held):
-            right.update(node.outputs)
+        for name in node.outputs:
+            x = found.get(name)
+            later = any(right.intersection(r.outputs) for r in readers.get(name, ()))
+            if later or (x is not None and (_agrees(x, known, limit) or _in_pieces(x, known, limit))):
+                right.add(name)
     for node in nodes:
-        if node.outputs[0] not in right and any(found[n].numel() >= _FEW for n in node.outputs if n in found):
+        judged = [n for n in node.outputs if n in readers or n in ends] or node.outputs
+        if any(n in found and n not in right and found[n].numel() >= _FEW for n in judged):
             return node
     return None
 
 
 def _agrees(x: Tensor, others: Sequence[Tensor], limit: float) -> bool:
-    return any(_same(x, y, limit) for y in others if x.is_floating_point() == y.is_floating_point())
+    like = (y for y in others if y.numel() == x.numel() and y.is_floating_point() == x.is_floating_point())
+    return x.numel() >= _FEW and any(_same(x, y, limit) for y in like)
+
+
+def _in_pieces(x: Tensor, known: Sequence[Tensor], limit: float) -> bool:
+    """Whether known values lie side by side in it, along the last axis: the results of products that were packed."""
+    width = x.shape[-1] if x.dim() > 1 else 0
+    rows = x.numel() // width if width else 0
+    if not 0 < rows * 2 <= x.numel():
+        return False
+    parts = [y.reshape(rows, -1) for y in known if y.dim() > 1 and y.numel() == rows * y.shape[-1] < x.numel()]
+    parts = [y for y in parts if y.is_floating_point() == x.is_floating_point() and y.numel() >= _FEW]
+    flat, at = x.reshape(rows, width), 0
+    while at < width:
+        fitting = (y.shape[1] for y in parts if at + y.shape[1] <= width)
+        of_width = {n: flat[:, at : at + n] for n in set(fitting)}
+        found = (y for y in parts if y.shape[1] in of_width and _gap(of_width[y.shape[1]], y) <= limit)
+        at += next((y.shape[1] for y in found), width + 1)
+    return at == width
 
 
 def _same(x: Tensor, y: Tensor, limit: float) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Any
@@ -22,6 +22,7 @@ from gatecc.errors import ArgumentError, ExportError
 from gatecc.export.carried import Carried
 from gatecc.export.compare import TOLERANCE, Compared
 from gatecc.export.encoder import Encode
+from gatecc.export.locate import with_place
 from gatecc.ir.sizes import expression, node_shape
 from gatecc.scope.family import difference
 
@@ -58,16 +59,24 @@ class Filled:
         self.reference = bool(session.lacking)
         """Whether ONNX's reference evaluator runs it."""
 
-    def run(self, names: Sequence[str], leaves: Sequence[Tensor]) -> list[Tensor]:
-        """The outputs for these inputs, of which the first are the tokens."""
+    def fed(self, names: Sequence[str], leaves: Sequence[Tensor]) -> tuple[list[str], list[Tensor]]:
+        """The inputs of the file: these, and the zeros."""
         batch = leaves[0].shape[0]
         shapes = [[batch, *map(int, state.shape[1:])] for state in self._unread]
         zeros = [
             torch.zeros(shape, dtype=getattr(torch, state.dtype))
             for shape, state in zip(shapes, self._unread, strict=True)
         ]
-        found = self._session.run([*names, *(state.input for state in self._unread)], [*leaves, *zeros])
-        return found[: len(found) - len(zeros)]
+        return [*names, *(state.input for state in self._unread)], [*leaves, *zeros]
+
+    def run(self, names: Sequence[str], leaves: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs for these inputs, of which the first are the tokens."""
+        found = self._session.run(*self.fed(names, leaves))
+        return found[: len(found) - len(self._unread)]
+
+
+Locate = Callable[[Callable[[Filled], object], float], str]
+"""Runs a text once more in a session that is watched, and says which node of the file differs first by so much."""
 
 
 def text(made: Decoder, step: Closed, model: nn.Module, inputs: tuple[Any, Any], encode: Encode) -> Text:
@@ -149,7 +158,7 @@ def _context(x: Tensor, node: fx.Node, lengths: Lengths, sizes: Mapping[Any, int
 
 
 def compare_steps(
-    made: Decoder, step: Closed, of: Text, session: Filled, *, singly: bool, briefly: bool = False
+    made: Decoder, step: Closed, of: Text, session: Filled, locate: Locate, *, singly: bool, briefly: bool = False
 ) -> list[Compared]:
     """Run the file in pieces. Raises ExportError if its logits are not those of the full forward.
 
@@ -161,7 +170,7 @@ def compare_steps(
     for batch in _BATCHES[:first]:
         for each in _pieces(of.ids.shape[1])[::-1][:first]:
             pieces = (each[0], *[1] * sum(each[1:])) if singly and batch > 1 else each
-            found.append(_compared(made, step, session, of.sample(batch), pieces))
+            found.append(_compared(made, step, session, of.sample(batch), pieces, locate))
     return found
 
 
@@ -193,7 +202,9 @@ def _pieces(length: int) -> list[Sequence[int]]:
     return fitting if len(fitting) == len(_PIECES) or length < 4 else [(length - 3, 1, 2), *fitting]
 
 
-def _compared(made: Decoder, step: Closed, session: Filled, of: Text, pieces: Sequence[int]) -> Compared:
+def _compared(
+    made: Decoder, step: Closed, session: Filled, of: Text, pieces: Sequence[int], locate: Locate
+) -> Compared:
     got = _logits(step, session, of, pieces)
     expected = of.logits[:, : sum(pieces)]
     error = _difference(step, of, expected, got)
@@ -203,13 +214,14 @@ def _compared(made: Decoder, step: Closed, session: Filled, of: Text, pieces: Se
         own = _difference(step, of, expected, _in_torch(made, of, pieces))
         allowed = max(tolerance, _TIMES * own) if own <= _MOST.get(expected.dtype, 0.0) else tolerance
         if not error <= allowed:
-            raise ExportError(
+            told = ExportError(
                 "decode.onnx does not compute what the model does",
                 where=", ".join(f"{name} {size}" for name, size in sizes.items()),
                 found=f"logits that differ by {error:.3g} of the largest; those of the decoder in torch by {own:.3g}",
                 expected=f"at most {allowed:.3g}",
                 do="please report it with the model's code",
             )
+            raise with_place(told, lambda: locate(lambda watched: _logits(step, watched, of, pieces), allowed))
     return Compared(sizes, error, session.reference)
 
 

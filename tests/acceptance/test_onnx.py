@@ -10,17 +10,27 @@ import os
 import pytest
 
 import gatecc
-from tests.acceptance import onnx_exports
+from tests.acceptance import onnx_exports, onnx_models
 
 pytest.importorskip("onnxruntime")
 ALL = os.getenv("GATECC_ZOO") == "all"
-MODELS = onnx_exports.MODELS if ALL else ("hf/falcon-sdpa", "hand/sdpa_gqa", "torch/mha_cross")
+KINDS = onnx_models.KINDS
+MODELS = tuple(KINDS) if ALL else ("hf/falcon-sdpa", "hand/sdpa_gqa", "torch/mha_cross")
 RECIPES = [info.name for info in gatecc.recipes()] if ALL else ["retention", "pgn", "vig"]
 
 
-def test_enough_models_and_every_recipe() -> None:
-    assert len(onnx_exports.MODELS) >= 50
+def test_enough_models_of_every_kind_and_every_recipe() -> None:
+    assert len([name for name, kind in KINDS.items() if kind != "part"]) >= 80
+    assert set(KINDS.values()) == {"decoder", "encoder", "experts", "seq2seq", "audio", "vision", "part"}
     assert set(onnx_exports.RECIPES) <= {info.name for info in gatecc.recipes()}
+
+
+@pytest.mark.parametrize("name", ["wav2vec2", "regnet"])
+def test_kinds_of_which_no_other_test_here_exports_one(name: str) -> None:
+    """Sound, and images without attention. Decoders, encoders, experts and pairs of both are in tests/export."""
+    result = onnx_exports.exported(*onnx_exports.host(name))
+    assert result.became == "written", result.said
+    assert result.batches == (1, 3)
 
 
 @pytest.mark.parametrize("name", MODELS)

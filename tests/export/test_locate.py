@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,12 @@ import gatecc
 from gatecc.codegen.onnx.stable import FORMS
 from gatecc.errors import ExportError
 from gatecc.export.locate import OnnxNode, first_differing
+from tests.decoder.mixing import LinearAttention, Mixed, V
+from tests.decoder.runtime.test_context import Conditioned
 
 pytest.importorskip("onnxruntime")
+ir = pytest.importorskip("onnx_ir")
+DECODE = sys.modules["gatecc.export.decode"]  # the module: the attribute of the package is its function
 
 
 def node(operator: str, inputs: str, outputs: str) -> OnnxNode:
@@ -39,6 +45,24 @@ def test_the_first_from_which_nothing_agrees() -> None:
     assert guilty(b=b.transpose(1, 2), c=c + 1, d=d + 1) == "C"  # another layout of the same
     assert guilty(b=b * 2, d=d + 1) == "D"  # a scale that C takes back
     assert guilty(b=torch.zeros(2), c=c + 1, d=d * 2) == "C"  # what is too small to be told from others by its numbers
+
+
+def test_each_result_of_a_node_is_judged_by_itself() -> None:
+    """Attention that is wrong and hands right keys on; a product that was packed, whose pieces alone are known."""
+    q, k, y, z = (torch.randn(2, 3, 4) for _ in range(4))
+    nodes = [node("Pack", "x", "qk"), node("Attend", "qk", "y key unread"), node("Out", "y", "z")]
+    found = {"qk": torch.cat([q, k], -1), "y": y, "key": k.mT, "unread": z * 2, "z": z}
+
+    def guilty(**other: Tensor) -> str | None:
+        first = first_differing(nodes, {**found, **other}, [q, k, y, z], 1e-5, ends=["z", "key"])
+        return None if first is None else first.operator
+
+    assert guilty() is None
+    assert guilty(z=z + 1) == "Out"
+    assert guilty(z=z + 1, y=y + 1) == "Attend"
+    assert guilty(key=k + 1) == "Attend"
+    assert guilty(z=z + 1, y=y + 1, key=k + 1) == "Attend"
+    assert guilty(z=z + 1, y=y + 1, key=k + 1, qk=torch.cat([q, k + 1], -1)) == "Pack"
 
 
 class Net(nn.Module):
@@ -73,3 +97,48 @@ def test_a_broken_form_is_named_by_module_and_line(wrong: str, tmp_path: Path, m
     assert f"of second.inner, test_locate.py:{LINE}: aten." in told.value.found
     assert ("is Mul second.inner/Mul" in told.value.found) is (wrong == "values")
     assert list(tmp_path.iterdir()) == []
+
+
+# --- the files of a decode step ---------------------------------------------------------------------------------------
+
+
+def with_another(
+    monkeypatch: pytest.MonkeyPatch, number: int, operator: str, attribute: str, value: float
+) -> list[str]:
+    """Have the ``number``-th graph of a step written with another attribute of an operator; the name of the node."""
+    right, calls, names = DECODE.build, itertools.count(), list[str]()
+
+    def wrong(*args: Any, **options: Any) -> Any:
+        graph = right(*args, **options)
+        if next(calls) == number:
+            at = next(n for n in graph.model.graph if n.op_type == operator)
+            at.attributes[attribute] = ir.AttrFloat32(attribute, value)
+            names.append(at.name)
+        return graph
+
+    monkeypatch.setattr(DECODE, "build", wrong)
+    return names
+
+
+def test_a_wrong_node_of_a_step_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state that linear attention hands on is right. What lies in the folder stays as it is."""
+    folder = tmp_path / "x"
+    folder.mkdir()
+    (folder / "decode.onnx").write_text("old")
+    names = with_another(monkeypatch, 0, "LinearAttention", "scale", 0.9)
+    with pytest.raises(ExportError, match=r"decode.onnx does not compute what the model does") as told:
+        gatecc.export(Mixed(LinearAttention("gated")).eval(), folder, (torch.randint(V, (2, 12)),), decode=True)
+    assert names == ["mixer/LinearAttention"]
+    assert "first node that differs is LinearAttention mixer/LinearAttention of mixer, mixing.py:" in told.value.found
+    assert "com.microsoft.LinearAttention" in told.value.found
+    assert [p.name for p in tmp_path.rglob("*")] == ["x", "decode.onnx"]
+    assert (folder / "decode.onnx").read_text() == "old"
+
+
+def test_a_wrong_node_of_an_encoder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = with_another(monkeypatch, 1, "Gemm", "alpha", 1.5)
+    inputs = {"ids": torch.randint(20, (3, 9)), "features": torch.randn(3, 6)}
+    with pytest.raises(ExportError, match=r"encoder.onnx does not compute what the model does") as told:
+        gatecc.export(Conditioned().eval(), tmp_path / "x", inputs, decode=True)
+    assert f"the first node that differs is Gemm {names[0]} of " in told.value.found
+    assert not list(tmp_path.iterdir())

@@ -27,6 +27,8 @@ def operator(node: fx.Node) -> str:
     """The name of what a node calls; of an operator that torch has wrapped (one that writes to its inputs) its own."""
     target = node.args[0] if node.args and isinstance(node.args[0], OpOverload) else node.target
     schema = getattr(target, "_schema", None)
+    if schema is not None and schema.name.startswith("onnx_symbolic::"):  # a node of ONNX that a lowering has written
+        return f"{node.kwargs.get('domain') or 'onnx'}.{node.args[1]}"
     return schema.name.replace("::", ".") if schema is not None else getattr(target, "__name__", str(target))
 
 
