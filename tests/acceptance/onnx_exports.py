@@ -138,6 +138,7 @@ def plain_and_gated(name: str) -> Iterator[tuple[str, Result]]:
 
 def _rewritten(model: nn.Module, inputs: Any, *recipes: Any) -> Result:
     """With the first of them that finds a place."""
+    told = ""
     for recipe in recipes:
         try:
             changed = gatecc.transform(model, recipe, inputs, verify=False)

@@ -61,10 +61,6 @@ def _image() -> Options:
     return {"pixel_values": noise(2, 3, 32, 32)}
 
 
-def _large_image() -> Options:
-    return {"pixel_values": noise(2, 3, 64, 64)}
-
-
 def _timm_image() -> Options:
     return {"x": noise(2, 3, 64, 64)}
 
