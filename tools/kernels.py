@@ -25,6 +25,7 @@ CALLS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "linear attention, gated": ("gatecc::linear_attention", (_Q, _Q, _Q, _Q)),
     "linear attention, gated delta": ("gatecc::linear_attention", (_Q, _Q, _Q, _Q, _Q[:3])),
     "attention, a gate per channel": ("gatecc::attention", (_Q, _Q, _Q, _Q)),
+    "short convolution of 4 taps": ("gatecc::short_convolution", ((8, 2048, 2048), (2048, 1, 4))),
     "experts, 2 of 8": ("gatecc::moe_ffn", (_X, (2048, 2), (2048, 2), (8, 5632, 1024), (8, 1024, 2816))),
 }
 

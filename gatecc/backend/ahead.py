@@ -26,16 +26,18 @@ Inputs = Any  # a tuple, a dict, or (tuple, dict)
 
 
 def lowered_program(
-    model: nn.Module, example_inputs: Inputs, *, options: Mapping[str, Any] | None = None
+    model: nn.Module, example_inputs: Inputs, *, options: Mapping[str, Any] | None = None, python: bool = False
 ) -> ExportedProgram:
     """The model in eval mode as a lowered ExportedProgram of ATen operators, with free sizes where the model allows it.
 
     It takes the tensors of ``example_inputs`` as these are handed over, positional or by keyword; Python values among
     them are fixed. A package that is compiled from it runs without Python, where kernels of gatecc cannot be reached
-    (they are called through Python): lowerings that would need one are left out.
+    (they are called through Python): lowerings that would need one are left out. With ``python`` they are done, and the
+    package is for processes of Python that import gatecc before they load it; elsewhere it is refused when it is loaded
+    ("Could not find schema for gatecc::attention").
 
-    Raises ExportError, with the name of the operator, if the model itself calls one of gatecc's, and CaptureError if
-    the model cannot be captured whole.
+    Raises ExportError, with the name of the operator, if the model itself calls one of gatecc's and it is not for
+    ``python``, and CaptureError if the model cannot be captured whole.
     """
     args, kwargs = split_inputs(example_inputs)
     check_model(model)
@@ -46,18 +48,19 @@ def lowered_program(
 
     with evaluation(model), torch.no_grad():
         check_runs(model, args, kwargs)
-        if own := _kernels(read()):
+        if own := {} if python else _kernels(read()):
             name, node = next(iter(own.items()))
             raise ExportError(
                 "the model calls an operator that is reached through Python alone, and a compiled package has none",
                 where=origin(node).owner,
                 found=name,
-                do='torch.compile(model, backend="gatecc"), or gatecc.export, which writes it as ONNX',
+                do="python=True for a package that is loaded where gatecc is imported; else "
+                'torch.compile(model, backend="gatecc"), or gatecc.export, which writes it as ONNX',
             )
         without: set[str] = set()
         while True:
             program = lower_program(read, settings, without=without).program
-            blamed = {origin(node).inserted_by for node in _kernels(program).values()}
+            blamed = set[str]() if python else {origin(node).inserted_by for node in _kernels(program).values()}
             if not blamed:
                 return exported_program(program, _structure(args, kwargs))
             without |= blamed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch import nn
 import gatecc
 from gatecc.backend import lowered_program
 from gatecc.errors import ExportError
+from gatecc.ops import registry
 from tests.backend.test_backend import Masked, inputs
+from tests.decoder.mixing import Convolution, D
 
 
 class Two(nn.Module):
@@ -84,3 +87,59 @@ def test_a_model_with_such_a_kernel_is_refused_by_name() -> None:
     experts = gatecc.transform(model, "fast-experts", example)
     with pytest.raises(ExportError, match=r"(?s)moe_ffn.*torch\.compile"):
         lowered_program(experts, example)
+
+
+def calls() -> dict[str, Callable[[torch.Tensor], Any]]:
+    """What a model may call of gatecc's, on x: (2, 5, 8), by the name of the operator."""
+    ops, experts = torch.ops.gatecc, (torch.randn(3, 8, 8), torch.randn(3, 8, 4))
+
+    def heads(x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(2, (2, 4)).transpose(1, 2)
+
+    def ffn(x: torch.Tensor) -> torch.Tensor:
+        rows = x.flatten(0, 1)
+        return ops.moe_ffn(rows, rows[:, :1].sigmoid(), rows.argmax(1, keepdim=True) % 3, *experts)
+
+    return {
+        "attention": lambda x: ops.attention(heads(x), heads(x), heads(x), heads(x), gate_activation="sigmoid"),
+        "linear": lambda x: ops.linear(x, torch.ones(3, 8)),
+        "linear_attention": lambda x: ops.linear_attention(heads(x), heads(x), heads(x)),
+        "moe_ffn": ffn,
+        "short_convolution": lambda x: ops.short_convolution(x, torch.ones(8, 1, 3), activation="silu"),
+    }
+
+
+ELSEWHERE = {  # gradients, what decoders call, and what runs another way under torch.export
+    *("attention_backward", "linear_attention_backward", "moe_ffn_backward", "moe_ffn_training"),
+    *("short_convolution_backward", "linear_attention_step", "cached_attention", "only_if", "rnn", "sequences"),
+}
+
+
+def test_no_operator_was_forgotten() -> None:
+    ours = {o.overload._opname for o in registry.operators() if o.overload.namespace == "gatecc"}
+    assert ours == set(calls()) | ELSEWHERE
+
+
+@pytest.mark.parametrize("name", calls())
+def test_each_operator_is_refused_by_name_or_kept_for_python(name: str) -> None:
+    class Calling(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found = calls_of[name](x)
+            return found[0] if isinstance(found, tuple) else found
+
+    calls_of = calls()
+    model = Calling()
+    with pytest.raises(ExportError, match=rf"(?s)gatecc\.{name}\.default.*python=True"):
+        lowered_program(model, (inputs(),))
+    program = lowered_program(model, (inputs(),), python=True)
+    assert f"gatecc.{name}.default" in [str(n.target) for n in program.graph.nodes]
+    x = inputs(3, 7)
+    assert torch.allclose(program.module()(x), model(x), atol=1e-6)
+
+
+def test_lowerings_are_done_for_python_alone() -> None:
+    layer, x = Convolution(cut=True).eval(), torch.randn(2, 9, D)
+    for python in (False, True):
+        program = lowered_program(layer, (x,), python=python)
+        assert ("gatecc.short_convolution.default" in [str(n.target) for n in program.graph.nodes]) is python
+        assert torch.allclose(program.module()(x), layer(x), atol=1e-5)

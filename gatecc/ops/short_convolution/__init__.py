@@ -2,7 +2,7 @@
 
 from gatecc.ops.short_convolution.operator import short_convolution
 
-from gatecc.ops.short_convolution import c  # isort: skip  (kernels, which register themselves)
+from gatecc.ops.short_convolution import c, triton  # isort: skip  (kernels, which register themselves)
 from gatecc.ops.short_convolution import registration  # isort: skip  (of the operators above)
 
-__all__ = ["c", "registration", "short_convolution"]
+__all__ = ["c", "registration", "short_convolution", "triton"]

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from gatecc.errors import ArgumentError
 
 ACTIVATIONS = ("identity", "silu")
 TAPS = range(2, 9)  # for which kernels are written
+DTYPES = {  # of the kernels of a device type
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
 
 
 class Arguments(NamedTuple):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from gatecc.codegen.judge import family as judge
 from gatecc.codegen.onnx.lowering import GRADIENT
 from gatecc.ops.registry import Carry, Operator, StepRule, register
 from gatecc.ops.short_convolution.kernels import KERNELS
@@ -32,3 +33,4 @@ register(
     )
 )
 register(Operator(overload=_ops.short_convolution_backward.default, onnx={"portable": GRADIENT}, flops=_backward_flops))
+judge.register("gatecc.ops.short_convolution.triton.judged")

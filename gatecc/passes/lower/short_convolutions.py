@@ -21,8 +21,7 @@ from gatecc.ir.program import Program, fake, origin
 from gatecc.ir.site import Site
 from gatecc.ir.sizes import same
 from gatecc.ops.short_convolution import short_convolution
-from gatecc.ops.short_convolution.arguments import TAPS
-from gatecc.ops.short_convolution.c.kernels import DTYPES
+from gatecc.ops.short_convolution.arguments import DTYPES, TAPS
 from gatecc.passes.lower.attention.autocast import autocasts
 from gatecc.passes.lower.insert import insert
 from gatecc.passes.lower.lowering import Lowering, Outcome, Settings
@@ -34,7 +33,9 @@ class ShortConvolutions(Lowering):
     """silu(conv1d(x, W, b, padding=K - 1)[..., :N]) -> gatecc::short_convolution."""
 
     name = "short-convolutions"
-    left = "channels that do not lie together, an accelerator, float16, autocast"
+    left = (
+        "channels that do not lie together, autocast; float16 on a CPU; an accelerator, unless it is asked for by name"
+    )
     after = ("linear-attention",)  # which looks for convolutions
 
     def lower(self, program: Program, sites: Sequence[Site], settings: Settings) -> Iterator[Outcome]:
@@ -47,7 +48,7 @@ class ShortConvolutions(Lowering):
             what = f"a causal convolution of {width(node)} taps" + ", silu" * (silu is not None)
             place = origin(node)
             at = Outcome(self.name, place.owner, place.line, what)
-            reason = _unfit(found, flow)
+            reason = _unfit(found, flow, by_name=self.name in (settings.only or ()))
             if not reason and autocasts(program):
                 reason = "it may run in another precision than the graph records (autocast)"
             yield replace(at, reason=reason) if reason else self._edit(program, found, silu, flow, at)
@@ -90,12 +91,14 @@ class _Call:
         return tuple(t.contiguous() if self.contiguous else t for t in laid_out)
 
 
-def _unfit(found: CausalConvolution, flow: Flow) -> str:
-    """Why a convolution stays, whatever is done with it; empty if it need not."""
+def _unfit(found: CausalConvolution, flow: Flow, *, by_name: bool) -> str:
+    """Why a convolution stays; empty if it need not. ``by_name``: whether the lowering was asked for."""
     x, weight = fake(found.x), fake(named(found.conv, "weight"))
-    if x is None or weight is None or x.device.type != "cpu":
-        return "on an accelerator it is Inductor's to fuse"
-    if x.dtype not in DTYPES or weight.dtype != x.dtype:
+    if x is None or weight is None or (x.device.type != "cpu" and not by_name):
+        return (
+            "on an accelerator, where nothing was measured, it is Inductor's unless this lowering is asked for by name"
+        )
+    if x.dtype not in DTYPES.get(x.device.type, ()) or weight.dtype != x.dtype:
         return f"the kernel has no {x.dtype}"
     if width(found.conv) not in TAPS:
         return f"the kernel has {TAPS[0]} to {TAPS[-1]} taps"

@@ -24,6 +24,7 @@ static void *work(void *argument) {
 }
 #endif
 
+// Jobs begin in their order, so that one may wait for those before it.
 static void parallel(job_t job, const void *context, int64_t jobs, int threads) {
     if (threads > jobs) threads = (int)jobs;
     if (threads <= 1) {  // no runtime is woken for one thread
@@ -36,7 +37,7 @@ static void parallel(job_t job, const void *context, int64_t jobs, int threads) 
 #pragma omp parallel num_threads(threads)
     {
         const uint64_t mode = flush_denormals();
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(monotonic : dynamic, 1)
         for (int64_t i = 0; i < jobs; i++) job(context, i);
         restore_denormals(mode);
     }

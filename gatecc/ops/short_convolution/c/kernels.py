@@ -14,11 +14,10 @@ from torch import Tensor
 from gatecc.codegen.c.build import load
 from gatecc.codegen.c.source import amalgamated
 from gatecc.ops.short_convolution import kernels
-from gatecc.ops.short_convolution.arguments import TAPS, Arguments
+from gatecc.ops.short_convolution.arguments import DTYPES, TAPS, Arguments
 from gatecc.ops.short_convolution.kernels import Gradients
 
 HEADERS = Path(__file__).parent / "headers"
-DTYPES = (torch.float32, torch.bfloat16)
 _CALL = struct.Struct("@Pqq3P3qii")
 _RESULTS = struct.Struct("@2P")
 _GRADIENTS = struct.Struct("@Pqq4P")
@@ -65,7 +64,7 @@ class CpuKernels:
 
 def _fitting(a: Arguments, part: Literal["forward", "backward"]) -> ctypes.CDLL | None:
     """None for what is left to ATen: other dtypes and numbers of taps, and calls without a number."""
-    fits = a.x.dtype in DTYPES and a.taps in TAPS and a.x.numel()
+    fits = a.x.dtype in DTYPES["cpu"] and a.taps in TAPS and a.x.numel()
     return _library(a.x.dtype, a.taps, part) if fits else None
 
 

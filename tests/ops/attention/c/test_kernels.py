@@ -201,3 +201,18 @@ def test_threads_change_no_bit(dtype: torch.dtype) -> None:
         found.append(attention(**case))
     for other in found[1:]:
         assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "window": 250}, {"window": 70}])
+def test_threads_change_no_bit_of_a_gradient(options: dict[str, Any]) -> None:
+    """Blocks of keys of one head that run at once add to the same queries."""
+    a = arguments(**to(operands(B=1, H=2, G=1, N=700, S=800, D=8, **options), torch.float32))
+    torch.set_num_threads(1)
+    results = KERNELS.forward(a)
+    assert results is not None
+    found: list[Any] = []
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        found.append(KERNELS.backward(a, *results, a.q, None, [True] * 3 + [False] * 3))
+    for other in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(found[0][:3], other[:3], strict=True))

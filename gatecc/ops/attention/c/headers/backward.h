@@ -1,10 +1,11 @@
 // Gradients of attention: weights are computed again from scores and logsumexps, block by block.
 //
-// A job has one head of keys. A block of keys, packed once, meets the queries of all heads that share it, a band of them
-// at a time: p = e^(s - logsumexp), dp = do v^T, ds = p (dp - delta) and then dv += p^T do, dk += ds^T q, dq += ds k, where
+// A job has one head of keys, or where heads do not keep all threads busy one block of it. A block, packed once, meets
+// the queries of all heads that share it, a band of them at a time: p = e^(s - logsumexp), dp = do v^T, ds = p (dp - delta) and then dv += p^T do, dk += ds^T q, dq += ds k, where
 // delta is the sum of do * o, less the gradient of the logsumexp. Numbers are single ones: lanes of floats.
 #pragma once
 #define SINGLE 1
+#include <sched.h>
 #include "../../../../codegen/c/headers/threads.h"
 #include "softmax.h"
 
@@ -157,49 +158,92 @@ struct backward_call {
     const struct attention *p;
     const struct tensors *t;
     const struct gradients *g;
+    int64_t blocks;  // of a head that are jobs of their own; 1 if a job goes through all
+    float *dq;       // (B, H, N, D in whole vectors), shared by the blocks of a head
+    int32_t *done;   // (B, H, bands): behind which block the sums of a band are
     int failed;
 };
+
+static void write_queries(const struct backward_call *call, const float *dq, int64_t heads, int64_t first) {
+    const struct attention *const p = call->p;
+    write_rows(dq, heads * p->N, whole(p->D, LANES), p->D, p->scale, call->g->dq + first * p->N * p->D);
+}
+
+// Blocks of a head run at once, but add to a band of queries one after the other, in their order: the bits of a result
+// are those of one thread. Jobs begin in order too, so that the first one that is not done waits for nobody.
+INLINE void await(const struct backward_call *call, const int32_t *done, int64_t block) {
+    while (__atomic_load_n(done, __ATOMIC_ACQUIRE) != block && !__atomic_load_n(&call->failed, __ATOMIC_RELAXED))
+        sched_yield();
+}
+
+static void backward_block(
+    struct backward_call *call, const struct room *w, int64_t b, int64_t head, int64_t from, float *sums
+) {
+    const struct attention *const p = call->p;
+    const struct gradients *const g = call->g;
+    const int64_t group = p->H / p->G, bands = (p->N + BAND - 1) / BAND;
+    const struct range block = {from, smaller(from + KEYS, p->S)};
+    const int64_t count = block.to - from;
+    pack_keys(place(call->t->k, &p->k, b, head, from), p->k.token, 0, count, p->D, w->key_columns);
+    pack_values(place(call->t->k, &p->k, b, head, from), p->k.token, 0, count, p->D, w->key_rows);
+    pack_keys(place(call->t->v, &p->v, b, head, from), p->v.token, 0, count, p->E, w->value_columns);
+    memset(w->dk, 0, (size_t)(KEYS * w->D) * 4);
+    memset(w->dv, 0, (size_t)(KEYS * w->E) * 4);
+    for (int64_t j = 0; j < group; j++)
+        for (int64_t first = 0; first < p->N; first += BAND) {
+            const int64_t queries = smaller(BAND, p->N - first), h = head * group + j;
+            const struct range all = seen(p, first, first + queries - 1);
+            if (all.from >= block.to || all.to <= block.from) continue;
+            int32_t *const done = call->done ? call->done + (b * p->H + h) * bands + first / BAND : NULL;
+            if (done && from / KEYS > larger(all.from, 0) / KEYS) await(call, done, from / KEYS);
+            band(p, call->t, g, w, b, h, first, queries, block, sums + (j * p->N + first) * w->D);
+            if (done) __atomic_store_n(done, (int32_t)(from / KEYS + 1), __ATOMIC_RELEASE);
+        }
+    const int64_t at = (b * p->G + head) * p->S + from;
+    if (g->dk) write_rows(w->dk, count, w->D, p->D, p->scale / factor_of(p), g->dk + at * p->D);
+    if (g->dv) write_rows(w->dv, count, w->E, p->E, 1.0f, g->dv + at * p->E);
+}
 
 static void backward_job(const void *context, int64_t index) {
     struct backward_call *const call = (struct backward_call *)(uintptr_t)context;
     const struct attention *const p = call->p;
-    const struct gradients *const g = call->g;
-    const int64_t b = index / p->G, head = index % p->G, group = p->H / p->G;
+    const int64_t of = index / call->blocks, b = of / p->G, head = of % p->G, group = p->H / p->G;
     struct room w;
     float *const memory = aligned_alloc(64, (size_t)whole(floats_of_room(p, &w, NULL) * 4, 64));
     if (!memory) {
-        call->failed = 1;
+        __atomic_store_n(&call->failed, 1, __ATOMIC_RELAXED);
         return;
     }
     floats_of_room(p, &w, memory);
-    memset(w.dq, 0, (size_t)(group * p->N * w.D) * 4);
-    for (int64_t from = 0; from < p->S; from += KEYS) {
-        const struct range block = {from, smaller(from + KEYS, p->S)};
-        const int64_t count = block.to - from;
-        pack_keys(place(call->t->k, &p->k, b, head, from), p->k.token, 0, count, p->D, w.key_columns);
-        pack_values(place(call->t->k, &p->k, b, head, from), p->k.token, 0, count, p->D, w.key_rows);
-        pack_keys(place(call->t->v, &p->v, b, head, from), p->v.token, 0, count, p->E, w.value_columns);
-        memset(w.dk, 0, (size_t)(KEYS * w.D) * 4);
-        memset(w.dv, 0, (size_t)(KEYS * w.E) * 4);
-        for (int64_t j = 0; j < group; j++)
-            for (int64_t first = 0; first < p->N; first += BAND) {
-                const int64_t queries = smaller(BAND, p->N - first);
-                const struct range all = seen(p, first, first + queries - 1);
-                if (all.from >= block.to || all.to <= block.from) continue;
-                float *const dq = w.dq + (j * p->N + first) * w.D;
-                band(p, call->t, g, &w, b, head * group + j, first, queries, block, dq);
-            }
-        const int64_t at = (b * p->G + head) * p->S + from;
-        if (g->dk) write_rows(w.dk, count, w.D, p->D, p->scale / factor_of(p), g->dk + at * p->D);
-        if (g->dv) write_rows(w.dv, count, w.E, p->E, 1.0f, g->dv + at * p->E);
+    if (call->dq) {
+        float *const sums = call->dq + of * group * p->N * w.D;
+        backward_block(call, &w, b, head, index % call->blocks * KEYS, sums);
+    } else {
+        memset(w.dq, 0, (size_t)(group * p->N * w.D) * 4);
+        for (int64_t from = 0; from < p->S; from += KEYS) backward_block(call, &w, b, head, from, w.dq);
+        if (call->g->dq) write_queries(call, w.dq, group, b * p->H + head * group);
     }
-    if (g->dq) write_rows(w.dq, group * p->N, w.D, p->D, p->scale, g->dq + (b * p->H + head * group) * p->N * p->D);
     free(memory);
+}
+
+static void queries_job(const void *context, int64_t index) {
+    const struct backward_call *const call = context;
+    write_queries(call, call->dq + index * call->p->N * whole(call->p->D, LANES), 1, index);
 }
 
 // ``t->out`` is the gradient of the result, before any gate.
 int backward(const struct attention *p, const struct tensors *t, const struct gradients *g) {
-    struct backward_call call = {p, t, g, 0};
-    parallel(backward_job, &call, p->B * p->G, p->threads);
+    struct backward_call call = {p, t, g, 1, NULL, NULL, 0};
+    const int64_t heads = p->B * p->G, blocks = (p->S + KEYS - 1) / KEYS, bands = (p->N + BAND - 1) / BAND;
+    if (blocks > 1 && heads % p->threads && heads < 4 * p->threads) {
+        call.blocks = blocks;
+        call.dq = calloc((size_t)(p->B * p->H * p->N * whole(p->D, LANES)), 4);
+        call.done = calloc((size_t)(p->B * p->H * bands), 4);
+        call.failed = !call.dq || !call.done;
+    }
+    if (!call.failed) parallel(backward_job, &call, heads * call.blocks, p->threads);
+    if (!call.failed && call.dq && g->dq) parallel(queries_job, &call, p->B * p->H, p->threads);
+    free(call.dq);
+    free(call.done);
     return call.failed;
 }

@@ -1,0 +1,1 @@
+"""Kernels that gatecc.ops.short_convolution.triton.launch launches."""
