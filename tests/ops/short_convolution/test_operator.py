@@ -42,7 +42,7 @@ def exact(tensors: Drawn, activation: str, grad: Tensor, grad_after: Tensor) -> 
 
 @settings(max_examples=40)
 @given(
-    sizes=st.tuples(st.integers(1, 3), st.integers(1, 140), st.integers(1, 40), st.sampled_from([2, 4, 7])),
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 140), st.integers(1, 40), st.sampled_from([4, 7])),
     short=st.booleans(),
     bias=st.booleans(),
     state=st.booleans(),
