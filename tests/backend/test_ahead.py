@@ -109,15 +109,15 @@ def calls() -> dict[str, Callable[[torch.Tensor], Any]]:
     }
 
 
-ELSEWHERE = {  # gradients, what decoders call, and what runs another way under torch.export
-    *("attention_backward", "linear_attention_backward", "moe_ffn_backward", "moe_ffn_training"),
-    *("short_convolution_backward", "linear_attention_step", "cached_attention", "only_if", "rnn", "sequences"),
+ELSEWHERE = {  # but for gradients: of training, of decoders, and what runs another way under torch.export
+    *("moe_ffn_training", "reinforce_sample", "inject_bce", "add_loss", "record"),
+    *("linear_attention_step", "cached_attention", "only_if", "rnn", "sequences"),
 }
 
 
 def test_no_operator_was_forgotten() -> None:
     ours = {o.overload._opname for o in registry.operators() if o.overload.namespace == "gatecc"}
-    assert ours == set(calls()) | ELSEWHERE
+    assert {name for name in ours if not name.endswith("_backward")} == set(calls()) | ELSEWHERE
 
 
 @pytest.mark.parametrize("name", calls())
