@@ -70,7 +70,7 @@ def _kernels(program: Program) -> dict[str, fx.Node]:
     """The operators of gatecc in a program, each with its first call."""
     found: dict[str, fx.Node] = {}
     for node in program.calls():
-        if isinstance(node.target, OpOverload) and node.target.namespace == "gatecc":
+        if isinstance(node.target, OpOverload) and node.target.namespace in ("gatecc", "gatecc_regions"):
             found.setdefault(str(node.target), node)
     return found
 

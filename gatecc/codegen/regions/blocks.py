@@ -61,7 +61,7 @@ class Products:
     passes: how often it reads its rows before. ``first`` products of ``middle`` columns are summed in the same loop,
     for ``last`` ones of (rows, middle) by (middle, columns). ``lefts``: how many different left operands there are;
     ``reads``: how many tensors these are computed from; ``before``: values that are held at once where the operands of
-    a block are computed, of a sum over rows; ``split``: what is summed is cut into parts, for programs of their own.
+    a block are computed; ``split``: what is summed is cut into parts, for programs of their own.
     """
 
     columns: int
@@ -196,9 +196,9 @@ def seconds(c: Blocks, part: Part, rows: int, p: Products, cut: int = 1) -> tupl
 
 
 def _computed(c: Blocks, p: Products) -> int:
-    """How many values are held at once where the operands of a block are computed; those of a sum over rows lie in
-    registers, both, before they are multiplied."""
-    return c.inner * max(p.before * max(c.rows, c.cols), (c.rows + c.cols) * p.split)
+    """How many values are held at once where the operands of a block are computed: left ones, of a sum over rows
+    either, which lie both in registers before they are multiplied."""
+    return c.inner * (max(p.before * max(c.rows, c.cols), c.rows + c.cols) if p.split else p.before * c.rows)
 
 
 def _accesses(c: Blocks, p: Products) -> int:

@@ -50,6 +50,8 @@ def print_matmul(region: Region) -> Printed:
     reduced = print_reduced(region, inner, lefts, lambda lines: _loop(K, lines))
     before = Body(region, inner, reduced.known, in_blocks=True)
     lines = [line for a in lefts for line in _left(before, a)]
+    computed = any(_source(a).op != "placeholder" for a in lefts)
+    held = most_alive(lines, before.tiles()) if computed else 0
     lines += [line for p in looped for line in _right(operand(p), "inner", "middle" if p in chain.first else "cols")]
     lines = list(dict.fromkeys(lines))
     for p in looped:
@@ -91,6 +93,7 @@ def print_matmul(region: Region) -> Printed:
         len(chain.last),
         len(lefts),
         max(len(lefts), sum(n.op == "placeholder" and v.kind == "tile" for n, v in before.values.items())),
+        held,
     )
     if reason := too_wide(shape_of):
         raise RefusedError(reason)

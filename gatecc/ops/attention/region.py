@@ -16,15 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from gatecc.codegen.regions.alive import most_alive
 from gatecc.codegen.regions.aten import print_aten
 from gatecc.codegen.regions.body import Body, Space, Value
 from gatecc.codegen.regions.build import build, load, write
 from gatecc.codegen.regions.file import Page, graph_lines, imported_functions
 from gatecc.codegen.regions.region import RefusedError, Region, dtype, region_of, rows_of, shape
+from gatecc.codegen.triton.sizes import block_of
 from gatecc.ops.attention.arguments import Arguments, arguments
 from gatecc.ops.attention.triton.dispatch import LAUNCHER, refusal
+from gatecc.ops.attention.triton.tables import blocks
 
 FORM = "1"
+HELD = 192  # registers of a thread for values of a block, beside which 255 leave room for places and masks
 FEW = 16  # queries: up to so many are a step of a decoder, whose keys are split among programs
 PAGE = '''"""Attention and what is made of its heads, x0.
 
@@ -141,6 +145,10 @@ def _page(region: Region, result: fx.Node, options: dict[str, Any], following: s
     value = body.value(result)
     if value.kind != "tile" or value.literal:
         raise RefusedError("a result that is the same for all channels of a head")
+    tiles = most_alive(body.lines, body.tiles())
+    block = blocks("attend", dtype(result), max(64, block_of(region.width)))
+    if tiles * block.queries * block_of(region.width) > HELD * 32 * block.warps:
+        raise RefusedError(f"{tiles} values of each channel are held at once behind the main loop of attention")
     lines = "".join(f"    {line}\n" for line in body.lines)
     text = PAGE.format(
         notes="".join(f"    {note}\n" for note in region.notes) + "\n" * bool(region.notes),

@@ -168,6 +168,65 @@ def test_capped_scores() -> None:
     torch.testing.assert_close(y, model(x))
 
 
+FOLLOWED: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "a norm of each token's heads, and a gate": (
+        lambda q, k, v, g: (F.rms_norm(causal(q, k, v).transpose(1, 2), (D,)) * split(g).sigmoid()).flatten(2),
+        "rms_norm sigmoid mul",
+    ),
+    "a spelled-out norm, a gate of another form where they lie flat": (
+        lambda q, k, v, g: spelled(causal(q, k, v)).transpose(1, 2).reshape(*g.shape) * (F.softplus(g) + 0.5),
+        "pow mean add rsqrt mul softplus add mul",
+    ),
+    "a row, a tensor that is added, a number": (
+        lambda q, k, v, g: 2.0 * (causal(q, k, v) * g[0, 0, :D] + split(g).transpose(1, 2)),
+        "mul add mul",
+    ),
+}
+
+
+def spelled(heads: Tensor) -> Tensor:
+    return heads * torch.rsqrt(heads.pow(2).mean(-1, keepdim=True) + 1e-5)
+
+
+@pytest.fixture
+def files(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setenv("GATECC_CACHE", str(tmp_path))
+
+
+@pytest.mark.usefixtures("gpu", "files")
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_what_follows_is_printed_behind_it(name: str) -> None:
+    attend, words = FOLLOWED[name]
+    torch.manual_seed(0)
+    model, x = Gated(attend), torch.randn(B, 24, H * D)
+    graph, outcomes, y = lowered(model, x, GATED)
+    assert [o.became for o in outcomes] == [f"gatecc::attention, causal, followed by {words} in one kernel"]
+    assert len([n for n in graph.graph.nodes if "gatecc_regions.attention_" in str(n.target)]) == 1
+    assert not calls(graph, torch.ops.aten.scaled_dot_product_attention.default)
+    torch.testing.assert_close(y, model(x))
+    weights = list(model.parameters())
+    grads = [torch.autograd.grad(found.square().sum(), weights) for found in (y, model(x))]
+    torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize(
+    ("N", "learns", "why"), [(2048, False, ""), (2048, True, "computes the heads again"), (16, False, "a step")]
+)
+def test_the_estimate_decides_what_is_printed(N: int, learns: bool, why: str) -> None:
+    """What is not, is fused attention with what the operator's own gate takes, as before."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.set_grad_enabled(learns):
+        with torch.device("cuda"):
+            model, x = (
+                Gated(lambda q, k, v, g: causal(q, k, v).transpose(1, 2) * split(g).tanh()),
+                torch.randn(B, N, H * D),
+            )
+        graph, (outcome,), _ = lowered(model, x, GATED)
+    assert ("followed by tanh mul" in outcome.became) is (why == "")
+    assert why in outcome.reason
+    assert len(calls(graph, torch.ops.gatecc.attention.default)) == (why != "")
+
+
 def test_on_a_pretended_gpu() -> None:
     """Values on a CUDA device that is not there: by request the operator runs, on fakes."""
     with FakeTensorMode(allow_non_fake_inputs=True):
