@@ -2,8 +2,8 @@
 
 The gate is read where the result is written, so that the heads go to memory once. What else is made of them (a norm of
 each head, a gate of another form, a sum) is printed behind the main loop (gatecc.ops.attention.region), unless an
-estimate says that it gains nothing: in training the heads are computed again for the gradient. Windows are the operator's anyway
-(attention-operator); what torch's kernel serves becomes it only by request
+estimate says that it gains nothing: in training the heads are computed again for the gradient. Windows are the
+operator's anyway (attention-operator); what torch's kernel serves becomes it only by request
 (``options={"gatecc.lowerings": ["gated-attention", ...]}``): no GPU has confirmed that the kernel and the gate together
 take less time than torch's kernel and a gate behind it.
 """
@@ -36,9 +36,7 @@ class GatedAttention(Lowering):
     """SDPA, axes moved, times a gate -> gatecc::attention."""
 
     name = "gated-attention"
-    left = (
-        "on a CPU; on a GPU without a window, unless it is asked for by name; other epilogues where they gain nothing"
-    )
+    left = "on a CPU; on a GPU without a window, unless it is asked for by name; epilogues that gain nothing"
     after = ("causal-mask", "spelled-attention")
 
     def lower(self, program: Program, sites: Sequence[Site], settings: Settings) -> Iterator[Outcome]:
