@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+import gatecc
 from gatecc.errors import ArgumentError
 from gatecc.ops.short_convolution import short_convolution
 from gatecc.ops.short_convolution.c.kernels import CpuKernels
@@ -162,3 +163,27 @@ def test_what_does_not_fit_is_refused(what: str, change: dict[str, object]) -> N
     given: dict[str, object] = {"x": torch.randn(2, 3, 6), "weight": torch.randn(6, 1, 4), **change}
     with pytest.raises(ArgumentError, match=what):
         torch.ops.gatecc.short_convolution(**given)
+
+
+class Language(nn.Module):
+    """A short convolution between an embedding and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(16, 8), nn.Linear(8, 16)
+        self.weight = nn.Parameter(torch.randn(8, 1, 4))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(short_convolution(self.embed(ids), self.weight, activation="silu")[0])
+
+
+def test_a_decoder_carries_its_state() -> None:
+    model, ids = Language().eval(), torch.randint(0, 16, (2, 9))
+    decoder = gatecc.decoder(model, (ids,))
+    with torch.no_grad():
+        expected = model(ids)
+        logits, state = decoder.prefill(ids[:, :2])
+        assert torch.allclose(logits[:, -1], expected[:, 1], atol=1e-5)
+        for t in range(2, 9):
+            logits, state = decoder.step(ids[:, t : t + 1], state)
+            assert torch.allclose(logits[:, -1], expected[:, t], atol=1e-5)
