@@ -27,7 +27,7 @@ from gatecc.capture.guards import size_guards
 from gatecc.capture.hooks import marked
 from gatecc.capture.kept import attributes_kept
 from gatecc.capture.neutral import neutral_weights
-from gatecc.capture.origins import OriginWriter, model_line, module_stack
+from gatecc.capture.origins import OriginWriter, model_line, module_stack, raised_at
 from gatecc.capture.shield import callers_device
 from gatecc.capture.subclasses import plain_weights
 from gatecc.errors import CaptureError, GateccError
@@ -197,10 +197,10 @@ def dynamic_axes(module: nn.Module, *, whole: bool = True) -> Callable[[torch.Te
 
 
 def _reason(error: BaseException) -> str:
-    """The first telling line of torch's message and the user's source line, if one is named."""
+    """The first telling line of torch's message and the user's source line, that it names or that it came through."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = f"{type(error).__name__}: {lines[0] if lines else ''}".replace("self.m.", "self.")
-    line = model_line(str(error))
+    line = model_line(str(error)) or raised_at(error)
     return f"{text[:300]} ({line})" if line else text[:300]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,13 @@ def model_line(text: str) -> str:
     """``modeling_llama.py:257``: the innermost frame outside of torch that a text names; empty without one."""
     frames = [frame for frame in _FRAME.findall(text) if "/torch/" not in frame[0]]
     return _short(*frames[-1]) if frames else ""
+
+
+def raised_at(error: BaseException) -> str:
+    """``modeling_llama.py:257``: the innermost frame outside of torch and gatecc that an error came through."""
+    frames = [(f.filename, str(f.lineno)) for f in traceback.extract_tb(error.__traceback__)]
+    own = [frame for frame in frames if "/torch/" not in frame[0] and not frame[0].startswith(_OURS)]
+    return _short(*own[-1]) if own else ""
 
 
 def _line(trace: str | None) -> str:

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from tests.zoo.huggingface import BART, GROUPED, IDS, LAYERS, MOE, T5, TEXT, VISION, Options
@@ -55,6 +56,10 @@ def _padded() -> Options:
 
 def _pair() -> Options:
     return {"input_ids": tokens(2, 16), "decoder_input_ids": tokens(2, 12, seed=1)}
+
+
+def _padded_pair() -> Options:
+    return {**_pair(), "attention_mask": padding(2, 16).long(), "decoder_attention_mask": torch.ones(2, 12).long()}
 
 
 def _image() -> Options:
@@ -125,7 +130,7 @@ OTHERS: dict[str, Other] = {
     ),
     "switch": Other(
         "experts", "AutoModelForSeq2SeqLM", "SwitchTransformersConfig",
-        T5 | dict(num_experts=4, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1), _pair,
+        T5 | dict(num_experts=4, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1), _padded_pair,
     ),
     "marian": Other("seq2seq", "AutoModelForSeq2SeqLM", "MarianConfig", BART, _pair),
     "mbart": Other("seq2seq", "AutoModelForSeq2SeqLM", "MBartConfig", BART, _pair),

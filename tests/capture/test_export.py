@@ -181,6 +181,19 @@ def test_a_capture_that_fails_prints_no_graph(capfd: pytest.CaptureFixture[str])
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_model_that_breaks_while_it_is_captured_is_told_by_its_line() -> None:
+    """As those of transformers do that leave a mask out where they are traced: the message itself names no line."""
+
+    class Tells(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            mask: Any = None if torch.compiler.is_exporting() else x
+            return x * mask[:, None]
+
+    line = Tells.forward.__code__.co_firstlineno + 2
+    with pytest.raises(CaptureError, match=rf"'NoneType' object is not subscriptable \(test_export.py:{line}\)"):
+        capture(Tells(), (torch.randn(2, 4),))
+
+
 class Aliased(nn.Module):
     """Layers that are called through a slice, one of which has another name too."""
 
