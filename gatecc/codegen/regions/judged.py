@@ -20,11 +20,13 @@ WIDTH, INNER = 256, 128
 
 
 class Sample(NamedTuple):
-    """A function of tensors: first those with rows, of so many columns, then others, of these shapes."""
+    """A function of tensors: first those with rows, of so many columns, then others, of these shapes. ``exemptions``:
+    of the kernels of its gradient."""
 
     function: Callable[..., Any]
     rows: tuple[int, ...]
     others: tuple[tuple[int, ...], ...] = ()
+    exemptions: tuple[Exemption, ...] = ()
 
     def tensors(self, rows: int, **options: Any) -> list[Tensor]:
         """Arguments of so many rows: those of rows first."""
@@ -37,6 +39,7 @@ def _norm(x: Tensor, skip: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return F.rms_norm(y, (y.size(-1),), scale, 1e-6), y
 
 
+_UNROLLED = "ptxas unrolls the four steps of its loop and keeps three addresses of the result while the last one runs"
 SAMPLES = {
     "gated unit": Sample(lambda gate, up: F.silu(gate) * up, (WIDTH, WIDTH)),
     "residual and norm": Sample(_norm, (WIDTH, WIDTH), ((WIDTH,),)),
@@ -51,6 +54,7 @@ SAMPLES = {
         lambda x, skip, w, scale, bias: F.gelu(F.linear(F.layer_norm(x + skip, (INNER,), scale, bias), w)),
         (INNER, INNER),
         ((WIDTH, INNER), (INNER,), (INNER,)),
+        (Exemption("kernel_2", "spills", 6, _UNROLLED, dtypes=("bf16", "fp16"), targets=("sm_100",)),),
     ),
     "gate of low rank": Sample(
         lambda x, o, a, b: torch.sigmoid(F.linear(F.linear(x, a), b)) * o,
@@ -113,7 +117,8 @@ def _families() -> Iterator[Family]:
             built = build(sample.function, sample.tensors(37, dtype=kind), [f"a sample of the judge: {name}"])
             yield family_of(name, built, sample.function, sample.tensors)
             if built.gradient is not None and kernel_names(built.gradient):
-                yield gradient_family(name, built, sample.function, sample.tensors)
+                family = gradient_family(name, built, sample.function, sample.tensors)
+                yield replace(family, exemptions=(*family.exemptions, *sample.exemptions))
 
 
 def gradient_family(
