@@ -105,7 +105,8 @@ class _Found:
     def report(self, model: nn.Module) -> Report:
         """All of it."""
         if not self.graphs:
-            self.notes.append("torch.compile made no graph of this call: nothing is computed, or it is kept from it")
+            why = "a loop holds a break" if self.breaks else "nothing is computed, or it is kept from it"
+            self.notes.append(f"torch.compile made no graph of this call: {why}")
         compared = any(pair.after is not None for pair in self.graphs)
         totals = Totals(
             parameters_before=parameter_count(model),
@@ -165,26 +166,46 @@ _BRANCH = (
 )
 _EXPLANATION = re.compile(r"^\s*Explanation: (.*)$", re.MULTILINE)
 _HINT = re.compile(r"^\s*Hint: (.*)$", re.MULTILINE)
-_NO_HINT = ("Please report an issue", "This graph break is fundamental", "It may be possible to write Dynamo tracing")
+_NO_HINT = (
+    "Please report an issue",
+    "This graph break is fundamental",
+    "It may be possible to write Dynamo tracing",
+    "This graph break may have been caused",
+)
+
+
+_SKIPPED = re.compile(r"^Failed to handle graph break gracefully\..*?:\s*", re.DOTALL)
+_WHOLE = ", in a loop: the whole function runs uncompiled"
 
 
 @contextmanager
 def _breaks_noted(rows: list[BreakRow]) -> Generator[None]:
-    """Add a row for each break that Dynamo notes inside: also those after which no graph came."""
+    """Add a row for each break that Dynamo notes inside: also those after which no graph came, and those in loops,
+    which it logs alone."""
+    from torch._dynamo.symbolic_convert import InstructionTranslatorBase
     from torch._dynamo.utils import graph_break_reasons as noted
 
-    start = len(noted)
+    start, log_graph_break, skipped = len(noted), InstructionTranslatorBase.log_graph_break, list[BreakRow]()
+
+    def log_and_note(self: Any, code_options: Any, reason: str, exc: Any) -> None:
+        log_graph_break(self, code_options, reason, exc)
+        if found := _SKIPPED.match(reason):
+            skipped.append(_row(reason[found.end() :], getattr(exc, "real_stack", None) or (), _WHOLE))
+
+    InstructionTranslatorBase.log_graph_break = log_and_note
     try:
         yield
     finally:
-        rows += [_row(noted[i].reason, noted[i].user_stack) for i in range(start, len(noted))]
+        InstructionTranslatorBase.log_graph_break = log_graph_break
+        rows += [_row(noted[i].reason, noted[i].user_stack) for i in range(start, len(noted))] + skipped
 
 
-def _row(text: str, stack: Sequence[traceback.FrameSummary]) -> BreakRow:
+def _row(text: str, stack: Sequence[traceback.FrameSummary], and_so: str = "") -> BreakRow:
     line = model_line("".join(f'File "{frame.filename}", line {frame.lineno}\n' for frame in stack))
     if text.startswith("generic_jump"):
         return BreakRow(line, *_BRANCH)
     explanation = _EXPLANATION.search(text)
     title = text.strip().splitlines()[0] if text.strip() else ""
     hints = [hint for hint in _HINT.findall(text) if not hint.startswith(_NO_HINT)]
-    return BreakRow(line, f"{title}: {explanation[1]}" if explanation else title, " ".join(hints))
+    reason = f"{title}: {explanation[1]}" if explanation else title
+    return BreakRow(line, reason.rstrip(".") + and_so if and_so else reason, " ".join(hints))

@@ -15,6 +15,7 @@ from gatecc.backend.options import Options
 from gatecc.capture.dynamo import dynamo_program, has_nested_graphs
 from gatecc.ir.match import find_sites
 from gatecc.ir.program import Program
+from gatecc.ir.site import Refusal
 from gatecc.ir.verify import Before, Suspect, verify
 from gatecc.passes.lower import LOWERINGS, Lowering, Outcome, Settings
 from gatecc.pipeline import Observer, canonical_form
@@ -120,14 +121,16 @@ def _run(
 ) -> list[Outcome]:
     outcomes: list[Outcome] = []
     sites = None
-    for lowering in lowerings:
+    for i, lowering in enumerate(lowerings):
         if sites is None:
             with step("match", program, observer):
-                sites = find_sites(program).sites
+                sites = find_sites(program)
+        if i == 0:  # as the model wrote it: what an operator computes by now is not told of
+            outcomes += [_refused(one, r) for one in lowerings for r in sites.refusals if r.kind == one.refuses]
         before = Before.of(program)
         try:
             with step("lower", program, observer, lowering=lowering.name):
-                found = list(lowering.lower(program, sites, settings))
+                found = list(lowering.lower(program, sites.sites, settings))
                 if any(outcome.became for outcome in found):
                     sites = None  # they have moved
                     program.graph.eliminate_dead_code()
@@ -137,6 +140,11 @@ def _run(
             raise _FailedError(lowering.name, e) from e
         outcomes += found
     return outcomes
+
+
+def _refused(lowering: Lowering, refusal: Refusal) -> Outcome:
+    reason = f"{refusal.reason} ({refusal.code})"
+    return Outcome(lowering.name, refusal.owner, refusal.line, f"what looks like {refusal.kind}", reason=reason)
 
 
 def _order() -> list[str]:

@@ -81,6 +81,13 @@ _ATTENTION: tuple[Cause, ...] = (
         "einsum of three operands.",
         "write the product with matmul, bmm or an einsum of two operands",
     ),
+    Cause(
+        "GCC107",
+        "the scores are mixed between heads before the softmax",
+        "Talking-heads attention puts a Linear over the heads between the product of queries and keys and the softmax, "
+        "others a convolution or a mean. No head's scores are a product of its own queries and keys.",
+        "rewrite the owner's projections or its output (Linear sites)",
+    ),
 )
 
 _OTHERS: tuple[Cause, ...] = (

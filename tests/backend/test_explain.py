@@ -131,6 +131,24 @@ def test_nested_graphs_are_said() -> None:
     assert note.startswith("graph 1 goes on to Inductor as it is: it holds graphs of its own")
 
 
+class Looping(nn.Module):
+    def forward(self, x: torch.Tensor, choice: torch.Tensor) -> torch.Tensor:
+        y = torch.zeros_like(x)
+        for expert in range(2):
+            rows = torch.where(choice == expert)[0]
+            y.index_add_(0, rows, x[rows] * expert)
+        return y
+
+
+def test_a_break_in_a_loop_of_which_no_graph_comes() -> None:
+    report = gatecc.explain(Looping(), (torch.randn(4, 8), torch.tensor([0, 1, 1, 0])))
+    (row,) = report.breaks
+    assert row.line == f"test_explain.py:{Looping.forward.__code__.co_firstlineno + 3}"
+    assert row.reason.endswith("in a loop: the whole function runs uncompiled")
+    assert row.remedy.endswith("`torch._dynamo.config.capture_dynamic_output_shape_ops = True`")
+    assert report.notes == ["torch.compile made no graph of this call: a loop holds a break"]
+
+
 def test_as_often_as_one_likes() -> None:
     """More often than Dynamo compiles anew, and a compiled model is the model behind it."""
     model: Any = torch.compile(nn.Linear(8, 8), backend="eager")

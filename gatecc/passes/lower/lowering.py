@@ -31,11 +31,13 @@ class Settings:
 
 class Lowering(ABC):
     """Register a subclass by giving it a ``name``. ``after``: names of lowerings that must have run before it;
-    ``left``: what it leaves alone, for docs/compile.md."""
+    ``left``: what it leaves alone, for docs/compile.md; ``refuses``: a kind of site that no other lowering speaks for:
+    what only looks like one is told of as left alone by this lowering, with the reason of the matcher."""
 
     name: ClassVar[str]
     left: ClassVar[str] = ""
     after: ClassVar[tuple[str, ...]] = ()
+    refuses: ClassVar[str] = ""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

@@ -55,6 +55,7 @@ class SpelledAttention(Lowering):
 
     name = "spelled-attention"
     left = "weights that are read elsewhere, a row that may see no key in training, dropout on a CPU, one query"
+    refuses = "attention"
 
     def lower(self, program: Program, sites: Sequence[Site], settings: Settings) -> Iterator[Outcome]:
         spelled = [s for s in sites if isinstance(s, Attention) and s.spelling != "sdpa"]
@@ -118,7 +119,8 @@ def plan(
         call = replace(call, own=True, window=window, causal=proof.kind in ("causal", "sliding_window"))
     for node in call.nodes:
         _check_operand(node, reading, flow)
-    if reason := _inexact(call, flow.program, proof, settings) or _unprofitable(call, flow, settings):
+    unclear = _unclear(reading, call, proof)
+    if reason := unclear or _inexact(call, flow.program, proof, settings) or _unprofitable(call, flow, settings):
         raise UnreadableError(reason)
     return call, reading.inner, proof
 
@@ -129,6 +131,7 @@ def _call(reading: Reading, found: Operands, proof: MaskProof, flow: Flow) -> Fu
     hidden = [] if proof.kind else [replace(h, layout=now(h.layout)) for h in reading.hidden]
     endless = any(h.fill == -torch.inf for h in hidden) or any(t.node not in flow.learned for t in terms)
     zero = reading.empty_rows_are_zero or reading.sinks is not None  # a sink takes all the weight
+    numbers = zero or reading.nan_is_zero or reading.floor is not None
     assert core is not None
     return FusedCall(
         found,
@@ -138,8 +141,8 @@ def _call(reading: Reading, found: Operands, proof: MaskProof, flow: Flow) -> Fu
         hidden,
         causal=proof.kind == "causal",
         as_boolean=proof.all_see or zero,
-        nan_rows=endless and not proof.all_see and not zero and reading.floor is None,
-        floor=reading.floor if terms else None,
+        nan_rows=endless and not proof.all_see and not numbers,
+        floor=reading.floor,
         dropout=reading.dropout,
         dtype=core.dtype,
         softcap=reading.softcap,
@@ -178,6 +181,18 @@ def _check_operand(node: fx.Node, reading: Reading, flow: Flow) -> None:
 # --- whether to -------------------------------------------------------------------------------------------------------
 
 
+def _unclear(reading: Reading, call: FusedCall, proof: MaskProof) -> str:
+    """Why it is not known what a query gets that sees no key; empty if it is, or if there is none."""
+    if proof.all_see:
+        return ""
+    if reading.zeroed and (call.terms or any(h not in reading.zeroed for h in reading.hidden)):
+        return "nothing proves that every query sees a key, and after the softmax but a part of the mask hides keys"
+    fills = {h.fill for h in call.hidden}
+    if len(fills) > 1 or (call.terms and fills - {-torch.inf}):
+        return "nothing proves that every query sees a key, and one that sees none is hidden by several numbers"
+    return ""
+
+
 def _inexact(call: FusedCall, program: Program, proof: MaskProof, settings: Settings) -> str:
     """Why the fused operator would not compute the same; empty if it does."""
     tensors = [fake(n) for n in call.nodes[:3]]
@@ -188,7 +203,7 @@ def _inexact(call: FusedCall, program: Program, proof: MaskProof, settings: Sett
     masked = bool(call.terms or call.hidden)
     if not masked or proof.all_see or call.sinks is not None:
         return ""
-    finite = any(h.fill != -torch.inf for h in call.hidden) or bool(call.terms)
+    finite = any(h.fill != -torch.inf for h in call.hidden) or bool(call.terms) or call.floor is not None
     if settings.training and finite and not call.as_boolean:
         return "nothing proves that every query sees a key, and one that sees none would get another gradient"
     if finite and (autocasts(program) or any(t is not None and t.dtype == torch.float16 for t in tensors)):

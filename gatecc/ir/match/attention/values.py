@@ -14,8 +14,13 @@ from gatecc.ir.ops import CASTS, CONTRACTIONS, DROPOUTS, VIEWS, argument, opname
 from gatecc.ir.scalars import scalar
 from gatecc.ir.sizes import node_shape
 
-_PASSING = VIEWS | CASTS | DROPOUTS | frozenset(("nan_to_num",))
-_CHANGING = frozenset("add sub mul div sigmoid relu batch_norm layer_norm exp log".split())
+# Heads and keys in another order: each meets the values of another one.
+_REORDERING = frozenset("roll flip gather index index_select unfold repeat tile".split())
+_PASSING = (VIEWS - _REORDERING) | CASTS | DROPOUTS | frozenset(("nan_to_num",))
+_CHANGING = _REORDERING | frozenset(
+    "add sub mul div sigmoid relu batch_norm layer_norm exp log pow cumsum sum mean amax maximum minimum "
+    "masked_fill where tril triu clamp clamp_min threshold topk scatter sort cat".split()
+)
 _BUDGET = 64
 
 

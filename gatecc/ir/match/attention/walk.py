@@ -15,6 +15,7 @@ from torch import fx
 
 from gatecc.ir.dataflow import Flow
 from gatecc.ir.match.attention.assemble import Assembler, Parts
+from gatecc.ir.match.attention.mixed import mixing
 from gatecc.ir.match.attention.normalisation import Normalisation, normalisation
 from gatecc.ir.match.attention.scores import find_scores
 from gatecc.ir.match.attention.values import Blocked, WeightedSum, find_values
@@ -87,7 +88,7 @@ def _spelled_out(found: Normalisation, flow: Flow) -> Parts | Refusal | None:
     weighted_sum = find_values(found.output, found.axis, flow)
     scores = find_scores(found.input, found.axis, flow)
     if scores is None:
-        return _unscored(found, weighted_sum)
+        return _unscored(found, weighted_sum, flow)
     if weighted_sum is None:
         return refuse("GCC103", "attention", found.output)
     if isinstance(weighted_sum, Blocked):
@@ -100,8 +101,11 @@ def _spelled_out(found: Normalisation, flow: Flow) -> Parts | Refusal | None:
     )
 
 
-def _unscored(found: Normalisation, weighted_sum: WeightedSum | Blocked | None) -> Refusal | None:
-    """A softmax whose input is no product: of interest if its result is summed over, or mixed over its heads."""
+def _unscored(found: Normalisation, weighted_sum: WeightedSum | Blocked | None, flow: Flow) -> Refusal | None:
+    """A softmax whose input is no product: of interest if its result is summed over, or either is mixed over heads."""
+    mixer = None if weighted_sum is None else mixing(found.input, found.axis, flow)
+    if mixer is not None:
+        return refuse("GCC107", "attention", found.output, f"by {opname(mixer)}")
     if isinstance(weighted_sum, WeightedSum):
         return refuse("GCC102", "attention", found.output)
     if weighted_sum is not None and weighted_sum.code == "GCC101" and opname(weighted_sum.node) in CONTRACTIONS:

@@ -6,12 +6,15 @@ Nothing is concluded from names. What the evaluations do not determine is ``unkn
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import product as combinations
+from math import ceil
 
 import sympy
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from gatecc.ir.dataflow import Flow
@@ -24,6 +27,8 @@ from gatecc.ir.sizes import Size, example_sizes, expression, symbols, upper_boun
 AT_EXAMPLE_ONLY = "proved at the example's length only"  # a reason, of a mask whose lengths nobody can choose
 _SMALL = (6, 11)  # lengths at which every mask is evaluated
 _LARGE = 2048  # up to this length a constant of the mask graph (a window, a table) is exceeded by really evaluating
+_USUAL = 125  # tokens that every mask is evaluated beyond: numbers may be made of several in the graph
+_FEW = 16  # numbers of a tensor that are looked at one by one
 _STAND_INS = (4, 5)  # larger constants are replaced by these
 
 
@@ -103,9 +108,12 @@ class _Proof:
         result = agree([self._at(sizes, {}) for sizes in self._sizes(_SMALL)])
         note = self._note()
         constants = self._constants()
-        for constant in [c for c in constants if c <= _LARGE][-1:]:
-            beyond = [self._seen(mask, result) for mask in self._beyond(constant)]
-            result = agree([result, *beyond])
+        largest = max((c for c in constants if c <= _LARGE), default=0)
+        if largest:
+            result = agree([result, *(self._seen(mask, result) for mask in self._beyond(largest))])
+        if largest < _USUAL:
+            with suppress(UnprovableError):  # a table ends before
+                result = agree([result, *(self._seen(mask, result) for mask in self._beyond(_USUAL))])
         large = [c for c in constants if c > _LARGE]
         if large and result.kind != "unknown" and self._lengths():
             result = self._with_stand_ins(result, large)
@@ -195,16 +203,25 @@ class _Proof:
         return min((upper_bound(s) for s in (self.graph.queries, self.graph.keys) if symbols(s)), default=0)
 
     def _constants(self) -> list[int]:
-        """The integers in the mask graph, and the lengths of the tables that it reads, which might be a window."""
-        found: set[int] = set()
+        """The numbers in the mask graph, and the lengths of the tables that it reads, which might be a window. A
+        number below 1 may be one over it."""
+        found: set[float] = set()
         for part in (self.part, self.post):
             for node in part.nodes if part is not None else ():
-                if self.flow.program.path(node) is not None:
-                    held = node.meta.get("val")
-                    found |= set(map(int, held.shape)) if isinstance(held, torch.Tensor) else set()
-                else:
-                    found |= {abs(x) for x in tree_leaves((node.args, node.kwargs)) if type(x) is int}
-        return sorted(c for c in found if max(_SMALL) < c < 1 << 40)
+                held = node.meta.get("val")
+                if self.flow.program.path(node) is None:
+                    found |= {abs(x) for x in tree_leaves((node.args, node.kwargs)) if type(x) in (int, float)}
+                elif isinstance(held, torch.Tensor):
+                    found |= {float(size) for size in held.shape} | self._held(node)
+        found |= {1 / x for x in found if 0 < x < 1}
+        return sorted({ceil(c) for c in found if max(_SMALL) < c <= _LARGE or (type(c) is int and c < 1 << 40)})
+
+    def _held(self, node: fx.Node) -> set[float]:
+        """The numbers of a small tensor that belongs to the graph."""
+        held = self.flow.program.constant(node)
+        if held is None or isinstance(held, FakeTensor) or held.numel() > _FEW or held.is_complex():
+            return set()
+        return {abs(float(x)) for x in held.flatten().tolist() if abs(x) < torch.inf}
 
     # --- one size ---
 

@@ -6,6 +6,7 @@ why not. Nothing is concluded from names or from example values here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,6 +24,7 @@ from gatecc.passes.lower.attention.numbers import factor, filling, number
 from gatecc.passes.lower.attention.sinks import Sinks, cut_off, joined
 
 HIDING = -1e4  # a score at or below this has no weight beside one that is seen
+LEAST = -65504.0  # of float16. Scores that are raised to a larger number are clamped
 _MOVING = TRANSPOSES | RESHAPES | SAME_SHAPE | CASTS | frozenset(("unsqueeze", "squeeze", "expand"))
 
 
@@ -62,8 +64,8 @@ class Multiplier:
 @dataclass(eq=False)
 class Reading:
     """``letters``: the atoms behind each letter of the product of queries and keys; ``weights``: the layout of what
-    meets the values; ``empty_rows_are_zero``: queries that see no key yield zeros; ``inner``: the nodes that an
-    operator replaces."""
+    meets the values; ``nan_is_zero``: weights that are no numbers become zeros; ``zeroed``: of ``hidden``, those that
+    are hidden again after the softmax; ``inner``: the nodes that an operator replaces."""
 
     parts: Parts
     letters: dict[str, Group]
@@ -74,16 +76,24 @@ class Reading:
     terms: list[Term] = field(default_factory=list[Term])
     hidden: list[Hidden] = field(default_factory=list[Hidden])
     multipliers: list[Multiplier] = field(default_factory=list[Multiplier])
+    moved: bool = False  # a number was added to the scores, which the softmax of them alone does not see
     floor: float | None = None  # scores are raised to it
     sinks: Sinks | None = None
     dropout: float = 0.0
     weights: Layout = ()
-    empty_rows_are_zero: bool = False
+    nan_is_zero: bool = False
+    zeroed: list[Hidden] = field(default_factory=list[Hidden])
     inner: set[fx.Node] = field(default_factory=set[fx.Node])
 
     @property
     def keys(self) -> Group:
         return self.letters[self.parts.keys]
+
+    @property
+    def empty_rows_are_zero(self) -> bool:
+        """Whether queries that see no key yield zeros."""
+        endless = self.floor is None and all(h.fill == -math.inf for h in self.hidden)
+        return (self.nan_is_zero and endless) or bool(self.zeroed)
 
 
 def read(parts: Parts, flow: Flow, training: bool) -> Reading:
@@ -153,6 +163,8 @@ class _Reader:
         found = after(node, source, layout, self.reading.cuts)
         if found is None:
             raise UnreadableError(f"the scores are changed by {name}")
+        if self.reading.floor is not None and name in ("add", "sub", "where", "masked_fill"):
+            raise UnreadableError("the scores are raised to a least number before they are masked")
         if name in ("add", "sub"):
             self._add(node, source, found)
         elif name in ("mul", "div"):
@@ -173,7 +185,7 @@ class _Reader:
 
     def _cap(self) -> None:
         reading = self.reading
-        if reading.softcap is not None or reading.terms or reading.hidden or reading.multipliers:
+        if reading.softcap is not None or reading.terms or reading.hidden or reading.multipliers or reading.moved:
             raise UnreadableError("the scores are changed before they are capped")
         reading.scale, reading.uncapped, reading.softcap = 1.0, reading.scale, 1.0
 
@@ -185,6 +197,7 @@ class _Reader:
         times = self._keyword(node, "alpha")
         shift = number(added, self.flow)
         if shift is not None and abs(shift * times) < -HIDING:
+            self.reading.moved |= bool(shift)
             return  # the same for all keys
         if not isinstance(added, fx.Node):
             raise UnreadableError("a number of the scores is not known")
@@ -213,6 +226,7 @@ class _Reader:
             reading.scale *= times
             reading.terms = [replace(t, factor=t.factor * times) for t in reading.terms]
             reading.hidden = [replace(h, fill=h.fill * times) for h in reading.hidden]
+            reading.floor = None if reading.floor is None else reading.floor * times
             return
         other = node.args[1] if node.args[0] is source else node.args[0]
         if times is not None or not isinstance(other, fx.Node) or (opname(node) == "div" and node.args[0] is other):
@@ -231,15 +245,13 @@ class _Reader:
         fill = filling(filled, self.flow)
         if fill is None or not isinstance(condition, fx.Node) or condition is source:
             raise UnreadableError("hidden keys get a score that is not known")
-        if fill > HIDING:
-            raise UnreadableError(f"hidden keys get the score {fill:g}, which leaves them some weight")
         self.reading.hidden.append(Hidden(condition, self._aligned(condition, layout), fill, seen))
 
     def _raise_to(self, node: fx.Node, source: fx.Node) -> None:
         bounds = [number(n, self.flow) for n in node.args[1:] if n is not None and n is not source]
         if opname(node) == "clamp" and len(node.args) > 2 and node.args[2] is not None:
             raise UnreadableError("the scores are clamped")
-        if len(bounds) != 1 or bounds[0] is None or bounds[0] > HIDING:
+        if len(bounds) != 1 or bounds[0] is None or bounds[0] > LEAST:
             raise UnreadableError("the scores are clamped")
         self.reading.floor = max(bounds[0], self.reading.floor or bounds[0])
 
@@ -269,8 +281,8 @@ class _Reader:
             cat = cat.args[0]
         self._key_axis(layout)
         found = joined(cat, node, layout, self.reading.keys, self.flow)
-        if isinstance(found, str):
-            raise UnreadableError(found)
+        if isinstance(found, str) or self.reading.moved:
+            raise UnreadableError(found if isinstance(found, str) else "a number is added to all scores but one")
         self.reading.sinks = found
         return self.shifted
 
@@ -284,6 +296,9 @@ class _Reader:
                 raise UnreadableError("what is taken off the scores is not the same for all keys")
         if self.softmax.spelling == "manual" and self.softmax.exponential is not None:
             self._written_out(layout)
+        for fill in [h.fill for h in self.reading.hidden] + [self.reading.floor or -math.inf]:
+            if not fill <= HIDING:  # as it is scaled by now
+                raise UnreadableError(f"hidden keys get the score {fill:g}, which leaves them some weight")
         return layout
 
     def _written_out(self, layout: Layout) -> None:
@@ -321,14 +336,14 @@ class _Reader:
             raise UnreadableError(f"the weights are changed by {name}")
         if name in DROPOUTS:
             if argument(node, 2, "train"):
-                if reading.dropout:
-                    raise UnreadableError("the weights are dropped out twice")
+                if reading.dropout or name not in ("dropout", "native_dropout"):
+                    raise UnreadableError("the weights are dropped out twice, or by another rule than one by one")
                 reading.dropout = float(argument(node, 1, "p"))
         elif name == "nan_to_num" and argument(node, 1, "nan") in (None, 0, 0.0):
-            reading.empty_rows_are_zero = True
+            reading.nan_is_zero = True
         elif name in ("masked_fill", "where") or (name == "mul" and is_binary(node.args[1])):
             self._zero(node, source)
-        elif name not in _MOVING and factor(node, source, self.flow) != 1.0:
+        elif name not in _MOVING and not (name in ("mul", "div") and factor(node, source, self.flow) == 1.0):
             raise UnreadableError(f"the weights are changed by {name}")
         elif name == "detach" and self.training:
             raise UnreadableError("no gradient passes the weights")
@@ -338,12 +353,11 @@ class _Reader:
         """Keys whose weight becomes zero after the softmax must be those that were hidden before it."""
         condition = node.args[0] if opname(node) == "where" else node.args[1]
         seen = opname(node) == "where" and node.args[1] is source
-        known = any(
-            isinstance(condition, fx.Node) and _alike(condition, h.node) and h.seen == seen for h in self.reading.hidden
-        )
-        if opname(node) == "mul" or not known:
+        value = node.args[2 if opname(node) == "masked_fill" or seen else 1]
+        hidden = [h for h in self.reading.hidden if _alike(condition, h.node) and h.seen == seen]
+        if opname(node) == "mul" or not hidden or filling(value, self.flow) != 0:
             raise UnreadableError("keys are hidden after the softmax, so that the weights do not sum to one")
-        self.reading.empty_rows_are_zero = True
+        self.reading.zeroed += hidden
 
     # --- what the operator replaces ---
 
@@ -382,5 +396,5 @@ def _reader(user: fx.Node) -> str:
     return "the caller" if user.op == "output" else user.name
 
 
-def _alike(one: fx.Node, other: fx.Node) -> bool:
-    return one is other or same_call(one, other)
+def _alike(one: Any, other: fx.Node) -> bool:
+    return one is other or (isinstance(one, fx.Node) and same_call(one, other))
