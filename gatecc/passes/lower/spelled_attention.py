@@ -183,7 +183,7 @@ def _check_operand(node: fx.Node, reading: Reading, flow: Flow) -> None:
 
 def _unclear(reading: Reading, call: FusedCall, proof: MaskProof) -> str:
     """Why it is not known what a query gets that sees no key; empty if it is, or if there is none."""
-    if proof.all_see:
+    if proof.all_see or call.sinks is not None:  # a sink takes all the weight
         return ""
     if reading.zeroed and (call.terms or any(h not in reading.zeroed for h in reading.hidden)):
         return "nothing proves that every query sees a key, and after the softmax but a part of the mask hides keys"
