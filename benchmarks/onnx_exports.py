@@ -29,7 +29,7 @@ import typer
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import gatecc
-from tests.acceptance.onnx_exports import MODELS, RECIPES, Result, of_recipe, plain_and_gated
+from tests.acceptance.onnx_exports import MODELS, RECIPES, Result, of_case, of_recipe, plain_and_gated
 from tests.acceptance.onnx_models import KINDS
 from tests.zoo.models import variants
 
@@ -41,6 +41,9 @@ def runs(what: str, name: str) -> Iterator[tuple[str, str, Result]]:
     """Kind, form and result of what bears this name."""
     if what == "recipes":
         yield f"recipe on {RECIPES.get(name, ('hf/llama-sdpa', {}))[0]}", "gated", of_recipe(name)
+        for info in (info for info in gatecc.recipes() if info.name == name):
+            for number, case in enumerate(info.cases):
+                yield "recipe on its own case", f"case {number}", of_case(info, case)
     else:
         for form, result in plain_and_gated(name):
             yield KINDS.get(name, "zoo"), form, result

@@ -47,6 +47,7 @@ from gatecc.export.lower import context_of, lower
 from gatecc.export.page import write_report
 from gatecc.export.progress import stage
 from gatecc.export.quantize import Quantize, quantized, resolve
+from gatecc.export.settled import settled
 from gatecc.ir.program import Program
 from gatecc.ops import registry
 from gatecc.passes.ensemble.ensemble import in_branches
@@ -295,7 +296,8 @@ def _freest(
             stage("comparing with torch")
             outcome = compare(call, graph, made / MODEL, notes)
             if outcome.failure is None:
-                return graph, _fixed(graph, outcome, made, external), [*given_up, *notes]
+                more = given_up or ([] if outcome.fixed else settled(call, graph))
+                return graph, _fixed(graph, outcome, made, external), [*more, *notes]
             if kind is kinds[-1]:
                 raise located(outcome, call, graph, made / MODEL)
             failure = outcome.failure

@@ -21,6 +21,7 @@ from gatecc.codegen.onnx.leaves import Call
 from gatecc.codegen.onnx.reference import reference
 from gatecc.codegen.onnx.runtime import Session
 from gatecc.errors import ExportError
+from gatecc.export.branches import untaken
 from gatecc.export.locate import locate
 from gatecc.export.lower import context_of
 from gatecc.scope.family import difference
@@ -78,6 +79,8 @@ def compare(call: Call, graph: Graph, path: Path, notes: list[str]) -> Outcome:
         unforgivable = outcome.failure is not None and not _right(call, graph, session, example)
     if unforgivable:
         raise located(outcome, call, graph, path)
+    if outcome.failure is None:
+        notes.extend(untaken(call, graph, path, [one.sizes for one in outcome.compared]))
     return outcome
 
 

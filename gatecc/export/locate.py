@@ -77,7 +77,7 @@ def first_difference(
     nodes = [_plain(n) for n in graph.model.graph]
     wanted = [name for node in nodes for name in node.outputs]
     with (
-        _without_functions(graph, path) as plain,
+        without_functions(graph, path) as plain,
         closing(Session(plain, graph.places, apart=graph.apart, values=wanted)) as session,
     ):
         every = session.run(inputs, leaves)
@@ -99,8 +99,8 @@ def first_difference(
 
 
 @contextmanager
-def _without_functions(graph: Graph, path: Path) -> Generator[Path]:
-    """The file, or one of the same graph in which every value can be looked at."""
+def without_functions(graph: Graph, path: Path) -> Generator[Path]:
+    """The file ``path``, or one of the same graph in which every value can be looked at."""
     if not graph.functions:
         yield path
         return

@@ -14,9 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import gatecc
-from gatecc.errors import CaptureError, EmptySelectionError, GateccError
+from gatecc.capture.signature import split_inputs
+from gatecc.checks import Case, Subject
+from gatecc.errors import CaptureError, DecoderError, EmptySelectionError, GateccError
+from gatecc.recipes.registry import RecipeInfo, build
 from tests.acceptance.onnx_models import KINDS, built
 
 MODELS = tuple(KINDS)
@@ -40,6 +44,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # the others: a llama
 GATE = gatecc.Gate("activation[...].out", gatecc.GateSpec("self"))
 LINE = re.compile(r"\w+\.pyi?:\d+")
+STEP = re.compile(r"\w+\.(py|pyi):\d+: no decode step can be derived[^\n]*\n *found +.*(aten|gatecc)\.\w+")
 PLACE = re.compile(r"\w+\.(py|pyi):\d+.*: (aten|prims|gatecc|torchvision|onnx|\w+)\.\w+")
 
 
@@ -97,28 +102,32 @@ def randomised(model: nn.Module, plain: nn.Module) -> nn.Module:
     return model
 
 
-def exported(model: nn.Module, inputs: Any) -> Result:
-    """Export twice."""
+def exported(model: nn.Module, inputs: Any, *, decode: bool = False) -> Result:
+    """Export twice. ``decode``: with the decode step; that there is none has to be said by operator and line."""
     start = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            made = gatecc.export(model, Path(folder) / "x", inputs)
+            made = gatecc.export(model, Path(folder) / "x", inputs, decode=decode)
             seconds = time.process_time() - start
             # sizes that were given up are known by a comparison alone
             compared = any("as in the example" in note or "fixed, for" in note for note in made.notes)
-            again = gatecc.export(model, Path(folder) / "y", inputs, verify=compared)
+            again = gatecc.export(model, Path(folder) / "y", inputs, verify=compared, decode=decode)
+        except DecoderError as e:
+            whole = exported(model, inputs)
+            return whole._replace(said=f"{e}; {whole.said}", became=whole.became if STEP.search(str(e)) else "wrong")
         except Exception as e:
             told = str(e) if isinstance(e, GateccError) else f"raw {type(e).__name__}: {e}"
             named = LINE if isinstance(e, CaptureError) else PLACE  # a capture breaks at a line, at no operator yet
             known = isinstance(e, GateccError) and named.search(told) is not None
             return Result(told, "refused" if known else "wrong", time.process_time() - start)
     same = made.files["model.onnx"] == again.files["model.onnx"]
+    same = same and made.files.get("decode.onnx") == again.files.get("decode.onnx")
     told = made.notes if same else ("other bytes the second time", *made.notes)
     return Result(
         "; ".join(told),
         "written" if same else "wrong",
         seconds,
-        max(c.error for c in made.compared),
+        max(c.error for c in (*made.compared, *(made.decode.compared if made.decode else ()))),
         sum(made.operators.values()),
         tuple(sorted({c.sizes["batch"] for c in made.compared if "batch" in c.sizes})),
         len(made.compared),
@@ -129,6 +138,16 @@ def of_recipe(name: str) -> Result:
     """A recipe on its host."""
     base, options = RECIPES.get(name, ("hf/llama-sdpa", {}))
     return _rewritten(*host(base), gatecc.recipe(name, **options))
+
+
+def of_case(info: RecipeInfo, case: Case) -> Result:
+    """A recipe on a model of its own registration, with random values in what it adds; models of tokens with the decode
+    step."""
+    torch.manual_seed(0)
+    model, inputs = case.sample()
+    subject = Subject(build(info.name, **case.options), model, *split_inputs(inputs))
+    first = next(x for x in pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor))
+    return exported(subject.moved, inputs, decode=not first.is_floating_point())
 
 
 def plain_and_gated(name: str) -> Iterator[tuple[str, Result]]:

@@ -6,6 +6,7 @@ By default a few; GATECC_ZOO=all runs everything that ``benchmarks/onnx_exports.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ pytest.importorskip("onnxruntime")
 ALL = os.getenv("GATECC_ZOO") == "all"
 KINDS = onnx_models.KINDS
 MODELS = tuple(KINDS) if ALL else ("hf/falcon-sdpa", "hand/sdpa_gqa", "torch/mha_cross")
+CASES = [(info, case) for info in gatecc.recipes() for case in info.cases if ALL or info.name == "omnibind"]
 RECIPES = [info.name for info in gatecc.recipes()] if ALL else ["retention", "pgn", "vig"]
 
 
@@ -43,3 +45,10 @@ def test_a_model_and_its_gated_form(name: str) -> None:
 def test_a_recipe_with_random_new_weights(name: str) -> None:
     result = onnx_exports.of_recipe(name)
     assert result.right, result.said
+
+
+@pytest.mark.parametrize(("info", "case"), CASES, ids=[info.name for info, _ in CASES])
+def test_a_recipe_on_its_own_case(info: Any, case: Any) -> None:
+    result = onnx_exports.of_case(info, case)
+    assert result.became == "written", result.said
+    assert 3 in result.batches

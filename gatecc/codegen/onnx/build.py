@@ -213,7 +213,7 @@ def _values(program: ExportedProgram, call: Call) -> list[torch.Tensor]:
 
 def _fixed_symbols(program: ExportedProgram, lowerings: Mapping[Any, Lowering]) -> set[Any]:
     """The symbols of sizes that the forms of operators need as numbers."""
-    called = [(n, lowerings[n.target]) for n in program.graph.nodes if n.target in lowerings]
+    called = [(n, lowerings[n.target]) for n in _nodes(program) if n.target in lowerings]
     sizes = [size for node, lowering in called for size in lowering.fixed(node)]
     return {symbol for s in sizes if isinstance(s, torch.SymInt) for symbol in s.node.expr.free_symbols}
 
@@ -270,8 +270,8 @@ def _prepare(program: ExportedProgram, lowerings: Mapping[Any, Lowering]) -> Non
     """Say what ONNX Runtime computes otherwise in a form that it computes right, in place. Raises ExportError."""
     for node in _nodes(program):
         _check_form(node, lowerings)
-    for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
-        node.target = torch.ops.aten.reshape.default  # a lowering may have changed the layout of what it reads
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default  # a lowering may have changed the layout of what it reads
     exact_sigmoids(program)
     long_indices(program)
     scalars_as_tensors(program, float64=False)
@@ -281,7 +281,7 @@ def _decomposed(program: ExportedProgram, opset: int, lowerings: Mapping[Any, Lo
     """The program in operators that torch.onnx writes."""
     own = {operator: lowering.form for operator, lowering in lowerings.items() if lowering.form is not None}
     forms = {**FORMS, ATTENTION: attention(opset), **own}
-    if not any(n.target in forms for n in program.graph.nodes):
+    if not any(n.target in forms for n in _nodes(program)):
         scalars_as_tensors(program, float64=True)
         return program
     try:

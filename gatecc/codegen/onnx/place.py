@@ -73,7 +73,7 @@ def _node(error: BaseException) -> fx.Node | None:
 
 
 def _line(trace: str | None) -> str:
-    """File and line of the model's own innermost frame."""
-    frames = _FRAME.findall(trace or "")
+    """File and line of the model's own innermost frame; code that a compiler has written is in no file."""
+    frames = [f for f in _FRAME.findall(trace or "") if not f[0].startswith("<")]
     own = [f for f in frames if not any(part in f[0] for part in _TORCH)] or frames
     return f"{Path(own[-1][0]).name}:{own[-1][1]}" if own else ""

@@ -13,7 +13,8 @@ import runpy
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import IO, Any
 
 Arrays = list[Any]
@@ -47,18 +48,18 @@ class Worker:
         outputs. Returns the names of its inputs and outputs."""
         import onnxruntime as ort
 
-        if values:
-            path = _with_outputs(path, values)
         options = ort.SessionOptions()
         options.log_severity_level = 4  # what fails raises
         for key, value in settings.items():
             options.add_session_config_entry(key, value)
-        self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        with _with_outputs(path, values) as asked:
+            self._session = ort.InferenceSession(asked, options, providers=["CPUExecutionProvider"])
         return [i.name for i in self._session.get_inputs()], [o.name for o in self._session.get_outputs()]
 
     def evaluate(self, path: str, values: Sequence[str] = ()) -> Ends:
         """As ``load``, into ONNX's reference evaluator."""
-        self._session = Reference(_with_outputs(path, values) if values else path)
+        with _with_outputs(path, values) as asked:
+            self._session = Reference(asked)
         return self._session.ends
 
     def run(self, feeds: Mapping[str, Any]) -> Arrays:
@@ -155,16 +156,23 @@ class Reference:
         return self._evaluator.run(names, dict(feeds))
 
 
-def _with_outputs(path: str, values: Sequence[str]) -> str:
-    """A file beside this one, so that weights in a file of their own are found."""
+@contextmanager
+def _with_outputs(path: str, values: Sequence[str]) -> Generator[str]:
+    """The file, or for a while one beside it with these outputs, so that weights in a file of their own are found."""
+    if not values:
+        yield path
+        return
     import onnx
 
     proto = onnx.load(path, load_external_data=False)
     known = {output.name for output in proto.graph.output}
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in values if name not in known)
     written = f"{path}.values"
-    onnx.save(proto, written)
-    return written
+    try:
+        onnx.save(proto, written)
+        yield written
+    finally:
+        os.remove(written)
 
 
 def _send(file: IO[bytes], message: Any) -> None:

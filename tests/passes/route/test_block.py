@@ -350,12 +350,18 @@ def test_a_sample_that_keeps_its_way_can_be_decoded() -> None:
         gatecc.decoder(pooled, inputs)
 
 
-def test_exported_a_block_stands_in_a_branch(mixing: Any, inputs: Any, tmp_path: Any) -> None:
-    onnx = pytest.importorskip("onnx")
+def test_exported_a_block_runs_if_a_sample_takes_it(net: Any, mixing: Any, inputs: Any, tmp_path: Any) -> None:
+    pytest.importorskip("onnxruntime")
+    from tests.export.profile import profile
+
     written = gatecc.export(mixing, tmp_path / "m", inputs)  # compared in ONNX Runtime at several sizes
     assert any("if one of them takes it" in note for note in written.notes)
-    graph = onnx.load(tmp_path / "m" / "model.onnx", load_external_data=False).graph
-    bodies = [node for node in graph.node if node.op_type == "If"]
-    assert len(bodies) == 2 * 2  # a block and its copy in both layers
-    inside = [n.op_type for n in bodies[0].attribute[0].g.node]
-    assert sum("MatMul" in kind or kind == "Gemm" for kind in inside) >= 4
+    assert written.operators["If"] == 2 * 2  # a block and its copy in both layers
+    for row in range(3):
+        one = {name: x[row : row + 1] for name, x in inputs.items()}
+        expected, taken = by_hand(net, mixing, one, 2)
+        feeds = {name: x.numpy() for name, x in one.items()}
+        (y,), counts = profile(tmp_path / "m" / "model.onnx", feeds, tmp_path)
+        torch.testing.assert_close(torch.from_numpy(y), expected, rtol=1e-4, atol=1e-4)
+        ran = sum(count for kind, count in counts.items() if kind.endswith("LayerNormalization"))
+        assert ran == sum(e < 2 for of_layer in taken for e in of_layer) < 4
