@@ -96,11 +96,12 @@ def enlarged(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, 
     except signature.OpaqueArgumentError as e:
         raise ExampleInputsError("the example inputs hold something that a graph cannot take", found=str(e)) from e
     first = next((x for x in (*(kwargs.get(name) for name in TOKENS), *leaves) if isinstance(x, torch.Tensor)), None)
-    if first is None or first.dim() < 2 or 0 in first.shape:
+    if first is None or not 2 <= first.dim() <= 3 or 0 in first.shape:  # images have no positions to go on from
         raise ExampleInputsError(
             "the example inputs hold no tokens",
             found="no tensor" if first is None else f"a first tensor of shape {tuple(first.shape)}",
             expected="token ids of shape (batch, length)",
+            do="a decode step is derived of models that predict tokens from the ones before them; others have none",
         )
     batch, length = first.shape[:2]
 
