@@ -22,6 +22,7 @@ from gatecc.export.decode import DECODE
 from gatecc.export.encoded import TYPES, Encoded
 from gatecc.export.encoder import ENCODER
 from gatecc.export.files import MANIFEST
+from gatecc.export.padding import tokens_first
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 State = dict[str, Any]
@@ -91,7 +92,7 @@ class Session(Generation):
         state = self._empty(len(ids), context) if state is None else state
         mask = values.get("attention_mask")
         if self.padding == "right" and mask is not None and not bool(mask.bool().all()):
-            logits, self.state = self._ragged(ids, state, mask)
+            logits, self.state = self._ragged(ids, state, mask, values)
         elif self._singly and state["length"] and len(ids) > 1:
             logits, self.state = self._one_by_one(ids, state, values)
         else:
@@ -114,11 +115,10 @@ class Session(Generation):
 
     # --- one call, or several ---
 
-    def _ragged(self, ids: Tensor, state: State, mask: Tensor) -> tuple[Tensor, State]:
+    def _ragged(self, ids: Tensor, state: State, mask: Tensor, values: Mapping[str, Tensor]) -> tuple[Tensor, State]:
         """Prompts of several lengths, padded on either side, as the file takes them: padded on the right."""
-        mask = mask.detach().cpu().long()
-        lengths, first = mask.sum(1), mask.argmax(1)
-        places = (torch.arange(ids.shape[1]) + first[:, None]) % ids.shape[1]
+        mask = mask.detach().cpu().bool().long()
+        lengths, places = mask.sum(1), tokens_first(mask)
         moved = mask.gather(1, places)
         if state["length"] or not bool(lengths.all()) or not torch.equal(moved, moved.sort(1, descending=True).values):
             raise ArgumentError(
@@ -127,8 +127,10 @@ class Session(Generation):
                 found=f"zeros among or behind the tokens, after {state['length']} earlier ones",
                 expected="ones for the tokens of each row, beside one another",
             )
+        rows = torch.arange(len(ids))[:, None]
+        given = {name: x[rows.to(x.device), places.to(x.device)] for name, x in values.items()}
         places = places.to(ids.device)
-        logits, after = self._run(ids.gather(1, places), state, {"attention_mask": moved})
+        logits, after = self._run(ids.gather(1, places), state, {**given, "attention_mask": moved})
         back = places.argsort(1)[..., None].expand_as(logits)
         return logits.gather(1, back), after
 
@@ -143,6 +145,13 @@ class Session(Generation):
     def _run(self, ids: Tensor, state: State, values: Mapping[str, Tensor]) -> tuple[Tensor, State]:
         past, new = int(state["length"]), ids.shape[1]
         mask = self._masked(state["mask"], values.get("attention_mask"), new)
+        if self.padding == "left" and bool((mask[:, 1:] < mask[:, :-1]).any()):
+            raise ArgumentError(
+                "prompts are padded on the left for this file, whose positions count padding",
+                where="attention_mask",
+                found="zeros behind tokens",
+                expected="zeros before the first token of each row alone",
+            )
         given = {"input_ids": ids, **{name: self._value(name, values, mask, past, new) for name in self._values}}
         if self._mask:
             given["attention_mask"] = mask

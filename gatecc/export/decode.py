@@ -25,11 +25,12 @@ from gatecc.decoder.emit.closed import MASK, Closed
 from gatecc.decoder.emit.names import TOKENS, input_names, layer_numbers, output_names, state_names
 from gatecc.export.carried import Carried
 from gatecc.export.compare import Compared
-from gatecc.export.encoder import ENCODER, Encoding, described, encode, ends
+from gatecc.export.encoder import ENCODER, Encoding, described, encode, encode_in_torch, ends
 from gatecc.export.genai import Genai, dummies, limits, unfit, write_config
 from gatecc.export.locate import first_difference
 from gatecc.export.lower import context_of, lower
-from gatecc.export.steps import Filled, compare_steps, other_contexts, takes_padding, text
+from gatecc.export.padding import differs, takes_padding
+from gatecc.export.steps import Filled, compare_steps, other_contexts, text
 from gatecc.export.watched import Watched
 from gatecc.ir.program import Program
 from gatecc.ops import registry
@@ -45,7 +46,8 @@ class Decode:
 
     ``mask``: whether it takes ``attention_mask`` (batch, all tokens so far and the new ones). ``padding``: where a
     prompt may be padded: "left" as in the model, "right" if that was found to give what each prompt gives by itself,
-    "none" where a mask, if there is one, says how many tokens there are.
+    "none" where a mask, if there is one, says how many tokens there are. ``kept``: why attention reads the mask of a
+    model that takes one rather than to count the tokens of each row by it, "" if it counts.
     ``values``: the inputs with a value per new token. ``singly``: behind the first call it takes several samples or
     several tokens, not both (GroupQueryAttention on a CPU). ``context_length``: the most tokens that it has positions
     for, None if there is no limit. ``genai``: how it does in onnxruntime-genai, for which genai_config.json is written.
@@ -64,6 +66,7 @@ class Decode:
     compared: tuple[Compared, ...]
     genai: Genai
     encoder: Encoding | None = None
+    kept: str = ""
 
 
 def decode(
@@ -79,12 +82,67 @@ def decode(
     weights, both share it. Raises DecoderError if there is no step, ExportError."""
     made = decoder(model, inputs)
     reach = _reach(model, made)
-    step = made.closed(reach, counted=target == "ort")
+    counted = target == "ort"
+    step, kept = _closed(made, reach, model, inputs, counted=counted, verify=verify)
     lowered = partial(lower, target=target, opset=opset, context=reach)
     written = partial(_graph, model, opset, registry.lowerings(target), lowered, whole.model.metadata_props)
-    again = _again(step.program, lambda: made.closed(reach, counted=target == "ort").program)
+    file = _file(made, step, reach, written, model, inputs, whole, folder, opset, verify=verify)
+    if step.ragged and not step.counted and not file.padded:
+        kept = "positions or states of decode.onnx count padding on the right"
+        step = made.closed(reach)
+        file = _file(made, step, reach, written, model, inputs, whole, folder, opset, verify=verify)
+    graph, states = file.graph, file.states
+    padding = "right" if file.padded else "left" if step.mask is not None and not step.counted else "none"
+    takes, gives = graph.shapes(graph.model.graph.inputs), graph.shapes(graph.model.graph.outputs)
+    context = min(reach, step.capacity or reach)
+    notes = [] if file.refused else write_config(folder, DECODE, model, states, takes, gives, context)
+    can = () if file.refused else (*limits(states, padding, context, kept), *notes)
+    return Decode(
+        inputs=takes,
+        outputs=gives,
+        states=(*states, *file.unread),
+        mask=step.mask is not None,
+        padding=padding,
+        values=_values(step),
+        singly=_singly(graph),
+        context_length=step.capacity,
+        operators=graph.operators,
+        compared=tuple(file.compared),
+        genai=Genai(file.refused, "right" if file.padded else "none", can),
+        encoder=described(step, file.first, graph),
+        kept=kept,
+    )
+
+
+@dataclass(frozen=True)
+class _File:
+    """decode.onnx as it was written and compared, with encoder.onnx (``first``) if there is one."""
+
+    graph: Graph
+    first: Graph | None
+    states: list[Carried]
+    unread: list[Carried]
+    refused: str
+    compared: list[Compared]
+    padded: bool
+
+
+def _file(
+    made: Decoder,
+    step: Closed,
+    reach: int,
+    written: Callable[..., Graph],
+    model: nn.Module,
+    inputs: tuple[Any, Any],
+    whole: Graph,
+    folder: Path,
+    opset: int,
+    *,
+    verify: bool,
+) -> _File:
+    again = _again(step.program, lambda: made.closed(reach, counted=step.ragged or step.counted).program)
     graph = written(step.program, again, input_names(step), output_names(step))
-    if step.counted and step.mask is not None:
+    if step.mask is not None:
         count_by_mask(graph.model.graph, MASK, TOKENS)
     states = _states(step, graph)
     refused = _unfit(step, graph, states, opset)
@@ -122,27 +180,20 @@ def decode(
             for other in other_contexts(made, step, model, inputs, of):
                 compared += compare_steps(made, step, other, session, locate, singly=_singly(graph), briefly=True)
             padded = takes_padding(step, of, session)
-    padding = "right" if padded else "left" if _masks(step) else "none"
-    takes, gives = graph.shapes(graph.model.graph.inputs), graph.shapes(graph.model.graph.outputs)
-    context = min(reach, step.capacity or reach)
-    notes = [] if refused else write_config(folder, DECODE, model, states, takes, gives, context)
-    genai = Genai(
-        refused, "right" if padded else "none", () if refused else (*limits(states, padding, context), *notes)
-    )
-    return Decode(
-        inputs=takes,
-        outputs=gives,
-        states=(*states, *unread),
-        mask=step.mask is not None,
-        padding=padding,
-        values=_values(step),
-        singly=_singly(graph),
-        context_length=step.capacity,
-        operators=graph.operators,
-        compared=tuple(compared),
-        genai=genai,
-        encoder=described(step, first, graph),
-    )
+    return _File(graph, first, states, unread, refused, compared, padded)
+
+
+def _closed(
+    made: Decoder, reach: int, model: nn.Module, inputs: tuple[Any, Any], *, counted: bool, verify: bool
+) -> tuple[Closed, str]:
+    """The step, and why its attention keeps the mask that the model takes, "" if it counts the tokens of each row."""
+    step = made.closed(reach, counted=counted)
+    if not step.ragged or step.counted:
+        return step, ""
+    why = "nothing was compared"
+    if verify:
+        why = differs(step, made.plan, model, inputs, text(made, step, model, inputs, encode_in_torch(made)))
+    return (made.closed(reach), why) if why else (step, "")
 
 
 def _graph(
@@ -191,17 +242,14 @@ def _reach(model: nn.Module, made: Decoder) -> int:
     return min(context_of(model) or _REACH, made.bound)
 
 
-def _masks(step: Closed) -> bool:
-    return step.mask is not None and not step.counted
-
-
 def _unfit(step: Closed, graph: Graph, states: list[Carried], opset: int) -> str:
     """Why onnxruntime-genai does not run it, "" if it does."""
     if opset > _LOADED:
         return f"it loads no opset {opset}"
     if step.context:
         return "it gives a decoder nothing but tokens"
-    return unfit(states, _values(step), graph.shapes(graph.model.graph.outputs)["logits"])
+    mask = "int64" if step.mask is None else str(step.mask.meta["val"].dtype).removeprefix("torch.")
+    return unfit(states, _values(step), graph.shapes(graph.model.graph.outputs)["logits"], mask)
 
 
 def _values(step: Closed) -> tuple[str, ...]:

@@ -86,6 +86,19 @@ def encode(made: Decoder, encoder: Encoder | None, session: Session | None, loca
     return of
 
 
+def encode_in_torch(made: Decoder) -> Encode:
+    """What the steps read of these inputs of the model, by torch."""
+    plan = made.plan
+
+    def of(given: Mapping[fx.Node, Tensor]) -> dict[fx.Node, Tensor]:
+        values = {node: given[node] for node in plan.inputs.context}
+        batch = next((x.shape[0] for n, x in values.items() if _samples(plan, n)), 1)
+        found = made.context(batch, {n.name: x for n, x in values.items()})
+        return dict(zip(plan.context, found, strict=True))
+
+    return of
+
+
 def _samples(plan: Plan, node: fx.Node) -> bool:
     """Whether the first axis of an input counts samples."""
     shape = node_shape(node)

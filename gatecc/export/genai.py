@@ -22,6 +22,7 @@ DUMMY = "dummy"  # the kind of a state that nothing needs
 _KINDS = {"keys": "key", "state": "recurrent", "taps": "conv"}
 _FIXED = ("conv", "recurrent")
 _DTYPES = ("float32", "float16")
+_MASKS = ("int64", "int32")
 _AXES = {"keys": (4,), "taps": (2, 3)}  # how many a state of this kind may have there
 _SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 _NO_END = 0  # the first token, which is a special one in most vocabularies
@@ -41,14 +42,16 @@ class Genai:
     limits: tuple[str, ...]
 
 
-def unfit(states: Sequence[Carried], values: Sequence[str], logits: Sequence[int | str]) -> str:
-    """Why onnxruntime-genai cannot run a graph with these states, inputs with a value per token, and logits; "" if it
-    can."""
+def unfit(states: Sequence[Carried], values: Sequence[str], logits: Sequence[int | str], mask: str = "int64") -> str:
+    """Why onnxruntime-genai cannot run a graph with these states, inputs with a value per token, logits, and dtype of
+    the mask; "" if it can."""
     others = [name for name in values if name != "position_ids"]
     if others:
         return f"it has nothing to give to the input {others[0]}"
     if len(logits) != 3 or not isinstance(logits[2], int):
         return f"it wants logits (batch, sequence, vocabulary), not {list(logits)}"
+    if mask not in _MASKS:
+        return f"its attention_mask is int64 or int32, not {mask}"
     for state in states:
         if reason := _unfit(state):
             return f"{state.input} {state.shape} {state.dtype}: {reason}"
@@ -174,11 +177,13 @@ def _setting(model: nn.Module, name: str) -> Any:
     return None
 
 
-def limits(states: Sequence[Carried], padding: str, context: int) -> list[str]:
-    """What does not work in onnxruntime-genai with such a graph."""
+def limits(states: Sequence[Carried], padding: str, context: int, kept: str = "") -> list[str]:
+    """What does not work in onnxruntime-genai with such a graph. ``kept``: why it reads a mask of the padding."""
     found: list[str] = [f"no more than {context} tokens, prompt and answer together"]
     if padding != "right":
-        found.append("prompts of one batch must have one length: padding gives wrong tokens there")
+        found.append(
+            "prompts of one batch must have one length: padding gives wrong tokens there" + f" ({kept})" * bool(kept)
+        )
     if any(s.kind in ("state", "taps") for s in states):
         found += [
             "beam search gives wrong tokens: states do not follow the beams (num_beams=1)",

@@ -11,6 +11,7 @@ from torch import Tensor
 from gatecc.export.accuracy import tokens_of
 from gatecc.export.carried import size_of
 from gatecc.export.decode import Decode
+from gatecc.export.padding import tokens_first
 
 BEFORE = 64  # tokens before the step whose time is measured
 
@@ -36,8 +37,12 @@ def prompt(decode: Decode, names: Sequence[str], leaves: Sequence[Tensor]) -> Pr
         return None
     length = min(ids.shape[1], decode.context_length or ids.shape[1])
     ids = ids[:, :length]
-    mask = mask[:, :length] if mask is not None and decode.padding == "left" else None
+    mask = mask[:, :length] if mask is not None and decode.padding != "none" else None
     values = {name: given[name][:, :length] for name in decode.values}
+    if mask is not None and decode.padding == "right":
+        places = tokens_first(mask.bool().long())
+        ids, mask = ids.gather(1, places), mask.gather(1, places)
+        values = {name: x[torch.arange(len(x))[:, None], places] for name, x in values.items()}
     return Prompt({**_feeds(decode, ids, 0, values), **({} if mask is None else {"attention_mask": mask})}, ids, mask)
 
 

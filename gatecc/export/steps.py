@@ -80,7 +80,7 @@ Locate = Callable[[Callable[[Filled], object], float], str]
 
 
 def text(made: Decoder, step: Closed, model: nn.Module, inputs: tuple[Any, Any], encode: Encode) -> Text:
-    """A text of the longest length that is compared, padded on the left where the model takes a mask."""
+    """A text of the longest length that is compared, padded on the left where the step takes that."""
     return _text(made, step, model, inputs, encode, {})
 
 
@@ -110,13 +110,20 @@ def _text(
     length = length if step.capacity is None else min(length, step.capacity)
     values = {node: _resized(x, plan.inputs, node, length, sizes) for node, x in _example(plan)}
     ids = values.pop(plan.inputs.tokens)
+    if step.mask is not None and step.ragged and step.mask in step.given:
+        values[step.given[step.mask]].fill_(1)
     if sizes:
         made.context(len(ids), {n.name: values[n] for n in plan.inputs.context})
+    logits = forward(plan, model, inputs, ids, values)
+    return Text(ids, values, logits, encode, {"context": max(sizes.values())} if sizes else {})
+
+
+def forward(plan: Plan, model: nn.Module, inputs: Any, ids: Tensor, values: Mapping[fx.Node, Tensor]) -> Tensor:
+    """The logits of the model itself, of all tokens at once, for inputs like the example's."""
     leaves = [ids if node is plan.inputs.tokens else values[node] for node in plan.program.placeholders]
     with torch.no_grad():
         args, kwargs = signature.rebuild(inputs, iter(leaves))
-        logits = tree_leaves(model(*args, **kwargs))[plan.output]
-    return Text(ids, values, logits, encode, {"context": max(sizes.values())} if sizes else {})
+        return tree_leaves(model(*args, **kwargs))[plan.output]
 
 
 def _example(plan: Plan) -> list[tuple[fx.Node, Tensor]]:
@@ -174,28 +181,6 @@ def compare_steps(
     return found
 
 
-def takes_padding(step: Closed, of: Text, session: Filled) -> bool:
-    """Whether prompts of several lengths, padded on the right, give what each gives by itself, and so do the tokens
-    that follow them."""
-    rows, length = of.ids.shape[0], min(20, of.ids.shape[1] - 3)
-    if length < rows or not step.counted or step.given or any(held.grows is None for held in step.held):
-        return False
-    lengths = torch.tensor([length // (row + 1) for row in range(rows)])
-    mask = (torch.arange(length) < lengths[:, None]).long()
-    ids, states, context = of.ids[:, :length], before_first(step, rows), _contexts(step, of)
-    tolerance = TOLERANCE.get(of.logits.dtype, 0.0)
-    for number in range(3):
-        feeds = {step.tokens: ids, **({} if step.mask is None else {step.mask: mask}), **context}
-        feeds.update({held.source: x for held, x in zip(step.held, states, strict=True)})
-        logits, *states = session.run(input_names(step), [feeds[node] for node in step.program.placeholders])
-        last = lengths - 1 if number == 0 else torch.zeros_like(lengths)
-        each = torch.arange(rows)
-        if not difference(of.logits[each, lengths + number - 1], logits[each, last]) <= tolerance:
-            return False
-        ids, mask = of.ids[each, lengths + number].unsqueeze(1), torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-    return True
-
-
 def _pieces(length: int) -> list[Sequence[int]]:
     """What a text of this length is cut into: as ``_PIECES`` as far as it reaches, or a prefill that leaves a few."""
     fitting: list[Sequence[int]] = [pieces for pieces in _PIECES if sum(pieces) <= length]
@@ -238,7 +223,7 @@ def _difference(step: Closed, of: Text, expected: Tensor, got: Tensor) -> float:
 def _logits(step: Closed, session: Filled, of: Text, pieces: Sequence[int]) -> Tensor:
     """The logits of the file, piece by piece."""
     names, placeholders = input_names(step), step.program.placeholders
-    states, context = before_first(step, len(of.ids)), _contexts(step, of)
+    states, context = before_first(step, len(of.ids)), contexts(step, of)
     parts: list[Tensor] = []
     for start, end in pairwise(accumulate((0, *pieces))):
         feeds = {step.tokens: of.ids[:, start:end], **context}
@@ -252,7 +237,7 @@ def _logits(step: Closed, session: Filled, of: Text, pieces: Sequence[int]) -> T
     return torch.cat(parts, 1)
 
 
-def _contexts(step: Closed, of: Text) -> dict[fx.Node, Tensor]:
+def contexts(step: Closed, of: Text) -> dict[fx.Node, Tensor]:
     """What the steps read of the inputs that are no tokens, by the inputs of the file."""
     found = of.encode(of.values) if step.context else {}
     return {made: found[captured] for captured, made in step.context.items()}

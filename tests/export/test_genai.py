@@ -56,28 +56,29 @@ def plain(layers: int = 1, **options: Any) -> nn.Module:
     return model
 
 
-def gated() -> nn.Module:
-    """With rotary embeddings that are scaled for longer texts, as those of Llama 3.1 are."""
-    scaled = plain(rope_parameters={**SCALED, "original_max_position_embeddings": 16})
-    model = gatecc.transform(scaled, "gated-attention", {"input_ids": IDS}, verify=False)
+def mixed() -> nn.Module:
+    """A layer of softmax attention with a gate and one of gated linear attention, with rotary embeddings that are
+    scaled for longer texts, as those of Llama 3.1 are."""
+    scaled = plain(2, rope_parameters={**SCALED, "original_max_position_embeddings": 16})
+    softmax, linear = gatecc.recipe("gated-attention", sites="attention[0]"), gatecc.recipe("gla", sites="attention[1]")
+    model = gatecc.transform(scaled, [*softmax.rewrites, *linear.rewrites], {**TOKENS, **MASK}, verify=False)
     for name, weight in model.named_parameters():
         if "gate." in name:
             nn.init.normal_(weight, std=0.5)
     return model
 
 
-def hybrid() -> nn.Module:
-    """A layer of softmax attention and one of gated linear attention."""
-    return gatecc.transform(plain(2), gatecc.recipe("gla", sites="attention[1]"), {"input_ids": IDS}, verify=False)
+TOKENS, MASK = {"input_ids": IDS}, {"attention_mask": torch.ones_like(IDS)}
 
 
-@pytest.fixture(scope="module", params=[plain, gated, hybrid], ids=lambda make: make.__name__)
+@pytest.fixture(scope="module", params=[(plain, TOKENS), (mixed, {**TOKENS, **MASK})], ids=["plain", "mixed"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    make: Callable[[], nn.Module] = request.param
+    """Without and with a mask among the example inputs."""
+    make: Callable[[], nn.Module] = request.param[0]
     model, path = make(), tmp_path_factory.mktemp(make.__name__) / "out"
-    made = gatecc.export(model, path, {"input_ids": IDS}, decode=True)
+    made = gatecc.export(model, path, request.param[1], decode=True)
     assert made.decode is not None
-    assert made.lowered["attention: GroupQueryAttention with rotary"] == 1
+    assert made.decode.operators["com.microsoft::GroupQueryAttention"] == 1
     assert "positions reach to 64 tokens" in " ".join(made.notes)
     return Folder(model, path, made.decode)
 
@@ -108,13 +109,15 @@ def test_greedy_tokens_are_those_of_torch(folder: Folder) -> None:
     for ids in (IDS[:1], IDS):
         assert torch.equal(by_genai(folder.path, ids), by_torch(folder.model, ids))
     told, layers = folder.decode.genai, {s.layer for s in folder.decode.states if s.kind == "state"}
-    assert (told.refused, told.padding) == ("", "none" if layers else "right")
+    assert (told.refused, told.padding) == ("", "right")
     assert any("beam search" in limit for limit in told.limits) == bool(layers)
     assert any("eos_token_id 100" in limit for limit in told.limits)
     assert json.loads((folder.path / "genai_config.json").read_text())["model"]["eos_token_id"] == 0
-    if layers:
-        assert {s.layer for s in folder.decode.states if s.kind == "dummy"} == layers
-        return
+    assert {s.layer for s in folder.decode.states if s.kind == "dummy"} == layers
+
+
+def test_prompts_of_several_lengths(folder: Folder) -> None:
+    """Linear attention passes over padding by the mask that the model takes, softmax attention by counting tokens."""
     padded = IDS.clone()
     padded[1, 5:] = -1
     found = by_genai(folder.path, padded)

@@ -59,10 +59,11 @@ class Held:
 class Closed:
     """One step as a program of tensors.
 
-    ``mask``: the input over all tokens so far and the new ones, if there is one; ``counted``: it is there for its
-    length alone, for the model takes none. ``given``: the inputs with a value per token (the mask among them), and
-    those of the captured program that they are. ``held``: in the order of the outputs behind the logits. ``capacity``:
-    the most tokens that its constants reach to, None for any number.
+    ``mask``: the input over all tokens so far and the new ones, if there is one; ``counted``: the model takes none.
+    ``ragged``: attention counts the tokens of each row by it, so that prompts are padded on the right. ``given``: the
+    inputs with a value per token (the mask among them), and those of the captured program that they are. ``held``: in
+    the order of the outputs behind the logits. ``capacity``: the most tokens that its constants reach to, None for any
+    number.
     """
 
     plan: Plan
@@ -70,6 +71,7 @@ class Closed:
     tokens: fx.Node
     mask: fx.Node | None
     counted: bool
+    ragged: bool
     given: dict[fx.Node, fx.Node]
     held: list[Held]
     context: dict[fx.Node, fx.Node]
@@ -78,7 +80,8 @@ class Closed:
 
 def write_closed(plan: Plan, live: frozenset[fx.Node], capacity: int, *, counted: bool = False) -> Closed:
     """Write the step. ``live``: the position nodes that no constant can hold. ``capacity``: how far constants reach.
-    ``counted``: attention is to count the tokens of each row by a mask, so that prompts may be padded on the right.
+    ``counted``: attention that hides nothing but later tokens and padding is to count the tokens of each row by a mask,
+    so that prompts are padded on the right.
     """
     live |= {n for n in plan.dependence.positions if len(plan.lengths.axes(n)) > 1 or _mixed(n, plan)}
     while True:
@@ -98,6 +101,7 @@ def _written(plan: Plan, live: frozenset[fx.Node], capacity: int, ragged: bool) 
     sources.mask = next((made for node, made in sources.history.items() if node.name.endswith(MASK)), None)
     sources.slots = [sources.add(f"slot_{i}", slot.node) for i, slot in enumerate(plan.slots)]
     sources.context = {node: sources.add(node.name, node) for node in plan.context}
+    ragged = ragged and any(found.scale is not None for found in plan.attentions.values())
     counted = _counts(plan, sources, ragged)
     numbers = Numbers(writer, sources, writer.size(tokens, 0))
     new = writer.size(tokens, 1)
@@ -106,7 +110,7 @@ def _written(plan: Plan, live: frozenset[fx.Node], capacity: int, ragged: bool) 
     numbers.bounds[ALL] = 0, numbers.combine(operator.add, past, new)
     operands = Operands(PositionWriter(sources, numbers, live), tokens)
     slots = _Slots(operands, single=False)
-    data = _Data(operands, slots, _Attention(operands, single=False), sources.mask if counted else None)
+    data = _Data(operands, slots, _Attention(operands, single=False), sources.mask if counted or ragged else None)
     for node in plan.nodes:
         if node in plan.labels.of and node not in operands.env:
             operands.env[node] = data.write(node)
@@ -127,7 +131,8 @@ def _written(plan: Plan, live: frozenset[fx.Node], capacity: int, ragged: bool) 
     program = Program(captured.module, writer.module(), captured.fqn, [], spec, constants=constants)
     given = {made: node for node, made in sources.history.items()}
     reach = capacity if tables else None
-    return Closed(plan, program, tokens, mask, counted, given, held, sources.context, reach), frozenset(sources.differ)
+    step = Closed(plan, program, tokens, mask, counted, ragged, given, held, sources.context, reach)
+    return step, frozenset(sources.differ)
 
 
 def _mixed(node: fx.Node, plan: Plan) -> bool:
@@ -142,8 +147,7 @@ def _mixed(node: fx.Node, plan: Plan) -> bool:
 def _counts(plan: Plan, sources: _Sources, ragged: bool) -> bool:
     """Give the program a mask if nothing else tells how many tokens there were, or attention is to count them. Whether
     it did."""
-    attends = ragged and any(found.scale is not None for found in plan.attentions.values())
-    if sources.mask is not None or (any(slot.kind == "keys" for slot in plan.slots) and not attends):
+    if sources.mask is not None or (any(slot.kind == "keys" for slot in plan.slots) and not ragged):
         return False
     sources.mask = sources.add(MASK)
     return True
@@ -235,7 +239,7 @@ class _Data(DataWriter):
 
     def _data(self, node: fx.Node) -> Any:
         found = self.plan.attentions.get(node)
-        if found is None or found.scale is None:
+        if found is None or found.scale is None or (self.mask is None and not found.plain):
             return super()._data(node)
         marks = (found.keys, found.values)
         indices = [int(str(mark.args[-1])) for mark in marks]

@@ -30,7 +30,8 @@ class Recalled:
     heads for ``group`` query heads each.
 
     ``plain``: its mask hides from the newest token none of the keys that its slots hold. ``scale``: what its scores are
-    multiplied by, and cut to by ``soft_cap``; None if it does anything else, or what it does is not known.
+    multiplied by, and cut to by ``soft_cap``; None if it does anything else but hide padding, or what it does is not
+    known.
     """
 
     keys: fx.Node
@@ -64,16 +65,15 @@ def attention(program: Program, site: Attention, slots: list[Slot], lengths: Len
         marks.append(mark)
         repeats += copies
     mask, query = site.mask, site.values["q"]
-    plain = mask.kind in ("causal", "sliding_window") and not mask.padding and not mask.bias
+    placed = mask.kind in ("causal", "sliding_window") and not mask.bias
     fused = site.spelling == "sdpa"
     group = _group(site, site.core.args[0] if fused else query.node, marks)
     known = site.scale is not None and site.scale > 0 and not (site.sinks or site.dropout or mask.asserted)
     known = known and str(query.axes) in ("bhnd", "bhmd") and site.over == "tokens" and not site.cross
     known = known and len(node_shape(site.core) or ()) == 4
-    scale = site.scale if known and plain and group else None
-    return Recalled(
-        marks[0], marks[1], frozenset(repeats), group, plain, query.node, scale, site.soft_cap or 0.0, fused
-    )
+    scale = site.scale if known and placed and group else None
+    plain, cap = placed and not mask.padding, site.soft_cap or 0.0
+    return Recalled(marks[0], marks[1], frozenset(repeats), group, plain, query.node, scale, cap, fused)
 
 
 def _group(site: Attention, query: Any, marks: list[fx.Node]) -> int:

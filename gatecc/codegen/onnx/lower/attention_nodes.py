@@ -146,9 +146,9 @@ def _grouped(writer: Writer, subject: Subject, call: Call, views: Views) -> tupl
 
 
 def _told(call: Call) -> str:
-    inside = ["rotary"] * (call.rotation is not None) + [f"window {call.site.mask.window}"] * bool(
-        call.site.mask.window
-    )
+    inside = ["a mask"] * (call.mask is not None) + ["rotary"] * (call.rotation is not None)
+    if call.site.mask.window and call.mask is None:
+        inside.append(f"window {call.site.mask.window}")
     return f" with {', '.join(inside)}" if inside else ""
 
 
@@ -180,7 +180,7 @@ def _standard(writer: Writer, subject: Subject, call: Call, views: Views) -> tup
     y = writer.shaped(
         "Attention", [q, k, v, mask], attributes, (B, N, site.heads * call.widths[1]), fake_dtype(call.out)
     )
-    return "Attention" + (" with a mask" if mask is not None else _told(call)), y
+    return "Attention" + _told(call), y
 
 
 def _turned(writer: Writer, subject: Subject, call: Call, views: Views) -> tuple[fx.Node, fx.Node, fx.Node]:

@@ -124,8 +124,9 @@ def _counts(writer: Writer, subject: Subject, mask: Any) -> tuple[fx.Node, fx.No
     key = ("counts", mask)
     if key not in subject.shared:
         one, int32 = torch.ones((), dtype=torch.int64), torch.int32
-        B, total = mask.meta["val"].shape
-        del total
+        B = mask.meta["val"].shape[0]
+        if mask.meta["val"].dtype != torch.int64:
+            mask = writer.shaped("Cast", [mask], {"to": 7}, tuple(mask.meta["val"].shape), torch.int64)
         count = writer.shaped("ReduceSum", [mask, writer.constant("axis", one.reshape(1))], {"keepdims": 0}, (B,),
                               torch.int64)  # fmt: skip
         last = writer.shaped("Sub", [count, writer.constant("one", one)], {}, (B,), torch.int64)

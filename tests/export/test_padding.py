@@ -1,0 +1,86 @@
+"""decode.onnx of models that take an attention_mask: prompts of several lengths, padded on either side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gatecc
+from gatecc.errors import ArgumentError
+from gatecc.export.padding import tokens_first
+from gatecc.onnx import Session
+
+pytest.importorskip("onnxruntime")
+V, N, LENGTHS = 20, 9, (9, 5, 2)
+IDS = torch.randint(1, V, (3, N), generator=torch.Generator().manual_seed(0))
+
+
+class Masked(nn.Module):
+    """One layer of attention that hides padding; with ``places``, learned positions that count padding too."""
+
+    def __init__(self, *, places: bool) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(V, 16), nn.Linear(16, V)
+        self.places = nn.Embedding(40, 16) if places else None
+        self.q, self.k, self.v = nn.Linear(16, 16), nn.Linear(16, 8), nn.Linear(16, 8)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, N), (B, N) -> (B, N, V)"""
+        at = torch.arange(input_ids.shape[1])
+        x = self.embed(input_ids) if self.places is None else self.embed(input_ids) + self.places(at)
+        q, k, v = (f(x).unflatten(-1, (-1, 8)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        seen = (at <= at[:, None]) & attention_mask[:, None, None].bool()
+        y = nn.functional.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
+        return self.head(x + y.transpose(1, 2).flatten(2))
+
+
+def padded(side: str) -> tuple[Tensor, Tensor]:
+    """The prompts and their mask. (3, N), (3, N)"""
+    ids, mask = torch.zeros_like(IDS), torch.zeros_like(IDS)
+    for row, length in enumerate(LENGTHS):
+        at = slice(0, length) if side == "right" else slice(N - length, N)
+        ids[row, at], mask[row, at] = IDS[row, :length], 1
+    return ids, mask
+
+
+def test_attention_counts_the_tokens_of_each_row(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Masked(places=False).eval()
+    made = gatecc.export(model, tmp_path, {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}, decode=True)
+    assert made.decode is not None
+    assert (made.decode.padding, made.decode.genai.padding, made.decode.kept) == ("right", "right", "")
+    assert made.decode.operators["com.microsoft::GroupQueryAttention"] == 1
+    session, last = Session(tmp_path), torch.tensor([[3], [7], [11]])
+    for side in ("left", "right"):
+        ids, mask = padded(side)
+        logits, state = session.prefill(ids, attention_mask=mask)
+        after = session.step(last, state)[0]
+        longer, shown = torch.cat([ids, last], 1), torch.cat([mask, torch.ones_like(last)], 1)
+        expected = model(longer, shown).detach()
+        seen = mask.bool()
+        torch.testing.assert_close(logits[seen], expected[:, :-1][seen], rtol=0, atol=1e-5)
+        torch.testing.assert_close(after[:, 0], expected[:, -1], rtol=0, atol=1e-5)
+
+
+def test_positions_that_count_padding_keep_the_mask(tmp_path: Path) -> None:
+    """The model gives other logits for a prompt that is padded on the left, and so does the file."""
+    torch.manual_seed(0)
+    model = Masked(places=True).eval()
+    made = gatecc.export(model, tmp_path, {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}, decode=True)
+    assert made.decode is not None
+    assert made.decode.padding == "left"
+    assert "padding on the left changes what the model computes" in made.decode.kept
+    assert made.decode.kept in " ".join(made.decode.genai.limits)
+    session, (ids, mask) = Session(tmp_path), padded("left")
+    logits, expected = session.prefill(ids, attention_mask=mask)[0], model(ids, mask).detach()
+    torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-5)
+    with pytest.raises(ArgumentError, match="padded on the left"):
+        session.prefill(*padded("right")[:1], attention_mask=padded("right")[1])
+
+
+def test_tokens_come_first_in_each_row() -> None:
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]])
+    assert tokens_first(mask).tolist() == [[2, 3, 0, 1], [0, 1, 2, 3], [0, 1, 2, 3]]
