@@ -43,10 +43,11 @@ from gatecc.export.compare import Compared, Outcome, compare, located
 from gatecc.export.decode import Decode
 from gatecc.export.decode import decode as decode_step
 from gatecc.export.files import MANIFEST, Exported, describe, made_by, metadata, move, parent, write_manifest
+from gatecc.export.genai import no_buffers
 from gatecc.export.lower import context_of, lower
 from gatecc.export.page import write_report
 from gatecc.export.progress import stage
-from gatecc.export.quantize import Quantize, quantized, resolve
+from gatecc.export.quantize import Quantize, Quantized, quantized, resolve
 from gatecc.export.settled import settled
 from gatecc.ir.program import Program
 from gatecc.ops import registry
@@ -239,7 +240,7 @@ def _export(
                 )
             shutil.copytree(inside / "beside", made, dirs_exist_ok=True)
             if narrow is not None and narrow.decode is not None and steps is not None:
-                steps = replace(steps, operators=narrow.decode.operators)
+                steps = _narrowed(steps, narrow, made)
             result = describe(folder, made, graph, compared, notes, steps)
             if narrow is not None:
                 result = replace(result, operators=narrow.operators, quantized=narrow)
@@ -247,6 +248,18 @@ def _export(
             write_report(made, type(model).__qualname__, result, made_by())
             move(made, folder)
     return result
+
+
+def _narrowed(steps: Decode, narrow: Quantized, made: Path) -> Decode:
+    """What became of the step. Casts may stand between a state and the node that would go on in its buffer."""
+    assert narrow.decode is not None
+    states = tuple(replace(s, shared=s.shared and s.output in narrow.decode.buffers) for s in steps.states)
+    if not steps.genai.refused:
+        no_buffers(made, states)
+    encoder = steps.encoder
+    if encoder is not None and narrow.encoder is not None:
+        encoder = replace(encoder, operators=narrow.encoder.operators)
+    return replace(steps, operators=narrow.decode.operators, states=states, encoder=encoder)
 
 
 def _reach(model: nn.Module, graph: Graph, steps: Decode | None) -> list[str]:

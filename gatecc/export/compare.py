@@ -24,6 +24,7 @@ from gatecc.errors import ExportError
 from gatecc.export.branches import untaken
 from gatecc.export.locate import locate
 from gatecc.export.lower import context_of
+from gatecc.export.ragged import Padded, masks_of, ragged
 from gatecc.scope.family import difference
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2}
@@ -39,11 +40,13 @@ Sizes = dict[str, int]
 class Compared:
     """One comparison with torch. ``error`` is the largest of |torch - onnx| / max(1, max|torch|) over all outputs; of
     an output that is closer to the model in float64 than to torch, the distance from that. ``reference``: whether it is
-    ONNX's reference evaluator that ran the graph, in the place of ONNX Runtime."""
+    ONNX's reference evaluator that ran the graph, in the place of ONNX Runtime. ``padding``: the side on which an
+    attention_mask hid some of each row; then what a model gives at padding is left out."""
 
     sizes: Sizes
     error: float
     reference: bool = False
+    padding: str = ""
 
 
 @dataclass
@@ -76,6 +79,8 @@ def compare(call: Call, graph: Graph, path: Path, notes: list[str]) -> Outcome:
             except ExportError as e:
                 outcome.failure, outcome.at = e, one
                 break
+        if outcome.failure is None and not session.lacking:
+            outcome.compared += _padded(call, graph, session, outcome.compared, notes)
         unforgivable = outcome.failure is not None and not _right(call, graph, session, example)
     if unforgivable:
         raise located(outcome, call, graph, path)
@@ -156,8 +161,10 @@ def _longer(call: Call, graph: Graph, example: Sizes, names: Sequence[str]) -> S
 
 def _runs(call: Call, graph: Graph, sizes: Mapping[str, int]) -> bool:
     leaves = _resized(call, graph, sizes)
-    if not graph.accepts(leaves):
-        return False
+    return graph.accepts(leaves) and _computes(call, leaves)
+
+
+def _computes(call: Call, leaves: Sequence[torch.Tensor]) -> bool:
     try:
         call.flat(*leaves)
     except Exception:
@@ -168,16 +175,38 @@ def _runs(call: Call, graph: Graph, sizes: Mapping[str, int]) -> bool:
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def _at(call: Call, graph: Graph, session: Session, sizes: Sizes, notes: list[str]) -> Compared:
-    leaves = _resized(call, graph, sizes)
+def _padded(
+    call: Call, graph: Graph, session: Session, compared: Sequence[Compared], notes: list[str]
+) -> Iterator[Compared]:
+    """Rows of several lengths, padded on the left and on the right, where the model takes an attention_mask."""
+    masks = masks_of(call.inputs, call.leaves)
+    sizes = next((c.sizes for c in compared if c.sizes.get(BATCH, 1) > 2), None)
+    if not masks or sizes is None:
+        return
+    for side in ("left", "right"):
+        leaves = list(_resized(call, graph, sizes))
+        for at in masks:
+            leaves[at] = ragged(leaves[at], side)
+        if not _computes(call, leaves):
+            continue
+        seen = [leaves[at].bool() for at in masks]
+        yield _at(call, graph, session, sizes, notes, Padded(tuple(leaves), side, seen))
+
+
+def _at(
+    call: Call, graph: Graph, session: Session, sizes: Sizes, notes: list[str], padded: Padded | None = None
+) -> Compared:
+    leaves = _resized(call, graph, sizes) if padded is None else padded.leaves
     where = ", ".join(f"{k} {v}" for k, v in sizes.items()) or "the example's sizes"
-    expected = _torch(call, leaves)
-    found = session.run(call.inputs, leaves)
+    where += f", padded on the {padded.side}" if padded else ""
+    expected, found = _torch(call, leaves), session.run(call.inputs, leaves)
+    if padded is not None:
+        expected, found = padded.tokens(expected), padded.tokens(found)
     errors = [difference(x, y) if x.dtype == y.dtype else float("inf") for x, y in zip(expected, found, strict=True)]
     limits = [TOLERANCE.get(x.dtype, 0.0) for x in expected]
     if any(not error <= limit for error, limit in zip(errors, limits, strict=True)):
-        _judge(call, graph, leaves, (expected, found), errors, where, notes)
-    return Compared(sizes, max(errors, default=0.0), bool(session.lacking))
+        _judge(call, graph, leaves, (expected, found), errors, where, notes, padded)
+    return Compared(sizes, max(errors, default=0.0), bool(session.lacking), padded.side if padded else "")
 
 
 def _resized(call: Call, graph: Graph, sizes: Mapping[str, int]) -> tuple[torch.Tensor, ...]:
@@ -197,9 +226,10 @@ def _judge(
     errors: list[float],
     where: str,
     notes: list[str],
+    padded: Padded | None,
 ) -> None:
     """Hold what differs against float64, and put distances from that in ``errors``. Raises ExportError."""
-    wide = _reference(call, graph, leaves, results[0])
+    wide = _reference(call, graph, leaves, padded)
     for i, (name, x, y) in enumerate(zip(call.outputs, *results, strict=True)):
         tolerance = TOLERANCE.get(x.dtype, 0.0)
         if errors[i] <= tolerance:
@@ -230,14 +260,17 @@ def _own(wide: torch.Tensor, x: torch.Tensor) -> float:
 
 
 def _reference(
-    call: Call, graph: Graph, leaves: Sequence[torch.Tensor], results: Sequence[torch.Tensor]
+    call: Call, graph: Graph, leaves: Sequence[torch.Tensor], padded: Padded | None
 ) -> list[torch.Tensor] | None:
     """The outputs in float64; None if they cannot be had, or if the model gives other numbers when it is called
     again."""
-    if not all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(results, _torch(call, leaves), strict=True)):
+    one, other = _torch(call, leaves), _torch(call, leaves)
+    if not all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(one, other, strict=True)):
         return None
     try:
         wide = [x.cpu() for x in reference(graph.program(), leaves)]
     except Exception:  # a graph that does not run in float64 (quantised, say) leaves the plain tolerance
         return None
-    return wide if len(wide) == len(results) else None
+    if len(wide) != len(one):
+        return None
+    return wide if padded is None else padded.tokens(wide)

@@ -124,13 +124,26 @@ def write_config(
         "outputs": {"logits": "logits", **_templates("present", "present", keys, states)},
     }
     search = {name: x for name in _SEARCH if (x := getattr(_generation(model), name, None)) is not None}
-    shares = bool(keys) and all(s.shared for s in keys)
+    shares = _shares(states)
     config = {
         "model": {"type": "decoder", "vocab_size": vocabulary, "context_length": context, **tokens, "decoder": decoder},
         "search": {"max_length": context, "past_present_share_buffer": shares, **search},
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     return notes
+
+
+def no_buffers(folder: Path, states: Sequence[Carried]) -> None:
+    """Take the promise of shared buffers out of genai_config.json where the states of a graph have none any more."""
+    config = json.loads((folder / CONFIG).read_text())
+    if config["search"]["past_present_share_buffer"] and not _shares(states):
+        config["search"]["past_present_share_buffer"] = False
+        (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+
+
+def _shares(states: Sequence[Carried]) -> bool:
+    keys = [s for s in states if s.kind == "keys"]
+    return bool(keys) and all(s.shared for s in keys)
 
 
 def _templates(keys: str, fixed: str, kept: Sequence[Carried], states: Sequence[Carried]) -> dict[str, str]:

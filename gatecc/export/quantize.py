@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,7 +22,8 @@ from gatecc.errors import ArgumentError, ExportError
 from gatecc.export.accuracy import Accuracy, Gathered, tokens_of
 from gatecc.export.compare import Sizes
 from gatecc.export.decode import DECODE, Decode
-from gatecc.export.quantized_steps import prompt, step
+from gatecc.export.encoder import ENCODER, Encoding
+from gatecc.export.quantized_steps import Prompt, prompt, step
 from gatecc.export.routes import routes
 
 Form = Literal["w8", "w4", "int8", "fp16", "fp4"]
@@ -64,6 +65,13 @@ class Quantize:
                 found=f"fp4, block {self.block}, embedding {self.embedding}",
                 expected="neither: each column of a product has a scale",
             )
+        if self.block is not None and self.form in ("int8", "fp16"):
+            raise ArgumentError(
+                "this form has no blocks",
+                found=f"{self.form}, block {self.block}",
+                expected="no block: int8 has a scale for each matrix, fp16 none",
+                do='"w8" and "w4" hold weights in blocks',
+            )
         if self.block is None:
             object.__setattr__(self, "block", 64 if self.form == "w8" else 32)
         if self.block not in _BLOCKS:
@@ -78,7 +86,8 @@ class Quantize:
 class Quantized:
     """What became of the products of model.onnx: what they are now, which were left and why, all operators, and the
     bytes of the weights. ``on`` says which inputs ``accuracy`` is of; ``time`` is the CPU time of one run on one
-    thread, divided by that of the graph before. ``decode`` is the same of decode.onnx, if there is one."""
+    thread, divided by that of the graph before. ``decode`` and ``encoder`` are the same of decode.onnx and
+    encoder.onnx, if there are any."""
 
     options: Quantize
     quantized: dict[str, int]
@@ -92,15 +101,28 @@ class Quantized:
     decode: QuantizedStep | None = None
     routes: dict[str, float] = field(default_factory=dict[str, float])
     """"fp4": for each node that chooses (experts, say), the share of its choices that would stay."""
+    encoder: QuantizedEncoder | None = None
 
 
 @dataclass(frozen=True)
 class QuantizedStep:
     """What became of decode.onnx: its operators, its logits for whole prompts, None if the evaluation inputs are none
-    that it takes, and the time of a step of one sample."""
+    that it takes, and the time of a step of one sample. ``buffers``: the next states that may be in the buffers of the
+    states that they continue."""
 
     operators: dict[str, int]
     accuracy: Accuracy | None
+    time: dict[str, float]
+    buffers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class QuantizedEncoder:
+    """What became of encoder.onnx: its operators, its outputs that are numbers (keys and values of cross-attention),
+    and its time."""
+
+    operators: dict[str, int]
+    accuracy: tuple[Accuracy, ...]
     time: dict[str, float]
 
 
@@ -159,7 +181,12 @@ def quantized(
         accuracy = _accuracy(call, graph, *pair, samples)
         chosen = routes(call, graph, *pair, samples) if analysis else {}
         times = {} if options.form in ("fp16", "fp4") else _times(worker, call, graph, pair, sizes)
-        narrow = None if decode is None else _step(worker, call, graph, made, options, decode, samples, others[0])
+        of_others = dict(zip((path.name for path in paths[1:]), others, strict=True))
+        measured = worker, call, graph, made, options
+        narrow = None if decode is None else _step(*measured, decode, samples, of_others[DECODE])
+        encoder = None
+        if decode is not None and decode.encoder is not None and ENCODER in of_others:
+            encoder = _encoded(*measured, decode, decode.encoder, samples, of_others[ENCODER])
     on = f"{len(samples)} inputs of the user" if evaluation is not None else "the example inputs"
     if analysis:
         shutil.rmtree(inside)
@@ -168,6 +195,8 @@ def quantized(
     _refuse(options, accuracy, times)
     if narrow is not None:
         _refuse(options, [] if narrow.accuracy is None else [narrow.accuracy], narrow.time)
+    if encoder is not None:
+        _refuse(options, encoder.accuracy, encoder.time)
     (made / DATA).unlink(missing_ok=True)
     for written in sorted(inside.iterdir()):
         os.replace(written, made / written.name)
@@ -183,6 +212,7 @@ def quantized(
         tuple(accuracy),
         times,
         narrow,
+        encoder=encoder,
     )
 
 
@@ -196,25 +226,85 @@ def _step(
     samples: Sequence[Sequence[torch.Tensor]],
     told: Mapping[str, Any],
 ) -> QuantizedStep:
-    """decode.onnx as it was and as it is."""
-    paths = made / DECODE, made / "quantized" / DECODE
+    """decode.onnx as it was and as it is, each behind its own encoder.onnx, if there is one."""
     prompts = [p for leaves in samples if (p := prompt(decode, call.inputs, leaves)) is not None]
+    buffers = tuple(told["buffers"])
     if not prompts:
-        return QuantizedStep(told["operators"], None, {})
-    gathered = Gathered(f"{DECODE}: logits")
+        return QuantizedStep(told["operators"], None, {}, buffers)
+    gathered, contexts = Gathered(f"{DECODE}: logits"), list[dict[str, torch.Tensor]]()
+    with ExitStack() as opened:
+        one, other = (_Steps(opened, folder, graph, decode.encoder, contexts) for folder in (made, made / "quantized"))
+        for p in prompts:
+            gathered.add(one(p), other(p), p.ids, p.mask)
+    times: dict[str, float] = {}
+    if options.form != "fp16":
+        past, feeds = step(decode, prompts[0])
+        feeds |= {name: x[:1] for name, x in contexts[0].items()}
+        arrays = {name: x.detach().cpu().numpy() for name, x in feeds.items() if name in decode.inputs}
+        paths = [str(folder / DECODE) for folder in (made, made / "quantized")]
+        times[f"a step behind {past} tokens"] = _ratio(*worker.race(paths, arrays, _RACE))
+    return QuantizedStep(told["operators"], gathered.result(), times, buffers)
+
+
+class _Steps:
+    """decode.onnx of a folder, with what it reads of encoder.onnx; ``contexts`` collects that."""
+
+    def __init__(
+        self,
+        opened: ExitStack,
+        folder: Path,
+        graph: Graph,
+        encoder: Encoding | None,
+        contexts: list[dict[str, torch.Tensor]],
+    ) -> None:
+        self._decode = opened.enter_context(closing(Session(folder / DECODE, graph.places, apart=graph.apart)))
+        self._encoder, self._session, self._contexts = encoder, None, contexts
+        if encoder is not None and encoder.outputs:
+            self._session = opened.enter_context(closing(Session(folder / ENCODER, graph.places, apart=graph.apart)))
+
+    def __call__(self, of: Prompt) -> torch.Tensor:
+        """The logits of a prompt."""
+        context: dict[str, torch.Tensor] = {}
+        if self._encoder is not None and self._session is not None:
+            given = of.of_encoder(self._encoder)
+            found = self._session.run(list(given), list(given.values()))
+            context = dict(zip(self._encoder.outputs, found, strict=True))
+        passed = {name: of.feeds[name] for name in (self._encoder.passed if self._encoder else ())}
+        self._contexts.append({**context, **passed})
+        feeds = {**of.feeds, **context}
+        return self._decode.run(list(feeds), list(feeds.values()))[0]
+
+
+def _encoded(
+    worker: Worker,
+    call: Call,
+    graph: Graph,
+    made: Path,
+    options: Quantize,
+    decode: Decode,
+    encoder: Encoding,
+    samples: Sequence[Sequence[torch.Tensor]],
+    told: Mapping[str, Any],
+) -> QuantizedEncoder:
+    """encoder.onnx as it was and as it is."""
+    paths = made / ENCODER, made / "quantized" / ENCODER
+    given = [p.of_encoder(encoder) for leaves in samples if (p := prompt(decode, call.inputs, leaves)) is not None]
+    gathered = [Gathered(f"{ENCODER}: {name}") for name in encoder.outputs]
     with (
         closing(Session(paths[0], graph.places, apart=graph.apart)) as one,
         closing(Session(paths[1], graph.places, apart=graph.apart)) as other,
     ):
-        for p in prompts:
-            x, y = (s.run(list(p.feeds), list(p.feeds.values()))[0] for s in (one, other))
-            gathered.add(x, y, p.ids, p.mask)
+        for feeds in given:
+            results = (s.run(list(feeds), list(feeds.values())) for s in (one, other))
+            for g, x, y in zip(gathered, *results, strict=True):
+                if x.is_floating_point():
+                    g.add(x, y, None, None)
     times: dict[str, float] = {}
-    if options.form != "fp16":
-        past, feeds = step(decode, prompts[0])
-        arrays = {name: x.detach().cpu().numpy() for name, x in feeds.items() if name in decode.inputs}
-        times[f"a step behind {past} tokens"] = _ratio(*worker.race([str(p) for p in paths], arrays, _RACE))
-    return QuantizedStep(told["operators"], gathered.result(), times)
+    if options.form != "fp16" and given:
+        arrays = {name: x.detach().cpu().numpy() for name, x in given[0].items()}
+        sizes = ", ".join(str(tuple(x.shape)) for x in arrays.values())
+        times[sizes] = _ratio(*worker.race([str(p) for p in paths], arrays, _RACE))
+    return QuantizedEncoder(told["operators"], tuple(g.result() for g in gathered if g.rows), times)
 
 
 def _ratio(before: float, after: float) -> float:

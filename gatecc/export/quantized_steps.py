@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from gatecc.export.accuracy import tokens_of
 from gatecc.export.carried import size_of
 from gatecc.export.decode import Decode
+from gatecc.export.encoder import Encoding
 from gatecc.export.padding import tokens_first
 
 BEFORE = 64  # tokens before the step whose time is measured
@@ -18,11 +19,17 @@ BEFORE = 64  # tokens before the step whose time is measured
 
 @dataclass(frozen=True)
 class Prompt:
-    """Inputs of decode.onnx by name. ``ids``: (B, N); ``mask``: (B, N), None without padding."""
+    """Inputs of decode.onnx by name, and those of encoder.onnx. ``ids``: (B, N); ``mask``: (B, N), None without
+    padding."""
 
     feeds: dict[str, Tensor]
     ids: Tensor
     mask: Tensor | None
+    encoded: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    def of_encoder(self, encoder: Encoding) -> dict[str, Tensor]:
+        """The inputs of encoder.onnx."""
+        return {name: x for name, x in self.encoded.items() if name not in encoder.passed.values()}
 
 
 def prompt(decode: Decode, names: Sequence[str], leaves: Sequence[Tensor]) -> Prompt | None:
@@ -31,8 +38,10 @@ def prompt(decode: Decode, names: Sequence[str], leaves: Sequence[Tensor]) -> Pr
     What is longer than the positions of the step is cut.
     """
     given = dict(zip(names, leaves, strict=True))
-    found, mask = tokens_of(names, leaves)
-    ids = given.get("input_ids", found)
+    encoded = {name: given[name] for name in (decode.encoder.inputs if decode.encoder else ()) if name in given}
+    own = {name: x for name, x in given.items() if name not in encoded}
+    found, mask = tokens_of(list(own), list(own.values()))
+    ids = own.get("input_ids", found)
     if ids is None or any(name not in given for name in decode.values):
         return None
     length = min(ids.shape[1], decode.context_length or ids.shape[1])
@@ -43,7 +52,9 @@ def prompt(decode: Decode, names: Sequence[str], leaves: Sequence[Tensor]) -> Pr
         places = tokens_first(mask.bool().long())
         ids, mask = ids.gather(1, places), mask.gather(1, places)
         values = {name: x[torch.arange(len(x))[:, None], places] for name, x in values.items()}
-    return Prompt({**_feeds(decode, ids, 0, values), **({} if mask is None else {"attention_mask": mask})}, ids, mask)
+    masked = {} if mask is None else {"attention_mask": mask}
+    passed = {name: given[of] for name, of in (decode.encoder.passed if decode.encoder else {}).items()}
+    return Prompt({**_feeds(decode, ids, 0, values), **masked, **passed}, ids, mask, encoded)
 
 
 def step(decode: Decode, of: Prompt) -> tuple[int, dict[str, Tensor]]:

@@ -23,6 +23,40 @@ HEADS: dict[str, Any] = {"encoder_attention_heads": 2, "decoder_attention_heads"
 SPECIAL: dict[str, Any] = {"pad_token_id": 1, "decoder_start_token_id": START, "eos_token_id": V - 1}
 
 
+class Translator(nn.Module):
+    """A layer that reads a text with padding, and one of attention to what was said and to what was read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(V, 32), nn.Linear(32, V)
+        self.read, self.said, self.ask = nn.Linear(32, 96), nn.Linear(32, 96), nn.Linear(32, 32)
+        self.memory, self.mix = nn.Linear(32, 64), nn.Linear(32, 32)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor) -> Tensor:
+        """(B, M), (B, M), (B, N) -> (B, N, V)"""
+        attend, seen = nn.functional.scaled_dot_product_attention, attention_mask[:, None, None].bool()
+        x, y = self.embed(input_ids), self.embed(decoder_input_ids)
+        x = x + self.mix(merged(attend(*heads(self.read(x)), seen)))
+        y = y + merged(attend(*heads(self.said(y)), is_causal=True))
+        (query,), (keys, values) = heads(self.ask(y)), heads(self.memory(x))
+        return self.head(y + merged(attend(query, keys, values, seen)))
+
+
+def heads(x: Tensor) -> list[Tensor]:
+    """(B, N, 32 parts) -> (B, 2, N, 16) each"""
+    return [part.unflatten(-1, (2, 16)).transpose(1, 2) for part in x.split(32, -1)]
+
+
+def merged(x: Tensor) -> Tensor:
+    """(B, 2, N, 16) -> (B, N, 32)"""
+    return x.transpose(1, 2).flatten(2)
+
+
+def translator() -> nn.Module:
+    """Written by hand: all that an encoder and a decoder have."""
+    return Translator().eval()
+
+
 def bart() -> nn.Module:
     """Learned positions, attention that becomes GroupQueryAttention."""
     config = transformers.BartConfig(**LAYERS, **HEADS, **SPECIAL, max_position_embeddings=128)
@@ -48,12 +82,13 @@ def greedy(model: nn.Module, context: dict[str, Tensor], ids: Tensor, count: int
     """By full forwards."""
     with torch.no_grad():
         for _ in range(count):
-            best = model(**context, decoder_input_ids=ids).logits[:, -1].argmax(-1)
+            out = model(**context, decoder_input_ids=ids)
+            best = (out if isinstance(out, Tensor) else out.logits)[:, -1].argmax(-1)
             ids = torch.cat([ids, best[:, None]], 1)
     return ids
 
 
-@pytest.mark.parametrize("build", [bart, t5, whisper] if os.getenv("GATECC_ZOO") == "all" else [bart])
+@pytest.mark.parametrize("build", [translator, *([bart, t5, whisper] if os.getenv("GATECC_ZOO") == "all" else [])])
 def test_generates_what_full_forwards_do(build: Any, tmp_path: Path) -> None:
     """Of texts of another number, another length, padded on both sides."""
     torch.manual_seed(0)
@@ -95,3 +130,26 @@ def test_features_of_a_fixed_size(tmp_path: Path) -> None:
     assert list(made.encoder.outputs.values()) == [["batch", 1, 8]]
     logits, _ = Session(tmp_path / "x").prefill(ids, features=features)
     torch.testing.assert_close(logits, model(ids, features).detach(), rtol=0, atol=1e-5)
+
+
+def test_both_files_in_fewer_bits(tmp_path: Path) -> None:
+    """Each is measured, the steps behind the encoder of the same folder."""
+    torch.manual_seed(0)
+    model, ids, said = translator(), torch.randint(3, V, (2, 9)), torch.randint(3, V, (2, 6))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": said}
+    made = gatecc.export(model, tmp_path / "x", inputs, decode=True, quantize="w8", evaluation_inputs=[inputs])
+    told, session = made.quantized, Session(tmp_path / "x")
+    assert told is not None
+    assert told.encoder is not None
+    assert told.decode is not None
+    assert told.decode.accuracy is not None
+    assert [told.encoder.operators["com.microsoft::MatMulNBits"], len(told.encoder.accuracy)] == [3, 2]
+    assert made.decode is not None
+    assert made.decode.encoder is not None
+    assert made.decode.encoder.operators == told.encoder.operators
+    assert [list(told.encoder.time), list(told.decode.time)] == [["(2, 9), (2, 9)"], ["a step behind 64 tokens"]]
+    logits, expected = session.prefill(said, input_ids=ids, attention_mask=inputs["attention_mask"])[0], model(**inputs)
+    error = float((logits - expected).abs().max() / expected.abs().max().clamp(min=1))
+    assert 0 < error < 0.05
+    assert told.decode.accuracy.error == pytest.approx(error, rel=0.2)
+    assert all(0 < a.error < 0.05 for a in told.encoder.accuracy)

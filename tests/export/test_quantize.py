@@ -128,6 +128,9 @@ def test_what_is_refused(words: nn.Module, tmp_path: Path, monkeypatch: pytest.M
         Quantize("w8", embedding=True)
     with pytest.raises(ArgumentError, match="block"):
         Quantize("w8", block=24)
+    for form in ("int8", "fp16"):
+        with pytest.raises(ArgumentError, match=f"(?s)has no blocks.*{form}, block 64"):
+            Quantize(form, block=64)
     with pytest.raises(ArgumentError, match="not like the example inputs"):
         gatecc.export(words, tmp_path / "x", (ids(),), quantize="w8", evaluation_inputs=[(torch.randn(2, 3),)])
     with pytest.raises(ExportError, match="nothing in this graph can be quantised"):

@@ -95,7 +95,16 @@ def _described(model: Any, kept: Counter[str]) -> dict[str, Any]:
         "kept": dict(sorted(kept.items())),
         "operators": dict(sorted(counts.items())),
         "bytes": sum(_nbytes(t) for t in model.graph.initializer),
+        "buffers": _buffers(model.graph),
     }
+
+
+def _buffers(graph: Any) -> list[str]:
+    """The outputs that attention itself writes, with nothing between it and the input that it continues."""
+    given = {value.name for value in graph.input}
+    writers = [n for n in graph.node if n.op_type == "GroupQueryAttention" and given >= set(n.input[3:5])]
+    written = {name for node in writers for name in node.output[1:]}
+    return [value.name for value in graph.output if value.name in written]
 
 
 # --- the quantizers ---------------------------------------------------------------------------------------------------
