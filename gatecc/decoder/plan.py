@@ -94,7 +94,9 @@ def plan(program: Program) -> Plan:
         if recalled is not None:
             attentions[site.core] = recalled
     deferred_softmaxes(Flow(program), {site.core for site in sites}, slots, inputs.lengths)
-    scans(program, Flow(program).data, slots, inputs.lengths)
+    flow = Flow(program)
+    before = Dependence(flow, inputs)  # positions that count a mask are computed of the whole mask
+    scans(program, {node for node in flow.data if before.of(node) == "data"}, slots, inputs.lengths)
     program.graph.eliminate_dead_code()
     flow = Flow(program)
     dependence = Dependence(flow, inputs)

@@ -270,6 +270,8 @@ def _reach(model: nn.Module, graph: Graph, steps: Decode | None) -> list[str]:
             f"positions reach to {context_of(model)} tokens, as the model's config says: ONNX Runtime refuses longer "
             "inputs, where torch goes on; export with a larger max_position_embeddings for them"
         )
+    if steps is not None and steps.kept:
+        notes.append(f"prompts of decode.onnx are padded on the left, and its attention keeps the mask: {steps.kept}")
     windows = sorted({state.window for state in (steps.states if steps else ()) if state.window is not None})
     if windows:
         notes.append(

@@ -20,11 +20,18 @@ class Padded:
     seen: list[Tensor]
 
     def tokens(self, outputs: Sequence[Tensor]) -> list[Tensor]:
-        """What outputs are at tokens; one that does not run along a mask is left as it is."""
+        """What outputs are at tokens, and those with a value per row where the first place of each is a token.
+
+        Queries before the first token of their row see no key: each runtime gives something else there. What else there
+        is of them (weights of attention, keys) is put down as one zero.
+        """
         found: list[Tensor] = []
         for x in outputs:
             kept = [mask for mask in self.seen if x.shape[:2] == mask.shape]
-            found.append(x[torch.stack(kept).all(0)] if kept else x)
+            if kept:
+                found.append(x[torch.stack(kept).all(0)])
+            else:
+                found.append(x if self.side == "right" and x.dim() <= 2 else torch.zeros(1, dtype=x.dtype))
         return found
 
 

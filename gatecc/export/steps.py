@@ -23,6 +23,7 @@ from gatecc.export.carried import Carried
 from gatecc.export.compare import TOLERANCE, Compared
 from gatecc.export.encoder import Encode
 from gatecc.export.locate import with_place
+from gatecc.export.lower import context_of
 from gatecc.ir.sizes import expression, node_shape
 from gatecc.scope.family import difference
 
@@ -107,6 +108,7 @@ def _text(
 ) -> Text:
     plan = made.plan
     length = made.reach(max(map(sum, _PIECES)))
+    length = min(length, context_of(model) or length)  # tables that are read at places of tokens end there
     length = length if step.capacity is None else min(length, step.capacity)
     values = {node: _resized(x, plan.inputs, node, length, sizes) for node, x in _example(plan)}
     ids = values.pop(plan.inputs.tokens)

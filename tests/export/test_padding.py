@@ -19,18 +19,18 @@ IDS = torch.randint(1, V, (3, N), generator=torch.Generator().manual_seed(0))
 
 
 class Masked(nn.Module):
-    """One layer of attention that hides padding; with ``places``, learned positions that count padding too."""
+    """One layer of attention that hides padding, with learned positions of the tokens, or of padding too."""
 
-    def __init__(self, *, places: bool) -> None:
+    def __init__(self, *, of_tokens: bool) -> None:
         super().__init__()
-        self.embed, self.head = nn.Embedding(V, 16), nn.Linear(16, V)
-        self.places = nn.Embedding(40, 16) if places else None
+        self.of_tokens = of_tokens
+        self.embed, self.places, self.head = nn.Embedding(V, 16), nn.Embedding(40, 16), nn.Linear(16, V)
         self.q, self.k, self.v = nn.Linear(16, 16), nn.Linear(16, 8), nn.Linear(16, 8)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, N), (B, N) -> (B, N, V)"""
         at = torch.arange(input_ids.shape[1])
-        x = self.embed(input_ids) if self.places is None else self.embed(input_ids) + self.places(at)
+        x = self.embed(input_ids) + self.places((attention_mask.cumsum(1) - 1).clamp(min=0) if self.of_tokens else at)
         q, k, v = (f(x).unflatten(-1, (-1, 8)).transpose(1, 2) for f in (self.q, self.k, self.v))
         seen = (at <= at[:, None]) & attention_mask[:, None, None].bool()
         y = nn.functional.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
@@ -48,7 +48,7 @@ def padded(side: str) -> tuple[Tensor, Tensor]:
 
 def test_attention_counts_the_tokens_of_each_row(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = Masked(places=False).eval()
+    model = Masked(of_tokens=True).eval()
     made = gatecc.export(model, tmp_path, {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}, decode=True)
     assert made.decode is not None
     assert (made.decode.padding, made.decode.genai.padding, made.decode.kept) == ("right", "right", "")
@@ -68,7 +68,7 @@ def test_attention_counts_the_tokens_of_each_row(tmp_path: Path) -> None:
 def test_positions_that_count_padding_keep_the_mask(tmp_path: Path) -> None:
     """The model gives other logits for a prompt that is padded on the left, and so does the file."""
     torch.manual_seed(0)
-    model = Masked(places=True).eval()
+    model = Masked(of_tokens=False).eval()
     made = gatecc.export(model, tmp_path, {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}, decode=True)
     assert made.decode is not None
     assert made.decode.padding == "left"
