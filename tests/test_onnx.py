@@ -39,7 +39,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=16,
+        hidden_size=32,
         intermediate_size=24,
         num_hidden_layers=2,
         num_attention_heads=2,

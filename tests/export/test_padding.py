@@ -24,7 +24,7 @@ class Masked(nn.Module):
     def __init__(self, *, of_tokens: bool) -> None:
         super().__init__()
         self.of_tokens = of_tokens
-        self.embed, self.places, self.head = nn.Embedding(V, 16), nn.Embedding(40, 16), nn.Linear(16, V)
+        self.embed, self.places, self.head = nn.Embedding(V, 16), nn.Embedding(80, 16), nn.Linear(16, V)
         self.q, self.k, self.v = nn.Linear(16, 16), nn.Linear(16, 8), nn.Linear(16, 8)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
