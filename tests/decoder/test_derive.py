@@ -86,7 +86,5 @@ def test_no_tokens() -> None:
     model = Mixed(nn.Linear(D, D)).eval()
     with pytest.raises(ExampleInputsError, match="no tokens"):
         gatecc.decoder(model, (torch.tensor(3),))
-    with pytest.raises(
-        ExampleInputsError, match=r"(?s)shape \(1, 3, 8, 8\).*models that predict tokens"
-    ):
+    with pytest.raises(ExampleInputsError, match=r"(?s)shape \(1, 3, 8, 8\).*models that predict tokens"):
         gatecc.decoder(nn.Conv2d(3, 4, 3), (torch.randn(1, 3, 8, 8),))
