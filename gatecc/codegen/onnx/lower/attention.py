@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from gatecc.codegen.onnx.lower.attention_nodes import Call, is_grouped, write_attention
+from gatecc.codegen.onnx.lower.bias import constant_bias
 from gatecc.codegen.onnx.lower.lowering import GraphLowering, Subject, lacking_kernel
 from gatecc.codegen.onnx.lower.padding import padding_input
 from gatecc.codegen.onnx.lower.rotation import Rotation, rotation, values_before
@@ -142,7 +143,9 @@ def _unfit(call: Call, subject: Subject, evaluator: Evaluator) -> str:
         call.padding = padding_input(site, evaluator)
     if call.padding is None:
         call.mask = _tensor_mask(site)
-    return "" if call.padding is not None or call.mask is not None else reason
+    if call.padding is None and call.mask is None:
+        call.bias = constant_bias(site, evaluator)
+    return "" if any(given is not None for given in (call.padding, call.mask, call.bias)) else reason
 
 
 def _masked(site: Attention, subject: Subject) -> str:

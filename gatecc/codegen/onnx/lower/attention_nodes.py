@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from gatecc.codegen.onnx.lower.bias import Bias, write_bias
 from gatecc.codegen.onnx.lower.lowering import Subject
 from gatecc.codegen.onnx.lower.packing import one_projection, packed, tokens_first, unbiased
 from gatecc.codegen.onnx.lower.rotation import Rotation
@@ -39,6 +40,7 @@ class Call:
     kept_rotary: str = ""  # why the rotary embedding stays outside
     padding: fx.Node | None = None  # the input that is zero where a key is no token
     mask: fx.Node | None = None  # True where a query sees a key, where the node has to be told
+    bias: Bias | None = None  # what is added to the scores
 
     @property
     def out(self) -> fx.Node:
@@ -70,7 +72,7 @@ def _form(subject: Subject, call: Call) -> Callable[..., tuple[str, fx.Node]]:
     """What writes the node."""
     if subject.target != "ort" or call.mask is not None:
         return _standard
-    if call.site.mask.kind != "bidirectional":
+    if call.bias is None and call.site.mask.kind != "bidirectional":
         return _grouped if is_grouped(subject, call.site) else _standard
     equal = call.site.heads == call.site.kv_heads and fake_dtype(call.out) == torch.float32
     plain = call.rotation is None and not call.site.soft_cap
@@ -85,7 +87,7 @@ def _multi_head(writer: Writer, subject: Subject, call: Call, views: Views) -> t
     attributes: dict[str, Any] = {"num_heads": site.heads}
     one = one_projection(writer, views, call.q, call.k, call.v)
     if one is not None:  # the node takes the products as well
-        (inputs, factor), op = one, "Attention"
+        inputs, factor, op = list(one[0]), one[1], "Attention"
         of_keys, of_values = (site.heads * width for width in call.widths)
         if of_keys != of_values:
             attributes["qkv_hidden_sizes"] = [of_keys, of_keys, of_values]
@@ -95,10 +97,14 @@ def _multi_head(writer: Writer, subject: Subject, call: Call, views: Views) -> t
     attributes["scale"] = float(site.scale or 0.0) * factor
     B, _, N, _ = call.out.meta["val"].shape
     shape = (B, N, site.heads * call.widths[1])
-    y = writer.shaped(f"com.microsoft::{op}", [*inputs, padding], attributes, shape, fake_dtype(call.out))
+    if call.bias is not None:
+        inputs += [*([None, None] if one is not None else [None]), write_bias(writer, call.bias)]
+    else:
+        inputs.append(padding)
+    y = writer.shaped(f"com.microsoft::{op}", inputs, attributes, shape, fake_dtype(call.out))
     if seen is not None:  # of a sample without tokens the node takes all keys, torch none
         y = writer.call(aten.mul.Tensor, y, seen)
-    return op + " with its products" * (one is not None) + " with padding" * (padding is not None), y
+    return op + " with its products" * (one is not None) + " with padding" * (padding is not None) + _biased(call), y
 
 
 def _padding(writer: Writer, subject: Subject, given: fx.Node, dtype: torch.dtype) -> tuple[fx.Node, fx.Node]:
@@ -145,6 +151,10 @@ def _grouped(writer: Writer, subject: Subject, call: Call, views: Views) -> tupl
     return "GroupQueryAttention" + _told(call), y
 
 
+def _biased(call: Call) -> str:
+    return " with a bias" * (call.bias is not None)
+
+
 def _told(call: Call) -> str:
     inside = ["a mask"] * (call.mask is not None) + ["rotary"] * (call.rotation is not None)
     if call.site.mask.window and call.mask is None:
@@ -168,6 +178,8 @@ def _standard(writer: Writer, subject: Subject, call: Call, views: Views) -> tup
     if mask is not None:  # the kernel takes a size of 1 along the queries for an error
         lengths = [n.meta["val"].shape[2] for n in (call.q, call.k)]
         mask = writer.call(aten.expand.default, mask, [*mask.meta["val"].shape[:2], *lengths])
+    if call.bias is not None:
+        mask = write_bias(writer, call.bias)
     attributes = {
         "is_causal": int(site.mask.kind != "bidirectional" and mask is None),
         "q_num_heads": site.heads,
@@ -180,7 +192,7 @@ def _standard(writer: Writer, subject: Subject, call: Call, views: Views) -> tup
     y = writer.shaped(
         "Attention", [q, k, v, mask], attributes, (B, N, site.heads * call.widths[1]), fake_dtype(call.out)
     )
-    return "Attention" + _told(call), y
+    return "Attention" + (_biased(call) or _told(call)), y
 
 
 def _turned(writer: Writer, subject: Subject, call: Call, views: Views) -> tuple[fx.Node, fx.Node, fx.Node]:

@@ -12,10 +12,11 @@ from torch import fx
 from gatecc.codegen.onnx.lower.views import Views
 from gatecc.codegen.onnx.lower.write import Writer, aten
 from gatecc.ir.match.axes import permutation
-from gatecc.ir.ops import RESHAPES, named, opname
+from gatecc.ir.ops import RESHAPES, SAME_SHAPE, TRANSPOSES, named, opname
 from gatecc.ir.program import Program
 from gatecc.ir.sizes import node_shape, same
 
+_TAKES = RESHAPES | TRANSPOSES | SAME_SHAPE | frozenset(("unbind", "select", "getitem", "split", "chunk"))
 _SPLITS = ("split", "split_with_sizes", "chunk", "tensor_split")
 
 
@@ -105,7 +106,8 @@ def one_projection(
         product = _one_product(writer, parts)
     if product is None or opname(product) != "linear":
         return None
-    if any(user.op == "call_function" and opname(user) not in _SPLITS for user in product.users):
+    apart = _taken_apart(product, (q, k, v))
+    if any(user.op == "call_function" and opname(user) not in _SPLITS and user not in apart for user in product.users):
         return None
     x, weight, bias = product.args
     assert isinstance(x, fx.Node)
@@ -113,6 +115,16 @@ def one_projection(
         return None
     turned = writer.call(aten.t.default, weight)
     return (x, turned, bias if isinstance(bias, fx.Node) else None), factor
+
+
+def _taken_apart(product: fx.Node, parts: Sequence[fx.Node]) -> set[fx.Node]:
+    """The nodes by which these parts are taken out of a product: they go with what is lowered."""
+    found: set[fx.Node] = set()
+    for node in parts:
+        while node is not product and opname(node) in _TAKES and isinstance(node.args[0], fx.Node):
+            found.add(node)
+            node = node.args[0]
+    return found
 
 
 def _has_bias(node: fx.Node) -> bool:
