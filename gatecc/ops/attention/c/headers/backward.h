@@ -1,7 +1,8 @@
 // Gradients of attention: weights are computed again from scores and logsumexps, block by block.
 //
 // A job has one head of keys, or where heads do not keep all threads busy one block of it. A block, packed once, meets
-// the queries of all heads that share it, a band of them at a time: p = e^(s - logsumexp), dp = do v^T, ds = p (dp - delta) and then dv += p^T do, dk += ds^T q, dq += ds k, where
+// the queries of all heads that share it, a band of them at a time: p = e^(s - logsumexp), dp = do v^T,
+// ds = p (dp - delta) and then dv += p^T do, dk += ds^T q, dq += ds k, where
 // delta is the sum of do * o, less the gradient of the logsumexp. Numbers are single ones: lanes of floats.
 #pragma once
 #define SINGLE 1
