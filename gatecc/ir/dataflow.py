@@ -37,6 +37,10 @@ class Flow:
         self.order[node] = max(self.order[source] for source in node.all_input_nodes)
         self._visit(node)
 
+    def writes_to(self, node: fx.Node) -> list[fx.Node]:
+        """Who writes to a value's storage. Nobody does to what a rewrite has put in since: it asked before it did."""
+        return self.writers.get(self.base.get(node, node), [])
+
     def _visit(self, node: fx.Node) -> None:
         name = opname(node)
         sources = self.inputs[node] = value_inputs(node)

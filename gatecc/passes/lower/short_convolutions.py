@@ -104,7 +104,7 @@ def _unfit(found: CausalConvolution, flow: Flow, *, by_name: bool) -> str:
         return f"the kernel has {TAPS[0]} to {TAPS[-1]} taps"
     if not same(x.stride(1), 1):
         return "its channels do not lie together"
-    if any(mutates(n) or flow.writers.get(flow.base[n]) for n in (found.x, found.conv, found.out)):
+    if any(mutates(n) or flow.writes_to(n) for n in (found.x, found.conv, found.out)):
         return "a part of it is written to in place"
     return ""
 

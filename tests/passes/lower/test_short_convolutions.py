@@ -85,6 +85,11 @@ def read_before(x: Tensor, conv: nn.Conv1d) -> Tensor:
     return F.silu(conv(joined)) * scale + joined[..., -2:].sum(2, keepdim=True)
 
 
+def stacked(x: Tensor, conv: nn.Conv1d) -> Tensor:
+    """One reads what the other made, which was put into the graph since."""
+    return conv(F.pad(F.silu(conv(F.pad(x.transpose(1, 2), (2, 0)))), (2, 0))).transpose(1, 2)
+
+
 LOWERED: dict[str, tuple[nn.Module, str]] = {
     "padded on both sides": (Convolution(cut=True), "silu"),
     "padded on the left": (Convolution(cut=False), "silu"),
@@ -100,6 +105,13 @@ LEFT: dict[str, tuple[nn.Module, str]] = {
     "wide": (Layer(cut, taps=9), "taps"),
 }
 NONE = {"dilated": Convolution(cut=True, dilation=2), "mixing": Layer(cut, groups=1)}
+
+
+@torch.no_grad()
+def test_one_behind_another() -> None:
+    outcomes, activations = lowered(Layer(stacked, padding=0), torch.randn(2, 11, D))
+    assert [o.became for o in outcomes] == ["gatecc::short_convolution"] * 2
+    assert activations == ["silu", "identity"]
 
 
 @pytest.mark.parametrize("name", LOWERED)

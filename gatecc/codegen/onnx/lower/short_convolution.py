@@ -37,7 +37,7 @@ class ShortConvolution(GraphLowering):
                 or (subject.target == "ort" and found.state is None)
             ):
                 continue
-            if any(mutates(n) or flow.writers.get(flow.base[n]) for n in (found.x, found.conv, found.out)):
+            if any(mutates(n) or flow.writes_to(n) for n in (found.x, found.conv, found.out)):
                 yield self.left(node, "a causal convolution", "a part of it is written to in place")
                 continue
             yield self._write(subject, found, flow)
