@@ -20,7 +20,8 @@ from torch.fx.graph import CodeGen
 
 from gatecc.capture import signature
 from gatecc.capture.adapters import adapted
-from gatecc.capture.forms import TraceableForms, nothing_drawn_by_python
+from gatecc.capture.casts import casts_left_out
+from gatecc.capture.forms import TraceableForms, called_at_failure, nothing_drawn_by_python
 from gatecc.capture.frames import no_source_lines
 from gatecc.capture.functions import functions_marked
 from gatecc.capture.guards import size_guards
@@ -102,6 +103,7 @@ def capture(
             called = stack.enter_context(functions_marked())
             stack.enter_context(nothing_drawn_by_python(module))
         stack.enter_context(TraceableForms(trained=functions))
+        stack.enter_context(casts_left_out(module))
         flat = _Flat(module, _from_start(forward or module, boundaries, called), args, kwargs)
         exported = _export(flat, leaves, fqn, dynamic)
     program = _program(exported, module, leaves, fqn, _paths(module, args, kwargs))
@@ -197,11 +199,12 @@ def dynamic_axes(module: nn.Module, *, whole: bool = True) -> Callable[[torch.Te
 
 
 def _reason(error: BaseException) -> str:
-    """The first telling line of torch's message and the user's source line, that it names or that it came through."""
+    """The first telling line of torch's message; the user's source line, that it names or that it came through; and
+    what was called there."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = f"{type(error).__name__}: {lines[0] if lines else ''}".replace("self.m.", "self.")
-    line = model_line(str(error)) or raised_at(error)
-    return f"{text[:300]} ({line})" if line else text[:300]
+    place = [part for part in (model_line(str(error)) or raised_at(error), called_at_failure(error)) if part]
+    return f"{text[:300]} ({': '.join(place)})" if place else text[:300]
 
 
 def _paths(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Any, ...]]:
@@ -327,7 +330,7 @@ def _fast() -> Generator[None]:
 @contextmanager
 def quiet() -> Generator[None]:
     """torch.export prints notices about specialised dimensions; gatecc says what matters in its own report."""
-    names = ("torch._export", "torch.export", "torch.fx", "torch._dynamo", "torch._subclasses")
+    names = ("torch._export", "torch.export", "torch.fx", "torch._dynamo", "torch._subclasses", "torch.utils._pytree")
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     trace.__dict__["print"] = lambda *_, **__: None  # it prints the graph of what it could not export

@@ -11,13 +11,15 @@ from __future__ import annotations
 import operator
 import random
 import sys
+import traceback
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
+from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode, resolve_name
 
 from gatecc.errors import CaptureError
 
@@ -62,6 +64,18 @@ class TraceableForms(TorchFunctionMode):
         if func is torch.rand:
             self.drawn[id(out)] = out
         return out
+
+
+def called_at_failure(error: BaseException) -> str:
+    """``aten._local_scalar_dense.default`` or ``torch.Tensor.__bool__``: what torch failed at; empty if the model's own
+    code did."""
+    refused = getattr(error, "func", None)  # of torch's own errors about fake tensors
+    if isinstance(refused, OpOverload):
+        return str(refused)
+    ours = TraceableForms.__torch_function__.__code__
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code is ours]
+    called = frames[-1].f_locals.get("func") if frames else None
+    return "" if called is None else resolve_name(called) or getattr(called, "__name__", "")
 
 
 @contextmanager

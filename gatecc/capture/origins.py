@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,15 @@ def model_line(text: str) -> str:
 
 def raised_at(error: BaseException) -> str:
     """``modeling_llama.py:257``: the innermost frame outside of torch and gatecc that an error came through."""
-    frames = [(f.filename, str(f.lineno)) for f in traceback.extract_tb(error.__traceback__)]
+    return _innermost((f.filename, str(f.lineno)) for f in traceback.extract_tb(error.__traceback__))
+
+
+def running_line() -> str:
+    """``modeling_llama.py:257``: the line outside of torch and gatecc's captures that runs now."""
+    return _innermost((f.filename, str(f.lineno)) for f in traceback.extract_stack())
+
+
+def _innermost(frames: Iterable[tuple[str, str]]) -> str:
     own = [frame for frame in frames if "/torch/" not in frame[0] and not frame[0].startswith(_OURS)]
     return _short(*own[-1]) if own else ""
 

@@ -25,6 +25,7 @@ from gatecc.cli import exporting
 from gatecc.cli.doctor import Finding, diagnose
 from gatecc.cli.kernels import kernels
 from gatecc.cli.reference import load_batches, load_model, load_recipe, parse_options
+from gatecc.cli.signals import ended_cleanly
 from gatecc.errors import ArgumentError, GateccError
 from gatecc.report import Report
 from gatecc.train import Transfer, Tune
@@ -390,7 +391,8 @@ def _status(text: str) -> Generator[None]:
 def _errors(traceback: bool) -> Generator[None]:
     """A GateccError as its own text and exit code 2; anything else is a fault of gatecc and stays a traceback."""
     try:
-        yield
+        with ended_cleanly():
+            yield
     except GateccError as error:
         if traceback:
             tracebacks.print_exc(file=sys.stderr)

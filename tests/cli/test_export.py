@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,3 +89,18 @@ def test_a_decoder_in_fewer_bits_and_a_refusal(file: Path, tmp_path: Path, monke
     assert "Traceback" not in said
     assert {f.name: f.read_bytes() for f in out.iterdir()} == before
     assert {f.name for f in tmp_path.iterdir()} <= {"out", file.name, "__pycache__"}
+
+
+def test_a_terminated_export_leaves_nothing_behind(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+
+    def build(*_: object, **__: object) -> None:
+        assert any(f.name.startswith(".gatecc-") for f in tmp_path.iterdir())
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):
+            time.sleep(0.01)
+
+    monkeypatch.setattr(sys.modules["gatecc.export"], "build", build)
+    run("export", f"{file}:language", "--out", str(out), code=143)
+    assert [f.name for f in tmp_path.iterdir() if f.suffix != ".py" and f.name != "__pycache__"] == []
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -102,3 +102,27 @@ def test_heads_on_an_axis_of_an_input(tmp_path: Path) -> None:
     made = gatecc.export(Heads(), tmp_path, (q, k, v, -torch.rand(2, 3, 9, 4)))
     assert [shape[1::2] for shape in made.inputs.values()] == [[3, 4]] * 4
     assert len(made.compared) == 4
+
+
+class OneSample(nn.Module):
+    """``excluded``: torch.export makes a condition of it that the batch is not 1, else it takes that for granted.
+    ``factor``: what one sample is computed by."""
+
+    def __init__(self, excluded: bool, factor: float) -> None:
+        super().__init__()
+        self.excluded, self.factor = excluded, factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        several = batch * length > length + 1 if self.excluded else batch != 1
+        return x.sum(1) if several else x.sum(1) * self.factor
+
+
+@pytest.mark.parametrize("excluded", [False, True])
+def test_one_sample_is_compared_whatever_torch_assumes_of_it(excluded: bool, tmp_path: Path) -> None:
+    made = gatecc.export(OneSample(excluded, 1.0), tmp_path / "x", (torch.randn(2, 5, 4),))
+    assert {c.sizes["batch"] for c in made.compared} == {1, 3}
+    for factor in (1.003, 2.0):
+        with pytest.raises(ExportError, match=r"(?s)output at batch 1.*the model computes otherwise there"):
+            gatecc.export(OneSample(excluded, factor), tmp_path / "y", (torch.randn(2, 5, 4),))
+    assert not (tmp_path / "y").exists()
