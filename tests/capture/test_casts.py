@@ -45,9 +45,9 @@ def test_a_cast_that_changes_the_model_is_refused_by_its_line() -> None:
 
 def test_other_values_are_refused_too() -> None:
     class Doubles(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, input: Tensor) -> Tensor:
             self._apply(lambda weight: weight * 2)
-            return super().forward(x)
+            return super().forward(input)
 
     with pytest.raises(CaptureError, match="Doubles: other values"):
         capture(Doubles(4, 4), (X,))

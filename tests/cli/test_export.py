@@ -94,7 +94,7 @@ def test_a_decoder_in_fewer_bits_and_a_refusal(file: Path, tmp_path: Path, monke
 def test_a_terminated_export_leaves_nothing_behind(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
 
-    def build(*_: object, **__: object) -> None:
+    def build(*args: object, **options: object) -> None:
         assert any(f.name.startswith(".gatecc-") for f in tmp_path.iterdir())
         os.kill(os.getpid(), signal.SIGTERM)
         for _ in range(1000):
