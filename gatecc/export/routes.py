@@ -32,6 +32,4 @@ def routes(
                 x, y = first[name], second[name]
                 same[name] += int((x[..., None] == y[..., None, :]).any(-1).sum())
                 all_[name] += x.numel()
-    for path in (before, after):
-        path.with_name(f"{path.name}.values").unlink()
     return {node: same[name] / max(all_[name], 1) for name, node in chosen.items()}
