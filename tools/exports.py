@@ -50,7 +50,7 @@ def table() -> Iterator[str]:
     if others:
         yield ""
     for row in others:
-        yield f"- {_name(row)}, {row['form']}: {row['became']}. {row['said']}"
+        yield f"- {_name(row)}, {row['form']}: {row['became']}. {' '.join(row['said'].split())}"
 
 
 def _count(rows: list[dict[str, Any]], form: str) -> int:
@@ -58,7 +58,9 @@ def _count(rows: list[dict[str, Any]], form: str) -> int:
 
 
 def _name(row: dict[str, Any]) -> str:
-    return row["name"].partition("/")[2].rpartition("-")[0] or row["name"].partition("/")[2] or row["name"]
+    for implementation in ("-sdpa", "-eager"):
+        row = {**row, "name": row["name"].removeprefix("hf/").removesuffix(implementation)}
+    return row["name"]
 
 
 def main(file: str) -> None:

@@ -43,6 +43,9 @@ def test_the_first_from_which_nothing_agrees() -> None:
     assert guilty(c=c + 1, d=d + 1) == "C"
     assert guilty(a=a + 1, b=b + 1, c=c + 1, d=d + 1) == "A"
     assert guilty(b=b.transpose(1, 2), c=c + 1, d=d + 1) == "C"  # another layout of the same
+    rows = a.flatten(0, 1)
+    assert first_differing(CHAIN[:1], {"a": rows.flip(0)}, [rows], 1e-5) is None  # tokens in another order
+    assert first_differing(CHAIN[:1], {"a": rows.flip(1)}, [rows], 1e-5) is not None
     assert guilty(b=b * 2, d=d + 1) == "D"  # a scale that C takes back
     assert guilty(b=torch.zeros(2), c=c + 1, d=d * 2) == "C"  # what is too small to be told from others by its numbers
 
@@ -63,6 +66,26 @@ def test_each_result_of_a_node_is_judged_by_itself() -> None:
     assert guilty(key=k + 1) == "Attend"
     assert guilty(z=z + 1, y=y + 1, key=k + 1) == "Attend"
     assert guilty(z=z + 1, y=y + 1, key=k + 1, qk=torch.cat([q, k + 1], -1)) == "Pack"
+
+
+def test_a_choice_that_comes_out_right_says_nothing_of_what_it_was_made_of() -> None:
+    """A router behind an error chooses the experts that it should, as long as the error is small."""
+    a, b, z = (torch.randn(2, 3, 4) for _ in range(3))
+    top, index = b.topk(2)
+    index = index.repeat(1, 1, 4)
+    nodes = [
+        node("Bad", "x", "a"),
+        node("Norm", "a", "b"),
+        node("TopK", "b", "top index"),
+        node("Out", "top b index", "z"),
+    ]
+    wrong = {"a": a * 1.01, "b": b * 1.01, "top": top * 1.01, "index": index, "z": z * 1.01}
+    first = first_differing(nodes, wrong, [a, b, top, index, z], 1e-5, ends=["z"])
+    assert first is not None
+    assert first.operator == "Bad"
+    alone = [node("Negate", "x", "n"), node("ArgMax", "n", "index"), node("Out", "index", "z")]
+    found = {"n": a - 7, "index": index, "z": z}
+    assert first_differing(alone, found, [index, z], 1e-5, ends=["z"]) is None
 
 
 class Net(nn.Module):
