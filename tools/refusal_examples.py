@@ -41,7 +41,12 @@ EXAMPLES: dict[str, Example] = {
     "GCC101": Example(
         f"{HEADS}\nself.talk = nn.Linear(2, 2)  # over the heads",
         f"{SPLIT}weights = (q @ k.mT).softmax(-1)\nreturn self.talk(weights.movedim(1, -1)).movedim(-1, 1) @ v",
+        f"{SPLIT}out = (q @ k.mT).softmax(-1) @ v\nreturn self.talk(out.movedim(1, -1)).movedim(-1, 1)",
+    ),
+    "GCC107": Example(
+        f"{HEADS}\nself.talk = nn.Linear(2, 2)  # over the heads",
         f"{SPLIT}scores = self.talk((q @ k.mT).movedim(1, -1)).movedim(-1, 1)\nreturn scores.softmax(-1) @ v",
+        f"{SPLIT}out = (q @ k.mT).softmax(-1) @ v\nreturn self.talk(out.movedim(1, -1)).movedim(-1, 1)",
     ),
     "GCC102": Example(
         "self.score, self.v = nn.Linear(8, 1), nn.Linear(8, 8)",
