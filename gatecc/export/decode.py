@@ -81,7 +81,8 @@ def decode(
     """Derive the decoder, and write its step to ``folder``, where ``whole`` lies as model.onnx: if that has a file of
     weights, both share it. Raises DecoderError if there is no step, ExportError."""
     made = decoder(model, inputs)
-    reach = _reach(model, made)
+    wanted = _reach(model, made)
+    reach = made.reach(wanted)
     counted = target == "ort"
     step, kept = _closed(made, reach, model, inputs, counted=counted, verify=verify)
     lowered = partial(lower, target=target, opset=opset, context=reach)
@@ -105,7 +106,7 @@ def decode(
         padding=padding,
         values=_values(step),
         singly=_singly(graph),
-        context_length=step.capacity,
+        context_length=step.capacity or (reach if reach < wanted else None),
         operators=graph.operators,
         compared=tuple(file.compared),
         genai=Genai(file.refused, "right" if file.padded else "none", can),

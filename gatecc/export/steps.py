@@ -12,13 +12,15 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from gatecc.capture import signature
+from gatecc.codegen.onnx.place import reason
 from gatecc.codegen.onnx.runtime import Session
 from gatecc.decoder import Decoder
 from gatecc.decoder.analysis.axes import Lengths
+from gatecc.decoder.analysis.inputs import continued
 from gatecc.decoder.emit.closed import Closed
 from gatecc.decoder.emit.names import input_names
 from gatecc.decoder.plan import Plan
-from gatecc.errors import ArgumentError, ExportError
+from gatecc.errors import ArgumentError, ExportError, GateccError
 from gatecc.export.carried import Carried
 from gatecc.export.compare import TOLERANCE, Compared
 from gatecc.export.encoder import Encode
@@ -82,7 +84,18 @@ Locate = Callable[[Callable[[Filled], object], float], str]
 
 def text(made: Decoder, step: Closed, model: nn.Module, inputs: tuple[Any, Any], encode: Encode) -> Text:
     """A text of the longest length that is compared, padded on the left where the step takes that."""
-    return _text(made, step, model, inputs, encode, {})
+    try:
+        return _text(made, step, model, inputs, encode, {})
+    except (RuntimeError, IndexError, ValueError, TypeError) as e:
+        if isinstance(e, GateccError):
+            raise
+        raise ExportError(
+            "the model does not run on a text as long as decode.onnx is compared at",
+            where=type(model).__name__,
+            found=f"{_length(made, step, model)} tokens: {reason(e)}",
+            expected="a model that says how many tokens it is for",
+            do="set max_position_embeddings in model.config to the number of positions that it has",
+        ) from e
 
 
 def other_contexts(
@@ -107,9 +120,7 @@ def _text(
     made: Decoder, step: Closed, model: nn.Module, inputs: tuple[Any, Any], encode: Encode, sizes: Mapping[Any, int]
 ) -> Text:
     plan = made.plan
-    length = made.reach(max(map(sum, _PIECES)))
-    length = min(length, context_of(model) or length)  # tables that are read at places of tokens end there
-    length = length if step.capacity is None else min(length, step.capacity)
+    length = _length(made, step, model)
     values = {node: _resized(x, plan.inputs, node, length, sizes) for node, x in _example(plan)}
     ids = values.pop(plan.inputs.tokens)
     if step.mask is not None and step.ragged and step.mask in step.given:
@@ -118,6 +129,13 @@ def _text(
         made.context(len(ids), {n.name: values[n] for n in plan.inputs.context})
     logits = forward(plan, model, inputs, ids, values)
     return Text(ids, values, logits, encode, {"context": max(sizes.values())} if sizes else {})
+
+
+def _length(made: Decoder, step: Closed, model: nn.Module) -> int:
+    """The longest that is compared."""
+    length = made.reach(max(map(sum, _PIECES)))
+    length = min(length, context_of(model) or length)  # tables that are read at places of tokens end there
+    return length if step.capacity is None else min(length, step.capacity)
 
 
 def forward(plan: Plan, model: nn.Module, inputs: Any, ids: Tensor, values: Mapping[fx.Node, Tensor]) -> Tensor:
@@ -143,13 +161,10 @@ def _resized(x: Tensor, inputs: Any, node: fx.Node, length: int, sizes: Mapping[
     x = x.index_select(0, torch.arange(rows, device=x.device) % len(x))
     if node in inputs.context:
         return _context(x, node, inputs.lengths, sizes)
+    x = continued(node, x, length)
     if node.name.endswith("attention_mask"):
-        x = x.new_ones(rows, length)
         x[1, : length // 3] = 0
-        return x
-    if node.name == "position_ids":
-        return torch.arange(length, device=x.device, dtype=x.dtype).expand(rows, -1)
-    return x.index_select(1, torch.arange(length, device=x.device) % x.shape[1])
+    return x
 
 
 def _context(x: Tensor, node: fx.Node, lengths: Lengths, sizes: Mapping[Any, int]) -> Tensor:

@@ -71,12 +71,15 @@ def mixed() -> nn.Module:
 TOKENS, MASK = {"input_ids": IDS}, {"attention_mask": torch.ones_like(IDS)}
 
 
-@pytest.fixture(scope="module", params=[(plain, TOKENS), (mixed, {**TOKENS, **MASK})], ids=["plain", "mixed"])
+FORMS = {"plain": (plain, TOKENS, None), "mixed": (mixed, {**TOKENS, **MASK}, None), "fp16": (plain, TOKENS, "fp16")}
+
+
+@pytest.fixture(scope="module", params=FORMS.values(), ids=list(FORMS))
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    """Without and with a mask among the example inputs."""
+    """Without and with a mask among the example inputs, and in fewer bits."""
     make: Callable[[], nn.Module] = request.param[0]
     model, path = make(), tmp_path_factory.mktemp(make.__name__) / "out"
-    made = gatecc.export(model, path, request.param[1], decode=True)
+    made = gatecc.export(model, path, request.param[1], decode=True, quantize=request.param[2])
     assert made.decode is not None
     assert made.decode.operators["com.microsoft::GroupQueryAttention"] == 1
     assert "positions reach to 64 tokens" in " ".join(made.notes)
@@ -112,7 +115,9 @@ def test_greedy_tokens_are_those_of_torch(folder: Folder) -> None:
     assert (told.refused, told.padding) == ("", "right")
     assert any("beam search" in limit for limit in told.limits) == bool(layers)
     assert any("eos_token_id 100" in limit for limit in told.limits)
-    assert json.loads((folder.path / "genai_config.json").read_text())["model"]["eos_token_id"] == 0
+    config = json.loads((folder.path / "genai_config.json").read_text())
+    shared = all(s.shared for s in folder.decode.states if s.kind == "keys")
+    assert (config["model"]["eos_token_id"], config["search"]["past_present_share_buffer"]) == (0, shared)
     assert {s.layer for s in folder.decode.states if s.kind == "dummy"} == layers
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import gatecc
-from gatecc.errors import ArgumentError
+from gatecc.errors import ArgumentError, ExportError
+from gatecc.export.encoder import encode_in_torch
 from gatecc.export.padding import tokens_first
+from gatecc.export.steps import text
 from gatecc.onnx import Session
 
 pytest.importorskip("onnxruntime")
-V, N, LENGTHS = 20, 9, (9, 5, 2)
+V, N, LENGTHS, PLACES = 20, 9, (9, 5, 2), 40
 IDS = torch.randint(1, V, (3, N), generator=torch.Generator().manual_seed(0))
 
 
@@ -24,7 +27,7 @@ class Masked(nn.Module):
     def __init__(self, *, of_tokens: bool) -> None:
         super().__init__()
         self.of_tokens = of_tokens
-        self.embed, self.places, self.head = nn.Embedding(V, 16), nn.Embedding(80, 16), nn.Linear(16, V)
+        self.embed, self.places, self.head = nn.Embedding(V, 16), nn.Embedding(PLACES, 16), nn.Linear(16, V)
         self.q, self.k, self.v = nn.Linear(16, 16), nn.Linear(16, 8), nn.Linear(16, 8)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -52,6 +55,8 @@ def test_attention_counts_the_tokens_of_each_row(tmp_path: Path) -> None:
     made = gatecc.export(model, tmp_path, {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}, decode=True)
     assert made.decode is not None
     assert (made.decode.padding, made.decode.genai.padding, made.decode.kept) == ("right", "right", "")
+    assert made.decode.context_length == PLACES
+    assert f"no more than {PLACES} tokens" in made.decode.genai.limits[0]
     assert made.decode.operators["com.microsoft::GroupQueryAttention"] == 1
     session, last = Session(tmp_path), torch.tensor([[3], [7], [11]])
     for side in ("left", "right"):
@@ -79,6 +84,32 @@ def test_positions_that_count_padding_keep_the_mask(tmp_path: Path) -> None:
     torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-5)
     with pytest.raises(ArgumentError, match="padded on the left"):
         session.prefill(*padded("right")[:1], attention_mask=padded("right")[1])
+
+
+class OfWords(nn.Module):
+    """Its positions count the tokens that are not 0, so that they depend on the tokens."""
+
+    config: SimpleNamespace
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.places, self.head = nn.Embedding(V, 8), nn.Embedding(PLACES, 8), nn.Linear(8, V)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(B, N) -> (B, N, V)"""
+        return self.head(self.embed(input_ids) + self.places((input_ids != 0).long().cumsum(1) - 1))
+
+
+def test_a_model_that_tells_nobody_how_many_tokens_it_is_for() -> None:
+    """It runs on the example inputs, and not on as many tokens as are compared."""
+    model = OfWords().eval()
+    made, inputs = gatecc.decoder(model, (IDS,)), ((IDS,), {})
+    step = made.closed(1 << 13)
+    with pytest.raises(ExportError, match="does not run on a text as long") as told:
+        text(made, step, model, inputs, encode_in_torch(made))
+    assert "70 tokens: IndexError" in str(told.value)
+    model.config = SimpleNamespace(max_position_embeddings=PLACES)
+    assert text(made, step, model, inputs, encode_in_torch(made)).ids.shape[1] == PLACES
 
 
 def test_tokens_come_first_in_each_row() -> None:

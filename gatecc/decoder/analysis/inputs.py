@@ -113,3 +113,12 @@ def enlarged(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, 
         return x
 
     return signature.map_tensors(grown, (args, kwargs))
+
+
+def continued(node: fx.Node, x: torch.Tensor, length: int) -> torch.Tensor:
+    """What an input with a value per token is in a text of this length without padding: its own values repeated, but
+    ones in a mask, and positions that go on. x: (B, N) -> (B, length)"""
+    if node.name.endswith("attention_mask"):
+        return x.new_ones(len(x), length)
+    at = torch.arange(length, device=x.device)
+    return at.to(x.dtype).expand(len(x), -1) if node.name == "position_ids" else x.index_select(1, at % x.shape[1])

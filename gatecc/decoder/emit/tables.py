@@ -6,7 +6,7 @@ lengths when the decoder is made: what does change (ALiBi counted from the end) 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import fx
@@ -22,6 +22,17 @@ from gatecc.decoder.plan import Plan
 _TRIED = (2, 3, 5, 8, 13, 16)
 _LARGEST = 1024  # constants of the graph up to here are lengths at which a change may be expected
 _KEPT = 4  # sets of tables that are kept, for different batches and capacities
+
+
+def longest(fits: Callable[[int], bool], wanted: int) -> int:
+    """The largest length up to ``wanted`` that fits, if one that does not is the end of those that do."""
+    if fits(wanted):
+        return wanted
+    low, high = 1, wanted
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 class Tables:
@@ -66,17 +77,8 @@ class Tables:
     def reach(self, wanted: int) -> int:
         """The largest length up to ``wanted`` that the model has positions for."""
         if wanted not in self._reach:
-            self._reach[wanted] = self._longest(min(wanted, self.plan.lengths.bound))
+            self._reach[wanted] = longest(self._fits, min(wanted, self.plan.lengths.bound))
         return self._reach[wanted]
-
-    def _longest(self, wanted: int) -> int:
-        if self._fits(wanted):
-            return wanted
-        low, high = 1, wanted
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self._fits(middle) else (low, middle)
-        return low
 
     def _fits(self, length: int) -> bool:
         """Whether the tables can be evaluated at a length, and have the shapes that were captured."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from gatecc.decoder.emit import lookups
 from gatecc.decoder.emit.closed import Closed, write_closed
 from gatecc.decoder.emit.encoder import Encoder, write_encoder
 from gatecc.decoder.emit.lower import lower
@@ -110,7 +111,7 @@ class Decoder(Generation):
     def reach(self, wanted: int) -> int:
         """The largest length up to ``wanted`` that the model has positions for."""
         step = write_step(self.plan, single=False, live=self._live | self._square())
-        return Tables(self.plan, step.tables).reach(wanted)
+        return lookups.reach(self.plan, Tables(self.plan, step.tables).reach(wanted))
 
     def lowered(self, *, single: bool = True) -> fx.GraphModule:
         """What runs in the place of `program`: the same step as a straight line of Python calls."""

@@ -1,7 +1,9 @@
-"""The other process answers as this one does, with its errors too, and ends."""
+"""The other process answers as this one does, with its errors too, and ends. A race counts runs alone."""
 
 from __future__ import annotations
 
+import itertools
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -39,3 +41,12 @@ def test_apart_is_as_here(tmp_path: Path) -> None:
     assert process.returncode is not None
     with pytest.raises(RaisedThereError, match="ended with code"):
         apart.run(feeds)
+
+
+def test_a_clock_that_stands_still_is_no_time_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each third reading of the clock is that of the reading before."""
+    readings = itertools.count()
+    monkeypatch.setattr(time, "thread_time", lambda: 2.0 * ((n := next(readings)) - n % 3 // 2))
+    path, feeds = written(tmp_path / "right.onnx"), {"x": np.arange(3, dtype=np.float32)}
+    with closing(Worker()) as here:
+        assert here.race([path, path], feeds, 0.0) == [2.0, 2.0]
