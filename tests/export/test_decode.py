@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import gatecc
 from gatecc.codegen.onnx import build
 from gatecc.errors import DecoderError, ExportError
 from gatecc.export import steps
+from gatecc.export.encoder import encode_in_torch
 from tests.decoder.emit.test_step import MIXERS
 from tests.decoder.mixing import D, LinearAttention, Mixed, V
 from tests.decoder.rules.test_scan import Convolution
@@ -118,6 +120,33 @@ def test_a_difference_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch
     with pytest.raises(ExportError, match=r"batch 3, prefill 1, .*decode.onnx does not compute what the model does"):
         gatecc.export(Mixed(Convolution(cut=True)).eval(), tmp_path / "x", (IDS,), decode=True)
     assert not list(tmp_path.iterdir())
+
+
+class Cancelling(Mixed):
+    """Float32 is 5e-4 off: what it adds is rounded to 2 ** -10."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) + 1e4 - 1e4
+
+
+def test_rounding_is_held_against_the_model_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is off by given numbers, and a decoder in torch that allows nothing."""
+
+    model = Cancelling(Convolution(cut=True)).eval()
+    made = gatecc.decoder(model, (IDS,))
+    step = made.closed(1 << 13)
+    of = steps.text(made, step, model, ((IDS,), {}), encode_in_torch(made))
+    session: Any = SimpleNamespace(reference=False)
+
+    def errors(off: float) -> set[float]:
+        monkeypatch.setattr(steps, "_logits", lambda _, __, of, pieces: of.logits[:, : sum(pieces)] + off)
+        found = steps.compare_steps(made, step, of, session, lambda *_: "", singly=False)
+        return {compared.error for compared in found}
+
+    monkeypatch.setattr(steps, "_in_torch", lambda _, of, pieces: of.logits[:, : sum(pieces)])
+    assert all(2e-4 < error < 2e-3 for error in errors(1e-3))
+    with pytest.raises(ExportError, match=r"torch by 0; from float64 torch is 0.000\d+ off, ONNX Runtime 0.0\d+"):
+        errors(1e-1)
 
 
 class Backward(nn.Module):
