@@ -2,7 +2,7 @@
 
 However a model dispatches tokens, the experts are run in float64 on random tokens, weights and choices, and compared
 with ``gatecc::moe_ffn``. Choices are also drawn so that all tokens take the same experts: what has a capacity drops
-some then, and is refused.
+some then, and is refused. Where sizes are free, the same holds at others; where the graph has thresholds, beyond them.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from gatecc.errors import SiteRefusedError
 from gatecc.ir.ops import argument, opname
 from gatecc.ir.program import Program, shape
 from gatecc.ir.site import MLP, Site
-from gatecc.ir.sizes import on_example
+from gatecc.ir.sizes import Sizes, on_example, value
 from gatecc.ops.moe_ffn.activations import names
 from gatecc.passes.expert_matrices import Matrices, Operands, Role
+from gatecc.passes.expert_sizes import other_sizes
 from gatecc.passes.operands import place
 from gatecc.passes.trial import Trial, UntriedError
+from gatecc.passes.unseen import scales, unseen
 
 _TOLERANCE = 1e-6  # of a token in float64, relative to its largest number
 _LARGE = 6.0  # standard deviation of what the last rows of the experts yield: beyond the clamps of gpt-oss
@@ -107,12 +109,13 @@ def swapped(site: Site) -> tuple[bool, bool]:
     return up, down
 
 
-def formula(site: Site, program: Program, call: Call) -> tuple[str, str]:
-    """The activation and the layout with which the operator computes what the graph does. Raises SiteRefusedError."""
-    return prove(program, call, [matrices(site, program)])[:2]
+def formula(site: Site, program: Program, call: Call, *, training: bool) -> tuple[str, str]:
+    """The activation and the layout with which the operator computes what the graph does. ``training``: and has its
+    gradients. Raises SiteRefusedError."""
+    return prove(program, call, [matrices(site, program)], training=training)[:2]
 
 
-def prove(program: Program, call: Call, candidates: Sequence[Matrices]) -> tuple[str, str, Matrices]:
+def prove(program: Program, call: Call, candidates: Sequence[Matrices], *, training: bool) -> tuple[str, str, Matrices]:
     """The same, where the parameters may have several parts: of one of the candidates, which have the same roles.
 
     Raises SiteRefusedError.
@@ -122,8 +125,28 @@ def prove(program: Program, call: Call, candidates: Sequence[Matrices]) -> tuple
         raise _refused(
             candidates[0], f"{tokens} rows and choices {slots}", "a row of indices for each row of the tokens"
         )
+    nodes = inside(program, call)
+    if text := unseen(nodes, training=training):
+        raise _refused(candidates[0], text, "a formula without that")
+    width, hidden, k = _on_example(call.x)[-1], candidates[0].hidden, 1 if call.form == "one" else slots[-1]
+    widths = {size // per for size in (width, hidden, 2 * hidden) for per in (1, k) if size % per == 0}
+    sizes = other_sizes(program, nodes, call.x, widths)
+    if isinstance(sizes, str):
+        raise _refused(candidates[0], sizes, "a formula that can be proved at a second number of tokens")
     with _disable_current_modes(), unset_fake_temporarily(), torch.no_grad():
-        return _Proof(program, call, candidates).found()
+        activation, layout, held = _Proof(program, call, candidates).found()
+        for scale in scales(program, nodes):
+            _Proof(program, call, [held], scale=scale).confirm(activation, layout, f"with numbers of {scale:.0e}")
+        for given in sizes:
+            where = f"the sizes are free, and at {prod(_at(call.x, given)[:-1])} tokens"
+            _Proof(program, call, [held], given).confirm(activation, layout, where)
+        return activation, layout, held
+
+
+def inside(program: Program, call: Call) -> list[fx.Node]:
+    """What stands between the tokens with their choice and the sum, in order; the parameters, too."""
+    known = {n: torch.empty(0) for n in (call.x, call.weights, call.indices)}
+    return Trial(program, known, lambda name, held: None).needed(call.out)
 
 
 def matrices(site: Site, program: Program) -> Matrices:
@@ -169,17 +192,26 @@ class _Proof:
     """Experts on random tokens, weights and choices.
 
     Widths are free: wide experts are tried as narrow ones, where no other size of the graph is the same number.
+    ``symbols``: free sizes that are others than on the example; ``scale``: of the numbers.
     """
 
-    def __init__(self, program: Program, call: Call, candidates: Sequence[Matrices]) -> None:
-        self.candidates, self.program = candidates, program
+    def __init__(
+        self,
+        program: Program,
+        call: Call,
+        candidates: Sequence[Matrices],
+        symbols: Sizes | None = None,
+        *,
+        scale: float = 1.0,
+    ) -> None:
+        self.candidates, self.program, self.symbols, self.scale = candidates, program, symbols, scale
         self.held = candidates[0]
         self.generator = torch.Generator().manual_seed(0)
         self.named = self.held.named()
         self.numbers: dict[Role, Tensor] = {}
-        self.sizes = _narrow(self.held, call)
-        self.call, self.x, k = call, self._random(self._sizes(call.x)), self._sizes(call.indices)
-        self.weights = self._random([*k, 1] if call.form == "one" else k)
+        self.sizes = _narrow(self.held, call, symbols)
+        self.call, self.x, k = call, self._random(self._sizes(call.x)) * scale, self._sizes(call.indices)
+        self.weights = self._random([*k, 1] if call.form == "one" else k) * max(scale, 1.0)
         self.constants = list(_constants(program, call))
         distinct = _are_distinct(call.indices)
         sizes = list(self.weights.shape)
@@ -200,7 +232,7 @@ class _Proof:
             weights, indices = weights.squeeze(-1), indices.squeeze(-1)
         known = {call.x: self.x, call.weights: weights, call.indices: indices.clone()}
         try:
-            return Trial(self.program, known, self._weight, self.sizes).run(call.out)
+            return Trial(self.program, known, self._weight, self.sizes, self.symbols).run(call.out)
         except UntriedError as e:
             expected = "tokens, weights and indices that meet the experts' weights, and nothing else"
             raise _refused(self.held, str(e), expected) from e
@@ -228,6 +260,15 @@ class _Proof:
             f"the nearest formula, {nearest[0]} with {nearest[1]}, differs by {errors[nearest]:.1e}",
             "the sum of w * down(act(gate(x)) * up(x)) over the experts that were chosen",
         )
+
+    def confirm(self, activation: str, layout: str, where: str) -> None:
+        """Raises SiteRefusedError where the one candidate is something else with these sizes and numbers."""
+        self._theirs(0)
+        (held,) = self.candidates
+        error = self._error(held.operands(self.numbers), held, activation, layout)
+        if not error < _TOLERANCE:
+            found = f"{where} it differs by {error:.1e} from {activation} with {layout}"
+            raise _refused(held, found, "one formula for all sizes and numbers")
 
     def _error(self, operands: Operands, held: Matrices, activation: str, layout: str) -> float:
         """The largest difference of a token; the first choices tell most formulas apart."""
@@ -259,10 +300,11 @@ class _Proof:
         tall = self._random([sizes[0] + count, *sizes[1:]])
         scale = torch.linspace(0.3, _LARGE, tall.size(0), dtype=tall.dtype).view(-1, *(1 for _ in sizes[1:]))
         tall = tall * scale / (self.x.size(-1) ** 0.5 if len(sizes) == 2 else 1)
+        tall = tall if len(sizes) == 2 else tall * self.scale
         return tall.as_strided((count, *sizes), (tall.stride(0), *tall.stride()))
 
     def _sizes(self, node: fx.Node) -> list[int]:
-        return [self.sizes.get(size, size) for size in _on_example(node)]
+        return [self.sizes.get(size, size) for size in _at(node, self.symbols)]
 
     def _random(self, sizes: list[int]) -> Tensor:
         return torch.randn(sizes, generator=self.generator, dtype=torch.float64)
@@ -272,14 +314,18 @@ def _on_example(node: fx.Node) -> list[int]:
     return [on_example(size) or 1 for size in shape(node)]
 
 
-def _narrow(held: Matrices, call: Call) -> dict[int, int]:
+def _at(node: fx.Node, symbols: Sizes | None) -> list[int]:
+    return [int(value(size, symbols)) for size in shape(node)] if symbols else _on_example(node)
+
+
+def _narrow(held: Matrices, call: Call, symbols: Sizes | None) -> dict[int, int]:
     """Smaller sizes by the widths that are tried with them: of the tokens, of the experts, twice that with a gate."""
     width, hidden = _on_example(call.x)[-1], held.hidden
     inner = 2 * hidden if held.gated else hidden
     if held.width != width or sorted(held.down.shape) != sorted((width, hidden)):
         return {}  # experts that change the width of the tokens
-    rows = _on_example(call.indices)
-    taken = {*_on_example(call.x)[:-1], *rows, held.experts, prod(rows), prod(rows[:-1]), held.experts + 1}
+    rows = _at(call.indices, symbols)
+    taken = {*_at(call.x, symbols)[:-1], *rows, held.experts, prod(rows), prod(rows[:-1]), held.experts + 1}
     if width == hidden or inner == width or {width, hidden, inner} & taken:
         return {}
     sizes = {width: _TRIED[0]} if width > _WIDE else {}

@@ -38,7 +38,7 @@ class FuseExperts(Rewrite):
     def rewrite(self, site: Site, edit: Editor) -> None:
         held = stacks(site, edit.program)
         call = Call(*(stage(site, name).node for name in ("in", "weights", "indices", "out")))
-        options = formula(site, edit.program, call)
+        options = formula(site, edit.program, call, training=True)
         dtype = call.out.meta["val"].dtype
         y = edit.call(
             one_operator, call.x, call.weights, call.indices, *held, swapped(site), dtype, *options, name="experts"

@@ -44,7 +44,7 @@ class Trial:
 
     def run(self, out: fx.Node) -> Tensor:
         """What a node holds. Raises UntriedError."""
-        for node in self._needed(out):
+        for node in self.needed(out):
             self._known[node] = self._value(node)
         return cast("Tensor", self._known[out])
 
@@ -67,7 +67,7 @@ class Trial:
         """What a node holds that is known."""
         return self._known[node]
 
-    def _needed(self, out: fx.Node) -> list[fx.Node]:
+    def needed(self, out: fx.Node) -> list[fx.Node]:
         """The nodes that the output needs, in order, up to those that are known; of writers before it, too."""
         seen: set[fx.Node] = set()
         todo = [out]

@@ -24,6 +24,7 @@ from gatecc.passes.causal.narrow import Narrow
 from gatecc.passes.causal.parts import CONVOLUTIONS, Part, read_buffer
 from gatecc.passes.causal.roles import Formula, Operand, Places, compute, spread
 from gatecc.passes.trial import Trial, UntriedError
+from gatecc.passes.unseen import scales
 
 _TOLERANCE = 1e-6  # of a token in float64, relative to its largest number
 _ROUNDED = 2e-5  # of one that comes of numbers that were rounded to float32
@@ -201,8 +202,9 @@ class _Search:
     def _proved(self, formula: Formula, scale: float | None = None) -> tuple[Formula | None, float]:
         """The formula with its scale, if it is the same; else None and how far off it is."""
         worst = 0.0
-        for draw in (_weak, _strong, _mixed):
-            numbers = self._numbers(formula, draw)
+        beyond = [(_weak, size) for size in scales(self.program, self.part.nodes)]
+        for draw, size in ((_weak, 1.0), (_strong, 1.0), (_mixed, 1.0), *beyond):
+            numbers = self._numbers(formula, draw, size)
             theirs = spread(self._run(numbers), self.out)
             scale, error = self._fitted(formula, numbers, theirs, None, scale)
             worst = max(worst, error)
@@ -238,7 +240,7 @@ class _Search:
         error = float((gap / (size + 1e-3 * size.amax()).clamp_min(1e-30)).max())
         return scale, error if error == error else float("inf")  # NaN: the operator overflows
 
-    def _numbers(self, formula: Formula, draw: Callable[[Tensor], Tensor]) -> dict[fx.Node, Tensor]:
+    def _numbers(self, formula: Formula, draw: Callable[[Tensor], Tensor], size: float = 1.0) -> dict[fx.Node, Tensor]:
         """Numbers for each role: keys of length one, so that delta rules do not grow; decays as they are drawn."""
         numbers: dict[fx.Node, Tensor] = {}
         for x in formula.operands:
@@ -256,6 +258,9 @@ class _Search:
         for node in {formula.k.node}:
             wide = spread(numbers[node], formula.k.places)
             wide /= wide.norm(dim=-1, keepdim=True).clone()
+        for x in (formula.q, formula.v, None if formula.beta else formula.k):
+            if x is not None and size != 1:
+                numbers[x.node] *= size
         return numbers if not self.part.held else self._of_weights(formula, numbers, draw)
 
     def _of_weights(

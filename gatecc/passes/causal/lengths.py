@@ -45,7 +45,7 @@ def other_sizes(program: Program, part: Part) -> Sizes | str:
             differs = not symbols(length) or tokens != value(length, sizes) > largest
         except UnknownSizeError:
             continue
-        if sizes != example and differs and _allowed(held, sizes):
+        if sizes != example and differs and allowed(held, sizes):
             return sizes
     return f"its sizes are free, and none but those of the example ({tokens} tokens) can be tried"
 
@@ -63,11 +63,24 @@ def _lengths(tokens: int, largest: int) -> Iterator[int]:
     yield from (2 * start, 3 * start, 4 * start)
 
 
-def _allowed(held: list[int | torch.SymInt], sizes: Sizes) -> bool:
-    """Whether the graph runs at these sizes: each in its range, and all guards hold."""
-    env: ShapeEnv = next(x for x in held if isinstance(x, torch.SymInt)).node.shape_env  # pyright: ignore[reportAssignmentType]  symbols have one
+def allowed(held: list[int | torch.SymInt], sizes: Sizes) -> bool:
+    """Whether a graph that holds these free sizes runs at these sizes: each in its range, and all guards hold."""
+    env = _environment(held)
     ranges = ((env.var_to_range.get(s), x) for s, x in sizes.items())
     if not all(bounds is None or bounds.lower <= x <= bounds.upper for bounds, x in ranges):
         return False
     given = {s: sympy.Integer(x) for s, x in sizes.items()}
     return not any(guard.expr.xreplace(given) == sympy.false for guard in env.guards)
+
+
+def pinned(held: list[int | torch.SymInt]) -> set[sympy.Symbol]:
+    """Free sizes that guards hold to one number: there, the graph is compiled anew for another one."""
+    if not any(isinstance(x, torch.SymInt) for x in held):
+        return set()
+    sides = [guard.expr.args for guard in _environment(held).guards if isinstance(guard.expr, sympy.Eq)]
+    held_to = (one for one, other in sides if other.is_number and one.is_polynomial())
+    return {s for one in held_to for s in one.free_symbols if isinstance(s, sympy.Symbol)}
+
+
+def _environment(held: list[int | torch.SymInt]) -> ShapeEnv:
+    return next(x for x in held if isinstance(x, torch.SymInt)).node.shape_env  # pyright: ignore[reportReturnType]  symbols have one

@@ -51,7 +51,7 @@ class ExpertModules(Lowering):
             if poor := _poor(call, found, settings):
                 return Outcome(self.name, found.owner, place.line, text, reason=poor)
             try:
-                activation, layout, held = prove(program, call, found.candidates)
+                activation, layout, held = prove(program, call, found.candidates, training=settings.training)
             except SiteRefusedError as e:
                 reason = reason or f"{e.found}; expected {e.expected}"
                 continue

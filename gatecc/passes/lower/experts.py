@@ -28,14 +28,14 @@ class Experts(Lowering):
     def lower(self, program: Program, sites: Sequence[Site], settings: Settings) -> Iterator[Outcome]:
         for site in sites:
             if isinstance(site, MLP) and site.form == "experts" and opname(site.values["out"].node) != "moe_ffn":
-                yield self._at(program, site)
+                yield self._at(program, site, settings)
 
-    def _at(self, program: Program, site: MLP) -> Outcome:
+    def _at(self, program: Program, site: MLP, settings: Settings) -> Outcome:
         found = f"{site.experts} experts" + (f", {site.chosen} per token" if site.chosen else "")
         reason = ""
         for call in _calls(program, site):
             try:
-                options = formula(site, program, call)
+                options = formula(site, program, call, training=settings.training)
             except SiteRefusedError as e:
                 reason = reason or f"{e.found}; expected {e.expected}"
                 continue

@@ -30,6 +30,7 @@ from gatecc.passes.lower.insert import insert
 from gatecc.passes.lower.lowering import Lowering, Outcome, Settings
 from gatecc.passes.lower.replace import replace
 from gatecc.passes.trial import UntriedError
+from gatecc.passes.unseen import unseen
 
 _SIGNS = frozenset("cumsum tril triu masked_fill where".split())  # of what is causal
 _OTHERS = SOFTMAXES | frozenset(
@@ -145,7 +146,7 @@ def _search(
             except UntriedError as e:
                 formula, lasts = str(e), False  # it names a node
             if isinstance(formula, Formula):
-                return part, _unfit(part, settings) or formula, True
+                return part, unseen(part.nodes, training=settings.training) or formula, True
             tried.append((part, formula, lasts))
     if not tried:
         return None, "", True
@@ -173,18 +174,6 @@ def _is_own(node: fx.Node) -> bool:
 
 def _length(node: fx.Node, axis: int) -> int | None:
     return on_example(shape(node)[axis]) if len(shape(node)) > 2 else None
-
-
-def _unfit(part: Part, settings: Settings) -> str:
-    """Why a part stays, whatever it computes; empty if it need not."""
-    if settings.training and any(opname(n) == "detach" and _is_float(n) for n in part.nodes):
-        return "gradients are stopped inside of it (detach)"
-    return ""
-
-
-def _is_float(node: fx.Node) -> bool:
-    held = fake(node)
-    return held is not None and held.is_floating_point()
 
 
 def _edit(program: Program, name: str, part: Part, formula: Formula) -> fx.Node:
