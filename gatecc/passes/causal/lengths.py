@@ -78,7 +78,7 @@ def pinned(held: list[int | torch.SymInt]) -> set[sympy.Symbol]:
     if not any(isinstance(x, torch.SymInt) for x in held):
         return set()
     sides = [guard.expr.args for guard in _environment(held).guards if isinstance(guard.expr, sympy.Eq)]
-    held_to = (one for one, other in sides if other.is_number and one.is_polynomial())
+    held_to = (one for one, other in sides if other.is_number and isinstance(one, sympy.Expr) and one.is_polynomial())
     return {s for one in held_to for s in one.free_symbols if isinstance(s, sympy.Symbol)}
 
 
