@@ -111,6 +111,7 @@ def sizes(case: Case) -> Iterator[Row]:
         compiled.append(True)
         return backend.gatecc(graph_module, example, mode="aot_eager")
 
+    counting.__module__ = backend.__name__
     torch._dynamo.reset()
     function = torch.compile(model, backend=counting)
     with torch.no_grad():
@@ -143,6 +144,7 @@ def lowered(model: nn.Module, inputs: dict[str, Any]) -> bool:
         assert changed[-1] == (result.graph is not graph_module), "a graph in which nothing was lowered was changed"
         return graph_module.forward
 
+    look.__module__ = backend.__name__  # loops over experts ask whose backend traces them
     torch.compile(model, backend=look)(**inputs)
     torch._dynamo.reset()
     return any(changed)
