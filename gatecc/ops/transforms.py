@@ -6,7 +6,7 @@ derivative and every batching rule; it runs in the operator's place, and only th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -75,6 +75,14 @@ def instead(operator: CustomOpDef, function: Callable[..., Any]) -> None:
     name = operator._qualname
     LIBRARY.impl(name, autograd, "Autograd", with_keyset=True, allow_override=True)
     LIBRARY.impl(name, function, UNDER_FUNC)
+
+
+def fake_gradients(like: Tensor, tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """What a fake kernel of gradients gives: the shape of each tensor that needs one, and nothing for the others."""
+    return tuple(
+        x.new_empty(x.shape) if need and x is not None else like.new_empty(0)
+        for x, need in zip(tensors, needs, strict=True)
+    )
 
 
 def below_autograd(operator: Any, keys: Any, options: dict[str, Any], *tensors: Tensor | None) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gatecc.ops.attention import differentiable, kernels
 from gatecc.ops.attention.arguments import TENSORS, padded, read
-from gatecc.ops.transforms import LIBRARY, UNDER_FUNC, autocast, below_autograd, learn
+from gatecc.ops.transforms import LIBRARY, UNDER_FUNC, autocast, below_autograd, fake_gradients, learn
 
 _TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? gate=None, Tensor? bias=None, Tensor? sinks=None"
 _OPTIONS = (
@@ -61,10 +61,7 @@ def _fake_backward(
     needs: list[bool],
     **options: Any,
 ) -> tuple[Tensor, ...]:
-    return tuple(
-        x.new_empty(x.shape) if need and x is not None else grad.new_empty(0)
-        for x, need in zip(padded(tensors), needs, strict=True)
-    )
+    return fake_gradients(grad, padded(tensors), needs)
 
 
 class _Differentiable(torch.autograd.Function):

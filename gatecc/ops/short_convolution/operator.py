@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gatecc.ops.short_convolution import kernels, reference
 from gatecc.ops.short_convolution.arguments import padded, read
-from gatecc.ops.transforms import LIBRARY, UNDER_FUNC, below_autograd, learn
+from gatecc.ops.transforms import LIBRARY, UNDER_FUNC, below_autograd, fake_gradients, learn
 
 _TENSORS = "Tensor x, Tensor weight, Tensor? bias=None, Tensor? state=None"
 _OPTIONS = 'str activation="identity"'
@@ -40,10 +40,7 @@ def _backward(
 def _fake_backward(
     grad: Tensor, grad_after: Tensor | None, *tensors: Tensor | None, needs: list[bool], **options: Any
 ) -> tuple[Tensor, ...]:
-    return tuple(
-        x.new_empty(x.shape) if need and x is not None else grad.new_empty(0)
-        for x, need in zip(padded(tensors), needs, strict=True)
-    )
+    return fake_gradients(grad, padded(tensors), needs)
 
 
 class _Differentiable(torch.autograd.Function):
