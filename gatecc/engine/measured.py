@@ -22,9 +22,8 @@ from gatecc.capture.shield import callers_device, random_states_kept
 from gatecc.capture.signature import copied
 from gatecc.engine.put_off import on_meta
 from gatecc.ir.program import Program
-from gatecc.ops import registry
+from gatecc.ops import paths, registry
 from gatecc.pipeline.cost import by_data
-from gatecc.scope.printed_rows import watched
 from gatecc.scope.state import scopes
 
 
@@ -52,7 +51,7 @@ def measured(model: nn.Module, programs: Iterable[Program], args: tuple[Any, ...
     def call() -> Any:
         torch.manual_seed(0)
         its_args, its_kwargs = copied((args, kwargs))
-        with _Slots(found), watched(lambda tensors, some, every: _note(found, tensors, some, every)):
+        with _Slots(found), paths.watched(lambda taken, _: _samples(found, taken)):
             return model(*its_args, **its_kwargs)
 
     with adapted(model), random_states_kept(), callers_device():
@@ -73,6 +72,12 @@ class _Slots(TorchDispatchMode):
             experts, some, every = entry.served(*args, **(kwargs or {}))
             _note(self.found, experts, some, every)
         return func(*args, **(kwargs or {}))
+
+
+def _samples(found: Measured, taken: paths.Taken) -> None:
+    """Blocks that samples skip are whole: their parameters are met by so many of the samples."""
+    if taken.kind == "block":
+        _note(found, taken.tensors, sum(taken.counts), taken.of * len(taken.counts))
 
 
 def _note(found: Measured, tensors: Iterable[Tensor], some: int, every: int) -> None:

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from gatecc.codegen.onnx.lowering import Lowering
 from gatecc.errors import ArgumentError
+from gatecc.ops.paths import Taken
 
 Target = Literal["ort", "portable", "opset27"]
 """Of an ONNX graph: with the operators of ONNX Runtime (com.microsoft), with those of the standard alone, or with those
@@ -74,7 +75,10 @@ class Operator:
 
     ``served`` is of an operator whose work depends on values: given the arguments of a call, the stacked weights of its
     experts, how many of them tokens met in all, and how many there would be if each token met every one. ``flops``
-    then takes the number of slots that are not empty as ``slots``, where it is known.
+    then takes the number of slots that are not empty as ``slots``, where it is known; so does ``bytes``, if it wants.
+    ``taken`` is of the same operators: given the arguments of a call and its result as ``out``, which units it took;
+    None if it took them all or the values are not known. ``masked`` computes every unit and masks, with the same
+    arguments and result: what the skipping form is measured against (`gatecc.cost`).
     """
 
     overload: OpOverload
@@ -84,6 +88,8 @@ class Operator:
     bytes: Callable[..., int] | None = None
     kernels: Mapping[str, Any] = field(default_factory=dict[str, Any])
     served: Callable[..., tuple[tuple[Any, ...], int, int]] | None = None
+    taken: Callable[..., Taken | None] | None = None
+    masked: Callable[..., Any] | None = None
 
 
 _OPERATORS: dict[Any, Operator] = {}

@@ -13,11 +13,9 @@ from torch._C._functorch import is_batchedtensor
 from gatecc import ops as ops  # registers gatecc::only_if
 from gatecc.ir.program import Program
 from gatecc.ir.skipped import Skipped, skipped
+from gatecc.ops import paths
 from gatecc.scope.traced import is_traced
 
-Watcher = Callable[[Sequence[Tensor], int, int], None]
-"""``watcher(parameters, some, every)``: of so many samples, some run the body that reads these parameters."""
-_WATCHERS: list[Watcher] = []
 _BRANCHES: list[list[str]] = []
 Emit = Callable[[fx.Node, fx.Graph, dict[fx.Node, fx.Node]], None]
 
@@ -68,7 +66,7 @@ def _on_rows(body: Callable[..., Tensor], axes: Sequence[int | None], number: in
     """
 
     def call(condition: Tensor, other: Tensor, *given: Any) -> Tensor:
-        if masked(condition, other):
+        if masked(condition, other) or paths.is_whole():
             y = body(None, *given)
             for labels in _BRANCHES:
                 labels.append(f"rows_{number}")
@@ -76,8 +74,8 @@ def _on_rows(body: Callable[..., Tensor], axes: Sequence[int | None], number: in
             return torch.where(condition, y, other)
         hit = condition.reshape(-1)
         count = int(hit.sum())
-        for watcher in _WATCHERS:
-            watcher([x for x in given if isinstance(x, torch.nn.Parameter)], count, hit.numel())
+        read = [x for x in given if isinstance(x, torch.nn.Parameter)]
+        paths.note(paths.Taken("block", (count,), hit.numel(), read))
         if not count:
             return other
         if count == hit.numel():
@@ -88,16 +86,6 @@ def _on_rows(body: Callable[..., Tensor], axes: Sequence[int | None], number: in
 
     call.__name__ = call.__qualname__ = f"on_rows_{number}"
     return call
-
-
-@contextmanager
-def watched(watcher: Watcher) -> Generator[None]:
-    """Tell a watcher of every body that is run for some samples, or for none."""
-    _WATCHERS.append(watcher)
-    try:
-        yield
-    finally:
-        _WATCHERS.remove(watcher)
 
 
 @contextmanager

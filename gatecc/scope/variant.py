@@ -19,6 +19,7 @@ from gatecc.capture.guards import Check, compile_guards
 from gatecc.capture.reads import Read, Ties, grouped
 from gatecc.ir.boundary import Boundary
 from gatecc.ir.program import Program, fake
+from gatecc.ops import paths
 from gatecc.passes.autocast import casts_to, is_cast
 from gatecc.pipeline.cost import by_data
 from gatecc.scope.hooked import HookCalls
@@ -57,6 +58,12 @@ class Variant:
         return mine == its and len(self._extra) == len(other._extra) and all(map(_same, self._extra, other._extra))
 
     def __call__(self, module: nn.Module, leaves: Sequence[torch.Tensor]) -> Any:
+        if not torch.compiler.is_compiling() and paths.is_watched():
+            with paths.inside(module):
+                return self._run(module, leaves)
+        return self._run(module, leaves)
+
+    def _run(self, module: nn.Module, leaves: Sequence[torch.Tensor]) -> Any:
         if self._without is None:
             out = self._function(module, *leaves, *self._extra)
         else:

@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from gatecc.ops.paths import Taken
+
 Shape = Sequence[int]
 
 
@@ -43,8 +45,7 @@ def served(
 ) -> tuple[tuple[Tensor, ...], int, int]:
     """The experts' weights, the slots that hold an expert, and how many there are if every token takes every expert."""
     experts = tuple(t for t in (gate_up, down, *biases) if t is not None)
-    numbers = indices.device.type != "meta" and not isinstance(indices, FakeTensor)
-    slots = int((indices < gate_up.size(0)).sum()) if numbers else indices.numel()
+    slots = int((indices < gate_up.size(0)).sum()) if _is_known(indices) else indices.numel()
     return experts, slots, indices.size(0) * gate_up.size(0)
 
 
@@ -53,14 +54,47 @@ def served_backward(grad: Tensor, hidden: Tensor, *rest: Any, **_: Any) -> tuple
     return served(*rest)
 
 
+def taken(
+    x: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *biases: Tensor | None,
+    out: Tensor,
+    **_: Any,
+) -> Taken | None:
+    """How many slots each expert has, of as many as there are tokens."""
+    if not _is_known(indices):
+        return None
+    E = gate_up.size(0)
+    counts = indices.flatten().bincount(minlength=E + 1)[:E]
+    return Taken("expert", counts.tolist(), indices.size(0), (gate_up, down))
+
+
 def moved_bytes(
-    x: Tensor, weights: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor, *biases: Tensor | None, **options: Any
+    x: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *biases: Tensor | None,
+    slots: int | None = None,
+    **options: Any,
 ) -> int:
-    """Bytes of one call: x, weights, indices and the result once, and the experts that the slots can reach."""
-    E, slots = gate_up.size(0), indices.numel()
+    """Bytes of one call: x, weights, indices and the result once, and the experts that are read: those in the indices
+    where they are known, else those that so many slots can reach."""
+    E = gate_up.size(0)
+    slots = indices.numel() if slots is None else slots
+    if _is_known(indices):
+        slots = int((indices.unique() < E).sum())
     experts = sum(_size(t) for t in (gate_up, down, *biases) if t is not None)
     out = x.size(0) * down.size(1) * (indices.size(1) if options.get("combine") == "slots" else 1)
     return sum(map(_size, (x, weights, indices))) + out * x.element_size() + experts * min(E, slots) // max(E, 1)
+
+
+def _is_known(indices: Tensor) -> bool:
+    return indices.device.type != "meta" and not isinstance(indices, FakeTensor)
 
 
 def _size(x: Tensor) -> int:

@@ -6,7 +6,7 @@ import torch
 
 from gatecc.codegen.judge import family as judge
 from gatecc.codegen.onnx.lowering import GRADIENT
-from gatecc.ops.moe_ffn import cost
+from gatecc.ops.moe_ffn import cost, differentiable
 from gatecc.ops.moe_ffn.kernels import KERNELS
 from gatecc.ops.moe_ffn.onnx import LOWERING
 from gatecc.ops.registry import Operator, StepRule, register
@@ -19,6 +19,8 @@ register(
         onnx={"portable": LOWERING},
         flops=cost.forward,
         served=cost.served,
+        taken=cost.taken,
+        masked=differentiable.forward,
         bytes=cost.moved_bytes,
         kernels=KERNELS,
     )

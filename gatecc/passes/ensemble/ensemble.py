@@ -31,6 +31,7 @@ from gatecc import ops as ops  # registers gatecc::only_if
 from gatecc.capture.flops import counted
 from gatecc.errors import ArgumentError
 from gatecc.ir.gates.choice import Chosen
+from gatecc.ops import paths
 from gatecc.passes.ensemble.arguments import Call, Names
 from gatecc.passes.ensemble.chooser import Chooser, Form
 from gatecc.passes.ensemble.costs import Cost, parameters_of, table
@@ -133,7 +134,7 @@ class Ensemble(nn.Module):
         values = self.inputs.bind(args, kwargs)
         if not torch.compiler.is_exporting() and rows_of(list(values.values())) == 0:
             return self._nothing(values, 0)
-        if self.chooser is not None and not (self.masked or torch.compiler.is_exporting()):
+        if self.chooser is not None and not (self.masked or torch.compiler.is_exporting() or paths.is_whole()):
             return self._skipping(values, self.chooser)
         return self.combined(values)
 
@@ -211,6 +212,7 @@ class Ensemble(nn.Module):
         hits = [_hit(weights, indices, number) for number in range(len(self.members))]
         chosen = {name: hit.any(1) for name, hit in zip(self.members, hits, strict=True)}
         run = _Run(self, values, chosen, rows)
+        self._note(run, chooser)
         if not any(run.counts.values()):
             return self._nothing(values, rows)
         total = self._sum(rows, chooser)
@@ -221,6 +223,12 @@ class Ensemble(nn.Module):
                 weight = weight_of(weights, hits[number])
                 total.add(number, output, weight if at is None else weight.index_select(0, at), at, None)
         return total.result()
+
+    def _note(self, run: _Run, chooser: Chooser) -> None:
+        if paths.is_watched():
+            ran = [run.needed.get(name, run.rows) for name in self.names]
+            at = tuple(chooser.parameters()) or tuple(self.members[self.names[0]].parameters())
+            paths.note(paths.Taken("member", ran, run.rows, at, units=self.names))
 
     def _nothing(self, values: dict[str, Any], rows: int) -> Any:
         """Zeros for every sample. What shapes these have, the first member tells on one sample, made up if there is
