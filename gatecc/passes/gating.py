@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -47,15 +48,21 @@ def reads_afar(spec: GateSpec) -> bool:
 
 
 def gate_node(
-    spec: GateSpec, selector: Selector, value: Value, edit: Editor, label: str, experts: int = 0
+    spec: GateSpec,
+    selector: Selector,
+    value: Value,
+    edit: Editor,
+    label: str,
+    experts: int = 0,
+    fused: Sequence[Value] = (),
 ) -> tuple[fx.Node, GateShape]:
     """Insert a gate for ``value``: the node of the gate, which broadcasts against the value, and its place.
 
-    A gate over so many ``experts`` has them in the place of the value's channels.
+    A gate over so many ``experts`` has them in the place of the value's channels. ``fused``: what ``fused(NUMBER)`` is.
     """
     if not experts:
         _check_number(value, edit.site, selector.stage)
-    sources = [source(ref, selector, edit) for ref in spec.sources]
+    sources = [source(ref, selector, edit, fused) for ref in spec.sources]
     if spec.fuse_into:
         sources = [fused_scores(spec, value, sources[0], edit)]
         spec = scored_elsewhere(spec)

@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import fx, nn
 
-from gatecc.errors import SiteRefusedError
+from gatecc.errors import ArgumentError, SiteRefusedError
 from gatecc.ir.axes import FEATURES
 from gatecc.ir.edit import Editor
 from gatecc.ir.gate import GateShape, GateSpec, Ref, SourceShape
@@ -42,12 +42,14 @@ def place(site: Site) -> str:
     return f"{site.owner} {site.line}".strip()
 
 
-def source(ref: Ref, selector: Selector, edit: Editor) -> Value:
-    """What a gate at ``selector``'s stage of the editor's site reads."""
+def source(ref: Ref, selector: Selector, edit: Editor, fused: Sequence[Value] = ()) -> Value:
+    """What a gate at ``selector``'s stage of the editor's site reads. ``fused``: the values that a fusion weighs."""
+    if ref.fused is not None:
+        return _numbered(ref.fused, fused)
     if ref.cond is not None:
         return condition(ref.cond, edit.program, stage(edit.site, selector.stage))
     if ref.at is not None:
-        return _distant(Selector.parse(ref.at), selector, edit)
+        return distant(Selector.parse(ref.at), selector, edit)
     return stage(edit.site, selector.stage if ref.stage == "self" else str(ref.stage))
 
 
@@ -75,7 +77,17 @@ def _condition_axes(node: fx.Node, like: Value) -> str:
     return f"b{places}c"[: len(sizes)]
 
 
-def _distant(wanted: Selector, selector: Selector, edit: Editor) -> Value:
+def _numbered(index: int, values: Sequence[Value]) -> Value:
+    if index < len(values):
+        return values[index]
+    raise ArgumentError(
+        f"the gate reads value {index} of a fusion",
+        found=f"{len(values)} values" if values else "a rewrite that weighs no values",
+        expected=f"a number below {len(values)}" if values else "the rewrite fuse",
+    )
+
+
+def distant(wanted: Selector, selector: Selector, edit: Editor) -> Value:
     """A value of another site: the one that is meant for all, or the k-th for the k-th of the selected sites."""
     found = select(wanted, edit.sites)
     mine = [site.key for site in select(selector, edit.sites)]

@@ -49,6 +49,6 @@ def test_an_add_in_place_into_a_value_that_others_read_is_refused() -> None:
         done(text, _fuse())
 
 
-def test_two_values_are_needed() -> None:
-    with pytest.raises(ArgumentError, match="two values"):
+def test_several_values_are_needed() -> None:
+    with pytest.raises(ArgumentError, match="several values"):
         Fuse(JOIN, GateSpec("skip", "linear", "channel", "sigmoid"), values=("skip",))

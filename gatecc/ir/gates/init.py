@@ -60,6 +60,17 @@ class Zero(Init, tag="zero"):
 
 
 @dataclass(frozen=True)
+class First(Init, tag="first"):
+    """Scores 0, and ``bias`` for the first feature: a softmax begins with nearly all of its weight there."""
+
+    bias: float = 6.0
+
+    def fill(self, params: Mapping[str, Tensor], start: float, constant: str) -> None:
+        _all(params, 0.0)
+        params[constant].select(-1, 0).fill_(self.bias)
+
+
+@dataclass(frozen=True)
 class Uniform(Init, tag="uniform"):
     """U(-bound, bound); bound 0 means 1/sqrt(inputs), as in nn.Linear."""
 

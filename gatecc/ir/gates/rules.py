@@ -10,7 +10,7 @@ from gatecc.errors import ArgumentError
 from gatecc.ir.gates.activation import Activation, Linear, Start
 from gatecc.ir.gates.estimator import Estimator, Reinforce, Supervised
 from gatecc.ir.gates.granularity import Granularity
-from gatecc.ir.gates.init import Identity, Init, Reuse
+from gatecc.ir.gates.init import First, Identity, Init, Reuse
 from gatecc.ir.gates.layout import GateShape
 from gatecc.ir.gates.scorer import NoScorer, Schedule, Scorer
 from gatecc.ir.gates.source import Cond, Param, Ref, Source, Stage
@@ -90,6 +90,11 @@ def _check_estimator(spec: Choices) -> None:
 def _check_init(spec: Choices) -> None:
     if isinstance(spec.init, Reuse) and spec.scorer.tag not in ("linear", "conv", "lookup"):
         raise _clash(spec, f"scorer {spec.scorer} has no weight to copy into", "scorer=linear, conv or lookup")
+    biased = spec.scorer.tag in ("none", "lookup") or (
+        spec.scorer.constant == "bias" and getattr(spec.scorer, "bias", 1)
+    )
+    if isinstance(spec.init, First) and not biased:
+        raise _clash(spec, "the first feature is preferred by a bias", "a scorer that has one")
     if not isinstance(spec.init, Identity) or isinstance(spec.scorer, Schedule):
         return
     at = start(spec)

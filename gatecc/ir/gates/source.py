@@ -24,16 +24,19 @@ from gatecc.ir.gates.option import Option
 @dataclass(frozen=True)
 class Ref:
     """A value that the engine hands to the gate: a stage of the site (``self`` is the gated value), an input of the
-    model, or a value of another site (a selector)."""
+    model, a value of another site (a selector), or one of the values that a fusion weighs (its number)."""
 
     stage: str | None = None
     cond: str | None = None
     at: str | None = None
     index: bool = False  # an integer that says where something is: taken in the dtype that it comes in
+    fused: int | None = None
 
     def __str__(self) -> str:
         if self.stage is not None:
             return self.stage
+        if self.fused is not None:
+            return f"fused({self.fused})"
         return f"cond({self.cond})" if self.cond is not None else f"at({self.at})"
 
 
@@ -133,6 +136,20 @@ class At(Source, tag="at"):
 
 
 @dataclass(frozen=True)
+class Fused(Source, tag="fused"):
+    """One of the values that a fusion weighs, by its number: ``fused(0)+fused(1)``, also of values that are new."""
+
+    index: int
+
+    def check(self) -> None:
+        self.require(self.index >= 0, "index", "the number of a value, from 0")
+
+    @property
+    def refs(self) -> tuple[Ref, ...]:
+        return (Ref(fused=self.index),)
+
+
+@dataclass(frozen=True)
 class Param(Source, tag="param"):
     """Nothing: the gate is a learned constant."""
 
@@ -158,11 +175,11 @@ class Pool(Source, tag="pool"):
     kind: Literal["mean", "max"] = "mean"
 
     def check(self) -> None:
-        if not isinstance(self.of, (Stage, Cond, At)):
+        if not isinstance(self.of, (Stage, Cond, At, Fused)):
             raise ArgumentError(
                 "pool takes one value",
                 found=str(self.of),
-                expected="a stage, cond(NAME) or at(SELECTOR); pool(a)+pool(b) for several",
+                expected="a stage, cond(NAME), at(SELECTOR) or fused(NUMBER); pool(a)+pool(b) for several",
             )
 
     @property
