@@ -3,6 +3,7 @@
 from gatecc import adapters, checks, diagnose, onnx, state_space, train
 from gatecc.backend.explain import explain
 from gatecc.checkpoint import load, materialise, save
+from gatecc.cost import cost
 from gatecc.decoder import Decoder, decoder
 from gatecc.engine.analyse import inspect
 from gatecc.errors import GateccError
@@ -78,6 +79,7 @@ __all__ = [
     "aux_losses",
     "checks",
     "condition_cache",
+    "cost",
     "decoder",
     "diagnose",
     "ensemble",

@@ -57,6 +57,7 @@ GUIDES = (
     ("compatibility.md", "modes x wrappers x recipes: what works, what is refused with which code, what fails anyway"),
     ("saving.md", "checkpoints, save_pretrained, Trainer: what is written, and how it is loaded again"),
     ("scale.md", "experts over many machines, models that fit into no memory, and what each way costs"),
+    ("cost.md", "what a run costs, beside the same run with nothing left out, and which units it took"),
     ("healing.md", "training after a rewrite: layer-wise transfer, distillation, adapters, and measures of the loss"),
     ("decoder.md", "prefill and step, derived from a causal model's graph: state, sampling, left padding, refusals"),
     ("sites.md", "the kinds of places that a rewrite can name, their values, and what the axes of these count"),

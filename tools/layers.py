@@ -39,7 +39,7 @@ LAYERS = (
     Layer(("scope",)),
     Layer(("engine",)),
     Layer(("decoder", "diagnose", "backend")),
-    Layer(("transform", "state_space")),
+    Layer(("transform", "state_space", "cost")),
     Layer(("checkpoint", "export", "adapters", "handoff", "specialise")),
     Layer(("integrations", "checks", "onnx")),
     Layer(("__init__",)),

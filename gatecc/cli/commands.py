@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import traceback as tracebacks
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import asdict, fields
 from importlib import metadata
 from pathlib import Path
@@ -18,15 +15,27 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import nn
 
 import gatecc
 from gatecc.cli import exporting
 from gatecc.cli.doctor import Finding, diagnose
 from gatecc.cli.kernels import kernels
-from gatecc.cli.reference import load_batches, load_model, load_recipe, parse_options
-from gatecc.cli.signals import ended_cleanly
-from gatecc.errors import ArgumentError, GateccError
+from gatecc.cli.reference import load_batches, load_model, parse_options
+from gatecc.cli.shared import (
+    AsJson,
+    Inputs,
+    Model,
+    RecipeName,
+    Reports,
+    Settings,
+    Traceback,
+    errors,
+    say,
+    status,
+    stdout,
+    transformed,
+)
+from gatecc.errors import ArgumentError
 from gatecc.report import Report
 from gatecc.train import Transfer, Tune
 
@@ -39,42 +48,11 @@ app = typer.Typer(
 )
 app.add_typer(kernels, name="kernels")
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODULE:FACTORY",
-        help="A factory (or a model) in a module or in a .py file; it returns a model, or (model, example_inputs).",
-        show_default=False,
-    ),
-]
-Inputs = Annotated[
-    str | None,
-    typer.Option("--inputs", metavar="MODULE:FACTORY", help="Example inputs: a tuple, a dict or (tuple, dict)."),
-]
-RecipeName = Annotated[
-    str,
-    typer.Option(
-        "--recipe", "-r", help="A name from `gatecc recipes`, or module:name of your own.", show_default=False
-    ),
-]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="An option of the recipe; may be repeated.")
-]
 ScopeName = Annotated[
     Literal["auto", "model"],
     typer.Option("--scope", help="auto: the smallest submodule that holds a site; model: one closed graph."),
 ]
-Reports = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--report",
-        metavar="FILE",
-        help="Write the report (.html, .json, .txt) or the graph (.graphml, .dot); repeatable.",
-    ),
-]
 OnlyNew = Annotated[bool, typer.Option("--only-new", help="Save only what the recipe added.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error was raised.")]
 
 
 def _version(wanted: bool) -> None:
@@ -101,11 +79,11 @@ def inspect(
     traceback: Traceback = False,
 ) -> None:
     """Find the sites of a model and say why other places are none; change nothing."""
-    with _errors(traceback):
+    with errors(traceback):
         _check_suffixes(reports or [])
-        with _status("loading the model"):
+        with status("loading the model"):
             loaded, example = load_model(model, inputs)
-        with _status("capturing and matching"):
+        with status("capturing and matching"):
             found = gatecc.inspect(loaded, example)
         _show(found, reports or [], as_json)
 
@@ -123,12 +101,12 @@ def explain(
 ) -> None:
     """Say what torch.compile(model, backend="gatecc") makes of a model: graphs, breaks, what is lowered, what not and
     why."""
-    with _errors(traceback):
+    with errors(traceback):
         _check_suffixes(reports or [])
-        with _status("loading the model"):
+        with status("loading the model"):
             loaded, example = load_model(model, inputs)
         options = {"gatecc.freeze": True} if freeze else None
-        with _status("tracing and lowering"), torch.set_grad_enabled(training):
+        with status("tracing and lowering"), torch.set_grad_enabled(training):
             found = gatecc.explain(loaded.train(training), example, options=options, dynamic=dynamic or None)
         _show(found, reports or [], as_json)
 
@@ -153,16 +131,16 @@ def transform(
     traceback: Traceback = False,
 ) -> None:
     """Rewrite a model by a recipe, verify it, report what was done, and save it."""
-    with _errors(traceback):
+    with errors(traceback):
         _check_suffixes(reports or [])
-        changed, _, _ = _transformed(model, inputs, recipe, settings, scope, verify)
+        changed, _, _ = transformed(model, inputs, recipe, settings, scope, verify)
         _show(gatecc.last_report(changed), reports or [], as_json)
         if out is None:
-            _say("nothing is saved without --out FOLDER")
+            say("nothing is saved without --out FOLDER")
             return
-        with _status("saving"):
+        with status("saving"):
             gatecc.save(changed, out, only_new=only_new, example_inputs="keep" if keep_inputs else "synthetic")
-        _say(f"checkpoint: {out}")
+        say(f"checkpoint: {out}")
 
 
 @app.command()
@@ -193,18 +171,18 @@ def export(
 ) -> None:
     """Write model.onnx after comparing it with torch, and say what was lowered and what not; if they differ nothing is
     written."""
-    with _errors(traceback):
+    with errors(traceback):
         if recipe and checkpoint:
             raise ArgumentError(
                 "a checkpoint has its own recipe", found="--recipe and --checkpoint", expected="one of them"
             )
         if recipe:
-            chosen, example, _ = _transformed(model, inputs, recipe, settings, "auto", True)
+            chosen, example, _ = transformed(model, inputs, recipe, settings, "auto", True)
         else:
-            with _status("loading the model"):
+            with status("loading the model"):
                 chosen, example = load_model(model, inputs)
         if checkpoint:
-            with _status("loading the checkpoint"):
+            with status("loading the checkpoint"):
                 chosen = gatecc.load(chosen, checkpoint)
         options: dict[str, Any] = {"target": target, "opset": opset, "decode": decode, "quantize": quantize}
         options.update(timeout=timeout, group_experts=group_experts, external_data=external_data, tokenizer=tokenizer)
@@ -242,16 +220,16 @@ def heal(
     traceback: Traceback = False,
 ) -> None:
     """Rewrite a model by a recipe, train the result towards the model of before, and save it."""
-    with _errors(traceback):
+    with errors(traceback):
         stages = {"transfer": _stage(Transfer, transfer), "tune": _stage(Tune, tune)}
-        student, _, teacher = _transformed(model, inputs, recipe, settings, "auto", True)
+        student, _, teacher = transformed(model, inputs, recipe, settings, "auto", True)
         done = gatecc.train.heal(student, teacher, load_batches(batches), **stages, checkpoint=checkpoint)
         for name in dict.fromkeys(point.stage for point in done.curve):
             losses = [point.loss for point in done.curve if point.stage == name]
-            _say(f"{name}: loss {losses[0]:.4g} -> {losses[-1]:.4g} in {len(losses)} steps")
-        with _status("saving"):
+            say(f"{name}: loss {losses[0]:.4g} -> {losses[-1]:.4g} in {len(losses)} steps")
+        with status("saving"):
             gatecc.save(student, out, only_new=only_new)
-        _say(f"checkpoint: {out}")
+        say(f"checkpoint: {out}")
 
 
 @app.command()
@@ -261,7 +239,7 @@ def recipes(
     traceback: Traceback = False,
 ) -> None:
     """List the recipes, or describe one."""
-    with _errors(traceback):
+    with errors(traceback):
         known = {info.name: info for info in gatecc.recipes()}
         if name is not None and name not in known:
             gatecc.recipe(name)  # raises the error that names the nearest ones
@@ -273,7 +251,7 @@ def recipes(
             _describe(chosen[0])
         else:
             rows = [(info.name, info.summary, info.citation) for info in chosen]
-            _stdout().print(_table(("recipe", "what it does", "from"), rows))
+            stdout().print(_table(("recipe", "what it does", "from"), rows))
 
 
 @app.command()
@@ -283,9 +261,9 @@ def doctor(as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=1))
     else:
-        _stdout().print(_findings("Installed", found.installed), _findings("Usable", found.usable), sep="\n")
+        stdout().print(_findings("Installed", found.installed), _findings("Usable", found.usable), sep="\n")
     for finding in found.conflicts:
-        _say(f"conflict: {finding.name} {finding.found}: {finding.remark}", "bold red")
+        say(f"conflict: {finding.name} {finding.found}: {finding.remark}", "bold red")
     raise typer.Exit(1 if found.conflicts else 0)
 
 
@@ -304,24 +282,6 @@ def _stage(stage: type[Transfer] | type[Tune], settings: list[str] | None) -> An
         raise ArgumentError(f"--{stage.__name__.lower()} lacks something", found=str(e), expected="steps=N") from e
 
 
-def _transformed(
-    model: str,
-    inputs: str | None,
-    recipe: str,
-    settings: list[str] | None,
-    scope: Literal["auto", "model"],
-    verify: bool,
-) -> tuple[nn.Module, Any, nn.Module]:
-    """The rewritten model, the example inputs, and the model of before."""
-    if ":" not in recipe:  # a wrong name is told before minutes of loading
-        load_recipe(recipe, parse_options(settings or []))
-    with _status("loading the model"):
-        loaded, example = load_model(model, inputs)
-    wanted = load_recipe(recipe, parse_options(settings or []))
-    with _status(f"applying {recipe}"):
-        return gatecc.transform(loaded, wanted, example, scope=scope, verify=verify), example, loaded
-
-
 def _check_suffixes(paths: list[Path]) -> None:
     """Before minutes of work, not after."""
     for path in paths:
@@ -333,11 +293,11 @@ def _check_suffixes(paths: list[Path]) -> None:
 def _show(report: Report, paths: list[Path], as_json: bool) -> None:
     for path in paths:
         report.save(path)
-        _say(f"report: {path}")
+        say(f"report: {path}")
     if as_json:
         typer.echo(report.to_json())
     else:
-        report.print(_stdout())
+        report.print(stdout())
 
 
 def _public(info: Any) -> dict[str, Any]:
@@ -345,7 +305,7 @@ def _public(info: Any) -> dict[str, Any]:
 
 
 def _describe(info: Any) -> None:
-    out = _stdout()
+    out = stdout()
     doc = "\n\n".join(" ".join(paragraph.split()) for paragraph in info.doc.split("\n\n"))  # wrapped to the terminal
     out.print(Text(info.name, style="bold"), Text(info.citation, style="dim"), Text(), Text(doc), sep="\n")
     if info.options:
@@ -366,35 +326,3 @@ def _findings(title: str, findings: tuple[Finding, ...]) -> Table:
         state = Text(finding.state, style=style[finding.state])
         table.add_row(Text(finding.name), state, Text(finding.found), Text(finding.remark))
     return table
-
-
-def _stdout() -> Console:
-    return Console(file=sys.stdout)
-
-
-def _say(text: str, style: str = "dim") -> None:
-    Console(file=sys.stderr).print(Text(text, style=style))
-
-
-@contextmanager
-def _status(text: str) -> Generator[None]:
-    """A moving line on standard error while something long runs, if someone is there to see it."""
-    console = Console(file=sys.stderr)
-    if not console.is_terminal:
-        yield
-        return
-    with console.status(f"{text} …"):
-        yield
-
-
-@contextmanager
-def _errors(traceback: bool) -> Generator[None]:
-    """A GateccError as its own text and exit code 2; anything else is a fault of gatecc and stays a traceback."""
-    try:
-        with ended_cleanly():
-            yield
-    except GateccError as error:
-        if traceback:
-            tracebacks.print_exc(file=sys.stderr)
-        _say(str(error), "red")
-        raise typer.Exit(2) from error

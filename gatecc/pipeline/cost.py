@@ -8,7 +8,7 @@ Symbolic sizes count at their hints, that is at the sizes of the example inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -152,13 +152,15 @@ def _make(value: Any) -> Any:
 
 def _bytes(node: fx.Node) -> int:
     assert isinstance(node.target, OpOverload)
-    if _is_view(node.target):
+    return moved(node.target, [source.meta.get("val") for source in node.all_input_nodes], node.meta.get("val"))
+
+
+def moved(target: OpOverload, read: Sequence[Any], written: Any) -> int:
+    """The bytes that an operator without a formula of its own reads and writes."""
+    if _is_view(target):
         return 0
-    written = _size(node.meta.get("val"))
-    read = [_size(source.meta.get("val")) for source in node.all_input_nodes]
-    if node.target._schema.name in _GATHERS:
-        return 2 * written + sum(read[1:])
-    return written + sum(read)
+    out, sizes = _size(written), [_size(value) for value in read]
+    return 2 * out + sum(sizes[1:]) if target._schema.name in _GATHERS else out + sum(sizes)
 
 
 def _is_view(target: OpOverload) -> bool:

@@ -1,5 +1,6 @@
 """What was found, changed, refused and measured: one object of plain data, shown as text, JSON or one HTML file."""
 
+from gatecc.report.cost import RunCost, Spent, TakenRow
 from gatecc.report.report import Report
 from gatecc.report.rows import (
     BreakRow,
@@ -26,8 +27,11 @@ __all__ = [
     "PassRow",
     "Report",
     "RewriteRow",
+    "RunCost",
     "RungRow",
     "SiteRow",
+    "Spent",
+    "TakenRow",
     "Totals",
     "environment",
 ]

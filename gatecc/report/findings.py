@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from gatecc.ir.site import Refusal
+from gatecc.report.cost import RunCost
 from gatecc.report.rows import (
     BreakRow,
     GraphPair,
@@ -35,6 +36,7 @@ class Findings:
     breaks: list[BreakRow] = field(default_factory=list[BreakRow])
     passes: list[PassRow] = field(default_factory=list[PassRow])
     graphs: list[GraphPair] = field(default_factory=list[GraphPair])
+    costs: list[RunCost] = field(default_factory=list[RunCost])  # of runs, as the user appends them
     totals: Totals = field(default_factory=Totals)
     notes: list[str] = field(default_factory=list[str])
     environment: dict[str, str] = field(default_factory=environment)

@@ -9,6 +9,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from gatecc.report.cost import bars, rows
+from gatecc.report.curve import curve
 from gatecc.report.drawing import picture
 from gatecc.report.findings import Findings
 from gatecc.report.grouping import compiled_text, effects_of, group, grouped_lowerings
@@ -28,6 +30,8 @@ def render(report: Findings) -> str:
         effects=effects_of(report.rewrites),
         pictures=[picture(pair) for pair in report.graphs],
         sizes=_sizes(report),
+        costs=[(cost, rows(cost), [(row, bars(row.shares)) for row in cost.taken]) for cost in report.costs],
+        curve=curve(report.costs),
         compared=bool(report.rewrites) or any(pair.after is not None for pair in report.graphs),
         new=sum(sum(row.new_parameters.values()) for row in report.rewrites),
         error=report.totals.max_error

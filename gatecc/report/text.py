@@ -11,6 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from gatecc.report.cost import render as render_cost
 from gatecc.report.findings import Findings
 from gatecc.report.grouping import compiled_text, effects_of, group, grouped_lowerings
 from gatecc.report.units import change, error_text, si, worst
@@ -33,6 +34,9 @@ def _parts(report: Findings, width: int) -> Iterator[RenderableType]:
             yield table
     if report.totals.contract:
         yield _verdict(report)
+    for cost in report.costs:
+        yield Text()
+        yield render_cost(cost)
     for note in report.notes:
         yield Text(f"note  {note}", style="yellow")
 

@@ -14,7 +14,7 @@ import gatecc
 from gatecc.cli import app
 from gatecc.export import Compared, Exported
 from gatecc.export.quantize import Quantize, Quantized
-from gatecc.report import Report
+from gatecc.report import Report, RunCost
 
 SOURCE = """
 import gatecc
@@ -96,6 +96,19 @@ def test_explain_says_what_the_backend_does(model: str, tmp_path: Path) -> None:
     out, _ = run("explain", model, "--json", "--freeze")
     assert Report.from_json(out).compiled == "inference"
     run("explain", model.replace(":make", ":wrong"), code=2)
+
+
+def test_cost_is_counted_and_drawn(model: str, tmp_path: Path) -> None:
+    out, err = run("cost", model, "--rounds", "0", "--save", str(tmp_path / "cost.json"))
+    assert "operations" in out
+    assert "cost.json" in err
+    assert RunCost.from_json((tmp_path / "cost.json").read_text()).samples == 2
+    out, _ = run("cost", model, "--json", "--each", "-r", "gated-attention", "--rounds", "1")
+    found = RunCost.from_json(out)
+    assert len(found.each) == 2
+    assert found.ran.seconds
+    _, err = run("cost", model, "-r", "gated-attention", "--checkpoint", "x", code=2)
+    assert "one of them" in err
 
 
 def test_json_on_standard_output_is_only_json(model: str, tmp_path: Path) -> None:
