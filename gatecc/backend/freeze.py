@@ -2,15 +2,11 @@
 
 A lowering may concatenate or stack weights in the graph. Under ``gatecc.freeze`` and without gradients this part
 becomes a graph of its own, whose results are kept beside the compiled code and handed to it as inputs. The parameters
-stay inputs too, so each call sees whether they are the ones of before: the same tensors, at the same address, of the
-same version (every write that autograd can see counts it up). Writes that it cannot see, through ``parameter.data``,
-are found on a CPU by comparing a sample of the elements; on an accelerator that would make each call wait, and they are
-not found.
+stay inputs too, so each call sees whether they are the ones of before (gatecc.backend.stamps).
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +17,11 @@ from torch._guards import TracingContext
 from torch._ops import OpOverload
 from torch.utils.weak import WeakIdKeyDictionary
 
+from gatecc.backend.stamps import Stamp
 from gatecc.ir.ops import VIEWS, mutates, opname
 from gatecc.ir.program import fake, origin
 
 _FREE = VIEWS - frozenset("contiguous clone repeat repeat_interleave tile index_select index gather roll flip".split())
-SAMPLE = 509  # elements of each parameter that are compared; a prime, so that it walks through rows and columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +59,7 @@ class Frozen:
             state: _State | None = kept.get(weights[0])
             if state is None or not state.holds(weights):
                 with torch.no_grad():
-                    state = _State.of(weights, self.early.forward(*weights))
+                    state = _State(self.early.forward(*weights), tuple(map(Stamp.of, weights)))
                 kept[weights[0]] = state
             return compiled(*inputs, *state.made)
 
@@ -96,8 +92,12 @@ def freeze(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Frozen | None
 
 def _fit(node: fx.Node, value: Any) -> bool:
     """Whether an input is a parameter whose changes are noticed: one of inference mode has no version."""
-    written = any(mutates(user) for user in node.users)
-    return isinstance(value, nn.Parameter) and not value.is_inference() and not written
+    return isinstance(value, nn.Parameter) and not value.is_inference() and not _written(node)
+
+
+def _written(node: fx.Node) -> bool:
+    """Whether the graph itself writes into a value, or into a view of it."""
+    return any(mutates(user) or (opname(user) in VIEWS and _written(user)) for user in node.users)
 
 
 def _early(graph: fx.Graph, parameters: dict[fx.Node, int]) -> dict[fx.Node, bool]:
@@ -131,41 +131,13 @@ def _own_graph(
     return fx.GraphModule(nn.Module(), graph), tuple(parameters[node] for node in read)
 
 
-# --- whether the parameters are those of before -----------------------------------------------------------------------
-
-
 @dataclass(frozen=True, eq=False)
 class _State:
     """Results for parameters, and how these were."""
 
     made: tuple[torch.Tensor, ...]
-    parameters: tuple[weakref.ref[torch.Tensor], ...]
-    stamps: tuple[tuple[int, int], ...]
-    samples: tuple[tuple[torch.Tensor, torch.Tensor], ...]  # a view of each parameter, and what it held
-
-    @staticmethod
-    def of(weights: Sequence[torch.Tensor], made: tuple[torch.Tensor, ...]) -> _State:
-        """The state of now."""
-        views = [_sample(w) for w in weights if w.device.type == "cpu"]
-        samples = tuple((view, view.clone()) for view in views)
-        return _State(made, tuple(weakref.ref(w) for w in weights), tuple(map(_stamp, weights)), samples)
+    stamps: tuple[Stamp, ...]
 
     def holds(self, weights: Sequence[torch.Tensor]) -> bool:
         """Whether nothing has changed, as far as it can be seen."""
-        return (
-            all(ref() is w for ref, w in zip(self.parameters, weights, strict=True))
-            and self.stamps == tuple(map(_stamp, weights))
-            and all(torch.equal(view, held) for view, held in self.samples)
-        )
-
-
-def _stamp(weight: torch.Tensor) -> tuple[int, int]:
-    return weight.data_ptr(), weight._version
-
-
-def _sample(weight: torch.Tensor) -> torch.Tensor:
-    """Some elements of a parameter, as a view of its storage."""
-    if not weight.is_contiguous():
-        return weight.detach().reshape(-1)[:0]
-    flat = weight.detach().view(-1)
-    return flat[:: max(1, flat.numel() // SAMPLE) | 1]
+        return all(stamp.holds(weight) for stamp, weight in zip(self.stamps, weights, strict=True))

@@ -7,11 +7,12 @@ on every call keeps ``is_causal`` right.
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+
+from gatecc.backend.stamps import Stamp
 
 log = logging.getLogger(__name__)
 
@@ -19,8 +20,8 @@ log = logging.getLogger(__name__)
 class Watched:
     """Calls ``compiled`` while the inputs at some places hold what they held, else ``plain``, which is right for all.
 
-    A tensor that was found equal is known by its identity and its version counter, so that a call costs a comparison of
-    numbers. One without a version (of inference mode) is compared on every call.
+    A tensor that was found equal is known by its stamp, so that a call does not read all of it. One without a version
+    (of inference mode) is compared on every call.
     """
 
     def __init__(
@@ -28,7 +29,7 @@ class Watched:
     ) -> None:
         self._compiled, self._plain = compiled, plain
         self._held = {place: tensor.detach().clone() for place, tensor in held.items()}
-        self._known: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+        self._known: dict[int, Stamp] = {}
         self._warned = False
 
     def __call__(self, *inputs: Any) -> Any:
@@ -45,9 +46,9 @@ class Watched:
     def _holds(self, tensor: torch.Tensor, expected: torch.Tensor) -> bool:
         versioned = not tensor.is_inference()
         known = self._known.get(id(tensor)) if versioned else None
-        if known is not None and known[0]() is tensor and known[1] == tensor._version:
+        if known is not None and known.holds(tensor):
             return True
         same = tensor.shape == expected.shape and bool(torch.equal(tensor, expected))
         if same and versioned:
-            self._known[id(tensor)] = weakref.ref(tensor), tensor._version
+            self._known[id(tensor)] = Stamp.of(tensor)
         return same

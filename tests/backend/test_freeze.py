@@ -31,7 +31,7 @@ X = torch.randn(2, 40, 32, generator=torch.Generator().manual_seed(0))
 MODES = ("eager", "aot_eager")
 
 
-def compiled(model: nn.Module, mode: str = "eager") -> Any:
+def compiled(model: Callable[..., torch.Tensor], mode: str = "eager") -> Any:
     def compiler(graph_module: Any, example: Any) -> Any:
         return backend.gatecc(graph_module, example, mode=mode, options={"gatecc.freeze": True})
 
@@ -87,7 +87,11 @@ def write_through_data(model: Gates) -> None:
     model.a.weight.data.mul_(2)
 
 
-CHANGES = (step, load, assign, new_data, new_parameter, write, write_through_data)
+def write_one_through_data(model: Gates) -> None:
+    model.a.weight.data[3, 5] += 1
+
+
+CHANGES = (step, load, assign, new_data, new_parameter, write, write_through_data, write_one_through_data)
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -101,6 +105,37 @@ def test_a_changed_parameter_is_noticed(change: Callable[[Gates], None]) -> None
     with torch.no_grad():
         assert not torch.allclose(function(X), before, atol=1e-3)
         assert torch.allclose(function(X), model(X), atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(40, 400), (300, 200)])
+@pytest.mark.parametrize("gaps", [False, True])
+def test_weights_that_lie_otherwise_are_looked_at(shape: tuple[int, int], gaps: bool) -> None:
+    model = nn.ParameterList(nn.Parameter(torch.randn(shape[1], 2 * shape[0])[:, :: 1 + gaps].mT[:8]) for _ in range(2))
+    x = torch.randn(2, 40, shape[1])
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, model[0]) * nn.functional.linear(x, model[1])
+
+    frozen = compiled(function)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(frozen(x), function(x), atol=1e-4, rtol=1e-4)
+            model[1].data.mul_(2)
+
+
+def test_weights_that_the_graph_writes_to_are_not_kept() -> None:
+    model = Gates()
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        model.a.weight[0].mul_(0.5)
+        return model(x)
+
+    with torch.no_grad():
+        for _ in range(2):
+            before = model.a.weight.clone()
+            found = compiled(function)(X)
+            model.a.weight.copy_(before)
+            torch.testing.assert_close(found, function(X), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -66,3 +67,26 @@ def test_buffers_of_inference_mode_have_no_version() -> None:
         torch.testing.assert_close(compiled(x), model(x))
         model.seen[0, 3] = True
         torch.testing.assert_close(compiled(x), model(x))
+
+
+def another_storage(mask: torch.Tensor) -> None:
+    mask.data = torch.ones_like(mask)
+
+
+def written_through_data(mask: torch.Tensor) -> None:
+    mask.data.fill_(True)
+
+
+@pytest.mark.parametrize("change", [another_storage, written_through_data])
+@pytest.mark.parametrize("size", [16, 200])
+def test_a_change_that_counts_no_version_up(change: Callable[[torch.Tensor], None], size: int) -> None:
+    torch._dynamo.reset()
+    model, x = Buffered(True), torch.randn(2, 5, 8)
+    model.seen = torch.ones(size, size, dtype=torch.bool).tril()
+    compiled = torch.compile(model, backend="gatecc", mode="eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), model(x))
+    before = compiled(x)
+    change(model.seen)
+    torch.testing.assert_close(compiled(x), model(x))
+    assert not torch.allclose(compiled(x), before)

@@ -193,14 +193,18 @@ def test_numbers_that_are_none_stay_in_their_rows() -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_threads_change_no_bit(dtype: torch.dtype) -> None:
-    case = to(operands(N=300, D=20, G=2, causal=True, window=50), dtype)
-    found: list[tuple[Tensor, ...]] = []
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        found.append(attention(**case))
-    for other in found[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
+@pytest.mark.parametrize("options", [{"causal": True, "window": 50}, {"causal": True, "window": 250}, {"window": 333}])
+def test_threads_change_no_bit(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """Jobs of fewer queries begin at other keys of a window."""
+    case = to(operands(B=1, N=700, S=800, D=20, G=2, **options), dtype)
+    mapped: dict[str, Any] = {**case, "blocks": torch.rand(1, 1, 700 // 35, 16) < 0.7, "block_sizes": (35, 50)}
+    for call in (case, mapped):
+        found: list[tuple[Tensor, ...]] = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(attention(**call))
+        for other in found[1:]:
+            assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "window": 250}, {"window": 70}])

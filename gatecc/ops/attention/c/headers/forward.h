@@ -178,8 +178,10 @@ static void job(const void *context, int64_t index) {
     }
     memset(w.sums, 0, (size_t)(group * queries * w.width) * 4);
     const struct range all = seen(p, first, first + queries - 1);
-    for (int64_t from = all.from / LANES * LANES; from < all.to; from += BLOCK) {
-        const struct range keys = {from, smaller(from + BLOCK, p->S)};
+    // Blocks end at the same keys in all jobs, so that a query's sums do not depend on how many threads share the work.
+    for (int64_t from = all.from / LANES * LANES, next; from < all.to; from = next) {
+        next = (from / BLOCK + 1) * BLOCK;
+        const struct range keys = {from, smaller(next, p->S)};
         pack(p, t, &w, b, g, (struct range){first, first + queries}, (struct range){from, smaller(keys.to, all.to)});
         for (int64_t j = 0; j < group; j++)
             for (int64_t i = 0, n; i < queries; i += n) {
