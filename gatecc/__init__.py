@@ -29,6 +29,7 @@ from gatecc.ir.site import (
     Residual,
     Step,
 )
+from gatecc.passes.attention_edit.attention_edit import AttentionEdit
 from gatecc.passes.branch.branch import Branch
 from gatecc.passes.bypass import Bypass
 from gatecc.passes.condition_cache import condition_cache
@@ -50,6 +51,7 @@ __all__ = [
     "RNN",
     "Activation",
     "Attention",
+    "AttentionEdit",
     "Block",
     "Branch",
     "Bypass",

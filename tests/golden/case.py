@@ -20,6 +20,7 @@ from gatecc.ir.printer import graph_text
 from gatecc.ir.program import origin
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.select import Selector
+from gatecc.passes.attention_edit.attention_edit import AttentionEdit
 from gatecc.passes.branch.branch import Branch
 from gatecc.passes.bypass import Bypass
 from gatecc.passes.fuse import Fuse
@@ -36,7 +37,9 @@ from tests.golden.reader import Reader
 FOLDER = Path(__file__).parent
 GRAPHS = FOLDER / "graphs"
 LIMIT = 40  # every case has fewer lines: nobody reads longer ones
-PASSES: dict[str, type[Rewrite]] = {cls.name: cls for cls in (Gate, Branch, Fuse, Bypass, Mix, Route, FuseExperts)}
+PASSES: dict[str, type[Rewrite]] = {
+    cls.name: cls for cls in (AttentionEdit, Gate, Branch, Fuse, Bypass, Mix, Route, FuseExperts)
+}
 HEADINGS = ("pipeline", "before", "change", "weights", "contract")
 
 

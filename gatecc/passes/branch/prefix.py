@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,6 +18,9 @@ from gatecc.ir.site import Attention, Site, Value
 from gatecc.passes.axes import arranged
 from gatecc.passes.branch.body import Body
 from gatecc.passes.operands import beside, condition, place, stage, static_sizes
+
+Residual: TypeAlias = Literal["none", "tanh", "sigmoid", "gelu"]
+ACTIVATIONS = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "gelu": nn.functional.gelu}
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,15 @@ class Prefix(Body, tag="prefix"):
     The keys and values are learned, (heads, P, width), for each key head. With ``condition``, an input of the model
     with a vector for each sample, they are a projection of it (IP-Adapter, 2023). No position is added to keys of a
     prefix: behind rotary embeddings a query scores them as it is, rotated; the positions of the tokens stay.
+
+    ``residual``: the scores s of the prefix become s + t2 act(t1 s), with two learned numbers that start at 1 (NoRGa,
+    2024); those of the tokens stay.
     """
 
     tokens: int = 16
     softmax: Literal["joint", "apart"] = "joint"
     condition: str | None = None
+    residual: Residual = "none"
 
     def check(self) -> None:
         self.require(self.tokens > 0, "tokens", "a positive integer")
@@ -72,21 +79,26 @@ class Prefix(Body, tag="prefix"):
         keys, values = self._made(site, q, value, edit)
         lead = "".join(letter for letter in q.axes if letter not in "hnd")
         have, want = q.axes.text, value.axes.text
+        changed = () if self.residual == "none" else (self._gate(edit),)
         given = (q.node, keys, values, have, f"{lead}hnd", site.scale, site.soft_cap)
         if self.softmax == "apart":
-            return edit.call(apart, *given, want, name="prefix")
+            return edit.call(apart, *given, want, self.residual, *changed, name="prefix")
         if site.sinks:
             raise _refused(site, "a softmax that sees a sink", "use softmax='apart'")
         if site.spelling != "sdpa":
             own = stage(site, "scores")
             if own.axes.text != f"{lead}hnm":
                 raise _refused(site, f"scores with the axes {own.axes}, queries with {q.axes}")
-            return edit.call(joined, *given, want, own.node, value.node, name="prefix")
+            return edit.call(joined, *given, want, own.node, value.node, self.residual, *changed, name="prefix")
         if have != f"{lead}hnd":
             raise _refused(site, f"queries with the axes {q.axes}")
         operands = [_operand(site, name) for name in ("query", "key", "value")]
         options = [named(site.core, name, None) for name in ("attn_mask", "dropout_p", "is_causal", "scale")]
-        return edit.call(joint, *operands, keys, values, *options, name="prefix")
+        return edit.call(joint, *operands, keys, values, *options, self.residual, *changed, name="prefix")
+
+    def _gate(self, edit: Editor) -> fx.Node:
+        """The two numbers of the residual."""
+        return edit.parameter(f"{edit.module('prefix_gate', lambda: beside(Gains(), edit))}.gains")
 
     def _made(self, site: Attention, q: Value, value: Value, edit: Editor) -> tuple[fx.Node, fx.Node]:
         """The nodes of keys and values, one for each query head."""
@@ -106,6 +118,14 @@ class Prefix(Body, tag="prefix"):
         channels = int(shape(given.node)[-1])
         path = edit.module("prefix", lambda: beside(Projected(channels, *shapes), edit))
         return edit.call(path, given.node, name="prefix")
+
+
+class Gains(nn.Module):
+    """The two numbers t1 and t2 of a residual of scores, 1 at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gains = nn.Parameter(torch.ones(2))
 
 
 def _operand(site: Attention, name: str) -> fx.Node:
@@ -159,17 +179,32 @@ def _repeated(x: Tensor, repeat: int) -> Tensor:
     return x if repeat == 1 else x.repeat_interleave(repeat, -3)
 
 
-def prefix_scores(q: Tensor, keys: Tensor, scale: float, cap: float | None) -> Tensor:
-    """The scores of a prefix, in float32. q: (..., H, N, D), keys: (B or none, H, P, D) -> (..., H, N, P)."""
+def prefix_scores(
+    q: Tensor, keys: Tensor, scale: float, cap: float | None, residual: Residual = "none", gains: Tensor | None = None
+) -> Tensor:
+    """The scores of a prefix in float32, (..., H, N, P). q: (..., H, N, D), keys: (B or none, H, P, D), gains: (2,)."""
     s = (q @ keys.transpose(-2, -1)).float() * scale
-    return s if cap is None else cap * torch.tanh(s / cap)
+    s = s if cap is None else cap * torch.tanh(s / cap)
+    if gains is None:
+        return s
+    inner, outer = gains.float().unbind()
+    return s + outer * ACTIVATIONS[residual](inner * s)
 
 
 def apart(
-    q: Tensor, keys: Tensor, values: Tensor, have: str, order: str, scale: float, cap: float | None, want: str
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    have: str,
+    order: str,
+    scale: float,
+    cap: float | None,
+    want: str,
+    residual: Residual = "none",
+    gains: Tensor | None = None,
 ) -> Tensor:
     """softmax(q keys') values over the prefix alone, in the axes of the heads: ``want``."""
-    s = prefix_scores(arranged(q, have, order), keys, scale, cap)
+    s = prefix_scores(arranged(q, have, order), keys, scale, cap, residual, gains)
     return arranged(torch.softmax(s, -1).to(values.dtype) @ values, order, want)
 
 
@@ -184,12 +219,14 @@ def joined(
     want: str,
     own: Tensor,
     heads: Tensor,
+    residual: Residual = "none",
+    gains: Tensor | None = None,
 ) -> Tensor:
     """The joint softmax, from the scores of the tokens, ``own``: (..., H, N, M), and what they gave: the ``heads``.
 
     A softmax over two parts is the convex sum of the softmaxes over each, weighed by their shares of the exponentials.
     """
-    s = prefix_scores(arranged(q, have, order), keys, scale, cap)
+    s = prefix_scores(arranged(q, have, order), keys, scale, cap, residual, gains)
     share = torch.sigmoid(torch.logsumexp(s, -1, True) - torch.logsumexp(own.float(), -1, True))
     prefix = torch.softmax(s, -1).to(values.dtype) @ values
     prefix, share = arranged(prefix, order, want), arranged(share, order, want)
@@ -206,6 +243,8 @@ def joint(
     dropout: float | None,
     causal: bool | None,
     scale: float | None,
+    residual: Residual = "none",
+    gains: Tensor | None = None,
 ) -> Tensor:
     """What scaled_dot_product_attention gives with a prefix before keys and values that no mask hides.
 
@@ -221,7 +260,7 @@ def joint(
         own = own.masked_fill(hidden, float("-inf"))
     if mask is not None:
         own = own.masked_fill(~mask, float("-inf")) if mask.dtype is torch.bool else own + mask
-    s = prefix_scores(q, keys, factor, None)
+    s = prefix_scores(q, keys, factor, None, residual, gains)
     weights = torch.softmax(torch.cat([s, own.float()], -1), -1).to(v.dtype)
     if dropout:
         weights = torch.dropout(weights, dropout, True)
