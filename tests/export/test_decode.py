@@ -149,6 +149,16 @@ def test_rounding_is_held_against_the_model_in_float64(monkeypatch: pytest.Monke
         errors(1e-1)
 
 
+def test_a_decoder_that_is_as_wrong_excuses_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both begin with states that are a little off, by which the logits are 1e-3 off; float32 is off by 1e-7."""
+    first, torchs = steps.before_first, steps._in_torch
+    monkeypatch.setattr(steps, "before_first", lambda *args: [x + 1e-2 for x in first(*args)])
+    monkeypatch.setattr(steps, "_in_torch", lambda *args: torchs(*args) + 2e-3)
+    with pytest.raises(ExportError, match=r"decoder in torch by 0\.00\d+; .* torch is \d.*e-0[78] off") as told:
+        gatecc.export(Mixed(Convolution(cut=True)).eval(), tmp_path / "x", (IDS,), decode=True)
+    assert "at most 0.0001" in str(told.value)
+
+
 class Backward(nn.Module):
     """Each token sees all."""
 
