@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from gatecc.codegen.onnx.lower.attention_nodes import Call, is_grouped, write_attention
+from gatecc.codegen.onnx.lower.attention_nodes import Call, is_grouped, is_multi_head, write_attention
 from gatecc.codegen.onnx.lower.bias import constant_bias
 from gatecc.codegen.onnx.lower.lowering import GraphLowering, Subject, lacking_kernel
 from gatecc.codegen.onnx.lower.padding import padding_input
@@ -51,6 +51,8 @@ class AttentionNode(GraphLowering):
                 yield self.left(site.core, _found(site), reason)
                 continue
             self._turn(call, subject, evaluator)
+            if call.padding is not None and not is_multi_head(call):  # no other node takes it as it is
+                call.padding, call.mask = None, _tensor_mask(site)
             plans.append((call, _found(site)))
         for call, found in plans:
             try:

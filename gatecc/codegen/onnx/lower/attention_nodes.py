@@ -74,9 +74,14 @@ def _form(subject: Subject, call: Call) -> Callable[..., tuple[str, fx.Node]]:
         return _standard
     if call.bias is None and call.site.mask.kind != "bidirectional":
         return _grouped if is_grouped(subject, call.site) else _standard
+    return _multi_head if is_multi_head(call) else _standard
+
+
+def is_multi_head(call: Call) -> bool:
+    """Whether MultiHeadAttention takes a call that has no mask; padding is nothing that another node takes."""
     equal = call.site.heads == call.site.kv_heads and fake_dtype(call.out) == torch.float32
-    plain = call.rotation is None and not call.site.soft_cap
-    return _multi_head if equal and plain else _standard
+    turned = call.rotation is not None and call.padding is None
+    return equal and not turned and not call.site.soft_cap
 
 
 def _multi_head(writer: Writer, subject: Subject, call: Call, views: Views) -> tuple[str, fx.Node]:
@@ -85,8 +90,10 @@ def _multi_head(writer: Writer, subject: Subject, call: Call, views: Views) -> t
     if call.padding is not None:
         padding, seen = _padding(writer, subject, call.padding, fake_dtype(call.out))
     attributes: dict[str, Any] = {"num_heads": site.heads}
-    one = one_projection(writer, views, call.q, call.k, call.v)
-    if one is not None:  # the node takes the products as well
+    one = None if call.rotation is not None else one_projection(writer, views, call.q, call.k, call.v)
+    if call.rotation is not None:
+        inputs, factor, op = [*_turned(writer, subject, call, views), None], 1.0, "MultiHeadAttention"
+    elif one is not None:  # the node takes the products as well
         inputs, factor, op = list(one[0]), one[1], "Attention"
         of_keys, of_values = (site.heads * width for width in call.widths)
         if of_keys != of_values:
@@ -104,7 +111,8 @@ def _multi_head(writer: Writer, subject: Subject, call: Call, views: Views) -> t
     y = writer.shaped(f"com.microsoft::{op}", inputs, attributes, shape, fake_dtype(call.out))
     if seen is not None:  # of a sample without tokens the node takes all keys, torch none
         y = writer.call(aten.mul.Tensor, y, seen)
-    return op + " with its products" * (one is not None) + " with padding" * (padding is not None) + _biased(call), y
+    told = " with its products" * (one is not None) + " with padding" * (padding is not None)
+    return op + told + " and rotary before it" * (call.rotation is not None) + _biased(call), y
 
 
 def _padding(writer: Writer, subject: Subject, given: fx.Node, dtype: torch.dtype) -> tuple[fx.Node, fx.Node]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import gatecc
 
-pytest.importorskip("onnxruntime")
+ort = pytest.importorskip("onnxruntime")
 WIDTH, HEADS, D = 64, 2, 32
 
 
@@ -152,3 +152,39 @@ def test_a_mask_of_the_caller_is_never_dropped(tmp_path: Path) -> None:
     assert (what.split(" (")[0], count) == ("attention: Attention with a mask", 1)
     assert "hold no padding" in what
     assert set(made.inputs) == {"x", "mask"}
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "half", "turned", "node"),
+    [
+        (2, False, True, "com.microsoft::MultiHeadAttention"),
+        (1, False, False, "Attention"),
+        (1, False, True, "Attention"),
+        (2, True, False, "Attention"),
+    ],
+)
+def test_padding_of_an_encoder_reaches_whatever_node_it_becomes(
+    kv_heads: int, half: bool, turned: bool, node: str, tmp_path: Path
+) -> None:
+    """The example holds none of it, and its name tells nobody that it is a mask."""
+    torch.manual_seed(0)
+    dtype = torch.float16 if half else torch.float32
+
+    class Seen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(WIDTH, n * D) for n in (HEADS, kv_heads, kv_heads))
+
+        def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+            q, k, v = (f(x).unflatten(-1, (-1, D)).transpose(1, 2) for f in (self.q, self.k, self.v))
+            q, k = (halves(q), halves(k)) if turned else (q, k)
+            seen = tokens[:, None, None].bool()
+            return F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True).transpose(1, 2).flatten(2)
+
+    model, x = Seen().eval().to(dtype), torch.randn(3, 7, WIDTH, dtype=dtype)
+    made = gatecc.export(model, tmp_path / "x", (x, torch.ones(3, 7, dtype=torch.int64)))
+    assert made.operators[node] == 1
+    tokens = torch.tensor([[1, 1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 0, 1, 1], [0] * 7])
+    session = ort.InferenceSession(str(tmp_path / "x" / "model.onnx"))
+    found = session.run(None, {"x": x.numpy(), "tokens": tokens.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), model(x, tokens).detach(), rtol=0, atol=4e-3 if half else 1e-5)
