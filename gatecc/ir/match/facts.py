@@ -27,6 +27,7 @@ _SECOND = frozenset(
 _NORMS = frozenset("layer_norm rms_norm batch_norm group_norm instance_norm".split())
 _STARTS = _LAST | _SECOND | frozenset(LINEAR_OPS) | {"einsum"}
 _PERMUTES = frozenset("permute transpose t mT movedim swapaxes swapdims".split())
+_SPLITS = frozenset("split split_with_sizes chunk tensor_split".split())
 _REGROUPS = frozenset("view reshape _unsafe_view flatten unflatten view_as reshape_as".split())
 
 
@@ -147,7 +148,10 @@ class Facts:
 
     def _find_channel(self, node: fx.Node) -> int | None:
         name = opname(node)
-        known = [n for n in self.inputs[node] if n in self.channel]
+        read = self.inputs[node]
+        if name == "getitem" and isinstance(node.args[0], fx.Node) and opname(node.args[0]) in _SPLITS:
+            read = self.inputs[node.args[0]]
+        known = [n for n in read if n in self.channel]
         held = fake(node) if known or name in _STARTS else None
         if held is None:
             return None
@@ -167,9 +171,20 @@ class Facts:
             return _permuted(node, name, axis, len(old))
         if name in _REGROUPS:
             return _regrouped(old, tuple(held.shape), axis)
-        if name in ("matmul", "bmm", "mm", "einsum", "scaled_dot_product_attention"):
+        if name in ("matmul", "mm"):
+            return self._behind_weight(node, rank)
+        if name in ("bmm", "einsum", "scaled_dot_product_attention"):
             return None
         return axis if len(old) == rank else _resized(node, name, axis, len(old), rank)
+
+    def _behind_weight(self, node: fx.Node, rank: int) -> int | None:
+        """``weight @ x`` maps the axis before the last of x (Mamba's time steps), which holds the features or tokens:
+        either way they stay where they are. None for any other product."""
+        weight, x = node.args[:2]
+        if weight in self.data or not isinstance(weight, fx.Node) or not isinstance(x, fx.Node) or x not in self.data:
+            return None
+        fits = len(shape(weight)) == 2 and len(shape(x)) == rank >= 2
+        return self.channel.get(x) if fits else None
 
 
 def _permuted(node: fx.Node, name: str, axis: int, rank: int) -> int | None:

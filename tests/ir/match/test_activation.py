@@ -89,3 +89,19 @@ def test_activations_of_constants_are_none() -> None:
 def test_a_softcap_is_its_tanh() -> None:
     found = find(between_linears(lambda x: 30 * torch.tanh(x / 30)), torch.randn(2, 3, 6))
     assert [site.function for site in found.sites("activation")] == ["tanh"]
+
+
+def test_features_before_tokens_as_mamba_has_them() -> None:
+    """``weight @ x`` and a half of a product keep the axis of the features, which is not the last one."""
+
+    def form(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        one, two = F.linear(x, m.w).transpose(1, 2).chunk(2, dim=1)  # (B, C, N) each
+        return F.silu(one) + F.softplus(m.v @ two)
+
+    found = find(
+        Lambda(form, w=nn.Parameter(torch.randn(16, 6)), v=nn.Parameter(torch.randn(8, 8))), torch.randn(2, 5, 6)
+    )
+    assert [(s.function, str(s.values["out"].axes)) for s in found.sites("activation")] == [
+        ("silu", "bcn"),
+        ("softplus", "bcn"),
+    ]
