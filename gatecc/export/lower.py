@@ -8,8 +8,11 @@ from typing import Any
 from torch import nn
 
 from gatecc.codegen.onnx.lower import Subject, Target, lower_graph
+from gatecc.codegen.onnx.lower.run import FailedLoweringError
 from gatecc.ir.outcome import Outcome
 from gatecc.ir.program import Program
+from gatecc.passes.lower.experts import Experts
+from gatecc.passes.lower.lowering import Settings
 from gatecc.pipeline import prepare
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
@@ -25,8 +28,17 @@ def lower(
     Lowerings of the names ``without`` do not run; raises FailedLoweringError for one that fails, and the program is
     then good for nothing.
     """
-    prepared = prepare(program)
-    return lower_graph(Subject(program, prepared.sites, target, opset, context), without)
+    sites = prepare(program).sites
+    outcomes: list[Outcome] = []
+    if Experts.name not in without:  # as torch.compile has them: the operator has the form with the fewest nodes
+        try:
+            outcomes += Experts().lower(program, sites, Settings())
+        except Exception as e:
+            raise FailedLoweringError(Experts.name, e) from e
+        if any(outcome.became for outcome in outcomes):
+            program.graph.eliminate_dead_code()
+            sites = prepare(program).sites
+    return outcomes + lower_graph(Subject(program, sites, target, opset, context), without)
 
 
 def context_of(model: nn.Module) -> int | None:

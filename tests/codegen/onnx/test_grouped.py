@@ -76,6 +76,8 @@ def test_a_mixture_of_experts(tmp_path: Path) -> None:
     made = gatecc.export(model, tmp_path / "x", {"input_ids": torch.randint(29, (2, 8))})
     assert made.outputs["logits"] == ["batch", "sequence", 29]
     assert {c.sizes["sequence"] for c in made.compared} == {1, 7, 8, 11, 131}
+    assert made.lowered["experts: gatecc::moe_ffn"] == 1
+    assert not {"Mod", "IsNaN", "CumSum", "GatherND"} & made.operators.keys()  # of transformers' sums over experts
     path = tmp_path / "x" / "model.onnx"
     session: Any = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     equal, mixed = torch.full((3, 5), 7), torch.randint(29, (3, 13))
