@@ -27,6 +27,7 @@ from gatecc.scope.family import difference
 
 _FEW = 8  # entries: sizes and scalars agree by chance
 _SMALLEST = 1e-6
+_MANY = 1 << 24  # differences of rows
 _AXES = 5  # of a tensor whose layouts are tried
 _SHARES = (0.01, 0.1)  # of the difference that was found: less is rounding on the way ...
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 2e-3}  # ... and so is this, up to the larger one
@@ -179,7 +180,7 @@ def first_differing(
     for node in reversed(nodes):
         for name in node.outputs:
             x = found.get(name)
-            if tells(name) or (x is not None and (_agrees(x, known, limit) or _in_pieces(x, known, limit))):
+            if tells(name) or (x is not None and any(f(x, known, limit) for f in (_agrees, _in_pieces, _in_rows))):
                 right.add(name)
     for floating in (True, False):  # an index without a partner is seen in what it fetches, which is wrong anyway
         for node in nodes:
@@ -210,6 +211,20 @@ def _in_pieces(x: Tensor, known: Sequence[Tensor], limit: float) -> bool:
         found = (y for y in parts if y.shape[1] in of_width and _gap(of_width[y.shape[1]], y) <= limit)
         at += next((y.shape[1] for y in found), width + 1)
     return at == width
+
+
+def _in_rows(x: Tensor, known: Sequence[Tensor], limit: float) -> bool:
+    """Whether each of its rows is a row of some known value: tokens of one expert, which a Split has taken out."""
+    if x.dim() != 2 or x.numel() < _FEW or not x.is_floating_point():
+        return False
+    x = x.double()
+    least = limit * max(float(x.abs().max()), _SMALLEST)
+    for y in known:
+        if y.dim() > 1 and y.shape[-1] == x.shape[1] > 1 and y.is_floating_point() and y.numel() > x.numel():
+            rows = y.double().reshape(-1, x.shape[1])
+            if len(x) * rows.numel() <= _MANY and bool(((x[:, None] - rows).abs().amax(-1).amin(1) <= least).all()):
+                return True
+    return False
 
 
 def _same(x: Tensor, y: Tensor, limit: float) -> bool:

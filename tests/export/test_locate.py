@@ -88,6 +88,34 @@ def test_a_choice_that_comes_out_right_says_nothing_of_what_it_was_made_of() -> 
     assert first_differing(alone, found, [index, z], 1e-5, ends=["z"]) is None
 
 
+def test_rows_that_a_split_has_taken_out() -> None:
+    """Of each expert's tokens the rows are known, in a value of all of them."""
+    x, h, y, z = (torch.randn(5, 8) for _ in range(4))
+    nodes = [
+        node("Split", "x", "x0 x1"),
+        *(node(f"Up{i}", f"x{i}", f"h{i}") for i in range(2)),
+        node("Join", "h0 h1", "h"),
+        node("Act", "h", "y"),
+        node("Part", "y", "y0 y1"),
+        *(node(f"Down{i}", f"y{i}", f"z{i}") for i in range(2)),
+        node("Whole", "z0 z1", "z"),
+    ]
+
+    def guilty(**wrong: Tensor) -> str | None:
+        found = {"x0": x[:2], "x1": x[2:], "h0": h[:2], "h1": h[2:], "h": h, "y": y, "y0": y[:2], "y1": y[2:]}
+        found |= {"z0": z[:2], "z1": z[2:], "z": z, **wrong}
+        first = first_differing(nodes, found, [x, h, y, z], 1e-5, ends=["z"])
+        return None if first is None else first.operator
+
+    assert guilty() is None
+    assert guilty(z1=z[2:] + 1, z=z + 1) == "Down1"
+    assert guilty(z=z + 1) == "Whole"
+    assert guilty(y1=y[2:] + 1, z1=z[2:] + 1, z=z + 1) == "Part"
+    behind = {"y": y + 1, "y0": y[:2] + 1, "y1": y[2:] + 1, "z0": z[:2] + 1, "z1": z[2:] + 1, "z": z + 1}
+    assert guilty(**behind) == "Act"
+    assert guilty(h1=h[2:] + 1, h=h + 1, **behind) == "Up1"
+
+
 class Net(nn.Module):
     """Two blocks; the second goes through an operator that has a form of ours: (B, N, 8) -> (B, N, 8)."""
 
