@@ -94,7 +94,7 @@ def test_a_softcap_is_its_tanh() -> None:
 def test_features_before_tokens_as_mamba_has_them() -> None:
     """``weight @ x`` and a half of a product keep the axis of the features, which is not the last one."""
 
-    def form(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def form(m: Any, x: torch.Tensor) -> torch.Tensor:
         one, two = F.linear(x, m.w).transpose(1, 2).chunk(2, dim=1)  # (B, C, N) each
         return F.silu(one) + F.softplus(m.v @ two)
 
