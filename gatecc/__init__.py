@@ -36,6 +36,7 @@ from gatecc.passes.condition_cache import condition_cache
 from gatecc.passes.ensemble.build import ensemble
 from gatecc.passes.ensemble.choose import Choose
 from gatecc.passes.ensemble.ensemble import Ensemble
+from gatecc.passes.exit.exit import Exit
 from gatecc.passes.fuse import Fuse
 from gatecc.passes.gate import Gate
 from gatecc.passes.mix.mix import Mix
@@ -61,6 +62,7 @@ __all__ = [
     "Decoder",
     "Embedding",
     "Ensemble",
+    "Exit",
     "Fuse",
     "Gate",
     "GateSpec",

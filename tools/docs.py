@@ -64,6 +64,7 @@ GUIDES = (
     ("gates.md", "what a gate reads, how it is scored, what it varies over, how it learns and starts"),
     ("linear-attention.md", "the operator: rules, options, states, steps, and what computes it"),
     ("experts.md", "the operator, routing, upcycling, existing experts, adapters, ensembles, hand-off"),
+    ("exits.md", "leaving a model early, for each sample: heads, rules, training, thresholds, what it costs"),
     ("export.md", "ONNX: which sizes are free, how numbers are judged, what is given up and what is refused"),
     ("compile.md", "the torch.compile backend: what it lowers, its options, explanations, debugging, ahead of time"),
     ("kernels.md", "Triton kernels judged without a GPU, the sizes of their blocks, kernels printed from a graph"),

@@ -24,6 +24,7 @@ model, example_inputs = timm.create_model("swin_tiny_patch4_window7_224", **shap
     **{
         name: f"from gatecc.recipes import samples\n\nmodel, example_inputs = samples.{sample}()\n"
         for names, sample in (
+            ("dyn-perceiver jei-dnn", "classifier"),
             ("divcontrol easycontrol m3vit mhr poly unicon", "conditioned"),
             ("fast-experts", "mixture"),
             ("hash-experts", "points"),

@@ -25,7 +25,7 @@ def again(edit: Editor, values: Mapping[fx.Node, fx.Node], target: fx.Node) -> f
     GraphError where something on the way is changed in place.
     """
     copied = {old: new for old, new in values.items() if old is not new}
-    for node in _between(edit.program.graph, values, target):
+    for node in between(edit.program.graph, values, target):
         if mutates(node):
             raise GraphError(
                 f"the rewrite {edit.rewrite} computes a part of the model twice, and it changes a value in place",
@@ -45,7 +45,7 @@ def again(edit: Editor, values: Mapping[fx.Node, fx.Node], target: fx.Node) -> f
     return copied.get(target, target)
 
 
-def _between(graph: fx.Graph, values: Mapping[fx.Node, fx.Node], target: fx.Node) -> list[fx.Node]:
+def between(graph: fx.Graph, values: Mapping[fx.Node, fx.Node], target: fx.Node) -> list[fx.Node]:
     """The nodes that depend on values and that the target depends on, in order."""
     later: set[fx.Node] = set()
     for node in graph.nodes:

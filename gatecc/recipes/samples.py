@@ -112,6 +112,25 @@ def sequences() -> Sample:
     return weighted(_Transformer(causal=False, vocabulary=0)), (_noise(2, 6, _WIDTH),)
 
 
+class _Classifier(nn.Module):
+    """x: (B, N, C) -> (B, 5)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(_Block(causal=False) for _ in range(3))
+        self.norm, self.head = nn.LayerNorm(_WIDTH), nn.Linear(_WIDTH, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x).mean(1))
+
+
+def classifier() -> Sample:
+    """An encoder of three blocks with a head on the mean of its tokens."""
+    return weighted(_Classifier()), (_noise(4, 6, _WIDTH),)
+
+
 def diffusion() -> Sample:
     """The same with a timestep."""
     return weighted(_Transformer(causal=False, vocabulary=0)), (_noise(2, 6, _WIDTH), torch.tensor([10, 500]))

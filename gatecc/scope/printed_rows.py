@@ -72,15 +72,15 @@ def _on_rows(body: Callable[..., Tensor], axes: Sequence[int | None], number: in
                 labels.append(f"rows_{number}")
                 y = torch.ops.gatecc.only_if(y, other, condition.any(), labels[-1])
             return torch.where(condition, y, other)
-        hit = condition.reshape(-1)
-        count = int(hit.sum())
+        every = condition.numel()
+        count = int(condition if every == 1 else condition.sum())
         read = [x for x in given if isinstance(x, torch.nn.Parameter)]
-        paths.note(paths.Taken("block", (count,), hit.numel(), read))
+        paths.note(paths.Taken("block", (count,), every, read))
         if not count:
             return other
-        if count == hit.numel():
+        if count == every:
             return body(None, *given)
-        at = hit.nonzero().squeeze(1)
+        at = condition.reshape(-1).nonzero().squeeze(1)
         rows = [x if axis is None else x.index_select(axis, at) for x, axis in zip(given, axes, strict=True)]
         return other.index_copy(0, at, body(None, *rows))
 

@@ -6,6 +6,8 @@ from gatecc.train.callbacks import lightning_callback, trainer_callback
 from gatecc.train.contexts import expert_losses, fit_contexts
 from gatecc.train.contrast import TaskContrast
 from gatecc.train.ensembles import expected_loss, member_losses, sweep, update_centres
+from gatecc.train.exit_calibration import Calibration, Operating, calibrate, geometric_shares
+from gatecc.train.exits import exit_costs, exit_labels, exit_logits, exits, fit_exemplars, fit_exits
 from gatecc.train.heal import Healed, Point, heal
 from gatecc.train.labels import gate_bce, topk_mass
 from gatecc.train.lora import Adapters, Lora
@@ -19,19 +21,29 @@ from gatecc.train.threshold import ThresholdTracker, move_threshold, threshold_f
 __all__ = [
     "Adapters",
     "Budget",
+    "Calibration",
     "Healed",
     "Lora",
+    "Operating",
     "Point",
     "TaskContrast",
     "ThresholdTracker",
     "Transfer",
     "Tune",
+    "calibrate",
     "choose_subset",
     "coactivation",
+    "exit_costs",
+    "exit_labels",
+    "exit_logits",
+    "exits",
     "expected_loss",
     "expert_losses",
     "fit_contexts",
+    "fit_exemplars",
+    "fit_exits",
     "gate_bce",
+    "geometric_shares",
     "heal",
     "kld",
     "lightning_callback",

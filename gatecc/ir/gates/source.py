@@ -266,11 +266,7 @@ class LogitStatistics(Source, tag="logits"):
 
     def read(self, shape: GateShape, shapes: Sequence[SourceShape], value: Tensor, xs: Sequence[Tensor]) -> Features:
         z, at = align(channels_last(xs[0].detach(), shapes[0].axes, shape.sizes), shape, value)
-        log_p = torch.log_softmax(z, -1)
-        powered = torch.log_softmax(z * self.power, -1)
-        top = torch.topk(log_p, 2, -1).values.exp()
-        margin = top[..., 0] - top[..., 1]
-        return Features(torch.stack((top[..., 0], _entropy(log_p), margin, _entropy(powered)), -1), at)
+        return Features(logit_statistics(z, self.power), at)
 
 
 @dataclass(frozen=True)
@@ -320,5 +316,15 @@ class Concat(Source, tag="concat"):
         return Features(torch.cat([spread(f, at, sizes) for f in read], -1), at)
 
 
-def _entropy(log_p: Tensor) -> Tensor:
+def logit_statistics(z: Tensor, power: float = 2.0) -> Tensor:
+    """Largest probability, entropy, margin, entropy of p^power, entropies divided by log(C). z: (..., C) -> (..., 4)"""
+    log_p = torch.log_softmax(z, -1)
+    powered = torch.log_softmax(z * power, -1)
+    top = torch.topk(log_p, 2, -1).values.exp()
+    margin = top[..., 0] - top[..., 1]
+    return torch.stack((top[..., 0], entropy(log_p), margin, entropy(powered)), -1)
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    """Entropy over log(C). log_p: (..., C) -> (...)"""
     return -(log_p.exp() * log_p).sum(-1) / math.log(log_p.size(-1))

@@ -13,11 +13,14 @@ from gatecc.ir.program import Program, attribute, fake, origin
 from gatecc.ir.router import RouterSpec
 from gatecc.ir.select import Selector
 from gatecc.ir.site import Site, Value
-from gatecc.ir.skipped import Skipped, mark, needed_by, sees_all, skipped_at
+from gatecc.ir.skipped import needed_by, sees_all
 from gatecc.passes.operands import place, source, source_shape, stage
 from gatecc.passes.route.copies import Copies
 from gatecc.passes.route.router_nodes import router_nodes
 from gatecc.passes.samples import check_one_row, hits, over, weight_of
+from gatecc.passes.skipping import skip_for_samples
+
+_SHOWN = "leave out what shows the inside (use_cache=False, output_attentions=False), or route the MLPs inside of it"
 
 
 def per_sample(x: Tensor) -> Tensor:
@@ -77,8 +80,9 @@ def route_block(router: RouterSpec, experts: Copies, options: int, at: Selector,
         kept.append(edit.call(where, condition, result, given.node, name=f"expert_{number}"))
     y = edit.call(mixed, given.node, weights, indices, *kept, name="routed")
     edit.replace(out.node, y)
+    affected = _affected(given.node, edit.site)
     for node in kept:
-        _mark(node, given.node, edit)
+        skip_for_samples(node, affected, edit, "the block", _SHOWN)
 
 
 def _check_values(given: Value, out: Value, site: Site) -> None:
@@ -146,26 +150,6 @@ def _own(program: Program, node: fx.Node, prefix: str) -> bool:
     return True
 
 
-def _mark(node: fx.Node, given: fx.Node, edit: Editor) -> None:
-    """See that all of the block can be skipped, and mark it so. One that writes to its buffers runs for all samples."""
-    program, value = edit.program, node.args[1]
-    assert isinstance(value, fx.Node)
-    affected = _affected(given, edit.site)
-    if any(map(sees_all, affected)):
-        return
-    found = skipped_at(program, node)
-    why = found if isinstance(found, str) else _outside(found, affected)
-    if why:
-        raise SiteRefusedError(
-            "the block cannot be skipped for some samples and run for others",
-            where=place(edit.site),
-            found=why,
-            expected="a block of which only the result is read, on an example with two samples or more",
-            do="leave out what shows the inside (use_cache=False, output_attentions=False), or route the MLPs inside",
-        )
-    mark(node)
-
-
 def _affected(given: fx.Node, site: Site) -> set[fx.Node]:
     """What in the block depends on the numbers that enter it, sizes aside."""
     found, todo = set[fx.Node](), [given]
@@ -181,12 +165,3 @@ def _affected(given: fx.Node, site: Site) -> set[fx.Node]:
 def _of_block(node: fx.Node, site: Site) -> bool:
     at = origin(node)
     return not at.inserted_by and (not site.owner or f"{at.owner}.".startswith(f"{site.owner}."))
-
-
-def _outside(found: Skipped, affected: set[fx.Node]) -> str:
-    """What of the block others read besides its result; they would read it for all samples."""
-    for node in found.given:
-        if node in affected:
-            reader = next((u for u in node.users if u not in found.inside), None)
-            return f"{node.name} {origin(node).line} is read by {reader.name if reader else 'others'}, too"
-    return ""
