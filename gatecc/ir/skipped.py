@@ -17,7 +17,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from gatecc.ir.boundary import held
-from gatecc.ir.ops import SHAPE_ONLY, SOFTMAXES, mutates, named, opname
+from gatecc.ir.ops import DROPOUTS, SHAPE_ONLY, SOFTMAXES, mutates, named, opname, written
 from gatecc.ir.program import META, Program, fake, origin, shape
 from gatecc.ir.sizes import described_shape, expression, symbols
 
@@ -63,7 +63,7 @@ def skipped_at(program: Program, node: fx.Node) -> Skipped | str:
     if samples.is_Integer and samples != 1:
         return f"the graph holds for batches of {samples} alone"
     inside = needed_by(value, held(program.boundaries))
-    if any(map(sees_all, inside)):
+    if any(sees_all(n, inside) for n in inside):
         return "it writes to a tensor that outlives it, or compares samples"
     sizes = set[fx.Node]() if samples == 1 else _sizes(inside, samples)
     given = _given(program, inside | sizes)
@@ -112,11 +112,31 @@ def _along(node: fx.Node, read: fx.Node) -> set[int]:
     return {dim % max(held.dim(), 1) for dim in dims}
 
 
-def sees_all(node: fx.Node) -> bool:
-    """Whether an operator writes to what outlives it, or reads across samples: a batch norm in training does both."""
+def sees_all(node: fx.Node, inside: Collection[fx.Node] = ()) -> bool:
+    """Whether an operator writes to what outlives it, or reads across samples: a batch norm in training does both.
+
+    What is computed ``inside`` does not: an activation in place writes to what its own sample made.
+    """
     if opname(node) in ("batch_norm", "instance_norm") and isinstance(node.target, OpOverload):
         return bool(named(node, "training") or (named(node, "use_input_stats") and named(node, "running_mean")))
-    return mutates(node)
+    into = written(node)
+    return mutates(node) and not (into and all(_owner(x) in inside for x in into))
+
+
+def _owner(node: fx.Node) -> fx.Node | None:
+    """The operator that made the memory of a value; None for inputs, weights and results of in-place operators that
+    nothing can be said of."""
+    while node.op == "call_function" and isinstance(node.target, OpOverload):
+        aliases = [a.name for a in node.target._schema.arguments if a.alias_info is not None]
+        if opname(node) in DROPOUTS:
+            aliases = ["input"]
+        if not aliases:
+            return node
+        source = named(node, aliases[0])
+        if not isinstance(source, fx.Node):
+            return None
+        node = source
+    return None
 
 
 def needed_by(value: fx.Node, kept: Collection[fx.Node] = ()) -> set[fx.Node]:

@@ -21,7 +21,9 @@ def skip_for_samples(node: fx.Node, affected: AbstractSet[fx.Node], edit: Editor
     does in training, all samples go through. Raises SiteRefusedError, beginning with ``what``, if samples cannot be
     told apart, or if something besides the value reads an affected node.
     """
-    if any(map(sees_all, affected)) or expression(shape(node)[0]) == 0:  # of no samples there is nothing to skip
+    if (
+        any(sees_all(n, affected) for n in affected) or expression(shape(node)[0]) == 0
+    ):  # of no samples there is nothing to skip
         return
     found = skipped_at(edit.program, node)
     why = found if isinstance(found, str) else _outside(found, affected)
