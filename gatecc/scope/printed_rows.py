@@ -74,8 +74,9 @@ def _on_rows(body: Callable[..., Tensor], axes: Sequence[int | None], number: in
             return torch.where(condition, y, other)
         every = condition.numel()
         count = int(condition if every == 1 else condition.sum())
-        read = [x for x in given if isinstance(x, torch.nn.Parameter)]
-        paths.note(paths.Taken("block", (count,), every, read))
+        if paths.is_watched():
+            read = [x for x in given if isinstance(x, torch.nn.Parameter)]
+            paths.note(paths.Taken("block", (count,), every, read))
         if not count:
             return other
         if count == every:
