@@ -122,6 +122,10 @@ def scores_clamped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT).tril().clamp(-1e3, 1e3) @ v
 
 
+def scores_clamped_near(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).clamp(-6, 6).tril() @ v
+
+
 def dropped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.dropout((q @ k.mT).tril(), 0.5, True) @ v
 
@@ -140,6 +144,7 @@ def test_what_only_other_numbers_and_sizes_tell() -> None:
         Mixture(lambda h: h.nan_to_num(0.0)): "numbers that are not finite are treated inside of it (nan_to_num)",
         LinearAttention(clamped): "",
         LinearAttention(scores_clamped): "the nearest recurrence",
+        LinearAttention(scores_clamped_near): "the nearest recurrence",
     }
     for expected, outcome in zip(cases.values(), outcomes(list(cases), training=False), strict=True):
         assert bool(outcome.became) == (not expected), (expected, outcome)

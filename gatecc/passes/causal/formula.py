@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from gatecc.ir.ops import opname
+from gatecc.ir.ops import CASTS, VIEWS, opname
 from gatecc.ir.program import Program, shape
 from gatecc.ir.sizes import Sizes, on_example
+from gatecc.passes.causal.bounds import Bounds
 from gatecc.passes.causal.held import images
 from gatecc.passes.causal.lengths import other_sizes
 from gatecc.passes.causal.narrow import Narrow
@@ -29,6 +30,7 @@ from gatecc.passes.unseen import scales
 _TOLERANCE = 1e-6  # of a token in float64, relative to its largest number
 _ROUNDED = 2e-5  # of one that comes of numbers that were rounded to float32
 NEAREST = "the nearest recurrence"  # so begins the reason where one was compared
+NEGATIVE = "its state is multiplied by a number that may be negative, of which the operator has no logarithm"
 FREE = "the length is free"  # and so where one held on the example alone
 MOST = 6  # values that may enter
 _FIRST = 48  # tokens by which assignments are told apart; the very first tells most, whatever the decay
@@ -80,6 +82,7 @@ class _Search:
         self.program, self.part, self.narrow = program, part, narrow
         self.generator = torch.Generator().manual_seed(0)
         self.tolerance = _ROUNDED if part.fixed else _TOLERANCE
+        self.bounds = Bounds(program)
         self.out = _places(len(shape(part.out)), part.axis)
         sizes = narrow.sizes(part.out)
         self.heads = 1 if self.out[1] < 0 else sizes[self.out[1]]
@@ -96,7 +99,7 @@ class _Search:
         held = [x for node in images(self.part.nodes, self.part.held) if (x := self._held(node)) is not None]
         if any(self.heads % self._heads_of(x) for x in operands):
             return "the heads of what enters it do not fit those of what leaves it"
-        nearest = float("inf")
+        nearest, negative = float("inf"), False
         for low, high, domains in ((-0.1, -0.01, ("", "logit")), (0.01, 0.1, ("factor",))):
             entering = (*self.part.operands, *self.part.held)
             numbers = self._imaged({node: self._uniform(node, low, high) for node in entering}, held)
@@ -110,11 +113,15 @@ class _Search:
             for formula in self._assignments(operands, held, domains, error_on):
                 error = error_on(formula, 1)
                 error = error_on(formula, _FIRST) if error <= self.tolerance else error
-                if error <= self.tolerance:
+                if error <= self.tolerance and not self._has_logarithm(formula):
+                    negative = True
+                elif error <= self.tolerance:
                     proved, error = self._proved(formula)
                     if proved is not None:
                         return proved
                 nearest = min(nearest, error)
+        if negative:
+            return NEGATIVE
         return (
             f"{NEAREST} differs by {nearest:.1e}" if nearest < float("inf") else "no sizes of queries, keys and values"
         )
@@ -184,6 +191,17 @@ class _Search:
             return False
         return decay is None or self._width(decay) in (1, self._width(start.k))
 
+    def _has_logarithm(self, formula: Formula) -> bool:
+        """Whether what a state is multiplied by is not negative; of a buffer, whether it is not now."""
+        decay = formula.decay
+        if decay is None or decay.domain != "factor" or self.bounds.of(decay.node)[0] >= 0:
+            return True
+        node = decay.node
+        while opname(node) in VIEWS | CASTS and node.op == "call_function":
+            node = node.all_input_nodes[0]
+        held = read_buffer(self.program, node)
+        return held is not None and bool((held >= 0).all())
+
     def _constant(self, start: Formula) -> tuple[float, ...] | None:
         """Log decays that stand in the graph: of a state that one key wrote once, and that every query reads."""
         numbers = {x.node: torch.zeros(self.narrow.sizes(x.node), dtype=torch.float64) for x in start.operands}
@@ -241,7 +259,9 @@ class _Search:
         return scale, error if error == error else float("inf")  # NaN: the operator overflows
 
     def _numbers(self, formula: Formula, draw: Callable[[Tensor], Tensor], size: float = 1.0) -> dict[fx.Node, Tensor]:
-        """Numbers for each role: keys of length one, so that delta rules do not grow; decays as they are drawn."""
+        """Numbers for each role: keys of length one, so that delta rules do not grow; decays as they are drawn, and
+        where their bounds allow it some that let a state grow; likewise some strengths of a delta rule beyond 0 and 1.
+        """
         numbers: dict[fx.Node, Tensor] = {}
         for x in formula.operands:
             if x is formula.decay and x.node not in self.part.operands:
@@ -249,10 +269,14 @@ class _Search:
             drawn = torch.rand(self.narrow.sizes(x.node), generator=self.generator, dtype=torch.float64)
             if x is formula.decay:
                 logs = draw(drawn)
-                kept = logs.exp()
-                numbers[x.node] = {"": logs, "factor": kept, "logit": (kept / -torch.expm1(logs)).log()}[x.domain]
+                if x.domain == "logit":
+                    numbers[x.node] = (logs.exp() / -torch.expm1(logs)).log()
+                else:
+                    logs = logs.masked_fill(_some(drawn, 0.08), 0.2)
+                    numbers[x.node] = (logs.exp() if x.domain else logs).clamp(*self.bounds.of(x.node))
             elif x is formula.beta:
-                numbers[x.node] = 0.05 + 0.9 * drawn if not x.domain else 4 * drawn - 2
+                usual = (0.05 + 0.9 * drawn).masked_fill(_some(drawn, 0.08), 1.8).masked_fill(_some(drawn, 0.03), -0.4)
+                numbers[x.node] = usual.clamp(*self.bounds.of(x.node)) if not x.domain else 4 * drawn - 2
             else:
                 numbers[x.node] = torch.randn(drawn.shape, generator=self.generator, dtype=torch.float64)
         for node in {formula.k.node}:
@@ -333,6 +357,11 @@ def _places(rank: int, axis: int) -> Places:
     """Of a value with tokens at an axis: the batch first, heads before features."""
     rest = [i for i in range(1, rank) if i != axis]
     return (0, rest[0], axis, rest[1]) if rank == 4 else (0, -1, axis, rest[0])
+
+
+def _some(drawn: Tensor, share: float) -> Tensor:
+    """Which numbers are to be others: a share of them, and few of one token's."""
+    return (drawn * 7919).frac() < share
 
 
 def _weak(drawn: Tensor) -> Tensor:

@@ -78,6 +78,12 @@ def gathered(x: Tensor, places: Places) -> Tensor:
     return x.permute([kept.index(axis) for axis in range(len(kept))])
 
 
+def _logarithm(factor: Tensor) -> Tensor:
+    """The logarithm of what is not negative. Of zero that of the least normal number: its gradient is finite."""
+    wide = factor.float() if factor.dtype in (torch.float16, torch.bfloat16) else factor
+    return wide.clamp_min(torch.finfo(wide.dtype).tiny).log()
+
+
 def compute(
     q: Tensor,
     k: Tensor,
@@ -96,7 +102,7 @@ def compute(
     q = q if factor is None else q * factor
     v = k.new_ones((*k.shape[:3], 1)) if v is None else v
     if decay is not None and domains[0]:
-        decay = decay.log() if domains[0] == "factor" else F.logsigmoid(decay)
+        decay = _logarithm(decay) if domains[0] == "factor" else F.logsigmoid(decay)
     if beta is not None and domains[1]:
         beta = beta.sigmoid()
     if constant:

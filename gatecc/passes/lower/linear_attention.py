@@ -20,7 +20,7 @@ from gatecc.ir.ops import SOFTMAXES, opname
 from gatecc.ir.program import Program, fake, origin, shape
 from gatecc.ir.site import Site
 from gatecc.ir.sizes import on_example
-from gatecc.passes.causal.formula import FREE, MOST, NEAREST, find_formula
+from gatecc.passes.causal.formula import FREE, MOST, NEAREST, NEGATIVE, find_formula
 from gatecc.passes.causal.parts import Part, Probe, read_buffer
 from gatecc.passes.causal.peeled import peeled
 from gatecc.passes.causal.remembered import Remembered
@@ -151,7 +151,7 @@ def _search(
     if not tried:
         return None, "", True
     part, reason, lasts = _telling(tried)
-    why = unlike(program, part) if lasts and not reason.startswith(FREE) else ""
+    why = unlike(program, part) if lasts and not reason.startswith((FREE, NEGATIVE)) else ""
     return part, f"{reason}: {why}" if why else reason, lasts
 
 
@@ -159,7 +159,7 @@ def _telling(tried: list[tuple[Part, str, bool]]) -> tuple[Part, str, bool]:
     """The refusal that says most: of the largest recurrence that held on the example, or was compared at all;
     else of the smallest part that holds most of the nodes and has few operands: larger ones hold what comes after it,
     too, and much smaller ones are convolutions and the like."""
-    for begins in (FREE, NEAREST):
+    for begins in (FREE, NEGATIVE, NEAREST):
         near = [one for one in tried if one[1].startswith(begins)]
         if near:
             return near[-1]

@@ -2,14 +2,15 @@
 
 What lies between the input and the output of a site may be spelled in many ways: a written-out GELU, views, dropout,
 gate and up in one matrix in either order. So its part of the graph is run in float64 on random inputs and weights and
-compared with the formula; a site that computes anything else is refused, with the difference that was found.
+compared with the formula, where it has thresholds beyond them too, and at other sizes where they are free; a site that
+computes anything else is refused, with the difference that was found.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,12 +18,15 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
 from gatecc.errors import SiteRefusedError
+from gatecc.ir.ops import DROPOUTS, opname
 from gatecc.ir.program import Program, attribute, shape
 from gatecc.ir.site import MLP, Site, Weight
-from gatecc.ir.sizes import on_example
+from gatecc.ir.sizes import Sizes, on_example, value
 from gatecc.ops.moe_ffn.activations import Layout, activation, names
+from gatecc.passes.expert_sizes import other_sizes
 from gatecc.passes.operands import place, stage
 from gatecc.passes.trial import Trial, UntriedError
+from gatecc.passes.unseen import scales, unseen
 
 _TOLERANCE = 1e-6  # of the formula in float64, relative: other activations differ by 1e-4 and more
 Order = Literal["plain", "apart", "gate_up", "up_gate", "interleaved"]
@@ -115,10 +119,31 @@ def read_ffn(site: Site, program: Program) -> FFN:
     given, out = stage(site, "in"), stage(site, "out")
     if given.axes.features != "c" or given.axes[-1] != "c" or out.axes[-1] != "c":
         raise _refused(site, f"axes {given.axes} in, {out.axes} out", "channels as the last axis")
+    names = {w.fqn for w in site.weights.values()} | {str(w.bias) for w in site.weights.values() if w.bias}
+    nodes = Trial(program, {given.node: torch.empty(0)}, lambda name, held: None).needed(out.node)
+    if text := unseen([n for n in nodes if opname(n) not in DROPOUTS], training=True):
+        raise _refused(site, text, "a formula without that")
+    sizes = other_sizes(program, nodes, given.node, _widths(site, program))
+    if isinstance(sizes, str):
+        raise _refused(site, sizes, "a formula that can be proved at a second number of tokens")
+
+    def part(**other: Any) -> _Part:
+        return _Part(program, site, given.node, out.node, names, **other)
+
     with _disable_current_modes(), unset_fake_temporarily(), torch.no_grad():
-        names = {w.fqn for w in site.weights.values()} | {str(w.bias) for w in site.weights.values() if w.bias}
-        part = _Part(program, site, given.node, out.node, names)
-        return _proved(site, part)
+        ffn = _proved(site, part())
+        for scale in scales(program, nodes):
+            _confirm(site, ffn, part(scale=scale), f"with numbers of {scale:.0e}")
+        for symbols in sizes:
+            other = part(symbols=symbols)
+            _confirm(site, ffn, other, f"the sizes are free, and at {other.x[..., 0].numel()} tokens")
+        return ffn
+
+
+def _widths(site: MLP, program: Program) -> set[int]:
+    """What tokens must not be as many as."""
+    named = {w.fqn for w in site.weights.values()}
+    return {int(size) for n in program.graph.nodes if program.weight_name(n) in named for size in shape(n)}
 
 
 def _check_weights(site: MLP) -> None:
@@ -135,9 +160,21 @@ def _check_weights(site: MLP) -> None:
 
 
 class _Part:
-    """The part of a graph between the input and the output of a site, on random numbers in float64."""
+    """The part of a graph between the input and the output of a site, on random numbers in float64.
 
-    def __init__(self, program: Program, site: MLP, given: fx.Node, out: fx.Node, names: set[str]) -> None:
+    ``scale``: of the numbers; ``symbols``: free sizes that are others than on the example.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        site: MLP,
+        given: fx.Node,
+        out: fx.Node,
+        names: set[str],
+        scale: float = 1.0,
+        symbols: Sizes | None = None,
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
 
         def random(sizes: list[int], scale: float) -> Tensor:
@@ -150,9 +187,10 @@ class _Part:
             return self.weights.setdefault(name, random(list(held.shape), 1.5 * fan**-0.5))
 
         self.weights: dict[str, Tensor] = {}
-        self.x = random([on_example(s) or 1 for s in shape(given)], 1.0)
+        sizes = [int(value(s, symbols)) if symbols else on_example(s) or 1 for s in shape(given)]
+        self.x = random(sizes, scale)
         try:
-            self.y = Trial(program, {given: self.x}, weight).run(out)
+            self.y = Trial(program, {given: self.x}, weight, symbols=symbols).run(out)
         except UntriedError as e:
             raise _refused(site, f"{e} beside its input and weights", "what depends on these alone") from e
 
@@ -163,22 +201,35 @@ def _proved(site: MLP, part: _Part) -> FFN:
     orders: tuple[Order, ...] = ("gate_up", "up_gate", "interleaved") if "gate_up" in site.weights else ("apart",)
     for order in orders if site.form == "gated" else ("plain",):
         ffn = _shaped(site, order, part)
-        rows, bias, down, down_bias = ffn.stacked(part.weights.__getitem__)
-        h = torch.nn.functional.linear(part.x, rows, bias)
-        layout: Layout = "plain" if order == "plain" else "halves"
         for name in names():
-            if layout == "plain" and activation(name).of_both:
+            if order == "plain" and activation(name).of_both:
                 continue
-            y = torch.nn.functional.linear(activation(name).hidden(h, layout), down, down_bias)
-            errors[f"{name} ({order})"] = error = float((y - part.y).norm() / part.y.norm())
+            errors[f"{name} ({order})"] = error = _error(tried := replace(ffn, activation=name), part)
             if error < _TOLERANCE:
-                return FFN(ffn.weights, order, ffn.width, ffn.hidden, ffn.out, name)
+                return tried
     nearest = min(errors, key=errors.__getitem__)
     raise _refused(
         site,
         f"activation {site.activation or 'none'}; the nearest formula, {nearest}, differs by {errors[nearest]:.1e}",
         "down(act(up(x))), or down(act(gate(x)) * up(x)), and nothing between but dropout",
     )
+
+
+def _error(ffn: FFN, part: _Part) -> float:
+    """The difference to the formula, relative, or infinity for a result of another shape."""
+    rows, bias, down, down_bias = ffn.stacked(part.weights.__getitem__)
+    h = torch.nn.functional.linear(part.x, rows, bias)
+    layout: Layout = "plain" if ffn.order == "plain" else "halves"
+    y = torch.nn.functional.linear(activation(ffn.activation).hidden(h, layout), down, down_bias)
+    return float((y - part.y).norm() / part.y.norm()) if y.shape == part.y.shape else float("inf")
+
+
+def _confirm(site: MLP, ffn: FFN, part: _Part, where: str) -> None:
+    """Raises SiteRefusedError where the formula does not hold with these sizes and numbers."""
+    error = _error(ffn, part)
+    if not error < _TOLERANCE:
+        found = f"{where} it differs by {error:.1e} from {ffn.activation}"
+        raise _refused(site, found, "one formula for all sizes and numbers")
 
 
 def _shaped(site: MLP, order: Order, part: _Part) -> FFN:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -120,11 +121,27 @@ class _MLP(nn.Module):
         return self.down(self.between(self.up(x)))
 
 
+class _Then(nn.Module):
+    """An activation, and something that numbers of usual size and the example's tokens do not show."""
+
+    def __init__(self, activation: nn.Module, then: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.activation, self.then = activation, then
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.then(self.activation(x))
+
+
 @pytest.mark.parametrize(
     ("between", "found"),
     [
         (nn.Hardsigmoid(), r"activation hardsigmoid; the nearest formula, \w+ \(plain\), differs by"),
         (nn.Sequential(nn.GELU(), nn.LayerNorm(16)), "it reads between.1.weight beside its input"),
+        (_Then(nn.GELU(), lambda h: h.clamp(-7, 7)), r"with numbers of 1e\+02 it differs by .* from gelu"),
+        (_Then(nn.SiLU(), lambda h: 1e6 * (h / 1e6).tanh()), r"with numbers of 2e\+07 it differs by .* from silu"),
+        (_Then(nn.GELU(), lambda h: h * (h.numel() / 96)), "the sizes are free, and at .* tokens it differs by"),
+        (_Then(nn.GELU(), lambda h: h.nan_to_num()), r"are not finite are treated inside of it \(nan_to_num\)"),
+        (_Then(nn.GELU(), lambda h: h.detach()), r"gradients are stopped inside of it \(detach\)"),
     ],
 )
 def test_refuses_what_is_no_plain_ffn(between: nn.Module, found: str) -> None:
