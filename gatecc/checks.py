@@ -126,7 +126,11 @@ def identity(subject: Subject) -> Result:
 
 
 def causality(subject: Subject) -> Result:
-    """With random gates, outputs up to a token do not change when later tokens do: axis 1 of the first input."""
+    """With random gates, outputs up to a token do not change when later tokens do: axis 1 of the first input.
+
+    Where a rewrite is causal for whole blocks (`Effects.causal_block`), outputs up to the block of that token.
+    """
+    blocks = [rewrite.effects().causal_block for rewrite in subject.recipe.rewrites]
     first = next(x for x in pytree.tree_leaves((subject.args, subject.kwargs)) if isinstance(x, Tensor))
     before = _first(subject.call(subject.moved))
     worst, moved = 0.0, 0.0
@@ -135,7 +139,9 @@ def causality(subject: Subject) -> Result:
         args, kwargs = map_tensors(lambda x, y=later: y if x is first else x, (subject.args, subject.kwargs))
         with torch.no_grad():
             after = _first(subject.moved(*args, **kwargs))
-        worst = max(worst, float((after[:, :at] - before[:, :at]).abs().max()))
+        stays = min(at // block * block for block in blocks)
+        if stays:
+            worst = max(worst, float((after[:, :stays] - before[:, :stays]).abs().max()))
         moved = max(moved, float((after[:, at:] - before[:, at:]).abs().max()))
     if not moved:
         return float("inf"), 1e-5, "later tokens change nothing at all"

@@ -26,6 +26,9 @@ class Effects:
     ``edit.module(..., fill=)`` alone; it is then done once for all layers that share a graph. A subclass that adds to a
     rewrite has to promise it for itself.
 
+    ``causal_block``: a causal model stays causal for whole blocks of so many tokens; an output may depend on every
+    token of its block.
+
     ``in_python``: the edit is one of control flow that no graph holds. `Rewrite.install` does it on the model itself,
     and its sites are not captured.
     """
@@ -37,4 +40,5 @@ class Effects:
     reads_mask: bool = False
     whole_model: bool = False
     same_for_layers: bool = False
+    causal_block: int = 1
     in_python: bool = False

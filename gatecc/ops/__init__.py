@@ -2,6 +2,7 @@
 
 from gatecc.ops import (
     attention,
+    block_gate,
     cached_attention,
     estimators,
     grouped,
@@ -20,6 +21,7 @@ kept_graphs.tell()
 
 __all__ = [
     "attention",
+    "block_gate",
     "cached_attention",
     "estimators",
     "grouped",

@@ -136,6 +136,18 @@ def diffusion() -> Sample:
     return weighted(_Transformer(causal=False, vocabulary=0)), (_noise(2, 6, _WIDTH), torch.tensor([10, 500]))
 
 
+def sequences_in_training() -> Sample:
+    """The encoder in training mode, for gates that learn there alone."""
+    model, inputs = sequences()
+    return model.train(), inputs
+
+
+def language_in_training() -> Sample:
+    """The language model in training mode."""
+    model, inputs = language()
+    return model.train(), inputs
+
+
 def language() -> Sample:
     """A causal language model of 32 tokens."""
     ids = torch.randint(0, 32, (2, 8), generator=torch.Generator().manual_seed(3))

@@ -19,6 +19,7 @@ from gatecc.ir.router import Router
 
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module")  # of DDP, torch.compile, FSDP
 _LOSS = "loss_"
+_STEP = "routed_step"  # of what keeps figures of a step, routers or not
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,9 @@ def step(model: nn.Module) -> None:
         counts = list(flat.split([c.numel() for c in counts]))
     for router, count in zip(found, counts, strict=True):
         router.advance(count)
+    for module in model.modules():
+        if not isinstance(module, Router) and (own := dict(module.named_buffers(recurse=False)).get(_STEP)) is not None:
+            own.add_(1)
 
 
 def statistics(model: nn.Module, *, per_layer: bool = False) -> dict[str, float]:

@@ -131,7 +131,7 @@ def _checked_blocks(blocks: Tensor | None, sizes: Sequence[int], full: tuple[int
     queries, keys = sizes
     if blocks is not None:
         B, H, N, S = full
-        rows, columns = -(-N // queries), -(-S // keys)
+        rows, columns = (N + queries - 1) // queries, (S + keys - 1) // keys
         if blocks.dim() != 4 or tuple(blocks.shape[2:]) != (rows, columns) or blocks.dtype != torch.bool:
             expected = f"booleans, ({B} or 1, {H} or 1, {rows}, {columns})"
             raise _misfit("the map of blocks does not fit", f"{blocks.dtype} {tuple(blocks.shape)}", expected)

@@ -1,7 +1,7 @@
 """What ``gatecc::attention`` costs: floating-point operations for torch's counter, and bytes.
 
-Products alone, two operations per multiply-add, of the pairs that causality and the window leave. Each tensor is read
-or written once.
+Products alone, two operations per multiply-add, of the pairs that causality, the window and a map of blocks leave.
+Each tensor is read or written once.
 """
 
 from __future__ import annotations
@@ -9,7 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from gatecc.ops.paths import Taken
 
 Shape = Sequence[int]
 
@@ -35,10 +39,60 @@ def _sum_to(n: int, at_most: int | None = None) -> int:
     return at_most * (at_most + 1) // 2 + (n - at_most) * at_most
 
 
-def forward(q: Shape, k: Shape, v: Shape, *_: Any, **options: Any) -> int:
-    """Of the operator's arguments: q k^T and p v."""
+def forward(q: Shape, k: Shape, v: Shape, *_: Any, slots: int | None = None, **options: Any) -> int:
+    """Of the operator's arguments: q k^T and p v. ``slots``: the pairs of all heads that are computed, if not all."""
     B, H, N, D = q
-    return 2 * B * H * pairs(N, k[2], **options) * (D + v[3])
+    count = B * H * pairs(N, k[2], **options) if slots is None else slots
+    return 2 * count * (D + v[3])
+
+
+def served(
+    q: Tensor, k: Tensor, *_: Any, blocks: Tensor | None = None, **options: Any
+) -> tuple[tuple[Tensor, ...], int, int] | None:
+    """The pairs of all heads that a map of blocks leaves, and how many there are; None without a map."""
+    if blocks is None:
+        return None
+    B, H, N, _ = q.shape
+    every = B * H * pairs(N, k.size(2), **options)
+    if not _is_known(blocks):
+        return (), every, every
+    kept = blocks * _pairs_of_blocks(N, k.size(2), **options)
+    return (), int(kept.sum()) * (B // blocks.size(0)) * (H // blocks.size(1)), every
+
+
+def taken(q: Tensor, k: Tensor, *_: Any, out: Any, blocks: Tensor | None = None, **options: Any) -> Taken | None:
+    """How many pairs of blocks each head computes, of those in which a query sees a key."""
+    if blocks is None or not _is_known(blocks):
+        return None
+    some = _pairs_of_blocks(q.size(2), k.size(2), **options) > 0
+    counts = (blocks & some).sum((0, 2, 3)).expand(q.size(1)) * (q.size(0) // blocks.size(0))
+    return Taken("block of keys", counts.tolist(), q.size(0) * int(some.sum()))
+
+
+def _pairs_of_blocks(
+    N: int,
+    S: int,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    block_sizes: Sequence[int] = (64, 64),
+    **_: Any,
+) -> Tensor:
+    """How many pairs of a query and a key that it sees there are in each block of both."""
+    queries, keys = block_sizes
+    rows, columns = (N + queries - 1) // queries, (S + keys - 1) // keys
+    at = torch.arange(S - N, S)[:, None]
+    first = torch.arange(columns) * keys
+    last = (first + keys).clamp(max=S)
+    low = first if window is None else torch.maximum(first, at - window + 1)
+    high = torch.minimum(last, at + 1) if causal else last
+    high = high if window is None or causal else torch.minimum(high, at + window)
+    seen = (high - low).clamp_min(0).expand(N, -1)
+    return torch.nn.functional.pad(seen, (0, 0, 0, rows * queries - N)).unflatten(0, (rows, queries)).sum(1)
+
+
+def _is_known(blocks: Tensor) -> bool:
+    return blocks.device.type != "meta" and not isinstance(blocks, FakeTensor)
 
 
 def backward(

@@ -6,7 +6,7 @@ import torch
 
 from gatecc.codegen.judge import family as judge
 from gatecc.codegen.onnx.lowering import GRADIENT
-from gatecc.ops.attention import cost
+from gatecc.ops.attention import cost, differentiable
 from gatecc.ops.attention.kernels import KERNELS
 from gatecc.ops.attention.onnx import LOWERING
 from gatecc.ops.registry import Operator, StepRule, Unfit, register
@@ -24,6 +24,9 @@ register(
         ),
         onnx={"portable": LOWERING},
         flops=cost.forward,
+        served=cost.served,
+        taken=cost.taken,
+        masked=differentiable.forward,
         bytes=cost.moved_bytes,
         kernels=KERNELS,
     )

@@ -87,7 +87,7 @@ class Mix(Rewrite):
         _check_length(attribute(edit.program.module, path), place, self.mixer, found)
         if self.mixer.windows:
             _same_windows(path, place, edit)
-        values = [_laid(stage(site, name), found, name, edit) for name in self.mixer.reads]
+        values = [laid(stage(site, name), found, name, edit) for name in self.mixer.reads]
         values += [_input(name, found, edit) for name in self.mixer.inputs]
         values = [_in_its_dtype(v, attribute(edit.program.module, path), edit) for v in values]
         mask = self._hidden(found, values[0], edit)
@@ -251,7 +251,7 @@ def _in_its_dtype(value: fx.Node, module: nn.Module, edit: Editor) -> fx.Node:
     return edit.call(torch.ops.aten.to.dtype, value, own.dtype)
 
 
-def _laid(value: Value, site: Attention, name: str, edit: Editor) -> fx.Node:
+def laid(value: Value, site: Attention, name: str, edit: Editor) -> fx.Node:
     """A stage as (B, H, N, D), or (B, N, C) for those without heads."""
     axes = value.axes.renamed("m", "n")
     heads = site.kv_heads if name.startswith(("k", "v")) else site.heads

@@ -1,0 +1,20 @@
+"""The parts of examples/sparse_attention.py, with a few steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from examples import sparse_attention as sparse
+
+
+def test_pairs_are_recalled_with_all_blocks_as_without_gates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse, "SHARES", (1.0,))
+    monkeypatch.setattr(sparse, "RECALL", {"vocabulary": 32, "pairs": 2})
+    found = sparse.on_pairs(steps=20, gate_steps=2, length=128, block=16)
+    assert found["100%"] == pytest.approx(found["dense"])
+
+
+def test_short_attention_is_timed_both_ways() -> None:
+    with torch.no_grad():
+        assert all(seconds > 0 for seconds in sparse.on_time(128, 0.5))
