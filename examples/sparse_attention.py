@@ -28,8 +28,9 @@ import gatecc
 from gatecc.ops.block_gate import block_choice, block_logits
 from gatecc.train import Tune, heal, tasks
 
+GATES = ("gate.query", "gate.key")
 SHARES = (1.0, 0.75, 0.5, 0.25)
-RECALL = {"vocabulary": 256, "pairs": 32}
+RECALL: dict[str, Any] = {"vocabulary": 256, "pairs": 32, "fill": False}
 console = Console(highlight=False)
 
 
@@ -67,8 +68,8 @@ def train_gates(model: nn.Module, data: Iterator[Any], steps: int, loss: Callabl
     for p in model.parameters():
         p.requires_grad_(False)
     for name, p in model.named_parameters():
-        p.requires_grad_(".gate." in name)
-    stage = Tune(steps, lr=5e-3, train=("*.gate.*",), loss=loss)
+        p.requires_grad_(name.endswith(GATES))
+    stage = Tune(steps, lr=5e-3, train=tuple(f"*{name}" for name in GATES), loss=loss)
     heal(model, None, list(data), tune=stage, progress=False)
 
 

@@ -69,8 +69,9 @@ class _Slots(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         entry = registry.find(func)
         if entry is not None and entry.served is not None:
-            experts, some, every = entry.served(*args, **(kwargs or {}))
-            _note(self.found, experts, some, every)
+            served = entry.served(*args, **(kwargs or {}))
+            if served is not None:
+                _note(self.found, *served)
         return func(*args, **(kwargs or {}))
 
 

@@ -56,7 +56,10 @@ class Meter(TorchDispatchMode):
     def _slots(self, entry: Operator | None, args: Any, kwargs: Any, out: Any) -> int | None:
         if entry is None or entry.served is None:
             return None
-        tensors, some, every = entry.served(*args, **kwargs)
+        served = entry.served(*args, **kwargs)
+        if served is None:
+            return None
+        tensors, some, every = served
         self.chose[entry] = None
         if paths.is_watched():
             took = entry.taken(*args, **kwargs, out=out) if entry.taken is not None else None

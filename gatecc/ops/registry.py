@@ -74,7 +74,8 @@ class Operator:
     not read all of its inputs once and write its outputs once.
 
     ``served`` is of an operator whose work depends on values: given the arguments of a call, the stacked weights of its
-    experts, how many of them tokens met in all, and how many there would be if each token met every one. ``flops``
+    experts, how many of them tokens met in all, and how many there would be if each token met every one; None for a
+    call that has nothing to leave out. ``flops``
     then takes the number of slots that are not empty as ``slots``, where it is known; so does ``bytes``, if it wants.
     ``taken`` is of the same operators: given the arguments of a call and its result as ``out``, which units it took;
     None if it took them all or the values are not known. ``masked`` computes every unit and masks, with the same
@@ -87,7 +88,7 @@ class Operator:
     flops: Callable[..., int] | None = None
     bytes: Callable[..., int] | None = None
     kernels: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    served: Callable[..., tuple[tuple[Any, ...], int, int]] | None = None
+    served: Callable[..., tuple[tuple[Any, ...], int, int] | None] | None = None
     taken: Callable[..., Taken | None] | None = None
     masked: Callable[..., Any] | None = None
 
@@ -113,7 +114,8 @@ def register(operator: Operator) -> None:
 
     def by_slots(*args: Any, out_val: Any, **options: Any) -> int:
         shapes = [a.shape if isinstance(a, torch.Tensor) else a for a in args]
-        return formula(*shapes, **options, slots=served(*args, **options)[1])
+        found = served(*args, **options)
+        return formula(*shapes, **options, **({} if found is None else {"slots": found[1]}))
 
     register_flop_formula(packet, get_raw=True)(by_slots)
 

@@ -38,7 +38,7 @@ def seer_attention(
     share in all, a threshold keeps more of what the model was. Padding is pooled nowhere, and the last block may be
     short.
 
-    The gate learns by ``gatecc.train.heal(model, None, data, tune=Tune(steps, train=("*.gate.*",)))`` or any training
+    The gate learns by ``gatecc.train.heal(model, None, data, tune=Tune(steps, train=("*gate.*",)))`` or any training
     with the rest frozen: in training mode attention is dense, and the loss of a gate, KL(p || softmax(s)), where p is
     the largest attention weight in each block divided by the sum of its row, enters in the backward pass. The task's
     loss does not reach it. ``joint`` trains a model with what its gates choose, on top.

@@ -103,7 +103,7 @@ def test_what_does_not_fit() -> None:
     plain = llama(attention_dropout=0.1)
     call = {"input_ids": torch.randint(0, 32, (2, 8)), "use_cache": False}
     with pytest.raises(SiteRefusedError, match=r"dropout 0.1 of the weights"):
-        gatecc.transform(plain.train(), gatecc.recipe("seer-attention", block=4, width=4), call)
+        gatecc.transform(plain, gatecc.recipe("seer-attention", block=4, width=4, joint=True), call).train()(**call)
 
 
 def test_bfloat16_and_lengths_of_less_than_a_block() -> None:

@@ -52,7 +52,7 @@ def served(
     """The pairs of all heads that a map of blocks leaves, and how many there are; None without a map."""
     if blocks is None:
         return None
-    B, H, N, _ = q.shape
+    B, H, N = q.shape[:3]
     every = B * H * pairs(N, k.size(2), **options)
     if not _is_known(blocks):
         return (), every, every

@@ -90,7 +90,10 @@ def block_choice(
 
     Of m blocks that hold a key which it may see, a row keeps the ceil(``cut`` m) of the largest logits if ``ranked``,
     else those whose softmax exceeds ``cut``; always the block itself and the first that holds a token, which count
-    among them. logits: (B, H, n, n), cut: (), keep: (B, N) of bool. Of equal logits the earlier block is kept.
+    among them. With ``cut`` 1 a block of queries that holds padding keeps even what it may not see, for there a query
+    may see nothing, and gets of hidden keys what its mask says. Of equal logits the earlier block is kept.
+
+    logits: (B, H, n, n), cut: (), keep: (B, N) of bool.
     """
     return reference.choice(logits, cut, keep, block, ranked, causal, window)
 

@@ -105,7 +105,11 @@ def choice(
     first = logits.masked_fill(~shown, -math.inf).masked_fill(always, math.inf)
     order = torch.sort(first, dim=-1, descending=True, stable=True).indices
     rank = torch.sort(order, dim=-1).indices
-    return always | (shown & (rank < wanted))
+    chosen = always | (shown & (rank < wanted))
+    if keep is None:
+        return chosen
+    whole = torch.nn.functional.pad(keep, (0, n * block - keep.size(1)), value=True).unflatten(1, (n, block)).all(-1)
+    return chosen | ((cut >= 1) & ~whole[:, None, :, None])
 
 
 def peaks(a: Arguments, block: int) -> Tensor:

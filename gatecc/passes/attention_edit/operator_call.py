@@ -34,15 +34,12 @@ def operands(site: Attention, change: Change, edit: Editor) -> Operands:
         ("queries and keys of different sequences", site.cross),
         ("a scale that is not a constant", site.scale is None),
         ("a softmax that sees a sink", site.sinks),
-        (f"dropout {site.dropout:g} of the weights", bool(site.dropout)),
         (f"the mask is {mask}: {mask.reason}", mask.kind == "unknown"),
         ("a window in both directions", mask.kind == "sliding_window" and not mask.causal),
     ]
     for found, holds in wrong:
         if holds:
-            raise change.refused(
-                site, found, "self-attention softmax(scale q k + mask) v whose mask is proved, without dropout"
-            )
+            raise change.refused(site, found, "self-attention softmax(scale q k + mask) v whose mask is proved")
     q, k, v = (laid(stage(site, name), site, name, edit) for name in "qkv")
     return Operands(q, k, v, _bias(site, change, edit))
 
@@ -90,6 +87,13 @@ def _is_token(numbers: Tensor) -> Tensor:
 def attend(site: Attention, given: Operands, blocks: fx.Node, block: int, edit: Editor) -> fx.Node:
     """Attention to the blocks of a map, in the axes of the site's heads."""
     heads = stage(site, "heads")
+    if site.dropout:
+        raise SiteRefusedError(
+            "attention to chosen blocks drops no weights",
+            where=place(site),
+            found=f"dropout {site.dropout:g} of the weights",
+            do="set the attention's dropout to 0, or train the gates alone (joint=False)",
+        )
     if sorted(heads.axes.apart.renamed("r", "")) != sorted("bhnd"):
         raise SiteRefusedError(
             "the heads are laid out in a way that is not known", where=place(site), found=f"axes {heads.axes}"

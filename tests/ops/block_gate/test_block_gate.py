@@ -72,6 +72,8 @@ def test_logits_and_choice(tokens: int, block: int, base: float, pads: bool, sha
                 always = {j for j in (i, next((j for j in range(n) if filled[b][j]), -1)) if j in shown}
                 order = sorted(shown, key=lambda j: (j not in always, -float(logits[b, h, i, j])))
                 wanted = set(order[: math.ceil(share * len(shown) - 1e-4)]) | always
+                if share == 1 and keep is not None and not all(bool(keep[b, t]) for t in blocks[i] if t < tokens):
+                    wanted = set(range(n))
                 assert {j for j in range(n) if bool(chosen[b, h, i, j])} == wanted
 
 
