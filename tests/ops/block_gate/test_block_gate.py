@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gatecc.errors import DecoderError
+from gatecc.ops.attention.arguments import arguments
+from gatecc.ops.attention.cost import served, taken
+from gatecc.ops.attention.reference import visible
 from gatecc.ops.block_gate import block_choice, block_logits, block_peaks
 from gatecc.ops.block_gate.reference import divergence
 
@@ -130,6 +133,26 @@ def test_only_the_gate_learns() -> None:
         step.view(-1)[3] = 1e-2
         near = [loss(*((query + s * step, key) if other == 0 else (query, key + s * step))) for s in (1, -1)]
         assert float((near[0] - near[1]) / 2e-2) == pytest.approx(float(p.grad.view(-1)[3]), rel=1e-2, abs=1e-3)  # pyright: ignore[reportOptionalMemberAccess]
+
+
+@given(st.integers(1, 9), st.integers(0, 4), st.booleans(), st.sampled_from([None, 1, 3]), st.integers(1, 4))
+@settings(max_examples=40, deadline=None)
+def test_pairs_that_a_map_leaves_are_counted(N: int, more: int, causal: bool, window: int | None, block: int) -> None:
+    S, sizes = N + more, [block, 3]
+    q, k = torch.randn(2, 4, N, 2), torch.randn(2, 2, S, 2)
+    blocks = torch.rand(2, 1, -(-N // block), -(-S // 3)) < 0.5
+    options: dict[str, Any] = {"causal": causal, "window": window, "block_sizes": sizes}
+    seen = visible(arguments(q, k, k, blocks=blocks, **options))
+    all_seen = visible(arguments(q, k, k, blocks=torch.ones_like(blocks), **options))
+    assert seen is not None
+    assert all_seen is not None
+    found = served(q, k, k, blocks=blocks, **options)
+    assert found is not None
+    assert found[1:] == (int(seen.expand(2, 4, N, S).sum()), int(all_seen.expand(2, 4, N, S).sum()))
+    took = taken(q, k, k, out=None, blocks=blocks, **options)
+    assert took is not None
+    kept = torch.nn.functional.pad(seen, (0, -S % 3, 0, -N % block)).unflatten(3, (-1, 3)).unflatten(2, (-1, block))
+    assert took.counts == [int(kept.any(5).any(3).sum())] * 4
 
 
 def test_no_decoder_steps_through_pooled_queries() -> None:
