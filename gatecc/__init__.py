@@ -39,6 +39,7 @@ from gatecc.passes.ensemble.ensemble import Ensemble
 from gatecc.passes.exit.exit import Exit
 from gatecc.passes.fuse import Fuse
 from gatecc.passes.gate import Gate
+from gatecc.passes.gate_channels import GateChannels
 from gatecc.passes.mix.mix import Mix
 from gatecc.recipes.registry import build as recipe
 from gatecc.recipes.registry import recipes
@@ -65,6 +66,7 @@ __all__ = [
     "Exit",
     "Fuse",
     "Gate",
+    "GateChannels",
     "GateSpec",
     "GateccError",
     "Head",

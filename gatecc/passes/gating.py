@@ -12,6 +12,7 @@ from gatecc.errors import SiteRefusedError
 from gatecc.ir.edit import Editor
 from gatecc.ir.gate import GateModule, GateShape, GateSpec
 from gatecc.ir.gates.layout import Features, emit
+from gatecc.ir.gates.source import Param
 from gatecc.ir.program import attribute, fake
 from gatecc.ir.select import Selector
 from gatecc.ir.site import Site, Value
@@ -101,8 +102,12 @@ def _same_axes(one: GateShape, other: GateShape) -> bool:
 
 
 def _check_size(module: GateModule, at: GateShape, site: Site) -> None:
-    """Parameters for each token exist for one number of tokens; any number of samples has them."""
-    made = {axis: size for axis, size in module.shape.sizes.items() if axis not in "bg"}
+    """Parameters for each token exist for one number of tokens; any number of samples, and any gate that is the same
+    function at each place, has them."""
+    fixed = set(module.features)
+    if isinstance(module.spec.source, Param):
+        fixed |= set(module.spec.granularity.positions(module.shape))
+    made = {axis: size for axis, size in module.shape.sizes.items() if axis in fixed - set("bg")}
     if any(at.sizes.get(axis, size) != size for axis, size in made.items()):  # unknown: symbolic here
         raise SiteRefusedError(
             "the gate has parameters for another number of tokens",

@@ -1,7 +1,8 @@
 """Samples: small models that recipes are checked on, each with its example inputs. Plain torch, random weights.
 
 ``sequences`` takes and returns features (B, N, C), ``language`` token ids (B, N) to logits, ``patches`` the patches of
-an image in raster order, ``series`` is a GRU. Weights are the same each time, and none is at a start that hides a fault
+an image in raster order, ``pictures`` images (B, 3, H, W), ``series`` is a GRU.
+Weights are the same each time, and none is at a start that hides a fault
 (no norm with a weight of 1, no bias of 0).
 """
 
@@ -105,6 +106,30 @@ class _Series(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.rnn(x)[0]
+
+
+class _Pictures(nn.Module):
+    """A residual network. x: (B, 3, H, W) -> (B, 5)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv1, self.norm1 = nn.Conv2d(8, _WIDTH, 3, padding=1, bias=False), nn.BatchNorm2d(_WIDTH)
+        self.depth, self.norm2 = nn.Conv2d(_WIDTH, _WIDTH, 3, padding=1, groups=_WIDTH), nn.BatchNorm2d(_WIDTH)
+        self.conv2, self.norm3 = nn.Conv2d(_WIDTH, 8, 1, bias=False), nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        h = torch.relu(self.norm1(self.conv1(x)))
+        h = torch.relu(self.norm2(self.depth(h)))
+        x = torch.relu(x + self.norm3(self.conv2(h)))
+        return self.head(x.mean((2, 3)))
+
+
+def pictures() -> Sample:
+    """A small residual network of convolutions, one of them depthwise, with batch norms."""
+    return weighted(_Pictures()), (_noise(2, 3, 8, 8),)
 
 
 def sequences() -> Sample:

@@ -3,6 +3,7 @@
 from gatecc.train import routing, tasks
 from gatecc.train.calibration import coactivation
 from gatecc.train.callbacks import lightning_callback, trainer_callback
+from gatecc.train.channels import ChannelCosts, calibrate_channels, channel_costs
 from gatecc.train.contexts import expert_losses, fit_contexts
 from gatecc.train.contrast import TaskContrast
 from gatecc.train.ensembles import expected_loss, member_losses, sweep, update_centres
@@ -22,6 +23,7 @@ __all__ = [
     "Adapters",
     "Budget",
     "Calibration",
+    "ChannelCosts",
     "Healed",
     "Lora",
     "Operating",
@@ -31,6 +33,8 @@ __all__ = [
     "Transfer",
     "Tune",
     "calibrate",
+    "calibrate_channels",
+    "channel_costs",
     "choose_subset",
     "coactivation",
     "exit_costs",

@@ -26,6 +26,7 @@ from gatecc.passes.bypass import Bypass
 from gatecc.passes.fuse import Fuse
 from gatecc.passes.fuse_experts import FuseExperts
 from gatecc.passes.gate import Gate
+from gatecc.passes.gate_channels import GateChannels
 from gatecc.passes.mix.mix import Mix
 from gatecc.passes.route.route import Route
 from gatecc.pipeline import apply, prepare
@@ -38,7 +39,7 @@ FOLDER = Path(__file__).parent
 GRAPHS = FOLDER / "graphs"
 LIMIT = 40  # every case has fewer lines: nobody reads longer ones
 PASSES: dict[str, type[Rewrite]] = {
-    cls.name: cls for cls in (AttentionEdit, Gate, Branch, Fuse, Bypass, Mix, Route, FuseExperts)
+    cls.name: cls for cls in (AttentionEdit, Gate, Branch, Fuse, Bypass, Mix, Route, FuseExperts, GateChannels)
 }
 HEADINGS = ("pipeline", "before", "change", "weights", "contract")
 

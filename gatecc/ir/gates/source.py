@@ -168,11 +168,12 @@ class Param(Source, tag="param"):
 class Pool(Source, tag="pool"):
     """The mean or maximum of a source over tokens or space, padding included; what is left varies over samples only.
 
-    A pooled gate lets a token see later ones: it is not causal.
+    A pooled gate lets a token see later ones: it is not causal. With ``stop`` no gradient flows to what is read.
     """
 
     of: Source
     kind: Literal["mean", "max"] = "mean"
+    stop: bool = False
 
     def check(self) -> None:
         if not isinstance(self.of, (Stage, Cond, At, Fused)):
@@ -198,7 +199,7 @@ class Pool(Source, tag="pool"):
         return "b" * ("b" in shapes[0].axes or "g" in shapes[0].axes)
 
     def read(self, shape: GateShape, shapes: Sequence[SourceShape], value: Tensor, xs: Sequence[Tensor]) -> Features:
-        x, at = channels_last(xs[0], shapes[0].axes, shape.sizes)
+        x, at = channels_last(xs[0].detach() if self.stop else xs[0], shapes[0].axes, shape.sizes)
         over = [i for i, a in enumerate(at) if a != "b"]
         if not over:
             return Features(x, at)
