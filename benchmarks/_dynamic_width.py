@@ -48,7 +48,8 @@ def width() -> Iterator[Row]:
 def _resnet() -> nn.Module:
     """Two basic blocks at 16 x 16 and 8 x 8, behind a stem without pooling, as small images have it."""
     torch.manual_seed(0)
-    model = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=10, in_chans=1, stem_width=32, channels=(64, 96, 96, 96))
+    block: Any = BasicBlock
+    model = ResNet(block, (1, 1, 1, 1), num_classes=10, in_chans=1, stem_width=32, channels=(64, 96, 96, 96))
     model.maxpool = model.layer3 = model.layer4 = nn.Identity()
     return model
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -101,8 +101,9 @@ class _Convolutions(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.gatecc.gated_conv.default:
-            tensors = (*args, None, None)[:5]
-            self.found.append(read(*tensors, kwargs or {}))
+            given: tuple[Any, ...] = (*args, None, None)
+            x, weight, gate, bias, inputs = given[:5]
+            self.found.append(read(x, weight, gate, bias, inputs, kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -129,7 +130,7 @@ class _Labels(TorchDispatchMode):
 
 
 @contextmanager
-def _modes(model: nn.Module, *, gates: bool) -> Iterator[None]:
+def _modes(model: nn.Module, *, gates: bool) -> Generator[None]:
     """The model in eval mode, its gates in training or not."""
     before = {module: module.training for module in model.modules()}
     model.eval()

@@ -40,18 +40,17 @@ def _family(name: str) -> nn.Module:
     """Models that gatecc's authors did not write, with random statistics in their norms."""
     torch.manual_seed(0)
     if name == "timm":
-        model = timm.models.resnet.ResNet(
-            timm.models.resnet.BasicBlock, (1, 1, 1, 1), num_classes=4, channels=(8, 12, 16, 16), stem_width=8
-        )
+        library: Any = timm.models.resnet
+        model = library.ResNet(library.BasicBlock, (1, 1, 1, 1), num_classes=4, channels=(8, 12, 16, 16), stem_width=8)
     elif name == "mobile":  # depthwise convolutions, hardswish, squeeze and excite
         model = timm.create_model("mobilenetv3_small_050", num_classes=4)
     else:
-        config = transformers.ResNetConfig(
-            embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], layer_type=name, num_labels=4
-        )
+        sizes: dict[str, Any] = {"hidden_sizes": [8, 16], "depths": [1, 2], "num_labels": 4}
+        config = transformers.ResNetConfig(embedding_size=8, layer_type=name, **sizes)
         model = _Logits(transformers.ResNetForImageClassification(config))
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
             nn.init.normal_(module.running_mean, std=0.3)
             nn.init.normal_(module.bias, std=0.3)
             nn.init.normal_(module.weight, 1.0, 0.2)
@@ -79,7 +78,7 @@ def _mask(gate: nn.Module, x: Tensor) -> Tensor:
 
 
 def test_masks_are_those_of_the_pooled_input_and_sit_behind_norm_and_activation() -> None:
-    plain = weighted(Pair())
+    plain: Any = weighted(Pair())
     model = _gated(plain, sites="conv[...]")
     assert agree(model, plain, X) == 0, "every channel is on"
     randomise(new_parameters(model, plain).values())
@@ -96,9 +95,9 @@ def test_masks_are_those_of_the_pooled_input_and_sit_behind_norm_and_activation(
 
 @pytest.mark.parametrize("joint", [False, True])
 def test_labels_are_the_fewest_channels_that_hold_the_mass(joint: bool) -> None:
-    plain = weighted(Pair())
+    plain: Any = weighted(Pair())
     model = _gated(plain, sites="conv[...]", r=0.6, joint=joint).train()
-    target = copy.deepcopy(plain).train()
+    target: Any = copy.deepcopy(plain).train()
     randomise(new_parameters(model, plain).values(), 0.3)
     h = torch.relu(target.norm(target.a(X)))
     gates = [model.a.gate, model.b.gate]

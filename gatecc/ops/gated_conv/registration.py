@@ -19,7 +19,8 @@ from gatecc.ops.registry import Operator, register
 def _flops(x: Any, weight: Any, gate: Any, bias: Any = None, inputs: Any = None, **options: Any) -> int:
     """Two operations per multiplication of a pair of channels; from shapes alone every channel counts as on."""
     slots = options.pop("slots", None)
-    a = read(*(torch.empty(shape, device="meta") for shape in (x, weight, gate)), None, None, options)
+    made = [torch.empty(shape, device="meta") for shape in (x, weight, gate)]
+    a = read(made[0], made[1], made[2], None, None, options)
     return 2 * a.places * (a.x.size(0) * a.pairs if slots is None else slots)
 
 
