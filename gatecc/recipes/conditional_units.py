@@ -30,7 +30,8 @@ def conditional_units(
     ``gumbel(T)``, ``supervised(label=...)``. In training units are sampled, in eval those with a probability above one
     half are on, and the others are exactly 0.
 
-    At init every unit is on with probability sigmoid(6): in eval the model is the original, exactly.
+    At init every unit is on with probability sigmoid(6): in eval the model is the original, exactly. It has a masked
+    form alone: tokens differ in their units, and to gather rows of a matrix takes as long as to multiply by them.
     """
     spec = GateSpec(source, scorer, granularity, "sigmoid", estimator, init)
     return (Gate(Selector.parse(sites).hidden, spec),)

@@ -34,8 +34,10 @@ def ftwt(
     channel. ``gatecc.train.channel_costs`` says what an r costs, on the labels before training and on the gates after.
 
     It starts with every channel on, as the original exactly, and stays there with ``r=1``. In inference what is off is
-    not computed, and the convolution after it does not read it. ``sites`` leaves the first convolution out: nothing
-    comes before it. Grouped convolutions of several channels per group are refused: select the others.
+    not computed, and the convolution after it does not read it. On one thread of a CPU each sample of a batch computes
+    its own channels; on several a batch computes those that any of its samples has on, where that is less work; a GPU
+    computes all of them. ``sites`` leaves the first convolution out: nothing comes before it. Grouped convolutions of
+    several channels per group are refused: select the others.
     """
     estimator = Supervised(TopKMass(r), weight=weight, joint=joint)
     spec = GateSpec(Pool(Stage("in"), "max", stop=not joint), scorer, "channel", "sigmoid", estimator)
