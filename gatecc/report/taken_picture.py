@@ -14,8 +14,11 @@ _ROW, _HEAD, _WIDTH = 0.28, 0.9, 8.0  # inches
 class Row(Protocol):
     """What is drawn of a site."""
 
-    site: str
-    kind: str
+    @property
+    def site(self) -> str: ...
+
+    @property
+    def kind(self) -> str: ...
 
     @property
     def shares(self) -> tuple[float, ...]: ...
@@ -44,7 +47,7 @@ def picture(rows: Sequence[Row], form: str) -> bytes:
         own = [row for row in rows if row.kind == kind]
         for place, row in enumerate(own):
             shares = row.shares
-            drawn = axes.imshow(
+            axes.imshow(
                 [shares],
                 vmin=0,
                 vmax=1,
@@ -58,7 +61,7 @@ def picture(rows: Sequence[Row], form: str) -> bytes:
         axes.set_yticklabels([row.site or "(model)" for row in own], fontsize=8)
         counts = sorted({len(row.shares) for row in own})
         axes.set_title(f"{kind}s taken ({', '.join(map(str, counts))} a row)", fontsize=10, loc="left")
-        figure.colorbar(drawn, ax=axes, shrink=0.9, pad=0.08)
+        figure.colorbar(axes.images[-1], ax=axes, shrink=0.9, pad=0.08)
     written = io.BytesIO()
     figure.savefig(written, format=form, dpi=120)
     return written.getvalue()

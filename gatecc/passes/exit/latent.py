@@ -82,14 +82,14 @@ class LatentStage(nn.Module):
         rows = features.flatten(1, -2) if len(at) > 1 else features.unsqueeze(1)
         before = self.codes.expand(x.size(0), -1, -1) if self.codes is not None else z
         assert before is not None
-        z = before + self.read(before, rows)
-        z = z + self.mlp(self.norm(z))
-        logits = self.out(self.last(z).mean(1))
+        code: Tensor = before + self.read(before, rows)
+        code = code + self.mlp(self.norm(code))
+        logits = self.out(self.last(code).mean(1))
         if self.write is None:
-            return logits, z
-        added = self.write(rows, z).reshape(features.shape)
+            return logits, code
+        added = self.write(rows, code).reshape(features.shape)
         order = [(*at, "c").index(axis) for axis in self.axes.text]
-        return logits, z, x + added.permute(order)
+        return logits, code, x + added.permute(order)
 
 
 class CrossAttention(nn.Module):
