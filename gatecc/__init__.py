@@ -40,6 +40,8 @@ from gatecc.passes.exit.exit import Exit
 from gatecc.passes.fuse import Fuse
 from gatecc.passes.gate import Gate
 from gatecc.passes.gate_channels import GateChannels
+from gatecc.passes.loop.loop import Loop
+from gatecc.passes.loop.step_cache import step_cache
 from gatecc.passes.mix.mix import Mix
 from gatecc.recipes.registry import build as recipe
 from gatecc.recipes.registry import recipes
@@ -71,6 +73,7 @@ __all__ = [
     "GateccError",
     "Head",
     "Linear",
+    "Loop",
     "Merge",
     "Mix",
     "Model",
@@ -103,6 +106,7 @@ __all__ = [
     "save",
     "specialise",
     "state_space",
+    "step_cache",
     "to_transformers",
     "train",
     "transform",

@@ -175,8 +175,9 @@ class Editor:
         return node
 
     def duplicate(self, nodes: Sequence[fx.Node], instead: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
-        """Copies of nodes, given in order, behind the last of them; they read ``instead`` of what is named there."""
-        copied, anchor = dict(instead), nodes[-1]
+        """Copies of nodes, given in order, behind the last of them; they read ``instead`` of what is named there, and
+        come behind that, too."""
+        copied, anchor = dict(instead), max([nodes[-1], *instead.values()])
         for node in nodes:
             with self.program.graph.inserting_after(anchor):
                 copied[node] = anchor = self.program.graph.node_copy(node, lambda n: copied.get(n, n))

@@ -44,7 +44,7 @@ def trace(function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[fx.Gr
         return tuple(leaves) if spec.is_leaf() else _apart(leaves, flat_values)
 
     with mode, _use_lazy_graph_module(True):  # only the graph is wanted, no Python of it
-        inputs = [mode.from_tensor(t, static_shapes=True) for _, t in tensors] + values
+        inputs = [mode.from_tensor(t, static_shapes=True) for _, t in tensors] + _distinct(values)
         traced = make_fx(flat, pre_dispatch=True)(*inputs)
     traced.graph.eliminate_dead_code()
     results: Any = traced.graph.output_node().args[0]
@@ -56,6 +56,17 @@ def trace(function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[fx.Gr
             expected="a tensor, or a tuple of tensors",
         )
     return traced.graph, specs[-1]
+
+
+def _distinct(values: Sequence[torch.Tensor | None]) -> list[Any]:
+    """Fake tensors of which none is there twice: a copy of a node holds that of the node, and a trace tells values
+    apart by their tensors."""
+    seen, found = set[int](), list[Any]()
+    for value in values:
+        again = value is not None and id(value) in seen
+        found.append(value.detach().requires_grad_(value.requires_grad) if again and value is not None else value)
+        seen.add(id(value))
+    return found
 
 
 def _apart(leaves: Sequence[Any], given: Sequence[torch.Tensor]) -> tuple[Any, ...]:

@@ -16,6 +16,8 @@ from gatecc.ops import (
     routing,
     sequences,
     short_convolution,
+    spike,
+    transient,
 )
 
 kept_graphs.tell()
@@ -35,4 +37,6 @@ __all__ = [
     "routing",
     "sequences",
     "short_convolution",
+    "spike",
+    "transient",
 ]

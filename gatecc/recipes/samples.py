@@ -251,6 +251,12 @@ class _Points(nn.Module):
         return self.head(torch.sin(x + self.down(torch.relu(self.up(x)))))
 
 
+def spiking() -> Sample:
+    """A convolutional classifier with ReLUs, and a batch of images."""
+    layers = (nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(4, 8, 3, padding=1), nn.ReLU())
+    return weighted(nn.Sequential(*layers, nn.Flatten(), nn.Linear(128, 5))), (_noise(4, 1, 8, 8),)
+
+
 def points() -> Sample:
     """An MLP of points in space, with a head."""
     return weighted(_Points()), (_noise(2, 12, 3),)

@@ -4,6 +4,7 @@ from gatecc.train import routing, tasks
 from gatecc.train.calibration import coactivation
 from gatecc.train.callbacks import lightning_callback, trainer_callback
 from gatecc.train.channels import ChannelCosts, calibrate_channels, channel_costs
+from gatecc.train.confidence import Stop, balance, confidence_traces, pareto, pick_threshold, stops
 from gatecc.train.contexts import expert_losses, fit_contexts
 from gatecc.train.contrast import TaskContrast
 from gatecc.train.ensembles import expected_loss, member_losses, sweep, update_centres
@@ -28,15 +29,18 @@ __all__ = [
     "Lora",
     "Operating",
     "Point",
+    "Stop",
     "TaskContrast",
     "ThresholdTracker",
     "Transfer",
     "Tune",
+    "balance",
     "calibrate",
     "calibrate_channels",
     "channel_costs",
     "choose_subset",
     "coactivation",
+    "confidence_traces",
     "exit_costs",
     "exit_labels",
     "exit_logits",
@@ -54,9 +58,12 @@ __all__ = [
     "member_losses",
     "move_threshold",
     "next_token_loss",
+    "pareto",
+    "pick_threshold",
     "restrict",
     "routing",
     "set_reward",
+    "stops",
     "sweep",
     "tasks",
     "template_loss",

@@ -27,6 +27,7 @@ from gatecc.passes.fuse import Fuse
 from gatecc.passes.fuse_experts import FuseExperts
 from gatecc.passes.gate import Gate
 from gatecc.passes.gate_channels import GateChannels
+from gatecc.passes.loop import Loop
 from gatecc.passes.mix.mix import Mix
 from gatecc.passes.route.route import Route
 from gatecc.pipeline import apply, prepare
@@ -39,7 +40,7 @@ FOLDER = Path(__file__).parent
 GRAPHS = FOLDER / "graphs"
 LIMIT = 40  # every case has fewer lines: nobody reads longer ones
 PASSES: dict[str, type[Rewrite]] = {
-    cls.name: cls for cls in (AttentionEdit, Gate, Branch, Fuse, Bypass, Mix, Route, FuseExperts, GateChannels)
+    cls.name: cls for cls in (AttentionEdit, Gate, Branch, Fuse, Bypass, Mix, Route, FuseExperts, GateChannels, Loop)
 }
 HEADINGS = ("pipeline", "before", "change", "weights", "contract")
 

@@ -1,0 +1,3 @@
+"""Loop: a site over several steps with a state between them."""
+
+from gatecc.passes.loop.loop import Loop as Loop
