@@ -43,6 +43,7 @@ from gatecc.passes.gate_channels import GateChannels
 from gatecc.passes.loop.loop import Loop
 from gatecc.passes.loop.step_cache import step_cache
 from gatecc.passes.mix.mix import Mix
+from gatecc.passes.reweight.reweight import Reweight
 from gatecc.recipes.registry import build as recipe
 from gatecc.recipes.registry import recipes
 from gatecc.report import Report
@@ -81,6 +82,7 @@ __all__ = [
     "Recipe",
     "Report",
     "Residual",
+    "Reweight",
     "Rewrite",
     "Selector",
     "Step",

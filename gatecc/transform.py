@@ -30,7 +30,7 @@ from gatecc.engine.analyse import (
 )
 from gatecc.engine.caches import caches_off, caches_on, why_no_cache
 from gatecc.engine.contracts import Checked, Reference, at_another_size, check, reference
-from gatecc.engine.in_python import in_graphs, install, without
+from gatecc.engine.in_python import in_graphs, install, reads_sites, without
 from gatecc.engine.install import Installer, Undo
 from gatecc.engine.measured import measured
 from gatecc.engine.other_size import one_more
@@ -131,7 +131,8 @@ def _rewritten(model: nn.Module, target: nn.Module | None, task: Task, given: An
     undo.classes = [(m, type(m)) for m in target.modules() if is_served(m)]
     try:
         with evaluation(target):
-            analysis = analyse(target, args, kwargs) if in_graphs(wanted) else Analysis()
+            captured = in_graphs(wanted) or reads_sites(wanted)
+            analysis = analyse(target, args, kwargs) if captured else Analysis()
             if before is not None:
                 with evaluation(model):
                     at_another_size(before, model, one_more(analysis.programs, analysis.sites, args, kwargs))
@@ -253,7 +254,7 @@ def _transform(model: nn.Module, task: Task, analysis: Analysis, undo: Undo) -> 
         if ran is not None and ran.flops is not None:
             report.totals = replace(report.totals, flops_after=ran.flops)
     if rest := without(recipe, in_python=False).rewrites:
-        effects = install(model, task, rest, undo, report)
+        effects = install(model, task, rest, analysis.sites, undo, report)
     active = active_count(model, analysis.sites, ran)
     report.totals = replace(
         report.totals, parameters_before=parameters, parameters_after=parameter_count(model), active_after=active

@@ -14,6 +14,8 @@ from gatecc.engine.install import Undo
 from gatecc.engine.place import Task
 from gatecc.errors import ExampleInputsError
 from gatecc.ir.rewrite import Recipe, Rewrite
+from gatecc.ir.select import select
+from gatecc.ir.site import Site
 from gatecc.ir.weights import Effect
 from gatecc.report import EffectRow, Report, RewriteRow
 
@@ -28,11 +30,18 @@ def without(recipe: Recipe, *, in_python: bool) -> Recipe:
     return replace(recipe, rewrites=tuple(r for r in recipe.rewrites if r.effects().in_python != in_python))
 
 
-def install(model: nn.Module, task: Task, rewrites: Sequence[Rewrite], undo: Undo, report: Report) -> list[Effect]:
-    """Do rewrites on a model itself; returns what was done to it, as plain data.
+def reads_sites(recipe: Recipe) -> bool:
+    """Whether a recipe has a rewrite that changes weights at sites and no graph."""
+    return any(rewrite.effects().reads_sites for rewrite in recipe.rewrites)
 
-    Nothing is captured, so operations are counted in runs on the example inputs. Raises what the rewrites raise, and
-    ExampleInputsError if the model does not run afterwards.
+
+def install(
+    model: nn.Module, task: Task, rewrites: Sequence[Rewrite], sites: Sequence[Site], undo: Undo, report: Report
+) -> list[Effect]:
+    """Do rewrites on a model itself; returns what was done to it, as plain data. ``sites``: those of its graphs.
+
+    No graph is rewritten, so operations are counted in runs on the example inputs. Raises what the rewrites raise,
+    EmptySelectionError, and ExampleInputsError if the model does not run afterwards.
     """
     before = _flops(model, task) if task.look else None
     done: list[Effect] = []
@@ -40,7 +49,8 @@ def install(model: nn.Module, task: Task, rewrites: Sequence[Rewrite], undo: Und
         clock = time.process_time()
         rows: list[EffectRow] = []
         new: dict[str, int] = {}
-        for effect in rewrite.install(model):
+        wanted = select(rewrite.site, sites, report.refusals) if rewrite.effects().reads_sites else ()
+        for effect in rewrite.edit_at(model, wanted) if wanted else rewrite.install(model):
             undo.effects.append((model, effect))
             made = effect.apply(model)
             done.append(effect.placed(""))

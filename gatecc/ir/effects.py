@@ -30,7 +30,8 @@ class Effects:
     token of its block.
 
     ``in_python``: the edit is one of control flow that no graph holds. `Rewrite.install` does it on the model itself,
-    and its sites are not captured.
+    and its sites are not captured. With ``reads_sites`` they are: the edit is one of weights alone, `Rewrite.edit_at`
+    says which at the sites that were found, and modules keep their own forward.
     """
 
     loses_buffers: bool = False
@@ -42,3 +43,4 @@ class Effects:
     same_for_layers: bool = False
     causal_block: int = 1
     in_python: bool = False
+    reads_sites: bool = False

@@ -87,6 +87,11 @@ class Rewrite(metaclass=_Taking):
         """The effects on a model, of a rewrite that is done ``in_python``. Raises SiteRefusedError for other models."""
         raise NotImplementedError
 
+    def edit_at(self, model: nn.Module, sites: Sequence[Site]) -> Sequence[Effect]:
+        """The effects on the weights of a model, of a rewrite that ``reads_sites``: those that it selects. Raises
+        SiteRefusedError for a site whose weights it cannot change."""
+        raise NotImplementedError
+
     def remarks(self, model: nn.Module) -> Iterable[str]:
         """What a report should say of a model after `install`."""
         return ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,14 +18,19 @@ from gatecc.passes.operands import place
 
 
 def again(edit: Editor, values: Mapping[fx.Node, fx.Node], target: fx.Node) -> fx.Node:
-    """``target`` computed once more, with other nodes in the place of some: a copy of what lies between them.
+    """``target`` computed once more, see `all_again`."""
+    return all_again(edit, values, (target,))[0]
+
+
+def all_again(edit: Editor, values: Mapping[fx.Node, fx.Node], targets: Sequence[fx.Node]) -> list[fx.Node]:
+    """``targets`` computed once more, with other nodes in the place of some: a copy of what lies between them.
 
     A value may stand for itself: what is computed from it is copied, and reads on what it is now when an edit replaces
     it for its other readers; so is the value, if it is computed from another one. Random operators draw again. Raises
     GraphError where something on the way is changed in place.
     """
     copied = {old: new for old, new in values.items() if old is not new}
-    for node in between(edit.program.graph, values, target):
+    for node in between(edit.program.graph, values, targets):
         if mutates(node):
             raise GraphError(
                 f"the rewrite {edit.rewrite} computes a part of the model twice, and it changes a value in place",
@@ -42,16 +47,16 @@ def again(edit: Editor, values: Mapping[fx.Node, fx.Node], target: fx.Node) -> f
         copy.meta[META] = replace(origin(node), inserted_by=edit.rewrite)
         edit.inserted.add(copy)
         copied[node] = copy
-    return copied.get(target, target)
+    return [copied.get(target, target) for target in targets]
 
 
-def between(graph: fx.Graph, values: Mapping[fx.Node, fx.Node], target: fx.Node) -> list[fx.Node]:
-    """The nodes that depend on values and that the target depends on, in order."""
+def between(graph: fx.Graph, values: Mapping[fx.Node, fx.Node], targets: Sequence[fx.Node]) -> list[fx.Node]:
+    """The nodes that depend on values and that the targets depend on, in order."""
     later: set[fx.Node] = set()
     for node in graph.nodes:
         if any(n in later or n in values for n in node.all_input_nodes):
             later.add(node)
-    needed, stack = {target}, [target]
+    needed, stack = set(targets), list(targets)
     while stack:
         for node in stack.pop().all_input_nodes:
             if node not in needed:

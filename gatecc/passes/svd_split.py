@@ -52,7 +52,7 @@ class SvdSplit(Rewrite):
         return ("in", "out", *read_by(self.gate))
 
     def rewrite(self, site: Site, edit: Editor) -> None:
-        weight = _weight(site)
+        weight = whole_matrix(site)
         value, out = stage(site, "in"), stage(site, "out")
         channels, width = static_sizes(value)["c"], static_sizes(out)["c"]
         rank = min(channels, width)
@@ -83,12 +83,13 @@ class SvdSplit(Rewrite):
                 edit.drop(name)
 
 
-def _weight(site: Site) -> Weight:
+def whole_matrix(site: Site) -> Weight:
+    """The weight of a linear site that is a matrix of its own. Raises SiteRefusedError."""
     weight = site.weights.get("weight") if isinstance(site, Linear) else None
     if weight is not None and weight.rows is None and weight.orientation != "conv":
         return weight
     raise SiteRefusedError(
-        "only a matrix of its own can be cut into singular parts",
+        "only a matrix of its own can be cut into parts",
         where=place(site),
         found=f"a site of kind {site.kind}" if weight is None else f"{weight.fqn}, rows {weight.rows}",
         expected="a linear site with one weight",

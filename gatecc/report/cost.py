@@ -18,6 +18,7 @@ from rich.text import Text
 from gatecc.errors import ArgumentError
 from gatecc.ir.files import write_atomic
 from gatecc.report.codec import decode, encode
+from gatecc.report.taken_picture import TakenRow as TakenRow
 from gatecc.report.taken_picture import picture
 from gatecc.report.units import si
 
@@ -32,27 +33,6 @@ class Spent:
     flops: float
     bytes: float
     seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class TakenRow:
-    """What a site took of its units: unit i ``counts[i]`` times of ``of`` possible ones. ``units``: their names."""
-
-    site: str
-    kind: str
-    counts: tuple[int, ...]
-    of: int
-    units: tuple[str, ...] = ()
-
-    @property
-    def shares(self) -> tuple[float, ...]:
-        """The share of possible times that each unit was taken."""
-        return tuple(count / max(self.of, 1) for count in self.counts)
-
-    @property
-    def share(self) -> float:
-        """The mean share of its units."""
-        return sum(self.shares) / max(len(self.counts), 1)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from gatecc.train.channels import ChannelCosts, calibrate_channels, channel_cost
 from gatecc.train.confidence import Stop, balance, confidence_traces, pareto, pick_threshold, stops
 from gatecc.train.contexts import expert_losses, fit_contexts
 from gatecc.train.contrast import TaskContrast
+from gatecc.train.directions import mean_difference, probe
 from gatecc.train.ensembles import expected_loss, member_losses, sweep, update_centres
 from gatecc.train.exit_calibration import Calibration, Operating, calibrate, geometric_shares
 from gatecc.train.exits import exit_costs, exit_labels, exit_logits, exits, fit_exemplars, fit_exits
@@ -17,6 +18,7 @@ from gatecc.train.losses import kld, next_token_loss, template_loss, topk_kld
 from gatecc.train.prefixes import train_counts, train_learners
 from gatecc.train.reward import set_reward
 from gatecc.train.stage import Transfer, Tune
+from gatecc.train.steering import controller_inputs, controller_loss, fit_controller
 from gatecc.train.subset import Budget, choose_subset, restrict
 from gatecc.train.threshold import ThresholdTracker, move_threshold, threshold_from_costs
 
@@ -41,6 +43,8 @@ __all__ = [
     "choose_subset",
     "coactivation",
     "confidence_traces",
+    "controller_inputs",
+    "controller_loss",
     "exit_costs",
     "exit_labels",
     "exit_logits",
@@ -48,6 +52,7 @@ __all__ = [
     "expected_loss",
     "expert_losses",
     "fit_contexts",
+    "fit_controller",
     "fit_exemplars",
     "fit_exits",
     "gate_bce",
@@ -55,11 +60,13 @@ __all__ = [
     "heal",
     "kld",
     "lightning_callback",
+    "mean_difference",
     "member_losses",
     "move_threshold",
     "next_token_loss",
     "pareto",
     "pick_threshold",
+    "probe",
     "restrict",
     "routing",
     "set_reward",

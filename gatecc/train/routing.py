@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gatecc.errors import ArgumentError
 from gatecc.ir.gate import GateModule
 from gatecc.ir.router import Router
+from gatecc.passes.reweight.groups import GroupMask
 
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module")  # of DDP, torch.compile, FSDP
 _LOSS = "loss_"
@@ -120,8 +121,12 @@ def step(model: nn.Module) -> None:
 
     Temperatures, thresholds and capacities go on along their schedules, Sinkhorn steps alternate, biases of loss-free
     balancing move by the loads of this step, all passes of its accumulation and all processes of torch.distributed
-    together, and figures start anew with the next forward pass. It does nothing in a model without routers.
+    together, and figures start anew with the next forward pass. Masks of groups are pruned and regrown when it is time.
+    It does nothing in a model without routers or such masks.
     """
+    for module in model.modules():
+        if isinstance(module, GroupMask):
+            module.advance()
     found = [router for _, router in routers(model)]
     counts = [router.counts.clone() for router in found]
     if counts and any(r.router.balances_by_bias for r in found) and dist.is_available() and dist.is_initialized():

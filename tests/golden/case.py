@@ -29,6 +29,7 @@ from gatecc.passes.gate import Gate
 from gatecc.passes.gate_channels import GateChannels
 from gatecc.passes.loop import Loop
 from gatecc.passes.mix.mix import Mix
+from gatecc.passes.reweight.reweight import Reweight
 from gatecc.passes.route.route import Route
 from gatecc.pipeline import apply, prepare
 from gatecc.scope.family import difference
@@ -39,9 +40,8 @@ from tests.golden.reader import Reader
 FOLDER = Path(__file__).parent
 GRAPHS = FOLDER / "graphs"
 LIMIT = 40  # every case has fewer lines: nobody reads longer ones
-PASSES: dict[str, type[Rewrite]] = {
-    cls.name: cls for cls in (AttentionEdit, Gate, Branch, Fuse, Bypass, Mix, Route, FuseExperts, GateChannels, Loop)
-}
+_SHOWN = (AttentionEdit, Gate, Branch, Fuse, Bypass, Mix, Route, FuseExperts, GateChannels, Loop, Reweight)
+PASSES: dict[str, type[Rewrite]] = {cls.name: cls for cls in _SHOWN}
 HEADINGS = ("pipeline", "before", "change", "weights", "contract")
 
 

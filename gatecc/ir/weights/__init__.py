@@ -17,6 +17,7 @@ from gatecc.ir.weights.new_module import Build as Build
 from gatecc.ir.weights.new_module import Fill as Fill
 from gatecc.ir.weights.new_module import NewModule as NewModule
 from gatecc.ir.weights.scale_weight import ScaleWeight as ScaleWeight
+from gatecc.ir.weights.shift_rows import ShiftRows as ShiftRows
 from gatecc.ir.weights.split import Split as Split
 from gatecc.ir.weights.widen_weight import WidenColumns as WidenColumns
 from gatecc.ir.weights.widen_weight import WidenWeight as WidenWeight

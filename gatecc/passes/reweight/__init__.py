@@ -1,0 +1,1 @@
+"""Reweight: edits of weights: rows that are shifted, groups that are masked."""
