@@ -107,7 +107,8 @@ def test_a_probe_finds_the_direction() -> None:
     means, read = gatecc.train.mean_difference(hidden, labels), torch.tensor(gatecc.train.probe(hidden, labels))
     assert torch.cosine_similarity(torch.tensor(means), V, dim=0) > 0.95
     assert torch.cosine_similarity(read, V, dim=0) > 0.6  # what separates them best is not the difference itself
-    assert (hidden[labels == 1] @ read).min() > (hidden[labels == 0] @ read).max()
+    score = hidden @ read  # the two kinds overlap a little
+    assert ((score > score.mean()) == labels.bool()).float().mean() > 0.97
     with pytest.raises(ArgumentError, match="two kinds"):
         gatecc.train.probe(hidden, torch.ones(200))
     with pytest.raises(ArgumentError, match="equal means"):
