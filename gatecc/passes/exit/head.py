@@ -122,7 +122,7 @@ class Tail(ExitHead, tag="tail"):
     def _copied(self, last: fx.Node, logits: fx.Node, edit: Editor) -> dict[fx.Node, fx.Node]:
         """Nodes that read the copies of the parameters behind the last block, by those that read the model's."""
         program = edit.program
-        nodes = between(program.graph, {last: last}, logits)
+        nodes = between(program.graph, {last: last}, (logits,))
         read = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if program.weight(n) is not None)
         names = {node: str(program.path(node)) for node in read}
 
