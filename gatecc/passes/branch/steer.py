@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -135,4 +135,4 @@ def steered_last(h: Tensor, factors: Tensor, direction: Tensor, layer: int, alph
 
 def controllers(model: nn.Module) -> list[Controller]:
     """Those of a model."""
-    return [cast("Controller", m) for m in model.modules() if isinstance(m, Controller)]
+    return [m for m in model.modules() if isinstance(m, Controller)]

@@ -94,6 +94,8 @@ class GroupMask(nn.Module):
     their number, x and x^2 of each group of inputs, y and y^2 of each of outputs, y x of each pair; and |W| of each.
     """
 
+    mask: Tensor
+
     def __init__(self, spec: Groups) -> None:
         super().__init__()
         self.spec, G = spec, spec.groups
