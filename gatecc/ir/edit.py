@@ -24,6 +24,7 @@ from gatecc.ir.functions import copies_of, entries
 from gatecc.ir.ops import mutates, writes_for_others
 from gatecc.ir.printer import window
 from gatecc.ir.program import META, Origin, Program, attribute, origin
+from gatecc.ir.select import Selector
 from gatecc.ir.site import Masking, Site
 from gatecc.ir.trace import tensor_names, trace
 from gatecc.ir.weights import (
@@ -88,6 +89,7 @@ class Editor:
     lost: set[str] = field(default_factory=set[str])  # parameters that the edit takes out of the graph on purpose
     hidden: set[int] = field(default_factory=set[int])  # numbers of the outputs that are None from now on
     effects: Effects = field(default_factory=Effects)  # those of the rewrite
+    selected: Selector | None = None  # the sites of the rewrite, of which this is one
 
     def module(self, name: str, build: Build, fill: Fill | None = None) -> str:
         """The path of a new submodule called ``name`` on the site's owner; made by ``build`` unless it exists already.

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from gatecc.errors import ArgumentError, SiteRefusedError
-from gatecc.ir.contract import Contract, changes_function, identity_at_init
+from gatecc.ir.contract import ROUNDING, Contract, changes_function, identity_at_init
 from gatecc.ir.edit import Editor
 from gatecc.ir.effects import Effects
 from gatecc.ir.gate import GateSpec
@@ -18,9 +18,10 @@ from gatecc.ir.gates.activation import Sigmoid
 from gatecc.ir.gates.init import Zero
 from gatecc.ir.gates.source import Source, Stage
 from gatecc.ir.printer import node_text
-from gatecc.ir.program import fake
+from gatecc.ir.program import fake, shape
 from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.site import Residual, Site, Value
+from gatecc.ir.sizes import described_shape
 from gatecc.passes.branch.body import Body
 from gatecc.passes.branch.branch import starts_at_zero
 from gatecc.passes.fusing import (
@@ -33,7 +34,7 @@ from gatecc.passes.fusing import (
     weight_of,
     weighted_sum,
 )
-from gatecc.passes.gating import gate_node, read_by, reads_afar
+from gatecc.passes.gating import gate_node, multiply, read_by, reads_afar
 from gatecc.passes.operands import place, readers, stage
 
 _A = torch.ops.aten
@@ -46,7 +47,8 @@ class Fuse(Rewrite):
     With ``mode="convex"`` the weights are shares: ``y <- scale * (g * v0 + (1 - g) * v1)`` for two values, ``y <- scale
     * sum_i g_i * v_i`` for any number with a gate over them (granularity ``expert``, a softmax). ``"free"``: ``y <-
     scale * sum_i g_i * v_i``, weights of any size. ``"add"``: ``y <- v0 + scale * (g_1 * v1 + ...)``, so that v0 comes
-    through whole. Where the gate of these two is not over the values, each value has a gate of its own.
+    through whole. Where the gate of these two is not over the values, each value has a gate of its own. ``"scale"``
+    sums nothing: the site, a concatenation, reads ``g_i * v_i`` in the place of each value, with one gate over them.
 
     ``values``: stages of the site (``skip``; ``self`` is the selected value), values of other sites
     (``at("block[b.*].out")``: one for all, or the k-th for the k-th), inputs of the model (``cond(text)``), or new
@@ -64,14 +66,20 @@ class Fuse(Rewrite):
     values: tuple[str, ...] = ("skip", "branch")
     scale: float = 1.0
     label: str = "gate"
-    mode: Literal["convex", "free", "add"] = "convex"
+    mode: Literal["convex", "free", "add", "scale"] = "convex"
     everywhere: bool = False
 
     def __post_init__(self) -> None:
         given = (self.values,) if isinstance(self.values, str | Source | Body) else self.values  # one is refused below
         object.__setattr__(self, "values", tuple(str(operand_of(str(one))) for one in given))
-        if self.mode not in ("convex", "free", "add"):
-            raise ArgumentError("no such fusion", found=f"mode={self.mode!r}", expected="convex, free or add")
+        if self.mode not in ("convex", "free", "add", "scale"):
+            raise ArgumentError("no such fusion", found=f"mode={self.mode!r}", expected="convex, free, add or scale")
+        if self.mode == "scale" and (not self._over_values or self.everywhere or self.scale != 1):
+            raise ArgumentError(
+                "values are scaled in their places by one gate over them",
+                found=f"granularity {self.gate.granularity}, scale={self.scale}, everywhere={self.everywhere}",
+                expected='"..., mlp(64), expert, sigmoid" and no other option',
+            )
         if len(self.values) < 2:
             raise ArgumentError("fuse weighs several values", found=str(self.values), expected="two values or more")
         if self.everywhere and any(isinstance(one, Body) for one in self._operands):
@@ -80,6 +88,13 @@ class Fuse(Rewrite):
             )
         if self.mode != "convex":
             return
+        start = self.gate.start
+        if start is not None and start.activation != self.gate.activation:
+            raise ArgumentError(
+                "the shares of a convex fusion lie between 0 and 1",
+                found=f"a gate that starts at 1 as {start.activation}",
+                expected="init=identity(how=bias), zero, or random",
+            )
         if not self._over_values and len(self.values) > 2:
             raise ArgumentError(
                 "the shares of more than two values come from a gate over the values",
@@ -102,11 +117,15 @@ class Fuse(Rewrite):
         return "expert" in self.gate.granularity.names
 
     def contract(self) -> Contract:
+        if self.mode == "scale":
+            return self.gate.contract()
         first, *others = self._operands
         kept = isinstance(first, Stage) and first.name in ("self", self.site.stage)
         if self.mode == "add":
             zero = starts_at_zero(self.gate) or all(isinstance(v, Body) and v.starts_at_zero for v in others)
             return identity_at_init() if kept and zero else changes_function()
+        if self.mode == "convex" and kept and self.gate.start is not None and self.gate.residual <= ROUNDING:
+            return identity_at_init()
         parts = {"residual": {"skip", "branch"}, "merge": {"in0", "in1"}}.get(self.site.kind)
         whole = self.site.stage == "out" and set(self.values) == parts and len(self.values) == 2
         if self.mode == "free":
@@ -139,6 +158,9 @@ class Fuse(Rewrite):
     def rewrite(self, site: Site, edit: Editor) -> None:
         out = stage(site, self.site.stage)
         values = [value_of(operand, self.site, edit) for operand in self._operands]
+        if self.mode == "scale":
+            self._scale(values, out, edit)
+            return
         check_alike(values, out, self.values, site)
         _pure(site, out)
         fused = self._fused(values, out, edit)
@@ -146,6 +168,22 @@ class Fuse(Rewrite):
         for value in values if self.everywhere else ():
             if value.node is not out.node:
                 edit.replace(value.node, fused)
+
+    def _scale(self, values: list[Value], out: Value, edit: Editor) -> None:
+        gates = self._gates(values, values, out, edit)
+        for name, value, gate in zip(self.values, values, gates, strict=True):
+            varies = any(size != 1 for size in shape(gate)[1:])
+            if value.axes != out.axes or out.node not in value.node.users or varies:
+                raise SiteRefusedError(
+                    "only what a concatenation of tokens reads is scaled in its place, by a weight for each sample",
+                    where=place(edit.site),
+                    found=f"{name} with the axes {value.axes}, a gate {described_shape(gate)}",
+                    expected="a part of the site, and a gate that reads inputs or pooled values",
+                    do="select the join (merge[0].out) and name its parts (in0, in1)",
+                )
+        for value, gate in zip(values, gates, strict=True):
+            scaled = edit.call(multiply, value.node, gate, name="scaled")
+            edit.replace(value.node, scaled, {out.node})
 
     def _fused(self, values: list[Value], out: Value, edit: Editor) -> fx.Node:
         if self.mode == "convex" and not self._over_values:

@@ -84,6 +84,7 @@ def _rewrite(
     editors: list[Editor] = []
     for site in map(prepared.now, sites):
         edit = Editor(program, site, rewrite.name, own, taken, sites=prepared.sites, effects=effects)
+        edit.selected = rewrite.site
         try:
             rewrite.rewrite(site, edit)
         except GateccError:

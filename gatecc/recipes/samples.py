@@ -21,7 +21,7 @@ Sample = tuple[nn.Module, tuple[Any, ...]]
 _WIDTH, _HEADS, _GROUPS = 16, 4, 2
 
 
-class _Attention(nn.Module):
+class SelfAttention(nn.Module):
     """Grouped-query attention. x: (B, N, C)"""
 
     def __init__(self, causal: bool) -> None:
@@ -39,7 +39,9 @@ class _Attention(nn.Module):
         return self.o_proj(heads.transpose(1, 2).flatten(2))
 
 
-class _MLP(nn.Module):
+class FeedForward(nn.Module):
+    """x: (B, N, C)"""
+
     def __init__(self) -> None:
         super().__init__()
         self.up, self.act, self.down = nn.Linear(_WIDTH, 2 * _WIDTH), nn.GELU(), nn.Linear(2 * _WIDTH, _WIDTH)
@@ -48,11 +50,13 @@ class _MLP(nn.Module):
         return self.down(self.act(self.up(x)))
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
+    """One layer, norms first. x: (B, N, C)"""
+
     def __init__(self, causal: bool) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(_WIDTH), nn.LayerNorm(_WIDTH)
-        self.attn, self.mlp = _Attention(causal), _MLP()
+        self.attn, self.mlp = SelfAttention(causal), FeedForward()
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
@@ -70,7 +74,7 @@ class _Transformer(nn.Module):
         super().__init__()
         self.text = nn.Linear(text, _WIDTH) if text else None
         self.embed = nn.Embedding(vocabulary, _WIDTH) if vocabulary else None
-        self.blocks = nn.ModuleList(_Block(causal) for _ in range(2))
+        self.blocks = nn.ModuleList(Block(causal) for _ in range(2))
         self.head = nn.Linear(_WIDTH, vocabulary) if vocabulary else None
 
     def forward(
@@ -142,7 +146,7 @@ class _Classifier(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(_Block(causal=False) for _ in range(3))
+        self.blocks = nn.ModuleList(Block(causal=False) for _ in range(3))
         self.norm, self.head = nn.LayerNorm(_WIDTH), nn.Linear(_WIDTH, 5)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from gatecc.ir.select import Selector
 from gatecc.passes.attention_edit.attention_edit import AttentionEdit
 from gatecc.passes.branch.branch import Branch
 from gatecc.passes.bypass import Bypass
+from gatecc.passes.exchange import Exchange
 from gatecc.passes.fuse import Fuse
 from gatecc.passes.fuse_experts import FuseExperts
 from gatecc.passes.gate import Gate
@@ -40,7 +41,20 @@ from tests.golden.reader import Reader
 FOLDER = Path(__file__).parent
 GRAPHS = FOLDER / "graphs"
 LIMIT = 40  # every case has fewer lines: nobody reads longer ones
-_SHOWN = (AttentionEdit, Gate, Branch, Fuse, Bypass, Mix, Route, FuseExperts, GateChannels, Loop, Reweight)
+_SHOWN = (
+    AttentionEdit,
+    Gate,
+    Branch,
+    Fuse,
+    Exchange,
+    Bypass,
+    Mix,
+    Route,
+    FuseExperts,
+    GateChannels,
+    Loop,
+    Reweight,
+)
 PASSES: dict[str, type[Rewrite]] = {cls.name: cls for cls in _SHOWN}
 HEADINGS = ("pipeline", "before", "change", "weights", "contract")
 

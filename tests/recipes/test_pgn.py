@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import gatecc
-from gatecc.errors import SiteRefusedError
+from gatecc.errors import ArgumentError, SiteRefusedError
 from gatecc.ir.edit import Editor
 from gatecc.passes.mix.mixers import PGN, Linear
 from tests.ir.match.found import find
@@ -127,3 +127,30 @@ def test_each_mixer_has_its_kind_of_site() -> None:
     encoder = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
     said = refused(encoder, torch.randn(2, 4, 6), gatecc.Mix(gatecc.Attention[...], PGN()))
     assert "pgn takes the place of rnn" in said
+
+
+def test_the_second_dimension_is_the_same_phase_of_earlier_periods() -> None:
+    """The stack is of nn.LSTM and nn.GRU; a period of 3, two of which are read, and the row of the 2 tokens before."""
+    for cell in (nn.LSTM, nn.GRU):
+        plain = series(cell)
+        model: Any = gatecc.transform(plain, gatecc.recipe("tpgn", period=3, periods=2), (X,), verify=False)
+        new = new_parameters(model, plain)
+        randomise(new.values(), 0.5)
+        (layer,) = model.rnn.mixer.layers
+        for n in (9, 2):
+            x = plain.inp(X[:, :n])
+            outs: list[Tensor] = []
+            for t in range(n):
+                h = layer.history.bias.expand(2, -1)
+                for steps, weight in (((2, 1), layer.history.weight), ((6, 3), layer.column.weight)):
+                    for at, back in enumerate(steps):
+                        if t >= back:
+                            h = h + x[:, t - back] @ weight[:, :, at].T
+                z, c = (torch.cat([x[:, t], h], -1) @ layer.gate.weight.T + layer.gate.bias).chunk(2, -1)
+                outs.append(torch.sigmoid(z) * h + (1 - torch.sigmoid(z)) * torch.tanh(c))
+            with torch.no_grad():
+                assert torch.allclose(model(X[:, :n]), plain.head(torch.stack(outs, 1)), atol=1e-5)
+        assert all(causal(model, X, at) for at in (1, 4, 7))
+        gradients(model, new, model(X))
+    with pytest.raises(ArgumentError, match="two tokens or more"):
+        gatecc.recipe("tpgn", period=1)

@@ -64,7 +64,8 @@ def _check_granularity(spec: Choices) -> None:
         raise _clash(spec, "sinkhorn balances positions, and a learned constant has one", "a value to read")
     if "sample" not in spec.granularity.names:
         return
-    if constant or (spec.source.tokens and not _pools(spec) and not isinstance(spec.source, Cond)):
+    varies = any(part.tokens and not isinstance(part, Cond) for part in spec.source.parts)
+    if constant or (varies and not _pools(spec)):
         raise _clash(spec, "one gate per sample needs a source that varies over samples only", "pool(...), cond(NAME)")
 
 

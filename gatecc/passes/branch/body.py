@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from gatecc.errors import SiteRefusedError
+from gatecc.errors import ArgumentError, SiteRefusedError
 from gatecc.ir.edit import Editor
 from gatecc.ir.effects import Effects
 from gatecc.ir.gates.option import Option
+from gatecc.ir.gates.source import At, Cond, Source, Stage
+from gatecc.ir.program import shape
 from gatecc.ir.site import Site, Value
-from gatecc.passes.operands import place, stage, static_sizes
+from gatecc.passes.operands import place, source, stage, static_sizes
 
 
 @dataclass(frozen=True)
@@ -99,19 +101,41 @@ class Adapting:
         return True
 
 
+def elsewhere(of: str) -> bool:
+    """Whether a text names a value that is none of the site's: ``at(SELECTOR)``, ``cond(INPUT)``."""
+    return not isinstance(Source.parse(of), Stage)
+
+
+def other(of: str, value: Value, edit: Editor) -> Value:
+    """What a text names for a body: ``self`` is the value that it stands beside, another word a stage of the site.
+
+    ``cond(INPUT)`` is an input of the model, ``at(SELECTOR)`` a value of another site: one for all sites that the
+    rewrite selects, or the k-th for the k-th. Raises SiteRefusedError.
+    """
+    found = Source.parse(of)
+    if len(found.refs) != 1 or not isinstance(found, (Stage, At, Cond)) or edit.selected is None:
+        raise ArgumentError("a body reads one value", found=of, expected="a stage, at(SELECTOR) or cond(INPUT)")
+    if of == "self":
+        return value
+    read = source(found.refs[0], edit.selected, edit)
+    if isinstance(found, Cond) and "c" in read.axes:  # of an input that the model does not read any size may change
+        int(shape(read.node)[read.axes.index("c")])  # this graph is for the one that it has
+    return read
+
+
 def operand(site: Site, value: Value, of: str) -> tuple[Value, int, int]:
     """What a body reads (``self``, or a stage of the site), its channels, and those of the value.
 
     Raises SiteRefusedError unless both have their channels last, at the same positions.
     """
-    source = value if of == "self" else stage(site, of)
-    sizes = static_sizes(source).get("c"), static_sizes(value).get("c")
-    if source.axes == value.axes and value.axes.text.endswith("c") and None not in sizes:
-        return source, int(sizes[0] or 0), int(sizes[1] or 0)
+    read = value if of == "self" else stage(site, of)
+    sizes = static_sizes(read).get("c"), static_sizes(value).get("c")
+    if read.axes == value.axes and value.axes.text.endswith("c") and None not in sizes:
+        return read, int(sizes[0] or 0), int(sizes[1] or 0)
     raise SiteRefusedError(
         "an adapter maps channels to channels, which are the last axis of both",
         where=place(site),
-        found=f"{of} with the axes {source.axes}, a value with {value.axes}",
+        found=f"{of} with the axes {read.axes}, a value with {value.axes}",
         expected="one and the same axes for both, with c last",
         do="read another stage (of=...), adapt stage 'out', or leave this site out",
     )

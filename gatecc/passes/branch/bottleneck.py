@@ -23,16 +23,21 @@ class Bottleneck(Adapting, Body, tag="bottleneck"):
     """y <- y + U (act(G x) * D x), or U act(D x) where it is not ``gated`` (Houlsby et al., 2019). U starts at 0.
 
     ``width`` is that of the bottleneck. ``of`` is the stage that it reads, x: ``self`` puts it behind the value,
-    ``in`` beside the site.
+    ``in`` beside the site. With ``start="random"`` U starts as D does: two layers that take the value's place.
     """
 
     width: int = 64
     gated: bool = False
     activation: Pointwise = "gelu"
     of: str = "self"
+    start: Literal["zero", "random"] = "zero"
 
     def check(self) -> None:
         self.require(self.width > 0, "width", "a positive integer")
+
+    @property
+    def starts_at_zero(self) -> bool:
+        return self.start == "zero"
 
     def build(self, site: Site, value: Value, edit: Editor) -> fx.Node:
         source, channels, width = operand(site, value, self.of)
@@ -75,6 +80,8 @@ class Adapter(nn.Module):
         self.down = nn.Parameter(torch.empty((1 + spec.gated) * spec.width, channels))
         self.up = nn.Parameter(torch.zeros(width, spec.width))
         nn.init.uniform_(self.down, -(channels**-0.5), channels**-0.5)
+        if spec.start == "random":
+            nn.init.uniform_(self.up, -(spec.width**-0.5), spec.width**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.linear(x, self.down)
