@@ -53,6 +53,4 @@ def guiding_giants(
     activations: `gatecc.train.fit_controller`. The layer weights z have no gradient of the labels.
     """
     where = Selector.parse(at)
-    return (
-        Steer(Selector.parse(end), where.out, tuple(direction), alpha, layers, size, tokens),  # pyright: ignore[reportArgumentType]
-    )
+    return (Steer(Selector.parse(end), where.out, tuple(direction), alpha, layers, size, tokens),)
