@@ -146,7 +146,9 @@ def test_the_kth_site_is_fused_with_the_kth_value_of_another_stream(everywhere: 
 
 def test_values_of_other_shapes_or_streams_are_refused_and_so_is_a_length_that_grows_apart() -> None:
     rewrite = Fuse(
-        "activation[vision.*]", _spec("self, linear, token, sigmoid"), ("self", 'at("activation[audio.*].out")')
+        "activation[vision.*]",
+        _spec("self, linear, token, sigmoid, init=zero"),
+        ("self", 'at("activation[audio.*].out")'),
     )
     for inputs, channels in ((_inputs(5, 7), 8), (_inputs(5, 5, 6), 6)):
         with pytest.raises(SiteRefusedError, match="the values of a fusion have other shapes"):
@@ -157,7 +159,7 @@ def test_values_of_other_shapes_or_streams_are_refused_and_so_is_a_length_that_g
 
 
 def test_names_that_nothing_has_and_single_values_are_refused() -> None:
-    gate = _spec("self, linear, token, sigmoid")
+    gate = _spec("self, linear, token, sigmoid, init=zero")
     model, inputs = Streams().eval(), _inputs(5, 5)
     for values, error, match in (
         (("self", "attic"), SiteRefusedError, "needs 'attic'"),
@@ -172,7 +174,7 @@ def test_names_that_nothing_has_and_single_values_are_refused() -> None:
     ):
         with pytest.raises(error, match=match):
             gatecc.transform(model, Fuse("activation[vision.*]", gate, values), inputs)
-    read = Fuse("activation[vision.*]", _spec("fused(2), linear, token, sigmoid"), ("self", "self"))
+    read = Fuse("activation[vision.*]", _spec("fused(2), linear, token, sigmoid, init=zero"), ("self", "self"))
     with pytest.raises(ArgumentError, match="reads value 2 of a fusion"):
         gatecc.transform(model, read, inputs)
     with pytest.raises(ArgumentError, match="reads value 0 of a fusion"):
@@ -180,12 +182,14 @@ def test_names_that_nothing_has_and_single_values_are_refused() -> None:
 
 
 def test_choices_that_do_not_go_together() -> None:
-    own, over = _spec("self, linear, channel, sigmoid"), _spec("self, linear, expert, sigmoid")
+    own, over = (_spec(f"self, linear, {of}, sigmoid, init=zero") for of in ("channel", "expert"))
     three = ("self", "skip", "branch")
     for options, match in (
         ({"gate": own, "values": three}, "come from a gate over the values"),
         ({"gate": over, "values": three}, "sum to 1"),
         ({"gate": own, "mode": "best"}, "no such fusion"),
+        ({"gate": own, "mode": "scale"}, "scaled in their places"),
+        ({"gate": _spec("self, linear, channel, sigmoid")}, "lie between 0 and 1"),
         ({"gate": own, "values": ("self", "lora(2)"), "everywhere": True}, "where a value was before"),
     ):
         with pytest.raises(ArgumentError, match=match):
