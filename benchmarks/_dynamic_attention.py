@@ -1,8 +1,7 @@
-"""Attention that skips blocks which a gate did not choose, against dense attention (and FlexAttention, compiled)."""
+"""Attention that skips blocks which a gate did not choose, against dense attention."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from _table import Row, best_of
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from gatecc.ops.block_gate import block_choice, block_logits
 
@@ -33,20 +31,16 @@ def attention() -> Iterator[Row]:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     with torch.no_grad():
-        flex = _flex(q, k, v, chosen(0.1))
-        few, half, full, gate, other = sparse(0.1), sparse(0.5), sparse(1.0), lambda: chosen(0.1), flex
+        few, half, full, gate = sparse(0.1), sparse(0.5), sparse(1.0), lambda: chosen(0.1)
         masked = _masked(q, k, v, chosen(0.1)[:, :, -4:])
         error = float((few()[:, :, -4 * BLOCK :] - masked).abs().max())
-        seconds = best_of(dense, few, half, full, gate, other, repeats=3)
-        same = float((few() - flex()).abs().max())
+        seconds = best_of(dense, few, half, full, gate, repeats=3)
     what = f"attention, {N} tokens, {HEADS} heads of {D}, causal"
     yield Row(f"{what}: 10 % of the blocks kept, gate included", seconds[0] / seconds[1], 4.5, False, "x dense")
-    yield Row("  the same by FlexAttention compiled, gate not included", seconds[0] / seconds[5], unit="x dense")
     yield Row("  half of the blocks kept", seconds[0] / seconds[2], 1.0, False, "x dense")
     yield Row("  all blocks kept", seconds[0] / seconds[3], unit="x dense")
     yield Row("  the gate's share of the time at 10 %", seconds[4] / seconds[1])
     yield Row("  skipped against masked, largest difference", error, 1e-5)
-    yield Row("  skipped against FlexAttention, largest difference", same, 1e-5)
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor) -> Tensor:
@@ -57,15 +51,3 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor) -> Tensor:
     seen = seen & (at <= at[-rows:, None])
     scores = (q[:, :, -rows:] @ k.mT) * D**-0.5
     return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
-
-
-def _flex(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor) -> Callable[[], Tensor]:
-    def seen(b: Any, h: Any, i: Any, j: Any) -> Any:
-        return blocks[b, h, i // BLOCK, j // BLOCK] & (i >= j)
-
-    mask = create_block_mask(seen, 1, HEADS, N, N, device="cpu", BLOCK_SIZE=BLOCK)
-    compiled: Any = torch.compile(flex_attention, fullgraph=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        compiled(q, k, v, block_mask=mask)
-    return lambda: compiled(q, k, v, block_mask=mask)
