@@ -58,7 +58,7 @@ def test_onnxruntime_stays_out_of_the_base_and_is_one_of_two() -> None:
         return {Requirement(requirement).name for requirement in requirements}
 
     extras: dict[str, list[str]] = PROJECT["optional-dependencies"]
-    assert set(extras) == {"onnx", "ort", "ort-gpu", "genai", "hf", "viz", "peft", "test", "dev"}
+    assert set(extras) == {"onnx", "ort", "ort-gpu", "genai", "spiking", "hf", "viz", "peft", "test", "dev"}
     assert not names(PROJECT["dependencies"]) & {"onnx", "onnxruntime", "onnxruntime-gpu", "transformers", "triton"}
     assert names(extras["ort"]) == {"onnxruntime"}
     assert names(extras["ort-gpu"]) == {"onnxruntime-gpu"}
