@@ -81,15 +81,11 @@ def _fake(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None = None) -
     return x.new_empty(*x.shape[:-1], weight.size(0))
 
 
-def _autograd(keys: Any, *tensors: Tensor | None) -> Tensor:
-    given = [t for t in tensors if t is not None]
+def _autograd(keys: Any, x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:
+    given = [t for t in (x, weight, bias) if t is not None]
     if has_tangents(given) or (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
-        x, weight, mask, bias = tensors
-        assert x is not None
-        assert weight is not None
-        assert mask is not None  # only the bias is optional
         return masked(x, weight, mask, bias)
-    result: Tensor = below_autograd(_OPERATOR, keys, {}, *tensors)
+    result: Tensor = below_autograd(_OPERATOR, keys, {}, x, weight, mask, bias)
     return result
 
 
