@@ -29,6 +29,7 @@ from gatecc.cli.shared import (
     Reports,
     Settings,
     Traceback,
+    chosen_model,
     errors,
     say,
     status,
@@ -172,18 +173,7 @@ def export(
     """Write model.onnx after comparing it with torch, and say what was lowered and what not; if they differ nothing is
     written."""
     with errors(traceback):
-        if recipe and checkpoint:
-            raise ArgumentError(
-                "a checkpoint has its own recipe", found="--recipe and --checkpoint", expected="one of them"
-            )
-        if recipe:
-            chosen, example, _ = transformed(model, inputs, recipe, settings, "auto", True)
-        else:
-            with status("loading the model"):
-                chosen, example = load_model(model, inputs)
-        if checkpoint:
-            with status("loading the checkpoint"):
-                chosen = gatecc.load(chosen, checkpoint)
+        chosen, example = chosen_model(model, inputs, recipe, settings, checkpoint)
         options: dict[str, Any] = {"target": target, "opset": opset, "decode": decode, "quantize": quantize}
         options.update(timeout=timeout, group_experts=group_experts, external_data=external_data, tokenizer=tokenizer)
         options.update(functions=functions)

@@ -9,9 +9,18 @@ import typer
 
 import gatecc
 from gatecc.cli.commands import app
-from gatecc.cli.reference import load_model
-from gatecc.cli.shared import AsJson, Inputs, Model, Settings, Traceback, errors, say, status, stdout, transformed
-from gatecc.errors import ArgumentError
+from gatecc.cli.shared import (
+    AsJson,
+    Inputs,
+    Model,
+    Settings,
+    Traceback,
+    chosen_model,
+    errors,
+    say,
+    status,
+    stdout,
+)
 from gatecc.report.cost import render
 
 Files = Annotated[
@@ -39,18 +48,7 @@ def cost(
 ) -> None:
     """Say what one run costs per sample, beside the same run with nothing left out, and which units it took."""
     with errors(traceback):
-        if recipe and checkpoint:
-            raise ArgumentError(
-                "a checkpoint has its own recipe", found="--recipe and --checkpoint", expected="one of them"
-            )
-        if recipe:
-            chosen, example, _ = transformed(model, inputs, recipe, settings, "auto", True)
-        else:
-            with status("loading the model"):
-                chosen, example = load_model(model, inputs)
-        if checkpoint:
-            with status("loading the checkpoint"):
-                chosen = gatecc.load(chosen, checkpoint)
+        chosen, example = chosen_model(model, inputs, recipe, settings, checkpoint)
         with status("running"):
             found = gatecc.cost(chosen, example, rounds=rounds, each=each)
         for path in files or []:

@@ -17,7 +17,7 @@ from torch import nn
 import gatecc
 from gatecc.cli.reference import load_model, load_recipe, parse_options
 from gatecc.cli.signals import ended_cleanly
-from gatecc.errors import GateccError
+from gatecc.errors import ArgumentError, GateccError
 
 Model = Annotated[
     str,
@@ -68,6 +68,24 @@ def transformed(
     wanted = load_recipe(recipe, parse_options(settings or []))
     with status(f"applying {recipe}"):
         return gatecc.transform(loaded, wanted, example, scope=scope, verify=verify), example, loaded
+
+
+def chosen_model(
+    model: str, inputs: str | None, recipe: str | None, settings: list[str] | None, checkpoint: Path | None
+) -> tuple[nn.Module, Any]:
+    """A model as it is, rewritten by a recipe, or from a checkpoint; and its example inputs."""
+    if recipe and checkpoint:
+        raise ArgumentError(
+            "a checkpoint has its own recipe", found="--recipe and --checkpoint", expected="one of them"
+        )
+    if recipe:
+        return transformed(model, inputs, recipe, settings, "auto", True)[:2]
+    with status("loading the model"):
+        chosen, example = load_model(model, inputs)
+    if checkpoint:
+        with status("loading the checkpoint"):
+            chosen = gatecc.load(chosen, checkpoint)
+    return chosen, example
 
 
 def stdout() -> Console:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gatecc.capture.flops import counted
+from gatecc.capture.modes import in_eval
 from gatecc.errors import ArgumentError
 from gatecc.ir.gate import GateModule
 from gatecc.ir.gates.estimator import Supervised
@@ -132,13 +133,8 @@ class _Labels(TorchDispatchMode):
 @contextmanager
 def _modes(model: nn.Module, *, gates: bool) -> Generator[None]:
     """The model in eval mode, its gates in training or not."""
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    for module in model.modules():
-        if isinstance(module, GateModule):
-            module.training = gates
-    try:
+    with in_eval(model):
+        for module in model.modules():
+            if isinstance(module, GateModule):
+                module.training = gates
         yield
-    finally:
-        for module, training in before.items():
-            module.training = training

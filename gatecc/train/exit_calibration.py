@@ -11,9 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from gatecc.capture.modes import in_eval
 from gatecc.errors import ArgumentError, MissingPackageError
 from gatecc.passes.exit.rule import NEVER
-from gatecc.train.exits import Labelled, cross_entropies, exit_costs, exit_logits, exits, in_eval, set_thresholds
+from gatecc.train.exits import Labelled, cross_entropies, exit_costs, exit_logits, exits, set_thresholds
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from gatecc.capture.flops import counted
+from gatecc.capture.modes import in_eval
 from gatecc.errors import ArgumentError, TrainingError
 from gatecc.passes.exit.rule import NEVER, CalibratedRule, LearnedRule, RuleModule
 from gatecc.train.batches import Batch, Stream, call_of, device_of
@@ -267,19 +268,6 @@ def set_thresholds(rules: Sequence[RuleModule], values: Sequence[float]) -> None
     """Set the thresholds of exits; captured graphs follow."""
     for rule, value in zip(rules, values, strict=True):
         rule.threshold.fill_(value)
-
-
-@contextmanager
-def in_eval(model: nn.Module) -> Generator[None]:
-    """The model in eval mode for a while."""
-    before = [(m, m.training) for m in model.modules()]
-    try:
-        for module, _ in before:
-            module.training = False
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 def _plain(out: Any) -> Any:

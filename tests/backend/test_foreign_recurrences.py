@@ -1,4 +1,4 @@
-"""Recurrences of others whose gates are not decays: negative, growing, bent inside of the loop. Left alone, or exact.
+"""Recurrences of others whose gates are not decays: negative, growing, squashed in the loop. Left alone, or exact.
 
 Each is written as a loop over tokens with a gate that may be any number, and compared in float64.
 """

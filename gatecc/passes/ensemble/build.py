@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, cast
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from gatecc.capture.flops import counted
+from gatecc.capture.modes import in_eval
 from gatecc.capture.shield import random_states_kept
 from gatecc.capture.signature import split_inputs
 from gatecc.errors import ArgumentError, ExampleInputsError, GateccError
@@ -122,7 +122,7 @@ def _try(ensemble: Ensemble, inputs: dict[str, Any]) -> None:
     """Run everything once: forms and costs are written down, outputs compared."""
     rows = rows_of(list(inputs.values()))
     values = dict(inputs)
-    with _in_eval(ensemble), random_states_kept():
+    with in_eval(ensemble), random_states_kept():
         for name in ensemble.order:
             values[name], flops = _counted(ensemble, name, values)
             held = (ensemble.model(name), *(m for n, m in ensemble.projections.items() if n == name))
@@ -147,15 +147,3 @@ def _counted(ensemble: Ensemble, name: str, values: dict[str, Any]) -> tuple[Any
             do="look at what it is given: "
             + ", ".join(f"{parameter}={value}" for parameter, value in ensemble.calls[name].arguments),
         ) from e
-
-
-@contextmanager
-def _in_eval(model: nn.Module) -> Generator[None]:
-    before = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in before:
-            module.training = False
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
