@@ -6,14 +6,21 @@ import inspect
 from typing import Any
 
 import gatecc
-from gatecc.recipes import ensembles
+from gatecc.recipes import ensembles, streams
 
-# Of recipes with an option that has no default, what their first case gives, unless the page shows something shorter.
+# Of recipes with an option that has no default (and guess, whose default names an input that its sample has not), what
+# their first case gives, unless the page shows something shorter.
 OPTIONS: dict[str, dict[str, Any]] = {
     info.name: dict(info.cases[0].options)
     for info in gatecc.recipes()
-    if any(default is inspect.Parameter.empty for default in info.options.values())
-} | {"divcontrol": {"condition": "text"}, "mhr": {"tasks": 2}, "poly": {"tasks": 2}, "m3vit": {"tasks": 3}}
+    if info.name == "guess" or any(default is inspect.Parameter.empty for default in info.options.values())
+} | {
+    "divcontrol": {"condition": "text"},
+    "rrnco": {"k": 3},
+    "mhr": {"tasks": 2},
+    "poly": {"tasks": 2},
+    "m3vit": {"tasks": 3},
+}
 MODELS: dict[str, str] = {
     "gated-swinrmt": """import timm
 
@@ -31,13 +38,20 @@ model, example_inputs = timm.create_model("swin_tiny_patch4_window7_224", **shap
             ("armorm", "prompted"),
             ("mocoop", "described"),
             ("pill", "images"),
-            ("x-lora", "language"),
+            ("dynamic-confidence tsm-conv", "spiking"),
+            ("ftwt", "pictures"),
+            ("guiding-giants unlasting-mask x-lora", "language"),
+            ("persistent-transient tpgn", "series"),
+            ("cgib global-workspace", "sequences"),
         )
         for name in names.split()
     },
     "pgn": "model, example_inputs = nn.GRU(8, 16, batch_first=True), (torch.randn(2, 9, 8),)\n",
 }
-ENSEMBLE = "from gatecc.recipes import ensembles\n\nmodel, example_inputs = ensembles.{}()  # a small gatecc.ensemble\n"
+# Recipes for several models or streams: the model of their first case, which no transformer stands for.
 for info in gatecc.recipes():
-    if (sample := info.cases[0].sample).__module__ == ensembles.__name__:
-        MODELS[info.name] = ENSEMBLE.format(sample.__name__)
+    for module in (ensembles, streams):
+        if (sample := info.cases[0].sample).__module__ == module.__name__:
+            short = module.__name__.rsplit(".", 1)[-1]
+            line = f"model, example_inputs = {short}.{sample.__name__}()  # {(sample.__doc__ or '').rstrip('.')}"
+            MODELS[info.name] = f"from gatecc.recipes import {short}\n\n{line}\n"
