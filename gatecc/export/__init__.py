@@ -115,8 +115,8 @@ def export(
     ``functions``: the nodes of each rewrite, and of each operator that ONNX has not, are a call of a function of the
     file's own in the domain gatecc, which bears its name; runtimes put the nodes back. Not with ``quantize``.
     ``timeout``: seconds of CPU time after which the export is stopped; None is no limit.
-    ``group_experts``: experts of transformers that are set to "batched_mm", which copies a matrix for each token, are
-    written as products by expert, and a note says so; of a model that is rewritten, what its graphs hold is written.
+    ``group_experts``: experts that the model spells out, or that transformers computes with "batched_mm", which copies
+    a matrix for each token, are written as products by expert. False writes what the model does.
     ``example_inputs``: a tuple is positional, a dict is keyword arguments, ``(tuple, dict)`` is both.
     Raises ArgumentError, MissingPackageError, ExampleInputsError, UnsupportedModelError, CaptureError, ExportError;
     DecoderError with ``decode=True`` for a model from which no decode step can be derived.
@@ -204,7 +204,8 @@ def _export(
             if branches:
                 notes.append("a member of an ensemble runs on all samples of a batch if one of them chose it, else not")
             capture = _capture(call, functions, notes)
-            lowered = partial(lower, target=target, opset=opset, context=context_of(model))
+            context = context_of(model)
+            lowered = partial(lower, target=target, opset=opset, context=context, group_experts=group_experts)
 
             def make(free: Freedom, limit: float | None) -> Graph:
                 stage("capturing and lowering")
@@ -218,9 +219,10 @@ def _export(
             notes += of_attempt
             if bodies:
                 notes.append("a block that is skipped runs on all samples of a batch if one of them takes it, else not")
+            steps = None
             if decode:
                 stage("deriving the decode step")
-            steps = decode_step(model, inputs, made, graph, target, opset, verify) if decode else None
+                steps = decode_step(model, inputs, made, graph, target, opset, verify, group_experts)
             notes += _reach(model, graph, steps)
             if quantize is not None and quantize.form == "fp4":
                 notes.append("fp4 is an analysis: the files hold the weights as they were")

@@ -77,6 +77,7 @@ def decode(
     target: Target,
     opset: int,
     verify: bool,
+    group_experts: bool = True,
 ) -> Decode:
     """Derive the decoder, and write its step to ``folder``, where ``whole`` lies as model.onnx: if that has a file of
     weights, both share it. Raises DecoderError if there is no step, ExportError."""
@@ -85,7 +86,7 @@ def decode(
     reach = made.reach(wanted)
     counted = target == "ort"
     step, kept = _closed(made, reach, model, inputs, counted=counted, verify=verify)
-    lowered = partial(lower, target=target, opset=opset, context=reach)
+    lowered = partial(lower, target=target, opset=opset, context=reach, group_experts=group_experts)
     written = partial(_graph, model, opset, registry.lowerings(target), lowered, whole.model.metadata_props)
     file = _file(made, step, reach, written, model, inputs, whole, folder, opset, verify=verify)
     if step.ragged and not step.counted and not file.padded:

@@ -19,18 +19,26 @@ _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequen
 
 
 def lower(
-    program: Program, without: Collection[str] = (), *, target: Target, opset: int, context: int | None = None
+    program: Program,
+    without: Collection[str] = (),
+    *,
+    target: Target,
+    opset: int,
+    context: int | None = None,
+    group_experts: bool = True,
 ) -> list[Outcome]:
     """Lower a program in place; what was put in its ONNX form, and what was not and why.
 
     ``context`` is the number of positions that tables (of rotary embeddings) are made for; None leaves what depends on
-    it in the graph. Afterwards `gatecc.capture.exported.exported_program` makes the program what torch.onnx takes.
+    it in the graph. ``group_experts``: experts that the model spells out become the operator, as under torch.compile:
+    its form is the one with the fewest nodes. Afterwards `gatecc.capture.exported.exported_program` makes the program
+    what torch.onnx takes.
     Lowerings of the names ``without`` do not run; raises FailedLoweringError for one that fails, and the program is
     then good for nothing.
     """
     sites = prepare(program).sites
     outcomes: list[Outcome] = []
-    if Experts.name not in without:  # as torch.compile has them: the operator has the form with the fewest nodes
+    if group_experts and Experts.name not in without:
         try:
             outcomes += Experts().lower(program, sites, Settings())
         except Exception as e:

@@ -92,6 +92,9 @@ def test_a_model_with_such_a_kernel_is_refused_by_name() -> None:
 def calls() -> dict[str, Callable[[torch.Tensor], Any]]:
     """What a model may call of gatecc's, on x: (2, 5, 8), by the name of the operator."""
     ops, experts = torch.ops.gatecc, (torch.randn(3, 8, 8), torch.randn(3, 8, 4))
+    pooled, gru = torch.randn(2, 12, 4), (torch.randn(12, 8), torch.randn(12, 4), torch.randn(12), torch.randn(12))
+    line = {"stride": [1], "padding": [0], "dilation": [1], "output_padding": [0], "groups": 1, "transposed": False}
+    kernel, mask = torch.randn(6, 8, 1), torch.tensor([[True, False], [True, True]])
 
     def heads(x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(2, (2, 4)).transpose(1, 2)
@@ -102,15 +105,21 @@ def calls() -> dict[str, Callable[[torch.Tensor], Any]]:
 
     return {
         "attention": lambda x: ops.attention(heads(x), heads(x), heads(x), heads(x), gate_activation="sigmoid"),
+        "block_logits": lambda x: ops.block_logits(heads(x), heads(x), pooled, pooled, None, 2),
+        "block_choice": lambda x: ops.block_choice(heads(x) @ heads(x).mT, torch.tensor(0.5), None, 1).to(x.dtype),
+        "gated_conv": lambda x: ops.gated_conv(x.mT, kernel, (x[:, 0, :6, None] > 0).to(x.dtype), **line),
+        "group_linear": lambda x: ops.group_linear(x, experts[0][0], mask),
         "linear": lambda x: ops.linear(x, torch.ones(3, 8)),
         "linear_attention": lambda x: ops.linear_attention(heads(x), heads(x), heads(x)),
         "moe_ffn": ffn,
+        "spike": lambda x: ops.spike(x, 2.0),
+        "transient": lambda x: ops.transient(x, x[..., 0] > 0, *gru),
         "short_convolution": lambda x: ops.short_convolution(x, torch.ones(8, 1, 3), activation="silu"),
     }
 
 
 ELSEWHERE = {  # but for gradients: of training, of decoders, and what runs another way under torch.export
-    *("moe_ffn_training", "reinforce_sample", "inject_bce", "add_loss", "record"),
+    *("moe_ffn_training", "block_peaks", "reinforce_sample", "inject_bce", "add_loss", "record"),
     *("linear_attention_step", "cached_attention", "only_if", "rnn", "sequences"),
 }
 

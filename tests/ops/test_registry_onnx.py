@@ -142,7 +142,19 @@ def no_form(call: Callable[..., Any], *weights: tuple[int, ...]) -> Case:
     return Case(call, weights, refused="a gradient")
 
 
+def blocks(x: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of blocks of two tokens, and those that are kept."""
+    scores = gated.block_logits(heads(x), heads(x), query, key, None, 2, 10.0)
+    return scores, gated.block_choice(scores, torch.tensor(0.5), None, 2, True, True)
+
+
+def gated_conv(x: Tensor, weight: Tensor) -> Tensor:
+    line = {"stride": [1], "padding": [1], "dilation": [1], "output_padding": [0], "groups": 1}
+    return gated.gated_conv(x.mT, weight, (x.mean(1)[:, :6, None] > 0).to(x.dtype), transposed=False, **line)
+
+
 EXPERTS = ((E, C), (E, 12, C), (E, C, 6))
+POOLED = ((H, 3 * D, D), (H, 3 * D, D))
 GRU = ((3 * D, C), (3 * D, D), (3 * D,), (3 * D,))
 SIX = {"needs": [True] * 6}
 CASES: dict[str, Case] = {
@@ -178,6 +190,26 @@ CASES: dict[str, Case] = {
         *((E, C), (E, 6, C), (E, C, 3)),
     ),
     "gatecc.only_if": Case(only_if),
+    "gatecc.block_logits": Case(lambda *given: blocks(*given)[0], POOLED, least=4),
+    "gatecc.block_logits_backward": no_form(
+        lambda x, *w: gated.block_logits_backward(
+            (heads(x) @ heads(x).mT)[..., :3, :3], heads(x), heads(x), *w, None, 2, 0.0
+        ),
+        *POOLED,
+    ),
+    "gatecc.block_choice": Case(lambda *given: blocks(*given)[1], POOLED, least=4),
+    "gatecc.block_peaks": no_form(lambda x: gated.block_peaks(heads(x), heads(x), None, 2)),
+    "gatecc.gated_conv": Case(gated_conv, ((6, C, 3),), own=True),
+    "gatecc.group_linear": Case(
+        lambda x, w: gated.group_linear(x, w, torch.tensor([[1, 0], [0, 1], [1, 1]]).bool()), ((6, C),)
+    ),
+    "gatecc.spike": Case(lambda x: gated.spike(x, 2.0)),
+    "gatecc.transient": Case(
+        lambda x, *w: gated.transient(x, x[..., 0] > 0, *w), GRU, refused="No ONNX function found"
+    ),
+    "gatecc.transient_backward": no_form(
+        lambda x, *w: gated.transient_backward(x[..., :D], x[:, 0, :D], x, x[..., 0] > 0, *w, x[:, 1, :D]), *GRU
+    ),
     "aten.gru": layer("gru", 3),
     "aten.rnn_tanh": layer("rnn_tanh", 1),
     "aten.rnn_relu": layer("rnn_relu", 1),

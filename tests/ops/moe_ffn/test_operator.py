@@ -239,7 +239,10 @@ def test_what_it_costs() -> None:
     tensors = [v for v in given.values() if isinstance(v, Tensor)]
     assert entry.bytes(*tensors) == size
     one = [t[:1] for t in tensors[:3]]
-    assert entry.bytes(*one, *tensors[3:]) == 8 * (8 + 2 * 2 + 2 * (8 * 32 + 16 * 8) + 8)
+    one[2] = torch.tensor([[1, 1]])  # both slots read the one expert
+    assert entry.bytes(*one, *tensors[3:]) == 8 * (8 + 2 * 2 + (8 * 32 + 16 * 8) + 8)
+    unknown = [t.to("meta") for t in (*one, *tensors[3:])]  # two slots may read two
+    assert entry.bytes(*unknown) == 8 * (8 + 2 * 2 + 2 * (8 * 32 + 16 * 8) + 8)
 
 
 def test_flops_of_training_are_counted() -> None:
