@@ -2,9 +2,9 @@
 
 A block marked ``python`` runs in the namespace of its page, where ``model`` and ``example_inputs`` are a tiny
 transformer.
-After the word stands what is meant to happen: ``raises=GCC007``, ``refused=GCC132`` (by an inspection of ``model``) or
-``not-refused=GCC132``; ``file=NAME`` writes the block to a file, which later blocks may import. A page with files
-registers names for good, so it runs in a process of its own.
+After the word stands what is meant to happen: ``raises=GCC007``, ``refused=GCC132`` (by an inspection of ``model``),
+``not-refused=GCC132``, ``left=GCC108`` (by an explanation) or ``not-left=GCC108``; ``file=NAME`` writes the block to a
+file, which later blocks may import. A page with files registers names for good, so it runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -76,6 +76,10 @@ def run(block: Block, names: dict[str, Any]) -> None:
     if word in ("refused", "not-refused"):
         refusals = gatecc.inspect(names["model"], names["example_inputs"]).refusals
         assert (code in {r.code for r in refusals}) == (word == "refused"), refusals
+        return
+    if word in ("left", "not-left"):
+        reasons = [row.reason for row in gatecc.explain(names["model"], names["example_inputs"]).lowered]
+        assert any(f"({code})" in reason for reason in reasons) == (word == "left"), reasons
         return
     assert not word, f"unknown: {block.meant}"
 

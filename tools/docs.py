@@ -270,19 +270,22 @@ def error_page(cls: type[errors.GateccError]) -> str:
 
 def refusal_page(cause: Cause) -> str:
     """The page of a refusal, which is a row of a report and not an exception."""
+    explained = cause.code in EXAMPLES and EXAMPLES[cause.code].explained
+    row = "`gatecc.explain(...).lowered`" if explained else "`report.refusals`"
     return (
-        f"# {cause.code}: {cause.title}\n\nA refusal: a row of `report.refusals`, not an exception.\n\n"
+        f"# {cause.code}: {cause.title}\n\nA refusal: a row of {row}, not an exception.\n\n"
         f"{markdown(cause.meaning)}\n\n**What to do**: {markdown(cause.remedy)}.\n{refusal_example(cause.code)}"
     )
 
 
 def refusal_example(code: str) -> str:
-    """A model that is refused and the mended one; tests/test_docs.py inspects both."""
+    """A model that is refused and the mended one; tests/test_docs.py inspects both, or explains them."""
     example = EXAMPLES.get(code)
     if example is None:
         return ""
-    fails = f"\n## Refused\n\n```python refused={code}\n{example.code(False)}\n```\n"
-    mended = f"\n## Mended\n\n```python not-refused={code}\n{example.code(True)}\n```\n" if example.mended else ""
+    word = "left" if example.explained else "refused"
+    fails = f"\n## Refused\n\n```python {word}={code}\n{example.code(False)}\n```\n"
+    mended = f"\n## Mended\n\n```python not-{word}={code}\n{example.code(True)}\n```\n" if example.mended else ""
     return fails + mended
 
 

@@ -24,6 +24,7 @@ class Example:
     inputs: str = "torch.randn(2, 5, 8)"
     before: str = ""  # classes that the parts need
     arguments: str = "x"
+    explained: bool = False  # it is a row of gatecc.explain, not of gatecc.inspect
 
     def code(self, mended: bool) -> str:
         """A block that defines ``model`` and ``example_inputs``."""
@@ -47,6 +48,12 @@ EXAMPLES: dict[str, Example] = {
         f"{HEADS}\nself.talk = nn.Linear(2, 2)  # over the heads",
         f"{SPLIT}scores = self.talk((q @ k.mT).movedim(1, -1)).movedim(-1, 1)\nreturn scores.softmax(-1) @ v",
         f"{SPLIT}out = (q @ k.mT).softmax(-1) @ v\nreturn self.talk(out.movedim(1, -1)).movedim(-1, 1)",
+    ),
+    "GCC108": Example(
+        HEADS,
+        f"{SPLIT}return (q @ k.mT).relu().square() @ v",
+        f"{SPLIT}return (q @ k.mT).softmax(-1) @ v",
+        explained=True,
     ),
     "GCC102": Example(
         "self.score, self.v = nn.Linear(8, 1), nn.Linear(8, 8)",

@@ -148,7 +148,7 @@ class _Watched:
 
 def _renamed(outcome: dict[str, Any]) -> dict[str, str]:
     """The fields of an Outcome as those of its row: every report calls the module ``owner``."""
-    texts = {name: text for name, text in outcome.items() if name != "assumes"}
+    texts = {name: text for name, text in outcome.items() if name not in ("assumes", "about")}
     return {"owner" if name == "place" else name: text for name, text in texts.items()}
 
 

@@ -18,6 +18,7 @@ from gatecc.ir.program import Program
 from gatecc.ir.site import Refusal
 from gatecc.ir.verify import Before, Suspect, verify
 from gatecc.passes.lower import LOWERINGS, Lowering, Outcome, Settings
+from gatecc.passes.lower.unspoken import unspoken
 from gatecc.pipeline import Observer, canonical_form
 from gatecc.pipeline.stage import step
 
@@ -139,6 +140,8 @@ def _run(
         except Exception as e:
             raise _FailedError(lowering.name, e) from e
         outcomes += found
+    if settings.only is None:  # else it is asked for that much is not looked at
+        outcomes += unspoken(program, outcomes)
     return outcomes
 
 

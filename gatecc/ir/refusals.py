@@ -88,6 +88,14 @@ _ATTENTION: tuple[Cause, ...] = (
         "others a convolution or a mean. No head's scores are a product of its own queries and keys.",
         "rewrite the owner's projections or its output (Linear sites)",
     ),
+    Cause(
+        "GCC108",
+        "a product over pairs that no lowering knows",
+        "A product of two computed tensors, and a second one that sums a function of it: weights without a softmax, "
+        "a softmax over heads, distances between tokens. It is neither softmax attention nor a recurrence that was "
+        "proved, so it is compiled as it is written, and all pairs are stored.",
+        "none is needed; a softmax over what the second product sums, or a recurrence, would become one operator",
+    ),
 )
 
 _OTHERS: tuple[Cause, ...] = (

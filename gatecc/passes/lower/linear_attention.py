@@ -65,9 +65,9 @@ class LinearAttention(Lowering):
             line = origin(part.out).line
             if isinstance(formula, str):
                 if not made:
-                    yield Outcome(
-                        self.name, owner, line, "tokens that are mixed causally, without softmax", "", formula
-                    )
+                    about = frozenset(node.name for node in (*part.nodes, part.out))
+                    found = "tokens that are mixed causally, without softmax"
+                    yield Outcome(self.name, owner, line, found, reason=formula, about=about)
                 return
             found = str(formula)
             part, formula = peeled(part, formula)

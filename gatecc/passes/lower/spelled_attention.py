@@ -68,7 +68,8 @@ class SpelledAttention(Lowering):
             try:
                 plans.append((site, *plan(site, parts[site.core], flow, settings)))
             except UnreadableError as e:
-                yield Outcome(self.name, site.owner, site.line, _found(site), reason=str(e))
+                about = frozenset((site.core.name,))
+                yield Outcome(self.name, site.owner, site.line, _found(site), reason=str(e), about=about)
         made: dict[fx.Node, fx.Node] = {}
         for site, call, inner, proof in plans:
             arguments = [made.get(node, node) for node in call.nodes]
