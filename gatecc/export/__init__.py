@@ -204,8 +204,7 @@ def _export(
             if branches:
                 notes.append("a member of an ensemble runs on all samples of a batch if one of them chose it, else not")
             capture = _capture(call, functions, notes)
-            context = context_of(model)
-            lowered = partial(lower, target=target, opset=opset, context=context, group_experts=group_experts)
+            lowered = partial(lower, target=target, opset=opset, context=context_of(model), group_experts=group_experts)
 
             def make(free: Freedom, limit: float | None) -> Graph:
                 stage("capturing and lowering")

@@ -1,4 +1,4 @@
-"""What no lowering speaks of is said by explain: products over pairs of tokens that are read by a second product."""
+"""explain says what no lowering speaks of: products over pairs of tokens that are read by a second product."""
 
 from __future__ import annotations
 
