@@ -41,6 +41,7 @@ model, example_inputs = timm.create_model("swin_tiny_patch4_window7_224", **shap
             ("dynamic-confidence tsm-conv", "spiking"),
             ("ftwt", "pictures"),
             ("guiding-giants unlasting-mask x-lora", "language"),
+            ("hrpo", "thinking"),
             ("persistent-transient tpgn", "series"),
             ("cgib global-workspace", "sequences"),
         )

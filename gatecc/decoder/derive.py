@@ -6,12 +6,12 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from gatecc.capture.adapters import adapted
 from gatecc.capture.shield import shielded
-from gatecc.capture.signature import split_inputs
+from gatecc.capture.signature import rebuild, split_inputs
 from gatecc.decoder.analysis.inputs import enlarged
 from gatecc.decoder.plan import Plan, plan
 from gatecc.decoder.runtime.decoder import Decoder
@@ -51,6 +51,9 @@ def check(made: Decoder, model: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     """Compare steps with the full forward on example inputs; the largest difference relative to max(1, max|logit|)."""
     example = dict(zip(made.plan.program.placeholders, made.plan.program.example, strict=True))
     inputs = made.plan.inputs
+    if inputs.carried:  # the full forward reads what the steps left for one another
+        example |= _left(made, example)
+        args, kwargs = rebuild((args, kwargs), iter([example[n] for n in made.plan.program.placeholders]))
     with torch.no_grad(), adapted(model):
         expected = _logits(made.plan, model(*args, **kwargs))
     worst = 0.0
@@ -82,16 +85,30 @@ def check(made: Decoder, model: nn.Module, args: tuple[Any, ...], kwargs: dict[s
 
 def _stepped(made: Decoder, ids: torch.Tensor, values: dict[str, Any], context: dict[str, Any]) -> torch.Tensor:
     """All logits, from a prefill of about half, two single tokens, and the rest as a chunk."""
-    length = ids.shape[1]
-    half = max(1, length // 2)
-    cuts = [0, half, *range(half + 1, min(half + 3, length)), length]
-    state = made.init_state(ids.shape[0], capacity=length, context=context)
+    state = made.init_state(ids.shape[0], capacity=ids.shape[1], context=context)
     parts: list[torch.Tensor] = []
-    for start, end in pairwise(cuts):
+    for start, end in _pieces(ids.shape[1]):
         given = {name: x[:, start:end] for name, x in values.items()}
         logits, state = made.prefill(ids[:, start:end], state, **given)
         parts.append(logits)
     return torch.cat(parts, 1)
+
+
+def _pieces(length: int) -> list[tuple[int, int]]:
+    half = max(1, length // 2)
+    return list(pairwise([0, half, *range(half + 1, min(half + 3, length)), length]))
+
+
+def _left(made: Decoder, example: dict[fx.Node, torch.Tensor]) -> dict[fx.Node, torch.Tensor]:
+    """What each token of the example reads of the step before it, by the inputs that hold it."""
+    inputs = made.plan.inputs
+    ids, parts = example[inputs.tokens], list[list[torch.Tensor]]()
+    state = made.init_state(ids.shape[0], context={n.name: example[n] for n in inputs.context})
+    for start, end in _pieces(ids.shape[1]):
+        parts.append(made.thoughts(ids[:, start:end], state))
+        given = {n.name: example[n][:, start:end] for n in inputs.history}
+        _, state = made.prefill(ids[:, start:end], state, **given)
+    return {node: torch.cat([part[i] for part in parts], 1) for i, node in enumerate(inputs.carried)}
 
 
 def _logits(planned: Plan, output: Any) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatecc.errors import MissingPackageError
+from gatecc.passes.loop.think import Thinking
 
 Sample = tuple[nn.Module, tuple[Any, ...]]
 _WIDTH, _HEADS, _GROUPS = 16, 4, 2
@@ -211,6 +212,14 @@ def prompted() -> tuple[nn.Module, tuple[tuple[Any, ...], dict[str, Tensor]]]:
     """The language model, with the number (B,) of the last token of each prompt."""
     model, inputs = language()
     return model, (inputs, {"prompt": torch.tensor([3, 5])})
+
+
+def thinking() -> Sample:
+    """The language model with an input for soft embeddings (B, N, C), of which the first rows are zero."""
+    model, inputs = language()
+    soft = _noise(2, 8, _WIDTH)
+    soft[:, :3] = 0
+    return Thinking(model).eval(), (*inputs, soft)
 
 
 def windows() -> Sample:

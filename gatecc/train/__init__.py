@@ -20,6 +20,7 @@ from gatecc.train.reward import set_reward
 from gatecc.train.stage import Transfer, Tune
 from gatecc.train.steering import controller_inputs, controller_loss, fit_controller
 from gatecc.train.subset import Budget, choose_subset, restrict
+from gatecc.train.thinking import Rollout, Thinking, rollout
 from gatecc.train.threshold import ThresholdTracker, move_threshold, threshold_from_costs
 
 __all__ = [
@@ -31,8 +32,10 @@ __all__ = [
     "Lora",
     "Operating",
     "Point",
+    "Rollout",
     "Stop",
     "TaskContrast",
+    "Thinking",
     "ThresholdTracker",
     "Transfer",
     "Tune",
@@ -68,6 +71,7 @@ __all__ = [
     "pick_threshold",
     "probe",
     "restrict",
+    "rollout",
     "routing",
     "set_reward",
     "stops",

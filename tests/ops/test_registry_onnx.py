@@ -166,6 +166,7 @@ CASES: dict[str, Case] = {
         )
     ),
     "gatecc.cached_attention": Case(cached_attention, ((3 * C, C),), (X, noise(2, H, 3, D)), own=True),
+    "gatecc.carried": Case(lambda x, table: gated.carried(x * 2, table, [3]) + 1, ((6, C),)),
     "aten._grouped_mm": Case(
         lambda x, *more: grouped(aten._grouped_mm)(x.bfloat16(), *(w.bfloat16() for w in more)).float(),
         ((E, C), (E, C, 8)),

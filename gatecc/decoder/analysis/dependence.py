@@ -31,7 +31,7 @@ class Dependence:
         self.flow, self.lengths = flow, inputs.lengths
         nodes = [n for n in flow.program.graph.nodes if n.op != "output"]
         sizes = {n for n in nodes if is_size(n, self.lengths)}
-        data = self._reached({inputs.tokens}, nodes, sizes)
+        data = self._reached({inputs.tokens, *inputs.carried}, nodes, sizes)
         measured = {n for n in nodes if n not in sizes and self._measures(n)}
         given = self._reached({*inputs.history, *inputs.context, *measured}, nodes, sizes) - data
         live = self._reached(set(inputs.history), nodes, sizes) | {n for n in given if self._grows(n)}

@@ -16,6 +16,7 @@ from gatecc.errors import DecoderError, ExampleInputsError
 from gatecc.ir.program import Program
 from gatecc.ir.sizes import described_shape, expression, node_shape, symbols, upper_bound
 
+CARRIED = torch.ops.gatecc.carried.default
 _LEAST = 8  # positions that an example has at least, so that a prefill, single steps and a chunk can be checked on it
 
 
@@ -23,12 +24,14 @@ _LEAST = 8  # positions that an example has at least, so that a prefill, single 
 class Inputs:
     """``tokens`` grow step by step; ``history`` are the other inputs with a value per token (an attention mask), of
     which the state keeps all values so far; ``context`` does not change while a text is decoded (an encoder's input).
+    ``carried`` (B, N, C) is what the step before left, as `gatecc::carried` reads it.
     """
 
     tokens: fx.Node
     history: list[fx.Node]
     context: list[fx.Node]
     lengths: Lengths
+    carried: list[fx.Node]
 
 
 def read_inputs(program: Program) -> Inputs:
@@ -45,14 +48,15 @@ def read_inputs(program: Program) -> Inputs:
             expected="(batch, length) with a length that may vary",
             do="write the model without Python loops and branches over the length",
         )
-    others = [n for n in program.placeholders if n is not tokens]
+    carried = [n for n in program.placeholders if any(user.target is CARRIED for user in n.users)]
+    others = [n for n in program.placeholders if n is not tokens and n not in carried]
     history = [n for n in others if _is_history(n, length)]
-    batch = {s for n in (tokens, *history) for s in symbols((node_shape(n) or (1,))[0])} - {length}
+    batch = {s for n in (tokens, *history, *carried) for s in symbols((node_shape(n) or (1,))[0])} - {length}
     context = [n for n in others if n not in history]
     batch |= _samples(program, tokens, context, batch)
     other = {s for n in context for size in node_shape(n) or () for s in symbols(size)} - batch - {length}
     lengths = Lengths(frozenset({length}), frozenset(batch), upper_bound(sizes[1]), frozenset(other))
-    return Inputs(tokens, history, context, lengths)
+    return Inputs(tokens, history, context, lengths, carried)
 
 
 def _samples(program: Program, tokens: fx.Node, context: list[fx.Node], batch: set[sympy.Symbol]) -> set[sympy.Symbol]:

@@ -94,6 +94,9 @@ def _inputs(step: Step, given: dict[fx.Node, Any], symbol: Symbols) -> Iterator[
         yield node, along(captured.meta["val"], [1], symbol("room_", given[node].shape[1]))
     for captured, node in sources.context.items():
         yield node, captured.meta["val"]
+    for captured, node in sources.carried.items():
+        new = 1 if step.single else symbol("new", given[first].shape[1])
+        yield node, along(captured.meta["val"], [1], new)
     for captured, node in sources.tables.items():
         axes = plan.lengths.axes(captured)
         size = symbol("reach", given[node].shape[axes[0]]) if axes else 0

@@ -11,8 +11,8 @@ from gatecc.ir.program import META, origin
 
 
 class Sources:
-    """``slots``, ``starts``: placeholders by index; ``history``, ``context``, ``tables``: by the captured nodes whose
-    values they are. The tables come last, since which are needed is known only when all is written.
+    """``slots``, ``starts``: placeholders by index; ``history``, ``context``, ``carried``, ``tables``: by the captured
+    nodes whose values they are. The tables come last, since which are needed is known only when all is written.
     """
 
     def __init__(self, writer: GraphWriter) -> None:
@@ -21,6 +21,7 @@ class Sources:
         self.starts: list[fx.Node] = []
         self.history: dict[fx.Node, fx.Node] = {}
         self.context: dict[fx.Node, fx.Node] = {}
+        self.carried: dict[fx.Node, fx.Node] = {}
         self.tables: dict[fx.Node, fx.Node] = {}
         self._last: fx.Node | None = None
 

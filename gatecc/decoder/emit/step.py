@@ -7,6 +7,7 @@ Its placeholders are flat: each is a tensor or a whole number (`Program.placehol
     slot_i         the state: what `rules.slots.Slot` i describes. Keys and values are written in place (aten.copy_)
     start_i        the first position that the keys of window i hold
     history        (B, capacity) the values per token, named as the model's inputs are
+    carried        (B, T, C) what the step before left, for the new tokens
     context        what does not change while a text is decoded
     table_i        a position value at the full capacity, of which the step reads rows
 
@@ -64,11 +65,13 @@ def write_step(plan: Plan, *, single: bool, live: frozenset[fx.Node] = frozenset
     sources.starts = [sources.add(f"start_{i}") for i in range(len(plan.windows))]
     sources.history = {node: sources.add(node.name, node) for node in plan.inputs.history}
     sources.context = {node: sources.add(node.name, node) for node in plan.context}
+    sources.carried = {node: sources.add(node.name, node) for node in plan.inputs.carried}
     numbers = Numbers(writer, sources, writer.size(tokens, 0))
     new: Any = 1 if single else writer.size(tokens, 1)
     numbers.bounds[NOW] = past, new
     numbers.bounds[ALL] = 0, numbers.combine(operator.add, past, new)
     operands = Operands(PositionWriter(sources, numbers, live), tokens)
+    operands.env |= sources.carried
     slots = SlotWriter(operands, single=single)
     data = DataWriter(operands, slots, AttentionWriter(operands, single=single))
     stands_for: dict[fx.Node, fx.Node] = {}

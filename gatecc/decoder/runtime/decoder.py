@@ -88,6 +88,7 @@ class Decoder(Generation):
         example = dict(zip(self.plan.program.placeholders, self.plan.program.example, strict=True))
         inputs = self.plan.inputs
         ids, values = example[inputs.tokens], {n.name: example[n] for n in inputs.history}
+        values |= {n.name: example[n] for n in inputs.carried}
         past = ids.shape[1] - (1 if single else _NEW)
         state = self.init_state(ids.shape[0], context={n.name: example[n] for n in inputs.context})
         if past:
@@ -101,6 +102,7 @@ class Decoder(Generation):
         ``capacity``: how many tokens its tables of positions are made for, if it has any. ``counted``: attention counts
         the tokens of each row by a mask.
         """
+        self.memory.thoughts.check_closed()
         return write_closed(self.plan, self._live, self.reach(capacity), counted=counted)
 
     def encoder(self) -> Encoder | None:
@@ -155,7 +157,8 @@ class Decoder(Generation):
 
         ``values``: the inputs with a value per token, (B, T) each: ``attention_mask`` (0 for padding on the left) and
         ``position_ids``, if the model was captured with them. Without them every token counts. Without a state they are
-        also the inputs that are no tokens (``input_ids`` of an encoder): see init_state.
+        also the inputs that are no tokens (``input_ids`` of an encoder): see init_state. What a step leaves for the
+        next one (a soft embedding, (B, T, C)) may be given as well, in the place of what the state holds.
         """
         if ids.dim() < 2 or not ids.shape[1]:
             raise ArgumentError("no tokens", found=f"shape {tuple(ids.shape)}", expected="(batch, length)")
@@ -183,6 +186,7 @@ class Decoder(Generation):
             step, fresh, inputs = self._prepared(ids, state, values)
             logits, *changed = step(*inputs)
             fresh["written"].fill_(past + new)
+            fresh |= self.memory.thoughts.after(ids, state, logits)
         fresh["length"] = torch.tensor(past + new)
         fresh["slots"] = [old if c is None else c for c, old in zip(changed, fresh["slots"], strict=True)]
         return logits, self.memory.trimmed(fresh, past + new) if new > 1 else fresh
@@ -195,10 +199,13 @@ class Decoder(Generation):
         step = self._step(new == 1, capacity)
         reach = step.tables.reach(capacity)
         self._check(ids, state, past + new, reach)
+        values, carried = self.memory.thoughts.given(ids, state, values)
         self._write_history(fresh, values, ids, past)
         starts = [int(start) for start in fresh["starts"]]
         tables = step.tables.at(ids.shape[0], reach)
-        return _Call(step, fresh, [ids, past, *fresh["slots"], *starts, *fresh["history"], *fresh["context"], *tables])
+        return _Call(
+            step, fresh, [ids, past, *fresh["slots"], *starts, *fresh["history"], *fresh["context"], *carried, *tables]
+        )
 
     def _check(self, ids: torch.Tensor, state: State, length: int, reach: int) -> None:
         most = reach if self.fixed is None else min(self.fixed, reach)
@@ -208,6 +215,10 @@ class Decoder(Generation):
         batch = self.memory.batch(state)
         if batch is not None and batch != ids.shape[0]:
             raise ArgumentError("the state is of another batch", found=f"{ids.shape[0]} samples", expected=str(batch))
+
+    def thoughts(self, ids: torch.Tensor, state: State) -> list[torch.Tensor]:
+        """What the tokens (B, T) are mixed with if they are read now: (B, T, C) for each carried input."""
+        return self.memory.thoughts.given(ids, state, {})[1]
 
     # --- values per token ---
 

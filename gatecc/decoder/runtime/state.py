@@ -7,6 +7,8 @@
     starts    () int64 for each window: the position of the first key that its buffers hold
     history   (B, capacity): the values per token
     context   what does not change
+    carried   (B, C) for each: what the last step left for the next one
+    thinks    (B,) of bool: whether it is read
 
 Buffers are only ever written behind the last token of every state that reads them, so no state changes under its
 holder. Where there is no more room, a larger buffer is made; for a window, one without the positions that have left it.
@@ -20,6 +22,7 @@ import torch
 
 from gatecc.decoder.plan import Plan
 from gatecc.decoder.rules.slots import Slot
+from gatecc.decoder.runtime.thoughts import Thoughts
 from gatecc.ir.sizes import expression, symbols
 
 State = dict[str, Any]
@@ -30,6 +33,7 @@ class Memory:
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.slots, self.windows = plan, plan.slots, plan.windows
+        self.thoughts = Thoughts(plan)
 
     def empty(self, batch: int, capacity: int, context: list[torch.Tensor]) -> State:
         """The state before the first token."""
@@ -41,6 +45,7 @@ class Memory:
             "starts": [zero.clone() for _ in self.windows],
             "history": [self._history(node, batch, capacity) for node in self.plan.inputs.history],
             "context": context,
+            **self.thoughts.empty(batch),
         }
 
     def _room(self, slot: Slot, capacity: int) -> int:
@@ -82,6 +87,7 @@ class Memory:
             "slots": [self._taken(x, like, index, samples) for x, like in held],
             "history": [x.index_select(0, index.to(x.device)) for x in state["history"]],
             "context": [self._taken(x, like, index, samples) for x, like in context],
+            **self.thoughts.reordered(state, index),
         }
 
     def _taken(self, x: torch.Tensor, like: torch.Tensor, index: torch.Tensor, samples: int) -> torch.Tensor:
