@@ -71,10 +71,10 @@ def remembered(soft: Tensor, table: Tensor, *until: int) -> Tensor:
 class Think(Rewrite):
     """Mix what the step before predicted into the embedding of a token: e <- a e + sqrt(1 - a²) (i s).
 
-    s = p E / |p|, the embedding of the softmax p of the logits before, E the table of the embedding. The gates a and i
-    read e; a is a decay, a = exp(-8 softplus(-Λ) sigmoid(W e)), within ``start`` at first where the sigmoid is 1. In the
-    graph s is the model's input ``soft`` (B, N, C), with zeros where a token is no thought: these stay as they are. A
-    derived decoder keeps s in its state, from the end of a prompt until a sample reads a token of ``until``.
+    s = p E / |p|, the embedding of the softmax p of the logits before, E the table of the embedding. The gates a and
+    i read e; a is a decay, a = exp(-8 softplus(-Λ) sigmoid(W e)), within ``start`` at first where the sigmoid is 1.
+    In the graph s is the model's input ``soft`` (B, N, C), with zeros where a token is no thought: these stay as they
+    are. A derived decoder keeps s in its state, from the end of a prompt until a sample reads a token of ``until``.
     """
 
     name = "think"
