@@ -388,11 +388,7 @@ def _per_sample(one: torch.Tensor, two: torch.Tensor) -> bool:
     return (
         one.dim() == two.dim()
         and one.shape[1:] == two.shape[1:]
-        and two.shape[:1]
-        in (
-            one.shape[:1],
-            torch.Size([2 * n for n in one.shape[:1]]),
-        )
+        and two.shape[:1] in (one.shape[:1], torch.Size([2 * n for n in one.shape[:1]]))
     )
 
 
