@@ -4,6 +4,11 @@ On a CPU with AVX-512 of AMD, where torch's product is MKL's, oneDNN's is faster
 of 256 to 1024 features, 1.2 to 1.5 times at 1024 x 4096. Where nothing was measured, and below the size at which it
 gains, all stays as it is: such products are no outcome. In training they stay, too: the operator has no gradient of its
 own.
+
+Under ``gatecc.freeze`` products of one value (q, k and v; gate and up) become one where together they are large enough:
+their weights are concatenated once (gatecc.backend.freeze), and its parts are views where that is possible. Measured on
+Zen 3 (AVX2), 256 rows and three matrices of 1024 x 1024, as times the speed of torch's three: 1.17 as three of
+oneDNN's, 1.21 as one.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from gatecc.ops.linear import ROWS, smallest
 from gatecc.passes.lower.attention.autocast import autocasts
 from gatecc.passes.lower.insert import insert
 from gatecc.passes.lower.lowering import Lowering, Outcome, Settings
+from gatecc.passes.lower.same_input import groups, pack
 
 
 class DenseProducts(Lowering):
@@ -51,10 +57,12 @@ class DenseProducts(Lowering):
         least = None if settings.training or autocasts(program) else smallest()
         if least is None:
             return
+        if settings.freeze:
+            yield from self._packed(program, least)
         flow = Flow(program)
         activations = dict(_activations(flow))
         for node in list(program.calls()):
-            found = _product(node)
+            found = None if origin(node).inserted_by == self.name else _product(node)
             if found is None or not _gains(found, least):
                 continue
             value, behind = _activated(node, activations, flow)
@@ -69,6 +77,23 @@ class DenseProducts(Lowering):
             reason = "oneDNN computes the same product"
             gain = "faster than torch's product from this size on, measured on this kind of CPU"
             yield Outcome(self.name, place.owner, place.line, what, "gatecc::linear", reason, gain)
+
+    def _packed(self, program: Program, least: int) -> Iterator[Outcome]:
+        """Products of one value, as one."""
+        flow = Flow(program)
+        for group in groups(program):
+            products = [_product(node) for node in group.linears]
+            fitting = [i for i, found in enumerate(products) if found is not None]
+            chosen, (first, *_) = group.of(fitting), [*products, None]
+            if len(fitting) < 2 or first is None or not _gains(first, least, sum(chosen.widths)):
+                continue
+            pack(program, self.name, chosen, torch.ops.gatecc.linear, flow)
+            place = origin(group.linears[0])
+            found = f"products of one value with {', '.join(map(str, chosen.widths))} outputs"
+            reason = "the weights are concatenated once, and again when one has changed; oneDNN computes the same"
+            gain = "faster than torch's products of this size together, measured on this kind of CPU"
+            became = f"one gatecc::linear with {sum(chosen.widths)} outputs"
+            yield Outcome(self.name, place.owner, place.line, found, became, reason, gain)
 
 
 @dataclass(frozen=True)
@@ -129,10 +154,11 @@ def _plain(held: torch.Tensor | None) -> bool:
     return held is not None and held.device.type == "cpu" and held.dtype == torch.float32
 
 
-def _gains(found: _Product, least: int) -> bool:
+def _gains(found: _Product, least: int, outputs: int = 0) -> bool:
+    """Whether a product is large enough; one with as many ``outputs``, if given."""
     shape = found.operands[0].meta["val"].shape[:-1]
     rows = prod(optimization_hint(size, fallback=0) for size in shape)
-    return rows >= ROWS and rows * prod(found.sizes) >= least
+    return rows >= ROWS and rows * found.sizes[0] * (outputs or found.sizes[1]) >= least
 
 
 def _activations(flow: Flow) -> Iterator[tuple[fx.Node, _Activation]]:

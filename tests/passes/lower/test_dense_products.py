@@ -106,3 +106,76 @@ def dense_of(function: Any, *args: Any) -> list[Outcome]:
     torch._dynamo.reset()
     torch.compile(function, backend=spy)(*args)
     return outcomes
+
+
+class Block(nn.Module):
+    """Attention and a gated FFN over x: (B, N, 16); k is written to, v is returned, q lies apart as it is viewed."""
+
+    def __init__(self, *, bias: bool) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(16, 32, bias), nn.Linear(16, 16, bias), nn.Linear(16, 16, bias)
+        self.gate, self.up, self.down = nn.Linear(16, 64, bias), nn.Linear(16, 64, bias), nn.Linear(64, 16)
+        self.out = nn.Linear(32, 16)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        k *= 0.5
+        heads = (t.unflatten(-1, (-1, 8)).transpose(1, 2) for t in (q, k, v))
+        x = x + self.out(F.scaled_dot_product_attention(*heads, enable_gqa=True).transpose(1, 2).flatten(2))
+        return self.down(F.silu(self.gate(x)) * self.up(x)) + q.view(-1).cumsum(0).view_as(q)[..., :16], v
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_of_one_value_are_one_when_frozen(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of q, k and v alone is too small; a weight that changes is packed anew."""
+    monkeypatch.setattr(dense_products, "smallest", lambda: ROWS * 16 * 49)
+    said: list[Outcome] = []
+
+    def compiler(graph_module: Any, example: Any, *, freeze: bool = True) -> Any:
+        found = backend.lower(graph_module, example, backend.Options(freeze=freeze))
+        said.extend(o for o in found.outcomes if o.lowering == "dense-products" and o.became)
+        return backend.gatecc(graph_module, example, mode="aot_eager", options={"gatecc.freeze": freeze})
+
+    model, x = Block(bias=bias), torch.randn(2, ROWS // 2, 16)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        frozen, plain = torch.compile(model, backend=compiler), model(x)
+        torch.testing.assert_close(frozen(x), plain, atol=1e-5, rtol=1e-5)
+        assert [o.became for o in said] == [f"one gatecc::linear with {n} outputs" for n in (64, 128)] + [
+            "gatecc::linear"
+        ]
+        for layer in (model.k, model.up):
+            layer.weight.mul_(-2)
+            torch.testing.assert_close(frozen(x), model(x), atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(model(x)[0], plain[0], atol=1e-2)
+    said.clear()
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, backend=compiler)(x), model(x), atol=1e-5, rtol=1e-5)
+    assert not said  # it learns
+
+
+def test_what_is_packed_may_be_viewed() -> None:
+    """No copies where readers do with views: heads of q, k and v."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.each = nn.ModuleList(nn.Linear(16, 64) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = (f(x).view(*x.shape[:2], -1, 8).transpose(1, 2) for f in self.each)
+            return F.scaled_dot_product_attention(q, k, v)
+
+    names: list[str] = []
+
+    def spy(graph_module: Any, example: Any) -> Any:
+        found = backend.lower(graph_module, example, backend.Options(freeze=True)).graph
+        names.extend(str(n.target) for n in found.graph.nodes if n.op == "call_function")
+        return found.forward
+
+    model, x = Heads(), torch.randn(2, ROWS // 2, 16)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend=spy)(x), model(x))
+    assert not [name for name in names if "clone" in name]
+    assert names.count("gatecc.linear.default") == 1
