@@ -42,6 +42,7 @@ model, example_inputs = timm.create_model("swin_tiny_patch4_window7_224", **shap
             ("ftwt", "pictures"),
             ("guiding-giants unlasting-mask x-lora", "language"),
             ("hrpo", "thinking"),
+            ("q-zoom", "two_scales"),
             ("persistent-transient tpgn", "series"),
             ("cgib global-workspace", "sequences"),
         )

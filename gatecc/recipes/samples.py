@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gatecc.errors import MissingPackageError
 from gatecc.passes.loop.think import Thinking
+from gatecc.passes.zoom import TwoScales
 
 Sample = tuple[nn.Module, tuple[Any, ...]]
 _WIDTH, _HEADS, _GROUPS = 16, 4, 2
@@ -220,6 +221,23 @@ def thinking() -> Sample:
     soft = _noise(2, 8, _WIDTH)
     soft[:, :3] = 0
     return Thinking(model).eval(), (*inputs, soft)
+
+
+class _Patches(nn.Module):
+    """x: (B, 3, 8, 8) -> (B, 5), by patches of 2 x 2"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.encoder = nn.Conv2d(3, _WIDTH, 2, 2), _Classifier()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encoder(self.embed(x).flatten(2).mT)
+
+
+def two_scales() -> Sample:
+    """A classifier of images by patches, with the same images at twice the resolution."""
+    fine = _noise(4, 3, 16, 16)
+    return weighted(TwoScales(_Patches())), (F.avg_pool2d(fine, 2), fine)
 
 
 def windows() -> Sample:

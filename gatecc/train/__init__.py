@@ -22,6 +22,7 @@ from gatecc.train.steering import controller_inputs, controller_loss, fit_contro
 from gatecc.train.subset import Budget, choose_subset, restrict
 from gatecc.train.thinking import Rollout, Thinking, rollout
 from gatecc.train.threshold import ThresholdTracker, move_threshold, threshold_from_costs
+from gatecc.train.zoom import TwoScales, fit_zoom
 
 __all__ = [
     "Adapters",
@@ -39,6 +40,7 @@ __all__ = [
     "ThresholdTracker",
     "Transfer",
     "Tune",
+    "TwoScales",
     "balance",
     "calibrate",
     "calibrate_channels",
@@ -58,6 +60,7 @@ __all__ = [
     "fit_controller",
     "fit_exemplars",
     "fit_exits",
+    "fit_zoom",
     "gate_bce",
     "geometric_shares",
     "heal",

@@ -130,7 +130,7 @@ def fit_exits(
             expected="steps and period >= 1, warmup in [0, 1]",
         )
     work, stream = _Work(model, lr, trade, balance, costs, distill), Stream(data)
-    with in_eval(model), _only(model, [*work.heads, *work.gates]):  # dropout and statistics are the frozen model's
+    with in_eval(model), only(model, [*work.heads, *work.gates]):  # dropout and statistics are the frozen model's
         for step in range(steps):
             late = step - round(warmup * steps)
             batch, labels = stream.next()
@@ -209,7 +209,7 @@ class _Work:
 
 
 @contextmanager
-def _only(model: nn.Module, trained: Sequence[nn.Parameter]) -> Generator[None]:
+def only(model: nn.Module, trained: Sequence[nn.Parameter]) -> Generator[None]:
     """Nothing but these parameters has a gradient for a while."""
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     try:
