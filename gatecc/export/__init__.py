@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -199,11 +199,11 @@ def _export(
         stage("running the model")
         call = _call(model, *inputs, notes)
         notes.extend(f"not a tensor, left out of the outputs: {what}" for what in call.left_out)
-        with in_branches(model) as branches, bodies_in_branches() as bodies, transformers_loops(model):
+        with in_branches(model) as branches, bodies_in_branches() as bodies, transformers_loops(model) as loops:
             made = inside / "made"
             if branches:
                 notes.append("a member of an ensemble runs on all samples of a batch if one of them chose it, else not")
-            capture = _capture(call, functions, notes)
+            capture = _capture(call, functions, loops, notes)
             lowered = partial(lower, target=target, opset=opset, context=context_of(model), group_experts=group_experts)
 
             def make(free: Freedom, limit: float | None) -> Graph:
@@ -359,13 +359,13 @@ def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], notes
     return double
 
 
-def _capture(call: Call, functions: bool, notes: list[str]) -> Capture | None:
+def _capture(call: Call, functions: bool, loops: Collection[str], notes: list[str]) -> Capture | None:
     """How a transformed model is captured whose scopes cannot be traced each by itself, for they would see masks as
-    inputs, or would not tell what is of which rewrite: as a Program of the whole model, with the rewrites done on it.
-    None for all others."""
+    inputs, would hold loops over tokens as they were when they were rewritten, or would not tell what is of which
+    rewrite: as a Program of the whole model, with the rewrites done on it. None for all others."""
     model = call.flat.m
     masks = reads_masks(model)
-    if not masks and not (functions and any(True for _ in scopes(model))):
+    if not masks and not ((functions or loops) and any(True for _ in scopes(model))):
         return None
     args, kwargs = call.arguments(call.leaves)
     forward = call.flat.tensors
@@ -377,7 +377,7 @@ def _capture(call: Call, functions: bool, notes: list[str]) -> Capture | None:
             if masks:
                 raise
             note = f"the functions have no names of rewrites, which are not found again in the whole model: {e.found}"
-            notes.extend([note] if note not in notes else [])
+            notes.extend([note] if functions and note not in notes else [])
             return captured(call, axes)
 
     return capture
@@ -385,11 +385,8 @@ def _capture(call: Call, functions: bool, notes: list[str]) -> Capture | None:
 
 def _per_sample(one: torch.Tensor, two: torch.Tensor) -> bool:
     """Whether an output for two samples is like that for one, with twice or as many rows."""
-    return (
-        one.dim() == two.dim()
-        and one.shape[1:] == two.shape[1:]
-        and two.shape[:1] in (one.shape[:1], torch.Size([2 * n for n in one.shape[:1]]))
-    )
+    rows = one.shape[:1], torch.Size([2 * n for n in one.shape[:1]])
+    return one.dim() == two.dim() and one.shape[1:] == two.shape[1:] and two.shape[:1] in rows
 
 
 def _doubled(x: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,8 @@ from torch import nn
 
 from gatecc.codegen.onnx.lower import Subject, Target, lower_graph
 from gatecc.codegen.onnx.lower.run import FailedLoweringError
+from gatecc.export.conditions import NAME as CONDITION
+from gatecc.export.conditions import open_conditions
 from gatecc.ir.outcome import Outcome
 from gatecc.ir.program import Program
 from gatecc.passes.lower.experts import Experts
@@ -36,8 +38,13 @@ def lower(
     Lowerings of the names ``without`` do not run; raises FailedLoweringError for one that fails, and the program is
     then good for nothing.
     """
-    sites = prepare(program).sites
     outcomes: list[Outcome] = []
+    if CONDITION not in without:
+        try:
+            outcomes += open_conditions(program)
+        except Exception as e:
+            raise FailedLoweringError(CONDITION, e) from e
+    sites = prepare(program).sites
     if group_experts and Experts.name not in without:
         try:
             outcomes += Experts().lower(program, sites, Settings())

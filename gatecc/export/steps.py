@@ -20,7 +20,7 @@ from gatecc.capture import signature
 from gatecc.capture.export import capture
 from gatecc.capture.exported import exported_program
 from gatecc.codegen.onnx.place import reason
-from gatecc.codegen.onnx.reference import reference
+from gatecc.codegen.onnx.reference import drawn, reference
 from gatecc.codegen.onnx.runtime import Session
 from gatecc.decoder import Decoder
 from gatecc.decoder.analysis.axes import Lengths
@@ -46,13 +46,14 @@ _CONTEXTS = (3, -(1 << 30))  # lengths of what an encoder reads: a few more than
 class Text:
     """Example tokens with what the model computes for all of them at once. ``values`` are those of the other inputs,
     by the captured nodes that they are; ``encode`` says what the steps read of those that are no tokens. ``sizes``:
-    those by which it differs from others. ``wide``: all logits in float64, None if they cannot be had."""
+    those by which it differs from others. ``wide``: all logits in float64, and behind these the same with rounding
+    drawn; nothing if they cannot be had."""
 
     ids: Tensor
     values: dict[fx.Node, Tensor]
     logits: Tensor
     encode: Encode
-    wide: Callable[[], Tensor | None]
+    wide: Callable[[], list[Tensor]]
     sizes: dict[str, int] = field(default_factory=dict[str, int])
 
     def sample(self, batch: int) -> Text:
@@ -155,8 +156,9 @@ def forward(plan: Plan, model: nn.Module, inputs: Any, ids: Tensor, values: Mapp
 
 def _in_float64(
     plan: Plan, model: nn.Module, inputs: Any, ids: Tensor, values: Mapping[fx.Node, Tensor]
-) -> Tensor | None:
-    """The same in float64, captured at these very sizes: the plan's own graph has marks in it, which do not run."""
+) -> list[Tensor]:
+    """The same in float64 and with rounding drawn, captured at these very sizes: the plan's own graph has marks in it,
+    which do not run."""
 
     def logits(*args: Any, **kwargs: Any) -> Tensor:
         return tree_leaves(model(*args, **kwargs))[plan.output]
@@ -166,9 +168,9 @@ def _in_float64(
     try:
         with torch.no_grad():
             program = exported_program(capture(model, args, kwargs, forward=logits, dynamic="none"))
-            return reference(program, leaves)[0]
-    except Exception:  # a graph that does not run in float64 leaves what the decoder in torch allows
-        return None
+            return [x[0] for x in (reference(program, leaves), *drawn(program, leaves))]
+    except Exception:  # a graph that does not run in float64 leaves the plain tolerance
+        return []
 
 
 def _leaves(plan: Plan, ids: Tensor, values: Mapping[fx.Node, Tensor]) -> list[Tensor]:
@@ -242,8 +244,8 @@ def _compared(
     tolerance = TOLERANCE.get(expected.dtype, 0.0)
     sizes = {"batch": len(of.ids), "prefill": pieces[0], "steps": sum(pieces[1:]), **of.sizes}
     if not error <= tolerance:
-        off, distance = _from_float64(step, of, expected, got)
-        allowed = allowed_off(off, expected.dtype)
+        off, distance, *lucky = _from_float64(step, of, expected, got)
+        allowed = allowed_off(off, expected.dtype, lucky)
         if not distance <= allowed:
             own = _difference(step, of, expected, _in_torch(made, of, pieces))
             told = _misfit(sizes, (error, own, allowed), (off, distance))
@@ -252,13 +254,13 @@ def _compared(
     return Compared(sizes, error, session.reference)
 
 
-def _from_float64(step: Closed, of: Text, expected: Tensor, got: Tensor) -> tuple[float, float]:
-    """How far the full forward and the file are from the model in float64; NaN where that cannot be had."""
-    wide = of.wide()
-    if wide is None or got.dtype != expected.dtype:
+def _from_float64(step: Closed, of: Text, expected: Tensor, got: Tensor) -> tuple[float, ...]:
+    """How far the full forward, the file and draws of rounding are from the model in float64; NaN where that cannot be
+    had."""
+    known = [x[: len(of.ids), : expected.shape[1]] for x in of.wide()]
+    if not known or got.dtype != expected.dtype:
         return float("nan"), float("nan")
-    wide = wide[: len(of.ids), : expected.shape[1]]
-    return _difference(step, of, wide, expected.double()), _difference(step, of, wide, got.double())
+    return tuple(_difference(step, of, known[0], x.double()) for x in (expected, got, *known[1:]))
 
 
 def _misfit(sizes: Mapping[str, int], errors: tuple[float, float, float], wide: tuple[float, float]) -> ExportError:

@@ -25,29 +25,30 @@ _ALLOWED = 1e-4  # of the largest output: chunked forms in float32 differ by 1e-
 
 
 @contextmanager
-def transformers_loops(model: nn.Module) -> Generator[None]:
-    """Let the loops that the modules of ``model`` call be one operator each.
+def transformers_loops(model: nn.Module) -> Generator[list[str]]:
+    """Let the loops that the modules of ``model`` call be one operator each; the names of those that are.
 
     A loop is known by its name in a module of transformers; it is replaced once both have given the same numbers on
     random inputs, and only for calls that start from no state. What is not known stays as it is.
     """
     names = {kind.__module__ for m in model.modules() for kind in type(m).__mro__}
+    loops: list[str] = []
     with ExitStack() as stack:
         for name in sorted(names):
             if name.startswith("transformers.") and name in sys.modules:
-                stack.enter_context(_replaced(sys.modules[name]))
-        yield
+                loops += stack.enter_context(_replaced(sys.modules[name]))
+        yield loops
 
 
 @contextmanager
-def _replaced(holder: Any) -> Generator[None]:
+def _replaced(holder: Any) -> Generator[list[str]]:
     """The known loops of one Python module replaced."""
     found = {name: getattr(holder, name) for name in _LOOPS if callable(getattr(holder, name, None))}
+    equal = [name for name, loop in found.items() if _equal(loop, name)]
     try:
-        for name, loop in found.items():
-            if _equal(loop, name):
-                setattr(holder, name, _operator(loop, name))
-        yield
+        for name in equal:
+            setattr(holder, name, _operator(found[name], name))
+        yield equal
     finally:
         for name, loop in found.items():
             setattr(holder, name, loop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,3 +108,15 @@ def test_forms_hold_in_bfloat16() -> None:
         expected, got = (x[0] if isinstance(x, tuple) else x for x in (expected, got))
         assert got.dtype == expected.dtype
         assert difference(expected.float(), got.float()) <= 2e-2
+
+
+def test_a_rewritten_model_is_exported_at_any_length(tmp_path: Path) -> None:
+    """Its scopes have been captured with the loop in them; the file has none."""
+    pytest.importorskip("onnxruntime")
+    gate = gatecc.Gate("activation[...].out", gatecc.GateSpec("self"))
+    model = gatecc.transform(build("mamba", num_hidden_layers=1), gate, {"input_ids": IDS16}, verify=False)
+    made = gatecc.export(model, tmp_path / "x", {"input_ids": IDS16})
+    assert made.inputs == {"input_ids": ["batch", "sequence"]}
+    assert {1, 7, 16, 131} <= {c.sizes["sequence"] for c in made.compared}
+    assert made.operators["com.microsoft::LinearAttention"] == 1
+    assert not made.notes

@@ -80,3 +80,44 @@ def test_a_loop_that_was_unrolled_is_said(tmp_path: Path) -> None:
     assert made.inputs == {"x": ["batch", 5, 4]}
     (note,) = made.notes
     assert "the size 5 of x is fixed" in note
+
+
+class Deep(nn.Module):
+    """Attention and a norm of a sum in a branch, and a condition in it."""
+
+    shift: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.norm = nn.Linear(16, 48), nn.Linear(16, 16), nn.LayerNorm(16)
+        self.register_buffer("shift", torch.randn(16))
+
+    def attend(self, x: Tensor) -> Tensor:
+        """(B, N, 16) -> (B, N, 16)"""
+        q, k, v = (y.unflatten(-1, (2, 8)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        scores = (q @ k.mT * 8**-0.5).softmax(-1)
+        y = self.norm(x + self.out((scores @ v).transpose(1, 2).flatten(2)))
+        return torch.cond(y.max() > 2.5, lambda y: torch.tanh(y) + self.shift, lambda y: y * 2, (y,))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, 16) -> (B, N, 16)"""
+        return torch.cond(x.square().mean() > 1, self.attend, lambda x: x - 1, (x,)) * 0.5
+
+
+def test_what_is_in_a_branch_is_lowered(tmp_path: Path) -> None:
+    from tests.export.profile import profile
+
+    torch.manual_seed(0)
+    model = Deep().eval()
+    made = gatecc.export(model, tmp_path / "x", (torch.randn(2, 5, 16) * 2,))
+    assert made.operators["If"] == 2
+    assert made.operators["com.microsoft::Attention"] == made.operators["com.microsoft::SkipLayerNormalization"] == 1
+    ran = []
+    for scale in (0.1, 1.2, 5.0):
+        x = torch.randn(3, 7, 16) * scale
+        (y,), counts = profile(tmp_path / "x" / "model.onnx", {"x": x.numpy()}, tmp_path)
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(y), model(x), rtol=1e-5, atol=1e-5)
+        ran.append((counts["Attention"], counts["Tanh"], counts["If"]))
+    assert ran[0] == (0, 0, 1)
+    assert {(1, 0, 2), (1, 1, 2)} >= set(ran[1:])

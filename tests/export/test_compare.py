@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import gatecc
+from gatecc.codegen.onnx.reference import drawn, reference
 from gatecc.codegen.onnx.stable import FORMS
 from gatecc.errors import ExportError
 
@@ -41,6 +42,70 @@ def test_a_model_that_is_mostly_rounding_proves_nothing(tmp_path: Path) -> None:
     own = Rounding(1.0)(x).abs().max().item()
     with pytest.raises(ExportError, match=r"from float64 torch is 0\.3"):
         gatecc.export(Rounding(0.3 / own), tmp_path / "x", (x,))
+
+
+class Magnified(nn.Module):
+    """A difference of neighbours, whose error in torch happens to be none: softplus is x itself there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (nn.functional.softplus(x) - 32) * 100
+
+
+@pytest.mark.parametrize("units", [1, 30])
+def test_torch_may_be_lucky_and_a_fault_is_none(units: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One unit in the last place is 3.8e-4 of the result, thirty are no rounding."""
+    operator = torch.ops.aten.softplus.default
+    right = FORMS[operator]
+    monkeypatch.setitem(FORMS, operator, lambda x, *args: right(x, *args) + units * 2**-18)
+    x = 32 + torch.rand(3, 64) / 128
+    if units == 1:
+        made = gatecc.export(Magnified(), tmp_path / "x", (x,))
+        assert 2e-4 < max(c.error for c in made.compared) < 8e-4
+    else:
+        with pytest.raises(ExportError, match=r"(?s)from float64 torch is 0 off, .*at most 0\.000[5-8]"):
+            gatecc.export(Magnified(), tmp_path / "x", (x,))
+
+
+def test_rounding_that_is_drawn() -> None:
+    """A difference of 1e-3 between numbers near 1 is off by some units over 1e-3; whole numbers and views are exact."""
+
+    def f(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = torch.cos(x) * torch.ones(4096), torch.cos(y)
+        return (a - b).view(64, 64).mT.reshape(-1), (x * 0 + 5).floor() + torch.arange(4096).float()
+
+    class Two(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            return f(x, y)
+
+    leaves = torch.zeros(4096), torch.full((4096,), (2 * 1e-3) ** 0.5)
+    program = torch.export.export(Two(), leaves)
+    exact, draws = reference(program, leaves), drawn(program, leaves)
+    unit = 2**-24 / 1e-3
+    for draw in draws:
+        gap = (draw[0] - exact[0]).abs() / exact[0]
+        assert 0.9 * unit < float(gap.max()) < 1.1 * unit  # cos(0) is whole: the other alone is moved, by half a unit
+        assert torch.equal(draw[1], exact[1])
+    assert not torch.equal(draws[0][0], draws[1][0])
+
+
+def test_rounding_of_products_is_that_of_sums_in_a_row() -> None:
+    """As far off as float32 is that adds one product after the other; whole numbers are multiplied exactly."""
+
+    class Products(nn.Module):
+        def forward(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+            return x @ w, (x * 8).round() @ (w * 8).round()
+
+    torch.manual_seed(0)
+    leaves = torch.randn(64, 512), torch.randn(512, 64)
+    program = torch.export.export(Products(), leaves)
+    exact, draws = reference(program, leaves), drawn(program, leaves)
+    found = leaves[0][:, :1] * leaves[1][:1]
+    for k in range(1, 512):
+        found = found + leaves[0][:, k : k + 1] * leaves[1][k : k + 1]
+    off = (found.double() - exact[0]).square().mean().sqrt()
+    for draw in draws:
+        assert 0.5 * off < (draw[0] - exact[0]).square().mean().sqrt() < 2 * off
+        assert torch.equal(draw[1], exact[1])
 
 
 class Log(nn.Module):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +13,15 @@ from torch import Tensor, nn
 
 import gatecc
 from gatecc.errors import ArgumentError, ExportError
+from gatecc.export import ragged
 from gatecc.export.encoder import encode_in_torch
 from gatecc.export.padding import tokens_first
 from gatecc.export.steps import text
 from gatecc.onnx import Session
 
 pytest.importorskip("onnxruntime")
+ir = pytest.importorskip("onnx_ir")
+EXPORT = sys.modules["gatecc.export"]
 V, N, LENGTHS, PLACES = 20, 9, (9, 5, 2), 40
 IDS = torch.randint(1, V, (3, N), generator=torch.Generator().manual_seed(0))
 
@@ -115,3 +120,59 @@ def test_a_model_that_tells_nobody_how_many_tokens_it_is_for() -> None:
 def test_tokens_come_first_in_each_row() -> None:
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]])
     assert tokens_first(mask).tolist() == [[2, 3, 0, 1], [0, 1, 2, 3], [0, 1, 2, 3]]
+
+
+class Words(nn.Module):
+    """Bidirectional attention that hides what ``hides`` says, as nn.TransformerEncoder has it or the other way round;
+    or else a mask that only makes words smaller, and hides nothing."""
+
+    def __init__(self, hides: str) -> None:
+        super().__init__()
+        self.hides, self.embed, self.out = hides, nn.Embedding(V, 16), nn.Linear(16, 5)
+        self.layer = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, ids: Tensor, which: Tensor) -> Tensor:
+        """(B, N), (B, N) -> (B, N, 5)"""
+        x = self.embed(ids)
+        if self.hides == "nothing":
+            return self.out(self.layer(x, x, x)[0] + x * which[..., None])
+        hidden = which.bool() if self.hides == "ones" else ~which.bool()
+        return self.out(x + self.layer(x, x, x, key_padding_mask=hidden)[0])
+
+
+@pytest.mark.parametrize("hides", ["ones", "zeros", "nothing"])
+def test_a_mask_is_told_by_what_it_does(hides: str) -> None:
+    torch.manual_seed(0)
+    model, which = Words(hides).eval(), torch.full_like(IDS, int(hides != "ones"))
+    found = {x.side: x for x in ragged.padded(["ids", "which"], [IDS, which], lambda leaves: [model(*leaves)])}
+    assert set(found) == {"left", "right"}
+    hidden = torch.stack([torch.arange(N) < row * N // 6 for row in range(3)])
+    for side, seen in (("left", ~hidden), ("right", ~hidden.flip(1))):
+        assert torch.equal(found[side].leaves[1], (~seen if hides == "ones" else seen).long())
+        told = seen[..., None].expand(3, N, 5)
+        assert torch.equal(found[side].told[0], torch.ones_like(told) if hides == "nothing" else told)
+
+
+@pytest.mark.parametrize("hides", ["zeros", "ones", "nothing"])
+def test_a_mask_that_is_lost_is_seen(hides: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it is called. Lost: the graph is written with the mask of the example, which hides nothing."""
+    right, value = EXPORT.build, int(hides != "ones")
+
+    def without(*args: Any, **options: Any) -> Any:
+        graph = right(*args, **options)
+        mask = next(v for v in graph.model.graph.inputs if v.name == "which")
+        users, number = tuple(mask.uses()), ir.Value(name="number", const_value=ir.tensor([value], name="number"))
+        graph.model.graph.register_initializer(number)
+        kept = ir.node("Max" if value else "Min", [mask, number])
+        graph.model.graph.insert_before(graph.model.graph[0], kept)
+        for user, at in users:
+            user.replace_input_with(at, kept.outputs[0])
+        return graph
+
+    model, inputs = Words(hides).eval(), (IDS, torch.full_like(IDS, value))
+    if hides == "zeros":
+        assert {c.padding for c in gatecc.export(model, tmp_path / "x", inputs).compared} == {"", "left", "right"}
+        return
+    monkeypatch.setattr(EXPORT, "build", without)
+    with pytest.raises(ExportError, match="padded on the left"):
+        gatecc.export(model, tmp_path / "x", inputs)
