@@ -6,7 +6,7 @@ elsewhere. An operator of torch that stays whole in a graph (``aten.lstm``) may 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -27,12 +27,14 @@ that the standard has since opset 27."""
 class Carry(NamedTuple):
     """One tensor of an operator's state: the argument that a call starts from, and the output that is its next value.
 
-    The argument is optional (None is zero), a tensor, or with ``item`` one of a list.
+    The argument is optional (None is zero), a tensor, or with ``item`` one of a list. A ``ragged`` one has no axis of
+    samples and gets longer as it likes; a step may write behind what is in use of it, as keys are.
     """
 
     argument: str
     output: int
     item: int | None = None
+    ragged: bool = False
 
 
 class Unfit(NamedTuple):
@@ -58,6 +60,9 @@ class StepRule:
     unfit: Callable[[fx.Node], Unfit | None] = lambda node: None
     one_token: Callable[[fx.Node], Callable[..., Any] | None] = lambda node: None
     """What computes exactly one token faster, with the operator's arguments and results; None: the operator itself."""
+    reordered: Callable[[fx.Node, Sequence[torch.Tensor], torch.Tensor], Sequence[torch.Tensor]] | None = None
+    """For a state with ragged parts: given all its parts and an index (B,), the state in which sample i has what sample
+    ``index[i]`` had. Others are taken along their axis of samples."""
 
     def axis_of(self, node: fx.Node) -> int | None:
         """The axis of the operand in one call."""

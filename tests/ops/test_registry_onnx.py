@@ -84,6 +84,13 @@ def cached_attention(x: Tensor, past: Tensor, qkv: Tensor) -> tuple[Tensor, ...]
     return gated.cached_attention(q, k, v, past, past * 0.5, scale=0.5, window=4)
 
 
+def evicted_attention(x: Tensor, qkv: Tensor) -> tuple[Tensor, ...]:
+    q, k, v = (heads(y) for y in (x @ qkv.T).chunk(3, -1))
+    keep, valid = (k[:, :, :, 0] > 0).float(), x[:, :, 0] > -1
+    plain = gated.evicted_attention(q, k, v, keep, scale=0.5)[0]
+    return plain, gated.evicted_attention(q, k, v, keep, valid, scale=0.5, budget=2, softcap=3.0, spread=True)[0]
+
+
 def linear_attention(x: Tensor) -> tuple[Tensor, ...]:
     q, k = heads(x), F.normalize(heads(x), dim=-1)
     decay, beta = F.logsigmoid(q), q[..., 0].sigmoid()
@@ -179,6 +186,7 @@ CASES: dict[str, Case] = {
     "gatecc.linear": Case(
         lambda x, w, b: gated.linear(gated.linear(x, w, b, "gelu_tanh"), w, b, "silu"), ((C, C), (C,))
     ),
+    "gatecc.evicted_attention": Case(evicted_attention, ((3 * C, C),)),
     "gatecc.linear_attention": Case(linear_attention, own=True),
     "gatecc.linear_attention_backward": no_form(
         lambda x: gated.linear_attention_backward(heads(x), heads(x).mT @ heads(x), *(heads(x),) * 3)

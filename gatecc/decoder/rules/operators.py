@@ -52,11 +52,11 @@ def _start(node: fx.Node, given: Any, carry: Carry, slots: list[Slot], lengths: 
             raise refusal(user, "it reads the state after the last token, which no token before it may see")
     state = node.meta["val"][carry.output]
     assert isinstance(state, torch.Tensor)
-    if not any(symbols(size) & lengths.batch for size in state.shape):
+    if not carry.ragged and not any(symbols(size) & lengths.batch for size in state.shape):
         raise refusal(
             node, "the batch is fixed while the model is captured", do="write x.shape[0] in the place of len(x)"
         )
-    slots.append(Slot("state", node, value=state, owner=origin(node).owner, output=carry.output))
+    slots.append(Slot("state", node, value=state, owner=origin(node).owner, output=carry.output, ragged=carry.ragged))
     at = len(slots) - 1
     own = given if isinstance(given, fx.Node) and opname(given) not in _ZEROS else None
     with node.graph.inserting_before(node):

@@ -37,6 +37,7 @@ class Slot:
     owner: str = ""
     output: int = 1
     role: str = ""  # of keys: "key" or "value"
+    ragged: bool = False  # of a state: see gatecc.ops.registry.Carry
 
     @property
     def like(self) -> torch.Tensor:

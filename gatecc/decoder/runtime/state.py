@@ -4,6 +4,7 @@
     written   () int64: how far the buffers are filled. States that follow one another share buffers; a state that is
               not the newest one of its buffers (another was stepped from it before) gets copies before it is stepped
     slots     one tensor per slot: keys and values with room for more, last inputs, cumulative values, operators' states
+              (ragged ones have room for more, too)
     starts    () int64 for each window: the position of the first key that its buffers hold
     history   (B, capacity): the values per token
     context   what does not change
@@ -24,6 +25,8 @@ from gatecc.decoder.plan import Plan
 from gatecc.decoder.rules.slots import Slot
 from gatecc.decoder.runtime.thoughts import Thoughts
 from gatecc.ir.sizes import expression, symbols
+from gatecc.ops import registry
+from gatecc.ops.registry import StepRule
 
 State = dict[str, Any]
 
@@ -79,16 +82,39 @@ class Memory:
     def reordered(self, state: State, index: torch.Tensor) -> State:
         """The state in which sample i has read what sample ``index[i]`` had. index: (batch,)"""
         samples = index.numel()
-        held = zip(state["slots"], [slot.like for slot in self.slots], strict=True)
         context = zip(state["context"], [node.meta["val"] for node in self.plan.context], strict=True)
         return {
             **state,
             "written": state["written"].clone(),
-            "slots": [self._taken(x, like, index, samples) for x, like in held],
+            "slots": self._reordered(state["slots"], index),
             "history": [x.index_select(0, index.to(x.device)) for x in state["history"]],
             "context": [self._taken(x, like, index, samples) for x, like in context],
             **self.thoughts.reordered(state, index),
         }
+
+    def _reordered(self, held: list[torch.Tensor], index: torch.Tensor) -> list[torch.Tensor]:
+        """The slots of other samples; a state with ragged parts as its operator does it."""
+        made: dict[int, torch.Tensor] = {}
+        for i, slot in enumerate(self.slots):
+            if i in made:
+                continue
+            rule = self._rule(slot)
+            if rule is None or rule.reordered is None:
+                made[i] = self._taken(held[i], slot.like, index, index.numel())
+                continue
+            own = [j for j, other in enumerate(self.slots) if other.node is slot.node]
+            made.update(zip(own, rule.reordered(slot.node, [held[j] for j in own], index), strict=True))
+        return [made[i] for i in range(len(held))]
+
+    @staticmethod
+    def _rule(slot: Slot) -> StepRule | None:
+        found = registry.find(slot.node.target) if slot.kind == "state" else None
+        return None if found is None else found.step
+
+    @staticmethod
+    def bytes(state: State) -> int:
+        """The memory that a state holds in its slots, with the room for more tokens."""
+        return sum(x.numel() * x.element_size() for x in state["slots"])
 
     def _taken(self, x: torch.Tensor, like: torch.Tensor, index: torch.Tensor, samples: int) -> torch.Tensor:
         """Samples of a tensor, along its batch axis or along one that the batch is flattened into (batch x heads)."""
@@ -113,7 +139,7 @@ class Memory:
         written = state["written"]
         if int(written) != past:
             written = torch.tensor(past)
-            slots = [b.clone() if s.kind == "keys" else b for s, b in zip(self.slots, slots, strict=True)]
+            slots = [b.clone() if s.kind == "keys" or s.ragged else b for s, b in zip(self.slots, slots, strict=True)]
             history = [b.clone() for b in history]
         for i, width in enumerate(self.windows):
             starts[i] = self._slide(slots, width, starts[i], past, new)

@@ -86,7 +86,6 @@ def _is_token(numbers: Tensor) -> Tensor:
 
 def attend(site: Attention, given: Operands, blocks: fx.Node, block: int, edit: Editor) -> fx.Node:
     """Attention to the blocks of a map, in the axes of the site's heads."""
-    heads = stage(site, "heads")
     if site.dropout:
         raise SiteRefusedError(
             "attention to chosen blocks drops no weights",
@@ -94,12 +93,18 @@ def attend(site: Attention, given: Operands, blocks: fx.Node, block: int, edit: 
             found=f"dropout {site.dropout:g} of the weights",
             do="set the attention's dropout to 0, or train the gates alone (joint=False)",
         )
+    rules = (site.mask.causal and given.bias is None, site.mask.window if given.bias is None else None)
+    out = edit.call(called, *given[:3], blocks, given.bias, block, site.scale, *rules, site.soft_cap, name="heads")
+    return laid_back(out, site, edit)
+
+
+def laid_back(out: fx.Node, site: Attention, edit: Editor) -> fx.Node:
+    """A result (B, H, N, D) in the axes and the dtype of the site's heads. Raises SiteRefusedError."""
+    heads = stage(site, "heads")
     if sorted(heads.axes.apart.renamed("r", "")) != sorted("bhnd"):
         raise SiteRefusedError(
             "the heads are laid out in a way that is not known", where=place(site), found=f"axes {heads.axes}"
         )
-    rules = (site.mask.causal and given.bias is None, site.mask.window if given.bias is None else None)
-    out = edit.call(called, *given[:3], blocks, given.bias, block, site.scale, *rules, site.soft_cap, name="heads")
     groups = site.heads // site.kv_heads if "r" in heads.axes else 1
     if heads.axes != "bhnd":
         out = edit.call(arranged, out, "bhnd", heads.axes.text, 1, groups, name="heads")

@@ -1,0 +1,57 @@
+"""Attention-Gate: a learned flag per token and head evicts keys and values from the cache."""
+
+from __future__ import annotations
+
+from gatecc.ir.rewrite import Rewrite
+from gatecc.ir.select import Selector
+from gatecc.passes.attention_edit.attention_edit import AttentionEdit
+from gatecc.passes.attention_edit.evict import Evict
+from gatecc.recipes import samples
+from gatecc.recipes.registry import Case, recipe
+
+
+@recipe(
+    "attention-gate",
+    citation="In-context KV-Cache Eviction for LLMs via Attention-Gate (2024); with a budget Paging with Succinct "
+    "Predictions (2022)",
+    cases=[
+        Case(samples.language, ("identity", "causality", "cost", "export", "state", "reversible")),
+        Case(samples.language, ("causality", "export", "state"), {"budget": 3, "hidden": 4}),
+        Case(samples.language_in_training, ("gradient",), {"target": 0.5}),
+        Case(samples.sequences, ("identity", "export")),
+    ],
+)
+def attention_gate(
+    sites: str = "attention[...]",
+    target: float = 0.5,
+    weight: float = 1.0,
+    budget: int = 0,
+    hidden: int = 0,
+    bias: float = 2.0,
+) -> tuple[Rewrite, ...]:
+    """Let go of keys and values that a gate flags, per token and key head: later queries do not see them.
+
+    f = 1[sigma(w_h x + b_h) > cut] for token x of the layer's input and key head h (``hidden`` puts a layer of so many
+    features before it). Query i sees key j where f_j = 1 or j = i: what is evicted is gone, which is something else
+    than a value of zero. The gate starts at sigma(``bias``), above ``cut`` = 1/2: everything is kept, and the model
+    computes what it did. ``gate.cut`` is a buffer, a dial of the finished model.
+
+    In training mode everything is computed and masked. Flags have a straight-through gradient: of the output with
+    respect to a key's presence, also for keys that are hidden, and of sigma in the place of the step. The loss
+    ``weight`` (mean f - ``target``)², one per layer, enters in the backward pass (`gatecc.aux_losses`). Train the gates
+    alone with ``gatecc.train.heal(model, None, data, tune=Tune(steps, train=("*gate.*",)))``, or with the model.
+
+    The paper's gate attends to the whole prompt first, so that a flag depends on later tokens. This one reads its
+    token's layer input, in which the layers before have mixed what came before it: outputs never depend on later
+    tokens, and a decoder exists.
+
+    The skipping form is the decoder's (`gatecc.decoder`, and ``generate``): a head's cache holds what it kept and
+    a little room, heads and samples each their own number, and a step reads no more. ``decoder.memory.bytes(state)``
+    is what it holds. The full forward without gradients gathers the kept keys too. Padding is never held.
+
+    With a ``budget`` a head holds at most so many tokens, and flags are predictions: a flagged token stays while there
+    is room. Then the oldest flagged one goes first, and where none is left the oldest of all. Flags that are wrong cost
+    no more than a sliding window of the budget would. A budget changes the function from the start.
+    """
+    change = Evict(target, weight, budget, hidden, bias)
+    return (AttentionEdit(Selector.parse(sites), change, label="gate"),)
