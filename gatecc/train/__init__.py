@@ -1,6 +1,7 @@
 """Training what a rewrite inserted, and measuring what it does."""
 
 from gatecc.train import routing, tasks
+from gatecc.train.acceptance import Drafts, drafts, fit_acceptance
 from gatecc.train.calibration import coactivation
 from gatecc.train.callbacks import lightning_callback, trainer_callback
 from gatecc.train.channels import ChannelCosts, calibrate_channels, channel_costs
@@ -29,6 +30,7 @@ __all__ = [
     "Budget",
     "Calibration",
     "ChannelCosts",
+    "Drafts",
     "Healed",
     "Lora",
     "Operating",
@@ -50,12 +52,14 @@ __all__ = [
     "confidence_traces",
     "controller_inputs",
     "controller_loss",
+    "drafts",
     "exit_costs",
     "exit_labels",
     "exit_logits",
     "exits",
     "expected_loss",
     "expert_losses",
+    "fit_acceptance",
     "fit_contexts",
     "fit_controller",
     "fit_exemplars",

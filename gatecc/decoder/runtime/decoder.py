@@ -19,9 +19,11 @@ from gatecc.decoder.emit.tables import Tables
 from gatecc.decoder.plan import Plan
 from gatecc.decoder.runtime.context import Context
 from gatecc.decoder.runtime.generate import Generation
+from gatecc.decoder.runtime.speculate import Speculated, speculate
 from gatecc.decoder.runtime.state import Memory, State
 from gatecc.errors import ArgumentError
 from gatecc.ir.program import Program
+from gatecc.passes.exit.rule import AcceptanceRule
 
 _FIRST = 64  # positions that a growing state starts with
 _NEW = 5  # tokens that the example of a step for several runs
@@ -215,6 +217,24 @@ class Decoder(Generation):
         batch = self.memory.batch(state)
         if batch is not None and batch != ids.shape[0]:
             raise ArgumentError("the state is of another batch", found=f"{ids.shape[0]} samples", expected=str(batch))
+
+    def speculate(
+        self,
+        draft: Decoder,
+        ids: torch.Tensor,
+        max_new_tokens: int,
+        *,
+        rule: AcceptanceRule | None = None,
+        bound: int = 8,
+    ) -> Speculated:
+        """Continue one prompt (1, N) by the best tokens, those of `generate`, with fewer calls of this model.
+
+        ``draft``, the decoder of a smaller model of the same tokens, goes on with up to ``bound`` of them; this one
+        reads them at once and keeps those that it would have taken, and one more. ``rule`` ends a draft early: where 1
+        - Π p of its tokens' acceptances exceeds its threshold (`Acceptance`). Where both are as good as tied, rounding
+        decides. Raises ArgumentError.
+        """
+        return speculate(self, draft, ids, max_new_tokens, rule, bound)
 
     def thoughts(self, ids: torch.Tensor, state: State) -> list[torch.Tensor]:
         """What the tokens (B, T) are mixed with if they are read now: (B, T, C) for each carried input."""

@@ -172,3 +172,54 @@ class CalibratedRule(RuleModule):
         d = (self.distances >= far.amin(-1, keepdim=True)).to(logits.dtype).mean(-1, keepdim=True)
         scale = torch.where(self.fitted, torch.log(2 + q) * d, torch.ones_like(q))
         return torch.softmax(logits * scale, -1).amax(-1)
+
+
+@dataclass(frozen=True)
+class Acceptance(ExitRule, tag="acceptance"):
+    """How likely it is that what comes later agrees: a head of ``layers`` residual blocks x + SiLU(W x) on four
+    statistics of the logits (SpecDec++, whose head reads the draft's hidden state).
+
+    At blocks a sample leaves where the probability reaches the threshold. Along the steps of a draft
+    (`Decoder.speculate`) it stops where 1 - Π p exceeds the threshold h, the first token counted as 1; from h = 1 on it
+    runs to its bound. `gatecc.train.fit_acceptance` trains it; before that p is 1/2.
+    """
+
+    layers: int = 1
+    width: int = 16
+    power: float = 2.0
+
+    def check(self) -> None:
+        self.require(self.layers >= 0 and self.width > 0, "layers", "a number of blocks, of a width > 0")
+        self.require(self.power > 0, "power", "a positive number")
+
+    def module(self, classes: int) -> RuleModule:
+        return AcceptanceRule(self)
+
+
+class AcceptanceRule(RuleModule):
+    """The module of `Acceptance`."""
+
+    rule: Acceptance
+
+    def __init__(self, rule: Acceptance) -> None:
+        super().__init__(rule)
+        self.enter = nn.Linear(4, rule.width)
+        self.blocks = nn.ModuleList(nn.Linear(rule.width, rule.width) for _ in range(rule.layers))
+        self.out = nn.Linear(rule.width, 2)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def verdict(self, logits: Tensor) -> Tensor:
+        """Logits of rejection and acceptance, (B, C) -> (B, 2). Gradients do not reach the logits."""
+        x = self.enter(logit_statistics(logits.detach(), self.rule.power).to(self.enter.weight.dtype))
+        for block in self.blocks:
+            x = x + nn.functional.silu(block(x))
+        return self.out(x)
+
+    def score(self, logits: Tensor) -> Tensor:
+        return torch.softmax(self.verdict(logits).float(), -1)[..., 1]
+
+    def stops(self, accepted: Tensor) -> Tensor:
+        """Whether a draft stops behind its last token. accepted: (B, T), the scores of its tokens -> (B,) of bool"""
+        product = accepted[:, 1:].prod(-1)  # the first is drafted in any case
+        return 1 - product > self.threshold
