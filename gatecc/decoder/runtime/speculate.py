@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from gatecc.decoder.plan import Plan
 from gatecc.decoder.runtime.state import State
 from gatecc.errors import ArgumentError
 from gatecc.passes.exit.rule import AcceptanceRule
 
-if TYPE_CHECKING:
-    from gatecc.decoder.runtime.decoder import Decoder
+
+class _Reads(Protocol):
+    plan: Plan
+
+    def init_state(self, batch: int) -> State: ...
+
+    def prefill(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]: ...
 
 
 @dataclass(eq=False)
@@ -28,7 +34,7 @@ class Speculated:
 
 
 def speculate(
-    target: Decoder, draft: Decoder, ids: Tensor, new: int, rule: AcceptanceRule | None, bound: int
+    target: _Reads, draft: _Reads, ids: Tensor, new: int, rule: AcceptanceRule | None, bound: int
 ) -> Speculated:
     """See `Decoder.speculate`."""
     if ids.shape[0] != 1 or ids.dim() != 2 or not ids.shape[1]:
@@ -85,7 +91,7 @@ class _Reader:
     """A decoder and how far it has read. What it read in vain is taken back: by the length of its state where that
     holds keys of all tokens, else by reading again from the last state that was right."""
 
-    def __init__(self, made: Decoder) -> None:
+    def __init__(self, made: _Reads) -> None:
         self.made, self.state = made, made.init_state(1)
         self.exact = all(slot.kind == "keys" and slot.span.window is None for slot in made.plan.slots)
         self.sure: State = self.state
