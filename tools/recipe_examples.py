@@ -39,7 +39,7 @@ model, example_inputs = timm.create_model("swin_tiny_patch4_window7_224", **shap
             ("mocoop", "described"),
             ("pill", "images"),
             ("dynamic-confidence tsm-conv", "spiking"),
-            ("ftwt", "pictures"),
+            ("ftwt multi-scale-gates", "pictures"),
             ("guiding-giants unlasting-mask x-lora", "language"),
             ("hrpo", "thinking"),
             ("q-zoom", "two_scales"),

@@ -16,6 +16,7 @@ from gatecc.train.heal import Healed, Point, heal
 from gatecc.train.labels import gate_bce, topk_mass
 from gatecc.train.lora import Adapters, Lora
 from gatecc.train.losses import kld, next_token_loss, template_loss, topk_kld
+from gatecc.train.maps import Mapped, class_maps, mask_pyramid
 from gatecc.train.prefixes import train_counts, train_learners
 from gatecc.train.reward import set_reward
 from gatecc.train.stage import Transfer, Tune
@@ -33,6 +34,7 @@ __all__ = [
     "Drafts",
     "Healed",
     "Lora",
+    "Mapped",
     "Operating",
     "Point",
     "Rollout",
@@ -48,6 +50,7 @@ __all__ = [
     "calibrate_channels",
     "channel_costs",
     "choose_subset",
+    "class_maps",
     "coactivation",
     "confidence_traces",
     "controller_inputs",
@@ -70,6 +73,7 @@ __all__ = [
     "heal",
     "kld",
     "lightning_callback",
+    "mask_pyramid",
     "mean_difference",
     "member_losses",
     "move_threshold",
