@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
-from gatecc.errors import SiteRefusedError
+from gatecc.errors import ArgumentError, SiteRefusedError
 from gatecc.ir.contract import Contract, changes_function, identity_at_init
 from gatecc.ir.edit import Editor
 from gatecc.ir.effects import Effects
@@ -51,6 +51,17 @@ class Exit(Rewrite):
         object.__setattr__(self, "rule", ExitRule.coerce(self.rule))
         if self.output:
             Selector.parse(self.output)
+        if self.site.kind != "block":
+            steps = self.site.kind in ("step", "model")
+            raise ArgumentError(
+                "an exit leaves a model along its depth, at blocks",
+                found=str(self.site),
+                expected="block[...]",
+                do="a step is one call, which ends by itself: gatecc.Loop(..., merge='confident') stops the steps of a "
+                "loop, the rule of Decoder.speculate a draft"
+                if steps
+                else "select the blocks around it",
+            )
 
     def contract(self) -> Contract:
         return identity_at_init() if self.rule.threshold > 1 else changes_function()

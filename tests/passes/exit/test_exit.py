@@ -214,6 +214,9 @@ def test_refused_by_name(net: Any, inputs: Any) -> None:
         gatecc.transform(Tokens(False).eval(), Exit("block[0]"), given)
     with pytest.raises(SiteRefusedError, match="cannot be skipped for some samples"):
         gatecc.transform(Tokens(True).eval(), Exit("block[0]"), given)
+    for other, remedy in (("step[...]", "merge='confident'"), ("mlp[0]", "the blocks around it")):
+        with pytest.raises(ArgumentError, match=remedy):
+            Exit(other)
     with pytest.raises(ArgumentError, match="no rule"):
         Exit("block[0]", rule="sometimes")
     with pytest.raises(ArgumentError, match="no head"):
