@@ -19,21 +19,23 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from gatecc import ops as ops  # registers the operator
 from gatecc.errors import SiteRefusedError
+from gatecc.ir.dataflow import Flow
 from gatecc.ir.ops import argument, opname
 from gatecc.ir.program import Program, shape
 from gatecc.ir.site import MLP, Site
 from gatecc.ir.sizes import Sizes, on_example, value
 from gatecc.ops.moe_ffn.activations import names
+from gatecc.passes.causal.remembered import Known
+from gatecc.passes.expert_choices import are_distinct, choices, chooser
 from gatecc.passes.expert_matrices import Matrices, Operands, Role
 from gatecc.passes.expert_sizes import other_sizes
+from gatecc.passes.expert_widths import fixed, narrow
 from gatecc.passes.operands import place
-from gatecc.passes.trial import Trial, UntriedError
+from gatecc.passes.trial import Trial, UncomputedError, UntriedError
 from gatecc.passes.unseen import scales, unseen
 
 _TOLERANCE = 1e-6  # of a token in float64, relative to its largest number
 _LARGE = 6.0  # standard deviation of what the last rows of the experts yield: beyond the clamps of gpt-oss
-_WIDE = 96  # widths beyond it are tried as smaller ones
-_TRIED = (24, 40)  # in their place: of the tokens, and inside the experts
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,14 +135,57 @@ def prove(program: Program, call: Call, candidates: Sequence[Matrices], *, train
     sizes = other_sizes(program, nodes, call.x, widths)
     if isinstance(sizes, str):
         raise _refused(candidates[0], sizes, "a formula that can be proved at a second number of tokens")
-    with _disable_current_modes(), unset_fake_temporarily(), torch.no_grad():
-        activation, layout, held = _Proof(program, call, candidates).found()
-        for scale in scales(program, nodes):
-            _Proof(program, call, [held], scale=scale).confirm(activation, layout, f"with numbers of {scale:.0e}")
-        for given in sizes:
-            where = f"the sizes are free, and at {prod(_at(call.x, given)[:-1])} tokens"
-            _Proof(program, call, [held], given).confirm(activation, layout, where)
-        return activation, layout, held
+    known = _known(program, call, candidates, nodes, (training, sizes))
+    if (found := known.value()) is None:
+        with _disable_current_modes(), unset_fake_temporarily(), torch.no_grad():
+            try:
+                found = _proved(program, call, candidates, nodes, sizes, thin=True)
+            except SiteRefusedError as e:
+                if not isinstance(e.__cause__, UncomputedError):
+                    raise
+                found = _proved(program, call, candidates, nodes, sizes, thin=False)  # a width that cannot be another
+        known.keep(found)
+    activation, layout, chosen = found
+    return activation, layout, candidates[chosen]
+
+
+def _proved(
+    program: Program,
+    call: Call,
+    candidates: Sequence[Matrices],
+    nodes: Sequence[fx.Node],
+    sizes: Sequence[Sizes],
+    *,
+    thin: bool,
+) -> tuple[str, str, int]:
+    """Activation, layout, and the place of the candidate. Raises SiteRefusedError."""
+    activation, layout, held = _Proof(program, call, candidates, thin=thin).found()
+    for scale in scales(program, nodes):
+        proof = _Proof(program, call, [held], scale=scale, thin=thin)
+        proof.confirm(activation, layout, f"with numbers of {scale:.0e}")
+    for given in sizes:
+        where = f"the sizes are free, and at {prod(_at(call.x, given)[:-1])} tokens"
+        _Proof(program, call, [held], given, thin=thin).confirm(activation, layout, where)
+    return activation, layout, candidates.index(held)
+
+
+def _known(
+    program: Program, call: Call, candidates: Sequence[Matrices], nodes: Sequence[fx.Node], mark: object
+) -> Known:
+    """What was proved of experts that are built alike: no proof reads a weight. A refusal names its place, so it is
+    found anew."""
+    marks: dict[fx.Node, list[object]] = {node: [] for node in (*nodes, call.x, call.weights, call.indices)}
+    for name in ("x", "weights", "indices", "out"):
+        marks[getattr(call, name)].append(name)
+    for at, held in enumerate(candidates):
+        named = {name: (held.roles.index(role), expert) for name, (role, expert) in held.named().items()}
+        for node in nodes:
+            if (name := program.weight_name(node)) in named:
+                marks[node].append((at, named[name]))
+    forms = [(h.experts, [r.shape for r in h.roles], len(h.up), h.swapped, h.gated) for h in candidates]
+    around = call.form, are_distinct(call.indices), list(_constants(program, call))
+    entering = (call.x, call.weights, call.indices)
+    return Known(program, Flow(program), nodes, entering, marks, ("experts", forms, around, mark))
 
 
 def inside(program: Program, call: Call) -> list[fx.Node]:
@@ -170,7 +215,7 @@ def is_sparse(program: Program, x: fx.Node, weights: fx.Node, indices: fx.Node) 
     """Whether weights (..., E) are zero for all experts but those that a top-k has chosen, ties among them included.
     Run from random tokens, with random parameters."""
     generator = torch.Generator().manual_seed(0)
-    source = _chooser(indices).all_input_nodes[0]
+    source = chooser(indices).all_input_nodes[0]
 
     def random(sizes: Sequence[int]) -> Tensor:
         return torch.randn(list(sizes), generator=generator, dtype=torch.float64)
@@ -191,8 +236,8 @@ def is_sparse(program: Program, x: fx.Node, weights: fx.Node, indices: fx.Node) 
 class _Proof:
     """Experts on random tokens, weights and choices.
 
-    Widths are free: wide experts are tried as narrow ones, where no other size of the graph is the same number.
-    ``symbols``: free sizes that are others than on the example; ``scale``: of the numbers.
+    ``symbols``: free sizes that are others than on the example; ``scale``: of the numbers; ``thin``: wide experts are
+    tried as narrow ones where that is possible.
     """
 
     def __init__(
@@ -203,19 +248,20 @@ class _Proof:
         symbols: Sizes | None = None,
         *,
         scale: float = 1.0,
+        thin: bool = True,
     ) -> None:
         self.candidates, self.program, self.symbols, self.scale = candidates, program, symbols, scale
         self.held = candidates[0]
         self.generator = torch.Generator().manual_seed(0)
         self.named = self.held.named()
         self.numbers: dict[Role, Tensor] = {}
-        self.sizes = _narrow(self.held, call, symbols)
+        self.sizes = narrow(self.held, call.x, call.indices) if thin else {}
         self.call, self.x, k = call, self._random(self._sizes(call.x)) * scale, self._sizes(call.indices)
         self.weights = self._random([*k, 1] if call.form == "one" else k) * max(scale, 1.0)
         self.constants = list(_constants(program, call))
-        distinct = _are_distinct(call.indices)
+        distinct = are_distinct(call.indices)
         sizes = list(self.weights.shape)
-        self.choices = list(_choices(sizes, self.held.experts, self.generator, distinct=distinct))
+        self.choices = list(choices(sizes, self.held.experts, self.generator, distinct=distinct))
         self.y: dict[int, Tensor] = {}
 
     def _theirs(self, choice: int) -> Tensor:
@@ -304,7 +350,8 @@ class _Proof:
         return tall.as_strided((count, *sizes), (tall.stride(0), *tall.stride()))
 
     def _sizes(self, node: fx.Node) -> list[int]:
-        return [self.sizes.get(size, size) for size in _at(node, self.symbols)]
+        numbers = zip(shape(node), _at(node, self.symbols), strict=True)
+        return [self.sizes.get(number, number) if fixed(size) else number for size, number in numbers]
 
     def _random(self, sizes: list[int]) -> Tensor:
         return torch.randn(sizes, generator=self.generator, dtype=torch.float64)
@@ -316,44 +363,6 @@ def _on_example(node: fx.Node) -> list[int]:
 
 def _at(node: fx.Node, symbols: Sizes | None) -> list[int]:
     return [int(value(size, symbols)) for size in shape(node)] if symbols else _on_example(node)
-
-
-def _narrow(held: Matrices, call: Call, symbols: Sizes | None) -> dict[int, int]:
-    """Smaller sizes by the widths that are tried with them: of the tokens, of the experts, twice that with a gate."""
-    width, hidden = _on_example(call.x)[-1], held.hidden
-    inner = 2 * hidden if held.gated else hidden
-    if held.width != width or sorted(held.down.shape) != sorted((width, hidden)):
-        return {}  # experts that change the width of the tokens
-    rows = _at(call.indices, symbols)
-    taken = {*_at(call.x, symbols)[:-1], *rows, held.experts, prod(rows), prod(rows[:-1]), held.experts + 1}
-    if width == hidden or inner == width or {width, hidden, inner} & taken:
-        return {}
-    sizes = {width: _TRIED[0]} if width > _WIDE else {}
-    if hidden > _WIDE:
-        sizes |= {hidden: _TRIED[1], inner: _TRIED[1] * (inner // hidden)}
-    return sizes
-
-
-def _choices(sizes: list[int], experts: int, generator: torch.Generator, *, distinct: bool) -> Iterator[Tensor]:
-    """Indices (..., k): any, all tokens the same, all tokens the same other ones. Those of a top-k are distinct."""
-    rows, k = prod(sizes[:-1]), sizes[-1]
-    if distinct:
-        yield torch.rand(rows, experts, generator=generator).argsort(-1)[:, :k].reshape(sizes)
-    else:
-        yield torch.randint(experts, sizes, generator=generator)
-    yield torch.arange(k).remainder(experts).expand(sizes).clone()
-    yield torch.arange(experts - k, experts).remainder(experts).flip(0).expand(sizes).clone()
-
-
-def _are_distinct(node: fx.Node) -> bool:
-    """Whether indices were chosen by a top-k, which takes nobody twice."""
-    return opname(_chooser(node)) == "topk"
-
-
-def _chooser(node: fx.Node) -> fx.Node:
-    while node.op == "call_function" and opname(node) in ("getitem", "to", "_to_copy", "detach", "alias", "view"):
-        node = node.all_input_nodes[0]
-    return node
 
 
 def _constants(program: Program, call: Call) -> Iterator[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
+import sympy
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
@@ -16,11 +17,15 @@ from torch.fx.node import map_aggregate
 
 from gatecc.ir.ops import CASTS, DROPOUTS, opname
 from gatecc.ir.program import Program
-from gatecc.ir.sizes import Sizes, UnknownSizeError, on_example, value
+from gatecc.ir.sizes import Sizes, UnknownSizeError, example_sizes, expression, on_example, value
 
 
 class UntriedError(Exception):
     """A part of a graph that cannot be run apart; the text says what it reads or calls."""
+
+
+class UncomputedError(UntriedError):
+    """An operator that refuses the numbers, such as sizes that are others than on the example."""
 
 
 class Trial:
@@ -101,7 +106,7 @@ class Trial:
         try:
             return _wide(_called(node, args, kwargs))
         except (RuntimeError, TypeError, NotImplementedError) as e:
-            raise UntriedError(f"{opname(node)} cannot be tried: {e}"[:200]) from e
+            raise UncomputedError(f"{opname(node)} cannot be tried: {e}"[:200]) from e
 
     def _argument(self, item: Any) -> Any:
         if isinstance(item, torch.dtype):
@@ -109,12 +114,19 @@ class Trial:
         return self._known[item] if isinstance(item, fx.Node) else self._size(item)
 
     def _number(self, held: int | torch.SymInt) -> int:
-        if not self._symbols:
-            return self._size(on_example(held) or 1)
+        if not isinstance(held, torch.SymInt):
+            return self._size(held)
+        size = expression(held)
+        if size.is_Integer:
+            return self._size(int(size))
         try:
-            return int(value(held, self._symbols))
-        except UnknownSizeError as e:
-            raise UntriedError(str(e)) from e
+            if not any(number in self._sizes for number in size.atoms(sympy.Integer)):
+                return int(value(held, self._symbols)) if self._symbols else on_example(held) or 1
+            widths = {sympy.Integer(one): sympy.Integer(other) for one, other in self._sizes.items()}
+            given = self._symbols or example_sizes(self._program)  # s * 512, of a view
+            return int(size.xreplace({**widths, **{s: sympy.Integer(n) for s, n in given.items()}}))
+        except (UnknownSizeError, TypeError) as e:
+            raise UntriedError(f"the size {size} depends on the data") from e
 
     def _size(self, item: Any) -> Any:
         return self._sizes.get(item, item) if type(item) is int else item

@@ -30,22 +30,20 @@ _ROLES = ("q", "k", "v", "decay", "beta", "factor")
 
 @dataclass(frozen=True)
 class _Result:
-    """A part and what was said of it, its nodes by their places among those that the key describes. ``targets``: what
-    the key knows by identity, kept alive with it."""
+    """A part and what was said of it, its nodes by their places among those that the key describes."""
 
     part: tuple[int, int, tuple[int, ...], tuple[tuple[int, int], ...], tuple[int, ...]] | None
     formula: str | tuple[dict[str, tuple[int, Places, str]], Places, tuple[float, ...], float]
-    targets: tuple[Any, ...]
 
 
-_results: OrderedDict[str, _Result] = OrderedDict()
+_results: OrderedDict[str, tuple[Any, tuple[Any, ...]]] = OrderedDict()  # with what a key knows by identity, kept alive
 
 
 class _KeylessError(Exception):
     """Nodes of which not everything can be told by value."""
 
 
-class Remembered:
+class Known:
     """What is known of some nodes. ``entering``: what enters them; ``marks``: whatever else the search depends on, by
     node (such as its axis) and of all nodes."""
 
@@ -61,12 +59,30 @@ class Remembered:
         except _KeylessError:
             self._key = ""
 
-    def found(self) -> tuple[Part | None, Formula | str] | None:
-        """The result of an equal search, on these nodes; None if there was none."""
-        result = _results.get(self._key)
-        if result is None:
+    def value(self) -> Any:
+        """What was kept of equal nodes; None if nothing was."""
+        if self._key not in _results:
             return None
         _results.move_to_end(self._key)
+        return _results[self._key][0]
+
+    def keep(self, value: Any) -> None:
+        """Keep something that holds for all nodes that are equal to these."""
+        if not self._key:
+            return
+        _results[self._key] = value, tuple(self._targets.values())
+        while len(_results) > _KEPT:
+            _results.popitem(last=False)
+
+
+class Remembered(Known):
+    """The result of a search for a recurrence."""
+
+    def found(self) -> tuple[Part | None, Formula | str] | None:
+        """The result of an equal search, on these nodes; None if there was none."""
+        result: _Result | None = self.value()
+        if result is None:
+            return None
         at = self._nodes
         formula = result.formula
         if not isinstance(formula, str):
@@ -95,9 +111,7 @@ class Remembered:
             formula_ = (roles, formula.out, formula.constant, formula.scale)
         else:
             formula_ = formula
-        _results[self._key] = _Result(kept, formula_, tuple(self._targets.values()))
-        while len(_results) > _KEPT:
-            _results.popitem(last=False)
+        self.keep(_Result(kept, formula_))
 
 
 def forget() -> None:

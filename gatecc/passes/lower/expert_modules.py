@@ -8,6 +8,7 @@ is done once (gatecc.backend.freeze).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from math import prod
 
@@ -38,10 +39,12 @@ class ExpertModules(Lowering):
     after = ("experts",)
 
     def lower(self, program: Program, sites: Sequence[Site], settings: Settings) -> Iterator[Outcome]:
-        for found in expert_lists(Facts(program)):
-            yield self._at(program, found, settings)
+        made: dict[fx.Node, fx.Node] = {}  # sums of experts that are tokens of the next ones
+        for found in list(expert_lists(Facts(program))):
+            tokens = [made.get(node, node) for node in found.tokens]
+            yield self._at(program, dataclasses.replace(found, tokens=tokens), settings, made)
 
-    def _at(self, program: Program, found: ExpertList, settings: Settings) -> Outcome:
+    def _at(self, program: Program, found: ExpertList, settings: Settings, made: dict[fx.Node, fx.Node]) -> Outcome:
         experts = found.candidates[0].experts
         place, text = origin(found.place), f"{experts} experts in a list"
         reason, tries = "", 0
@@ -57,6 +60,7 @@ class ExpertModules(Lowering):
                 continue
             y = self._insert(program, call, held, activation, layout)
             replace(program, call.out, y)
+            made[call.out] = y
             proof = f"run in float64 on random tokens and choices: {activation}, {layout}"
             gain = "rows are read in place; the weights are put together " + (
                 "once" if settings.freeze else "each time"

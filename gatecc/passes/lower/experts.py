@@ -6,7 +6,9 @@ experts stand are found from the graph, and what they compute is proved by gatec
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import fx
 
 from gatecc.errors import SiteRefusedError
 from gatecc.ir.ops import opname
@@ -26,14 +28,15 @@ class Experts(Lowering):
     left = "experts that differ, drop tokens or compute another formula; weights inside of the activation (Llama 4)"
 
     def lower(self, program: Program, sites: Sequence[Site], settings: Settings) -> Iterator[Outcome]:
+        made: dict[fx.Node, fx.Node] = {}  # sums of experts that are tokens of the next ones
         for site in sites:
             if isinstance(site, MLP) and site.form == "experts" and opname(site.values["out"].node) != "moe_ffn":
-                yield self._at(program, site, settings)
+                yield self._at(program, site, settings, made)
 
-    def _at(self, program: Program, site: MLP, settings: Settings) -> Outcome:
+    def _at(self, program: Program, site: MLP, settings: Settings, made: dict[fx.Node, fx.Node]) -> Outcome:
         found = f"{site.experts} experts" + (f", {site.chosen} per token" if site.chosen else "")
         reason = ""
-        for call in _calls(program, site):
+        for call in _calls(program, site, made):
             try:
                 options = formula(site, program, call, training=settings.training)
             except SiteRefusedError as e:
@@ -46,14 +49,16 @@ class Experts(Lowering):
                 dtype, *options, call.form,
             )  # fmt: skip
             replace(program, call.out, y)
+            made[call.out] = y
             proof = f"run in float64 on random tokens and choices: {', '.join(options)}"
             return Outcome(self.name, site.owner, site.line, found, "gatecc::moe_ffn", proof, "rows are read in place")
         return Outcome(self.name, site.owner, site.line, found, reason=reason or NO_CHOICE)
 
 
-def _calls(program: Program, site: MLP) -> Iterator[Call]:
+def _calls(program: Program, site: MLP, made: Mapping[fx.Node, fx.Node]) -> Iterator[Call]:
     """The values between which the experts may stand, the likeliest first."""
     x, out = site.values["in"].node, site.values["out"].node
+    x = made.get(x, x)
     known = site.find("weights"), site.find("indices")
     if known[0] is not None and known[1] is not None:
         yield Call(x, known[0].node, known[1].node, out)

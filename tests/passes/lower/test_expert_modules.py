@@ -245,3 +245,12 @@ def test_few_rows_stay_unless_weights_are_frozen() -> None:
         for _ in range(2):
             assert torch.allclose(frozen(x), model(x), atol=1e-5)
             down.mul_(3)
+
+
+def test_experts_directly_behind_experts() -> None:
+    """The tokens of the second are the sum of the first."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Masks(), Masks()), input_()
+    y, outcomes, _ = compiled(model, x)
+    assert [outcome.became for outcome in outcomes] == ["gatecc::moe_ffn"] * 2
+    assert_the_same(model, x, y)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +14,8 @@ from torch import Tensor, fx, nn
 from torch._dynamo.exc import Unsupported, UserError
 
 from gatecc import backend
+from gatecc.passes import expert_formula
+from gatecc.passes.causal import remembered
 from gatecc.passes.lower import Outcome
 
 D, H, E, K = 16, 24, 4, 2
@@ -128,7 +130,9 @@ class Different(Masks):
         return F.linear((gate.relu() if e == 2 else self.activation(gate)) * up, self.down[e])
 
 
-def compiled(model: nn.Module, x: Tensor) -> tuple[Any, list[Outcome], list[fx.GraphModule]]:
+def compiled(
+    model: nn.Module, x: Tensor, *, dynamic: bool | None = None
+) -> tuple[Any, list[Outcome], list[fx.GraphModule]]:
     """What the compiled model yields, what was said of it, and its graphs, which run operator by operator."""
     outcomes: list[Outcome] = []
     graphs: list[fx.GraphModule] = []
@@ -141,7 +145,7 @@ def compiled(model: nn.Module, x: Tensor) -> tuple[Any, list[Outcome], list[fx.G
         return found.graph.forward
 
     torch._dynamo.reset()
-    return torch.compile(model, backend=spy)(x), outcomes, graphs
+    return torch.compile(model, backend=spy, dynamic=dynamic)(x), outcomes, graphs
 
 
 def operators(graphs: list[fx.GraphModule]) -> list[str]:
@@ -243,20 +247,72 @@ def test_any_sizes(tokens: int, experts: int, data: st.DataObject, activation: C
 
 def test_wide_experts_are_tried_as_narrow_ones() -> None:
     """Else the proof takes longer than the model runs."""
-    from gatecc.passes import expert_formula
-
     sizes: list[dict[int, int]] = []
-    narrow = expert_formula._narrow
+    narrow = expert_formula.narrow
     model = Masks()
     model.gate = nn.Linear(640, E, bias=False)
     model.up, model.down = nn.Parameter(torch.randn(E, 400, 640) * 0.1), nn.Parameter(torch.randn(E, 640, 200) * 0.1)
     x = torch.randn(5, 640)
     model.forward = lambda x: model.dispatched(x, *model.routed(x))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(expert_formula, "_narrow", lambda *args: sizes.append(narrow(*args)) or sizes[-1])
+        patch.setattr(expert_formula, "narrow", lambda *args: sizes.append(narrow(*args)) or sizes[-1])
         y, (outcome,), _ = compiled(model, x)
     assert outcome.became, outcome.reason
     assert sizes[-1] == {640: 24, 200: 40, 400: 80}
+    assert_the_same(model, x, y)
+
+
+class Wide(Gathered):
+    """Tokens as wide as gate and up together: (T, 64)."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor] = F.silu) -> None:
+        super().__init__(activation=activation)
+        self.gate = nn.Linear(64, E, bias=False)
+        self.up, self.down = nn.Parameter(torch.randn(E, 64, 64) * 0.1), nn.Parameter(torch.randn(E, 64, 32) * 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dispatched(x, *self.routed(x))
+
+
+@pytest.fixture
+def proofs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Grows with each proof that holds by its activation."""
+    made: list[str] = []
+    prove = expert_formula._proved
+
+    def counted(*args: Any, **options: Any) -> Any:
+        found = prove(*args, **options)
+        made.append(found[0])
+        return found
+
+    remembered.forget()
+    monkeypatch.setattr(expert_formula, "_proved", counted)
+    yield made
+    remembered.forget()
+
+
+def test_equal_widths_are_tried_as_equal_ones_and_layers_that_are_alike_once(proofs: list[str]) -> None:
+    torch.manual_seed(0)
+    sizes: list[dict[int, int]] = []
+    model, x, narrow = nn.Sequential(Wide(), Wide(), Wide(F.gelu)), torch.randn(32, 64), expert_formula.narrow
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(expert_formula, "narrow", lambda *args: sizes.append(narrow(*args)) or sizes[-1])
+        y, outcomes, _ = compiled(model, x, dynamic=True)
+    assert all(outcome.became for outcome in outcomes)
+    assert [outcome.reason.split(": ")[1] for outcome in outcomes] == ["silu, halves", "silu, halves", "gelu, halves"]
+    assert proofs == ["silu", "gelu"]
+    assert all(given == {64: 80, 32: 40} for given in sizes)
+    assert_the_same(model, x, y)
+    compiled(model[:1], x, dynamic=True)
+    assert len(proofs) == 2
+
+
+def test_layers_that_differ_by_a_number_are_not_taken_for_another(proofs: list[str]) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Wide(), Wide(lambda x: F.silu(x) * 1.5), Wide()), torch.randn(20, 64)
+    y, outcomes, _ = compiled(model, x)
+    assert [bool(outcome.became) for outcome in outcomes] == [True, False, True]
+    assert proofs == ["silu"]
     assert_the_same(model, x, y)
 
 
