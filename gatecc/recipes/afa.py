@@ -16,7 +16,7 @@ _TWO = {"models": "models.0,models.1", "features": "residual[{}].out;conv[{}.out
 @recipe(
     "afa",
     citation="Adaptive Feature Aggregation for combining diffusion models (a reading of its abstract)",
-    cases=[Case(streams.denoisers, ("cost", "gradient", "reversible"), _TWO)],
+    cases=[Case(streams.denoisers, ("cost", "gradient", "export", "reversible"), _TWO)],
 )
 def afa(models: str, features: str, reads: str = "", kernel: int = 3) -> tuple[Rewrite, ...]:
     """f <- sum_m w_m * f_m at each pixel, w = softmax_m(conv([f_1; ...; f_M; t])): all models go on from the sum.

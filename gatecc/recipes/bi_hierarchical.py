@@ -18,7 +18,7 @@ _TWO = {"sequence": "residual[sequence.*].out", "structure": "residual[structure
     "bi-hierarchical",
     citation="Bi-hierarchical fusion of protein sequence and structure encoders (a reading of its abstract)",
     cases=[
-        Case(streams.two, ("identity", "cost", "gradient", "reversible"), _TWO),
+        Case(streams.two, ("identity", "cost", "gradient", "export", "reversible"), _TWO),
         Case(streams.two, ("identity", "gradient"), _TWO | {"how": "attention"}),
     ],
 )

@@ -16,7 +16,7 @@ _MOTION = {"sites": "merge[0]", "time": 'at("linear[time].out")', "width": 8}
     "guess",
     citation="GUESS: Gradually Enriching Synthesis for Text-Driven Human Motion Generation (2024; its fusion is a "
     "reading of the abstract, the public code only concatenates)",
-    cases=[Case(streams.motion, ("identity", "cost", "gradient", "reversible"), _MOTION)],
+    cases=[Case(streams.motion, ("identity", "cost", "gradient", "export", "reversible"), _MOTION)],
 )
 def guess(
     sites: str = "merge[...]", conditions: str = "in0,in1", time: str = "cond(timestep)", width: int = 64

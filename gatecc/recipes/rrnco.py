@@ -16,7 +16,7 @@ from gatecc.recipes.registry import Case, recipe
     "rrnco",
     citation="RRNCO: Towards Real-World Routing with Neural Combinatorial Optimization (2025)",
     cases=[
-        Case(streams.routing, ("cost", "gradient", "reversible"), {"k": 3, "hidden": 8}),
+        Case(streams.routing, ("cost", "gradient", "export", "reversible"), {"k": 3, "hidden": 8}),
         Case(streams.routing, ("gradient", "reversible"), {"k": 3, "hidden": 8, "attention": ""}),
     ],
 )

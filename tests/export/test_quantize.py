@@ -238,3 +238,29 @@ def test_the_decode_step_too(tmp_path: Path) -> None:
     assert step.accuracy is not None
     assert 0 < step.accuracy.error < 0.05
     assert step.accuracy.agreement == pytest.approx(made.quantized.accuracy[0].agreement, abs=0.02)
+
+
+@pytest.mark.parametrize(("form", "product"), [("w4", "com.microsoft::MatMulNBits"), ("int8", "MatMulInteger")])
+def test_an_encoder_in_fewer_bits_runs_padded_batches(
+    form: str, product: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime as ort
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=48, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4
+    )
+    model = transformers.AutoModel.from_config(config, attn_implementation="sdpa").eval()
+    mask = torch.tensor([[1] * 9, [1] * 5 + [0] * 4])
+    given = {"input_ids": ids(2, 9), "attention_mask": mask}
+    monkeypatch.setattr(QUANTIZE, "_SLOWER", 1e9)  # the time of so small a model is no matter here
+    made = gatecc.export(model, tmp_path / "x", given, quantize=form)
+    assert made.operators[product] >= 4
+    assert made.operators["com.microsoft::MultiHeadAttention"] == 1
+    session = ort.InferenceSession(tmp_path / "x" / "model.onnx")
+    found = torch.from_numpy(session.run(["last_hidden_state"], {n: x.numpy() for n, x in given.items()})[0])
+    with torch.no_grad():
+        expected = model(**given).last_hidden_state
+    rows = mask.bool()
+    assert torch.cosine_similarity(found[rows], expected[rows], dim=-1).min() > 0.97
