@@ -25,7 +25,7 @@ def call_key(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     key, leaves = flatten(args, kwargs)
     state: list[Any] = []
     hooks: list[Any] = []
-    _walk(module, state, hooks, True)
+    _walk(module, state, hooks)
     if not leaves:
         raise OpaqueArgumentError("a call without tensor arguments")
     defaults = (torch.get_default_dtype(), _device.CURRENT_DEVICE, torch.are_deterministic_algorithms_enabled())
@@ -38,34 +38,35 @@ def hooked_in(key: Key) -> tuple[str, ...]:
     return key[-1]
 
 
-def _walk(module: nn.Module, out: list[Any], hooks: list[Any], root: bool) -> None:
+def _walk(root: nn.Module, out: list[Any], hooks: list[Any]) -> None:
     """Type and training flag of every submodule, and dtype, device and shape of its tensors: swapped submodules (LoRA),
     frozen norms, casts and other weights change the graph. Read from ``__dict__``, which costs half of attributes.
 
     Hooks and forwards of a submodule's own are part of its code; ``hooks`` gets the modules that have any hook.
     """
-    own = module.__dict__
-    if not root:
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-            hooks.append(module)
-            out.extend(weight_hooks(module))
-        if "forward" in own:
-            out.append(own_forward(module))
-    out.append(type(module))
-    out.append(own["training"])
-    for tensor in own["_parameters"].values():
-        if tensor is not None:
-            out.append(tensor.dtype)
-            out.append(tensor.device)
-            out.append(tensor.shape)
-    for tensor in own["_buffers"].values():
-        if tensor is not None:
-            out.append(tensor.dtype)
-            out.append(tensor.device)
-            out.append(tensor.shape)
-    for child in own["_modules"].values():
-        if child is not None:
-            _walk(child, out, hooks, False)
+    modules = [root]
+    for module in modules:  # it grows
+        own = module.__dict__
+        if module is not root:
+            if (
+                own["_forward_hooks"]
+                or own["_forward_pre_hooks"]
+                or own["_backward_hooks"]
+                or own["_backward_pre_hooks"]
+            ):
+                hooks.append(module)
+                out.extend(weight_hooks(module))
+            if "forward" in own:
+                out.append(own_forward(module))
+        out += (type(module), own["training"])
+        for tensors in (own["_parameters"], own["_buffers"]):
+            if tensors:
+                for tensor in tensors.values():
+                    if tensor is not None:
+                        out += (tensor.dtype, tensor.device, tensor.shape)
+        if children := own["_modules"]:
+            out.append(len(children))
+            modules += [child for child in children.values() if child is not None]
 
 
 def fresh(variant: Variant, module: nn.Module) -> bool:

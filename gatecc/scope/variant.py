@@ -25,6 +25,7 @@ from gatecc.pipeline.cost import by_data
 from gatecc.scope.hooked import HookCalls
 from gatecc.scope.printed_calls import PrintedCalls
 from gatecc.scope.printed_rows import PrintedRows
+from gatecc.scope.printed_weights import Weights
 
 
 class Variant:
@@ -40,7 +41,7 @@ class Variant:
         self.by_data = by_data(program)
         self.reads, self.groups = reads, grouped(reads)
         self.ties = ties
-        self.source, self._function, self._extra = _function(program, hooks)
+        self.source, self._function, self._extra, self._weights = _function(program, hooks)
         exempt = program.autocast is not None and not program.exempt.isdisjoint(program.graph.nodes)
         self._without = program.autocast[0] if program.autocast and exempt else None  # autocast is spelled out for it
         spec = program.out_spec
@@ -54,7 +55,7 @@ class Variant:
 
     def same_as(self, other: Variant) -> bool:
         """Whether another variant is the same function of a module and leaves."""
-        mine, its = (self.source, self.guards, self._out_spec), (other.source, other.guards, other._out_spec)
+        mine, its = ((one.source, one.guards, one._out_spec, one._weights.paths) for one in (self, other))
         return mine == its and len(self._extra) == len(other._extra) and all(map(_same, self._extra, other._extra))
 
     def __call__(self, module: nn.Module, leaves: Sequence[torch.Tensor]) -> Any:
@@ -64,16 +65,18 @@ class Variant:
         return self._run(module, leaves)
 
     def _run(self, module: nn.Module, leaves: Sequence[torch.Tensor]) -> Any:
+        given = (*leaves, *self._extra, *self._weights(module))
         if self._without is None:
-            out = self._function(module, *leaves, *self._extra)
+            out = self._function(module, *given)
         else:
             with torch.autocast(self._without, enabled=False):
-                out = self._function(module, *leaves, *self._extra)
+                out = self._function(module, *given)
         return out if self._out_spec is None else pytree.tree_unflatten(out, self._out_spec)
 
 
-def _function(program: Program, hooks: bool) -> tuple[str, Callable[..., Any], tuple[Any, ...]]:
-    """Print the graph as ``forward(self, *leaves, *extra)``; extra: constants and bodies of higher-order operators."""
+def _function(program: Program, hooks: bool) -> tuple[str, Callable[..., Any], tuple[Any, ...], Weights]:
+    """Print the graph as ``forward(self, *leaves, *extra, *weights)``; extra: constants and bodies of higher-order
+    operators. Where hooks are called, which may make parameters, these are read from ``self`` on the way."""
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     functions = PrintedCalls(program)
@@ -81,6 +84,9 @@ def _function(program: Program, hooks: bool) -> tuple[str, Callable[..., Any], t
     extra: dict[str, fx.Node] = {}
     values: list[Any] = []
     held = [n for n in program.graph.nodes if n.op == "get_attr" and not _is_live(program, n)]
+    live = [n for n in program.graph.nodes if n.op == "get_attr" and n not in held] if calls is None else []
+    weights = Weights(program.module, list(dict.fromkeys(str(n.target) for n in live)))
+    elsewhere = {*held, *live}
     after = program.placeholders[-1] if program.placeholders else None
     casts = _casts(program)
 
@@ -99,19 +105,21 @@ def _function(program: Program, hooks: bool) -> tuple[str, Callable[..., Any], t
             spec = program.out_spec
             graph.output(pytree.tree_unflatten(flat, spec) if _is_plain(spec) else tuple(flat))
             continue
-        if node in held or (rows is not None and rows.printed(node, graph, copied)):
+        if node in elsewhere or (rows is not None and rows.printed(node, graph, copied)):
             continue
         if functions.printed(node, graph, copied):
             continue
         copied[node] = _copied(graph, node, value, casts.get(node))
         if node is after:
             _hold(program, held, graph, copied, extra, values)
+            places = {path: graph.placeholder(name) for path, name in zip(weights.paths, weights.names, strict=True)}
+            copied.update((n, places[str(n.target)]) for n in live)
     if after is None:
         raise ValueError("a captured call has at least one tensor argument")
     code = graph.python_code("self")
     names: dict[str, Any] = dict(code.globals)
     exec(compile(code.src, f"<gatecc {program.fqn or type(program.module).__name__}>", "exec"), names)
-    return "".join([code.src, *(rows.sources if rows else ())]), names["forward"], tuple(values)
+    return "".join([code.src, *(rows.sources if rows else ())]), names["forward"], tuple(values), weights
 
 
 def _is_gone(path: str, gone: Collection[str]) -> bool:
@@ -138,8 +146,11 @@ def _copied(
 ) -> fx.Node:
     """A node in the printed graph, which reads ``value`` of its inputs.
 
-    Sizes are read by method: functorch has no rule for the operator.
+    Sizes are read by method: functorch has no rule for the operator. Dropout outside of training is its input, and
+    costs a call.
     """
+    if node.target is torch.ops.aten.dropout.default and node.args[2] is False:
+        return value(cast("fx.Node", node.args[0]))
     if node.target is torch.ops.aten.sym_size.int:
         source, axis = node.args
         assert isinstance(source, fx.Node)
