@@ -1,7 +1,9 @@
 """gatecc: a compiler that puts gates, experts and linear attention into PyTorch models."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from gatecc import adapters, checks, diagnose, onnx, state_space, train
-from gatecc.backend.explain import explain
 from gatecc.checkpoint import load, materialise, save
 from gatecc.cost import cost
 from gatecc.decoder import Decoder, decoder
@@ -50,6 +52,10 @@ from gatecc.report import Report
 from gatecc.specialise import specialise
 from gatecc.train.routing import aux_losses, routing
 from gatecc.transform import last_report, revert, transform
+
+if TYPE_CHECKING:
+    from gatecc import backend as backend
+    from gatecc.backend.explain import explain
 
 __all__ = [
     "MLP",
@@ -113,3 +119,12 @@ __all__ = [
     "train",
     "transform",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs Dynamo and Inductor is imported when it is asked for: they take as long as the rest of gatecc."""
+    if name == "explain":
+        return importlib.import_module("gatecc.backend.explain").explain
+    if name == "backend":
+        return importlib.import_module("gatecc.backend")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

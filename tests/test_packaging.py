@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tarfile
 import tomllib
 import zipfile
@@ -69,3 +71,11 @@ def test_onnxruntime_stays_out_of_the_base_and_is_one_of_two() -> None:
 def test_installed_entry_point_loads(group: str, name: str) -> None:
     (entry,) = entry_points(group=group, name=name)
     assert callable(entry.load())
+
+
+def test_import_leaves_dynamo_and_inductor_out() -> None:
+    """They are half of its time, and many a user needs neither."""
+    late = ("torch._dynamo", "torch._inductor", "transformers", "onnx")
+    code = f"import gatecc, sys; print([m for m in {late} if m in sys.modules]); from gatecc import explain"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

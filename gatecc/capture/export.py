@@ -14,7 +14,6 @@ import torch
 from torch import fx, nn
 from torch._ops import HigherOrderOperator
 from torch.export import Dim, ExportedProgram
-from torch.export import _trace as trace
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.graph import CodeGen
 
@@ -330,6 +329,8 @@ def _fast() -> Generator[None]:
 @contextmanager
 def quiet() -> Generator[None]:
     """torch.export prints notices about specialised dimensions; gatecc says what matters in its own report."""
+    from torch.export import _trace as trace  # imports Dynamo, too
+
     names = ("torch._export", "torch.export", "torch.fx", "torch._dynamo", "torch._subclasses", "torch.utils._pytree")
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]

@@ -13,7 +13,6 @@ from typing import Any, cast
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.source import ConstantSource
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 
@@ -59,6 +58,8 @@ class Symbols:
 
     def __call__(self, name: str, hint: int) -> Any:
         """The symbol of this name. ``hint``: its size in the example."""
+        from torch._dynamo.source import ConstantSource  # half of the time of ``import gatecc``, if imported there
+
         if name not in self._made:
             source = ConstantSource(f"gatecc_step_{next(_NUMBER)}_{name}")
             made = self._shape_env.create_unspecified_symbol(hint, source, DimDynamic.DYNAMIC)

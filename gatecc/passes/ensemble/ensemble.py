@@ -25,6 +25,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable, without importing Dynamo for it
 from torch.utils import _pytree as pytree
 
 from gatecc import ops as ops  # registers gatecc::only_if
@@ -44,7 +45,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 def _eager(function: Function) -> Function:
     """Which rows go where is data: torch.compile leaves this alone, and compiles the members, each by itself."""
-    return cast("Function", torch.compiler.disable(function, recursive=False))
+    return cast("Function", _disable_dynamo(function, recursive=False))
 
 
 class Ensemble(nn.Module):

@@ -16,7 +16,6 @@ from typing import Any
 
 from torch import Tensor, fx
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gatecc.ir.dataflow import Flow
 from gatecc.ir.ops import opname
@@ -28,6 +27,7 @@ from gatecc.passes.lower.attention_operator import Call, on_gpu, read_call
 from gatecc.passes.lower.heads_epilogue import Epilogue, Layout, epilogue_of, in_heads, like, moved
 from gatecc.passes.lower.insert import insert
 from gatecc.passes.lower.lowering import Lowering, Outcome, Settings
+from gatecc.passes.lower.regions import fake_mode
 from gatecc.passes.lower.replace import replace as replace_node
 from gatecc.passes.lower.restride import restride
 
@@ -117,14 +117,11 @@ def _printed(call: Call, behind: Epilogue, tensors: list[fx.Node], flow: Flow, s
     heads = fake(behind.core)
     assert heads is not None
     notes = [f"{origin(n).owner} ({origin(n).line}): {opname(n)}" for n in (behind.core, *behind.computed)]
-    with _MODE:
+    with fake_mode():
         q, k, v = (like(n, "heads", 0, 0) for n in tensors[:3])
         others = [like(n, behind.layout_of(n), heads.size(1), heads.size(3)) for n in behind.others]
     options: dict[str, Any] = {"scale": call.scale, "causal": call.causal, "window": call.window}
     return printed_attention(behind.function(), (q, k, v), others, notes, training=settings.training, **options)
-
-
-_MODE = FakeTensorMode()
 
 
 @dataclass(frozen=True)
