@@ -1,4 +1,7 @@
-"""The zoo is what it says: it builds, runs at all its sizes, and holds the attention that its specs count."""
+"""The zoo is what it says: it builds, runs at all its sizes, and holds the attention that its specs count.
+
+By default one architecture in four; GATECC_ZOO=all runs all of them, which is wanted when a library is upgraded.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from tests.zoo import FAST, SPECS, Inputs, Spec, observe, variants
+from tests.zoo import FAST, SPECS, Inputs, Spec, observe, sample, variants
 from tests.zoo.spec import BATCH, VOCAB
 
-EVERY = pytest.mark.parametrize("spec", [pytest.param(spec, id=name) for name, spec in variants()])
+TRIED = sample(4)
+EVERY = pytest.mark.parametrize("spec", [pytest.param(spec, id=name) for name, spec in TRIED])
 
 
 def tensors(output: Any) -> list[Tensor]:
@@ -89,10 +93,10 @@ def test_every_parameter_matters_and_trains(spec: Spec) -> None:
 
 
 def pairs() -> list[tuple[Spec, Spec]]:
-    """Every architecture that runs fused and spelled out."""
+    """Architectures that run fused and spelled out."""
     return [
         (spec, SPECS[name.replace("-sdpa", "-eager")])
-        for name, spec in variants()
+        for name, spec in TRIED
         if name.endswith("-sdpa") and name.replace("-sdpa", "-eager") in SPECS
     ]
 
@@ -127,7 +131,7 @@ def test_causality_is_as_flagged(spec: Spec) -> None:
     assert (float((one - two)[:, :-1][keep].abs().max()) < 1e-6) == case.causal
 
 
-@pytest.mark.parametrize("spec", [pytest.param(spec, id=name) for name, spec in variants("hf")])
+@pytest.mark.parametrize("spec", [pytest.param(spec, id=name) for name, spec in TRIED if spec.family == "hf"])
 def test_decoders_generate(spec: Spec) -> None:
     case = spec.build()
     generate: Any = getattr(case.model, "generate", None)
