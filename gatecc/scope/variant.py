@@ -86,13 +86,21 @@ def _function(program: Program, hooks: bool) -> tuple[str, Callable[..., Any], t
     held = [n for n in program.graph.nodes if n.op == "get_attr" and not _is_live(program, n)]
     live = [n for n in program.graph.nodes if n.op == "get_attr" and n not in held] if calls is None else []
     weights = Weights(program.module, list(dict.fromkeys(str(n.target) for n in live)))
-    elsewhere = {*held, *live}
-    after = program.placeholders[-1] if program.placeholders else None
     casts = _casts(program)
 
     def emit(node: fx.Node, graph: fx.Graph, copied: dict[fx.Node, fx.Node]) -> None:
         if not functions.printed(node, graph, copied):
             copied[node] = _copied(graph, node, copied.__getitem__, casts.get(node))
+
+    given = [n for n in program.graph.nodes if n.op == "placeholder"]
+    if not given:
+        raise ValueError("a captured call has at least one tensor argument")
+    for node in given:
+        copied[node] = _copied(graph, node, copied.__getitem__, None)
+    _hold(program, held, graph, copied, extra, values)
+    places = {path: graph.placeholder(name) for path, name in zip(weights.paths, weights.names, strict=True)}
+    copied.update((n, places[str(n.target)]) for n in live)
+    before = {*given, *held, *live}
 
     rows = PrintedRows(program, emit) if calls is None else None  # hooks see all samples
     for node in program.graph.nodes if calls is None else calls.order():
@@ -105,17 +113,11 @@ def _function(program: Program, hooks: bool) -> tuple[str, Callable[..., Any], t
             spec = program.out_spec
             graph.output(pytree.tree_unflatten(flat, spec) if _is_plain(spec) else tuple(flat))
             continue
-        if node in elsewhere or (rows is not None and rows.printed(node, graph, copied)):
+        if node in before or (rows is not None and rows.printed(node, graph, copied)):
             continue
         if functions.printed(node, graph, copied):
             continue
         copied[node] = _copied(graph, node, value, casts.get(node))
-        if node is after:
-            _hold(program, held, graph, copied, extra, values)
-            places = {path: graph.placeholder(name) for path, name in zip(weights.paths, weights.names, strict=True)}
-            copied.update((n, places[str(n.target)]) for n in live)
-    if after is None:
-        raise ValueError("a captured call has at least one tensor argument")
     code = graph.python_code("self")
     names: dict[str, Any] = dict(code.globals)
     exec(compile(code.src, f"<gatecc {program.fqn or type(program.module).__name__}>", "exec"), names)
