@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.zoo import SPECS, Spec, find, observe, sample
+from tests.zoo import SPECS, Spec, find, observe, variants
 from tests.zoo.truth import mask_kind
 
 
@@ -106,7 +106,7 @@ def test_the_model_is_left_as_it_was() -> None:
     assert torch.is_grad_enabled()
 
 
-SDPA = [pytest.param(spec, id=name) for name, spec in sample(4) if spec.impl == "sdpa"]
+SDPA = [pytest.param(spec, id=name) for name, spec in variants() if spec.impl == "sdpa"]
 
 
 @pytest.mark.parametrize("spec", SDPA)

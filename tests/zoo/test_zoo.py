@@ -1,7 +1,4 @@
-"""The zoo is what it says: it builds, runs at all its sizes, and holds the attention that its specs count.
-
-By default one architecture in four; GATECC_ZOO=all runs all of them, which is wanted when a library is upgraded.
-"""
+"""The zoo is what it says: it builds, runs at all its sizes, and holds the attention that its specs count."""
 
 from __future__ import annotations
 
@@ -13,11 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from tests.zoo import FAST, SPECS, Inputs, Spec, observe, sample, variants
+from tests.zoo import FAST, SPECS, Inputs, Spec, observe, variants
 from tests.zoo.spec import BATCH, VOCAB
 
-TRIED = sample(4)
-EVERY = pytest.mark.parametrize("spec", [pytest.param(spec, id=name) for name, spec in TRIED])
+EVERY = pytest.mark.parametrize("spec", [pytest.param(spec, id=name) for name, spec in variants()])
 
 
 def tensors(output: Any) -> list[Tensor]:
@@ -93,10 +89,10 @@ def test_every_parameter_matters_and_trains(spec: Spec) -> None:
 
 
 def pairs() -> list[tuple[Spec, Spec]]:
-    """Architectures that run fused and spelled out."""
+    """Every architecture that runs fused and spelled out."""
     return [
         (spec, SPECS[name.replace("-sdpa", "-eager")])
-        for name, spec in TRIED
+        for name, spec in variants()
         if name.endswith("-sdpa") and name.replace("-sdpa", "-eager") in SPECS
     ]
 
@@ -131,7 +127,7 @@ def test_causality_is_as_flagged(spec: Spec) -> None:
     assert (float((one - two)[:, :-1][keep].abs().max()) < 1e-6) == case.causal
 
 
-@pytest.mark.parametrize("spec", [pytest.param(spec, id=name) for name, spec in TRIED if spec.family == "hf"])
+@pytest.mark.parametrize("spec", [pytest.param(spec, id=name) for name, spec in variants("hf")])
 def test_decoders_generate(spec: Spec) -> None:
     case = spec.build()
     generate: Any = getattr(case.model, "generate", None)
