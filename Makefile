@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE  ?= 1
 
 help:
 	@echo "make demo   the main job on a real pretrained encoder: inspect, gate, train, save, export, compare"
-	@echo "make test   the test suite, on two processes (ARGS='-k gate' adds arguments for pytest)"
+	@echo "make test   the test suite, on two processes (ARGS='-k gate' adds arguments for pytest; GATECC_ZOO=all: all variants)"
 	@echo "make bench  every benchmark; fails where a bar is missed"
 	@echo "make lint   ruff, pyright, the order of the layers and the shape of the house"
 	@echo "make docs   the generated pages under docs/ and the table of recipes in the README"

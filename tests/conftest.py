@@ -18,6 +18,7 @@ import gc
 import logging
 import random
 import sys
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -42,15 +43,39 @@ torch.set_num_threads(1)
 logging.getLogger("torch.__trace").propagate = True
 
 
+EVERYTHING = os.getenv("GATECC_ZOO") == "all"
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """A process of pytest-xdist has nothing to do after its tests."""
+    config.addinivalue_line("markers", "broad(k): of its variants one in k runs by default, all with GATECC_ZOO=all")
     if hasattr(config, "workerinput"):
         leaving.at_once()
 
 
 def pytest_report_header() -> str:
     """Which units this machine has of those that kernels are written for; tests of the others say: not run."""
-    return f"CPU: {', '.join(units()) or 'none of the vector units that gatecc knows'}; torch {torch.__version__}"
+    cpu = f"CPU: {', '.join(units()) or 'none of the vector units that gatecc knows'}; torch {torch.__version__}"
+    broad = "all variants of broad tests" if EVERYTHING else "one in k of broad(k) tests; all with GATECC_ZOO=all"
+    return f"{cpu}; {broad}"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of tests marked ``broad(k)``, which cross many models or recipes, one variant in k; all where some are named."""
+    if EVERYTHING or config.option.keyword or any("::" in str(arg) for arg in config.args):
+        return
+    seen: Counter[str] = Counter()
+    dropped: list[pytest.Item] = []
+    for item in items:
+        marker = item.get_closest_marker("broad")
+        if marker is not None:
+            name = item.nodeid.partition("[")[0]
+            if seen[name] % marker.args[0]:
+                dropped.append(item)
+            seen[name] += 1
+    items[:] = [item for item in items if item not in set(dropped)]
+    config.hook.pytest_deselected(items=dropped)
 
 
 def pytest_collection_finish() -> None:

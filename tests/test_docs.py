@@ -94,7 +94,22 @@ def test_a_stale_page_is_noticed(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "stale: docs/README.md" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.relative_to(docs.ROOT).as_posix())
+def named(page: Path) -> str:
+    return page.relative_to(docs.ROOT).as_posix()
+
+
+WITH_CODE = [p for p in PAGES if blocks(p)]
+GENERATED = [p for p in WITH_CODE if p.parent != docs.DOCS and p.parent != docs.ROOT]
+
+
+@pytest.mark.broad(4)
+@pytest.mark.parametrize("page", GENERATED, ids=named)
+def test_the_example_of_a_generated_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_page(page)
+
+
+@pytest.mark.parametrize("page", [p for p in WITH_CODE if p not in GENERATED], ids=named)
 def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     if any(block.meant.startswith("file=") for block in blocks(page)):
@@ -113,7 +128,7 @@ def run_page(page: Path) -> None:
         run(block, names)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(docs.ROOT).as_posix())
+@pytest.mark.parametrize("page", PAGES, ids=named)
 def test_links_lead_somewhere(page: Path) -> None:
     local = [link for link in _LINK.findall(page.read_text()) if not link.startswith(("http:", "https:"))]
     missing = [link for link in local if not (page.parent / link).exists()]

@@ -29,6 +29,7 @@ def test_enough_architectures() -> None:
     assert len({(s.family, s.name) for _, s in CHOSEN if s.cores}) >= 40
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize(("name", "spec"), CHOSEN, ids=[name for name, _ in CHOSEN])
 def test_identity_gates(name: str, spec: Spec) -> None:
     case = spec.build()

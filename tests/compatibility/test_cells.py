@@ -22,6 +22,7 @@ def test_every_pair_is_covered() -> None:
     assert len(chosen) < len(names) / 4
 
 
+@pytest.mark.broad(3)
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_cell(cell: Cell) -> None:
     """Each cell is what docs/compatibility.md says. Where the page blames a library, another version may work."""

@@ -102,6 +102,7 @@ def gates_first() -> Any:
     return gatecc.transform(net(), GATES, (X,))
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize("method", METHODS)
 def test_gates_on_adapted_models_are_those_of_the_merged_model(method: str, gates_first: Any) -> None:
     model = adapted(method)
@@ -124,6 +125,7 @@ def test_gates_on_adapted_models_are_those_of_the_merged_model(method: str, gate
     assert torch.allclose(later.double()(X.double()), exact, atol=1e-10)
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize("method", ["lora", "dora", "boft", "ia3", "oft", "loha"])
 def test_a_gate_of_zero_on_the_output_leaves_nothing_of_an_adapter(method: str) -> None:
     model = adapted(method)
