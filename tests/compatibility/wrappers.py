@@ -86,6 +86,7 @@ def _fsdp(rewrite: Rewrite, mode: str, stack: ExitStack) -> Setup:
 
 
 def _accelerate(rewrite: Rewrite, mode: str, stack: ExitStack) -> Setup:
+    AcceleratorState._reset_state(True)  # of a Trainer before
     stack.callback(AcceleratorState._reset_state, True)
     accelerator = Accelerator(cpu=True, mixed_precision="bf16" if mode == "autocast" else "no")
     module = rewrite(base())
