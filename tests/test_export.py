@@ -90,9 +90,10 @@ def test_gates_are_in_the_graph_and_sizes_stay_free(gated: nn.Module, tmp_path: 
     assert not gated.get_submodule("drop").training
     assert result.inputs == {"ids": ["batch", "sequence"], "mask": ["batch", "sequence"]}
     assert result.outputs == {"hidden": ["batch", "sequence", 16], "pooled_0": ["batch", 16]}
-    assert [(c.sizes["batch"], c.sizes["sequence"]) for c in result.compared] == [
-        *((1, 5), (3, 5), (1, 8), (3, 8)),
-        *((1, 1), (3, 7), (1, 131)),
+    assert [(c.sizes["batch"], c.sizes["sequence"], c.padding) for c in result.compared] == [
+        *((1, 5, ""), (3, 5, ""), (1, 8, ""), (3, 8, "")),
+        *((1, 1, ""), (3, 7, ""), (1, 131, "")),
+        *((3, 5, "left"), (3, 5, "right")),
     ]
     assert max(c.error for c in result.compared) < 1e-5
     assert count(tmp_path / "a" / "b")["Sigmoid"] == result.operators["Sigmoid"] == 3

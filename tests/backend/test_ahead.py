@@ -107,6 +107,8 @@ def calls() -> dict[str, Callable[[torch.Tensor], Any]]:
         "attention": lambda x: ops.attention(heads(x), heads(x), heads(x), heads(x), gate_activation="sigmoid"),
         "block_logits": lambda x: ops.block_logits(heads(x), heads(x), pooled, pooled, None, 2),
         "block_choice": lambda x: ops.block_choice(heads(x) @ heads(x).mT, torch.tensor(0.5), None, 1).to(x.dtype),
+        "carried": lambda x: ops.carried(x, pooled[0], [1]),
+        "evicted_attention": lambda x: ops.evicted_attention(*[heads(x)] * 3, heads(x)[..., 0] > 0, scale=0.5),
         "gated_conv": lambda x: ops.gated_conv(x.mT, kernel, (x[:, 0, :6, None] > 0).to(x.dtype), **line),
         "group_linear": lambda x: ops.group_linear(x, experts[0][0], mask),
         "linear": lambda x: ops.linear(x, torch.ones(3, 8)),
