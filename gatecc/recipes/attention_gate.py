@@ -50,12 +50,13 @@ def attention_gate(
     is what it holds. The full forward without gradients gathers the kept keys too. Padding is never held.
 
     With a ``budget`` a head holds at most so many tokens, and flags are predictions: a flagged token stays while there
-    is room. Then the oldest flagged one goes first, and where none is left the oldest of all. Flags that are wrong cost
-    no more than a sliding window of the budget would. A budget changes the function from the start.
+    is room. Then the oldest flagged one goes first, and where none is left the oldest of all. A token that is wrongly
+    kept may push out a newer one that is flagged. A budget changes the function from the start.
 
     Without a budget a flagged token is gone for the very next one, which most models have to be trained for: a byte LM
-    whose gates alone had 40 steps needed 2.6 times the bits per byte at a keep rate of a half, and no more than before
-    with a budget of half of its 512 bytes (``examples/evict.py``).
+    whose gates alone had 40 steps needed 2.6 times the bits per byte at a keep rate of a half. A budget of half of its
+    512 bytes with gates as they start, which flag nothing, cost it none; both at once were not measured
+    (``examples/evict.py``).
     """
     change = Evict(target, weight, budget, hidden, bias)
     return (AttentionEdit(Selector.parse(sites), change, label="gate"),)

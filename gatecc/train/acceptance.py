@@ -38,7 +38,7 @@ def drafts(target: nn.Module, draft: nn.Module, texts: Iterable[Tensor]) -> Draf
             found.append(small.flatten(0, 1))
             agreed.append((small.argmax(-1) == large.argmax(-1)).flatten())
     if not found:
-        raise ArgumentError("there is no text to draft", expected="token ids (B, N)")
+        raise ArgumentError("there is no text to draft", found="no batches", expected="batches of token ids (B, N)")
     return Drafts(torch.cat(found), torch.cat(agreed))
 
 

@@ -49,7 +49,12 @@ def _forward(
         out = attend(q, k, v, Presence.of(keep, valid), **options, softcap=softcap)
         return at_padding(out, v, valid, spread).contiguous(), *no_cache(q, k, v)
     if window or not causal:
-        raise ArgumentError("a cache is of causal attention without a window", found=f"window {window}")
+        raise ArgumentError(
+            "a cache is of causal attention without a window",
+            found=f"causal {causal}, window {window}",
+            expected="causal=True and window=0, or no keys, values and places",
+            do="call it without a cache, on all tokens at once",
+        )
     out, *cache = advance(q, k, v, keep, valid, keys, values, places, scale=scale, budget=budget, softcap=softcap)
     return at_padding(out, v, valid, spread), cache[0], cache[1], cache[2]
 
@@ -126,8 +131,8 @@ def evicted_attention(
         causal: whether a query sees earlier tokens alone.
         window: how many tokens back a query sees, itself among them; 0 for all.
         budget: how many tokens a head may hold; 0 for any number. Flagged tokens then stay while there is room. Once
-            there is none the oldest flagged ones go first, and where no flagged one is left, the oldest of all: so
-            flags that are wrong cost no more than a sliding window does (Paging with succinct predictions, 2022).
+            there is none the oldest flagged ones go first, and where no flagged one is left, the oldest of all
+            (Paging with succinct predictions, 2022).
         softcap: scores s become softcap tanh(s / softcap); 0 for none.
         spread: padding, which sees nothing, gets the mean of all values and not 0: what a softmax makes of scores that
             are all the least number there is.

@@ -151,5 +151,7 @@ def test_what_does_not_fit() -> None:
         evicted_attention(q, q, q, torch.ones(1, 3, 4), scale=1.0)
     with pytest.raises(ArgumentError, match="a budget counts the tokens before a query"):
         evicted_attention(q, q, q, torch.ones(1, 2, 4), scale=1.0, causal=False, budget=2)
+    with pytest.raises(ArgumentError, match=r"(?s)without a window.*causal False, window 0.*without a cache"):
+        evicted_attention(q, q, q, torch.ones(1, 2, 4), None, *no_cache(q, q, q), scale=1.0, causal=False)
     with pytest.raises(ArgumentError, match="no gradient goes through a cache"):
         evicted_attention(q.requires_grad_(), q, q, torch.ones(1, 2, 4), None, *no_cache(q, q, q), scale=1.0)
