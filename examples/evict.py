@@ -2,8 +2,9 @@
 
 FOLDER holds a language model over bytes as transformers saves it (trained at 512 bytes). Gates of the recipe
 attention-gate are trained beside its frozen weights: each key head of each layer says which tokens later ones will
-need. Then, by the share of tokens that is kept: bits per byte on held-out source, and what the derived decoder holds
-after 512 bytes and takes for one more. Beside it a window: the same number of tokens, the newest ones.
+need; the newest 32 are held whatever it says. Then, by the share of tokens that is held: bits per byte on held-out
+source, and what the derived decoder holds after 512 bytes and takes for one more. Beside it a window: the same number
+of tokens, the newest ones.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 import gatecc
 from gatecc.train import Tune, heal, tasks
 
-LENGTH = 512
+LENGTH, RECENT = 512, 32
 SHARES = (1.0, 0.75, 0.5, 0.25)
 console = Console(highlight=False)
 
@@ -54,13 +55,13 @@ def predicted(output: Any, batch: dict[str, Any]) -> Tensor:
 
 
 def kept(model: nn.Module, inputs: Any) -> float:
-    """The share of tokens that key heads keep."""
+    """The share of tokens that key heads hold behind the last one."""
     rows = [row for row in gatecc.cost(model, inputs, rounds=0).taken if row.kind == "kept token"]
     return sum(sum(row.counts) for row in rows) / sum(row.of * len(row.counts) for row in rows)
 
 
 def keep(model: nn.Module, share: float, inputs: Any) -> float:
-    """Set the cut of all gates such that about this share of the tokens is kept; the share that is."""
+    """Set the cut of all gates such that about this share of the tokens is held at the end; the share that is."""
     cuts = [b for name, b in model.named_buffers() if name.endswith("self_attn.gate.cut")]
     low, high, found = 0.0, 1.0, 1.0
     for _ in range(10 if share < 1 else 1):
@@ -107,10 +108,13 @@ def windowed(plain: nn.Module, size: int, held: Tensor, windows: int, length: in
     return tasks.bits_per_token(lambda x: model(x, use_cache=False).logits, held, length, windows)
 
 
-def on_bytes(plain: Any, train: Tensor, held: Tensor, steps: int, windows: int, length: int = LENGTH) -> list[Figures]:
+def on_bytes(
+    plain: Any, train: Tensor, held: Tensor, steps: int, windows: int, length: int = LENGTH, recent: int = RECENT
+) -> list[Figures]:
     """Train gates of a model, and measure it."""
     call = {"input_ids": torch.zeros(2, 32, dtype=torch.long), "use_cache": False}
-    model = gatecc.transform(plain, gatecc.recipe("attention-gate", target=0.5, weight=2.0, bias=1.0), call)
+    recipe = gatecc.recipe("attention-gate", target=0.5, weight=2.0, bias=1.0, recent=recent)
+    model = gatecc.transform(plain, recipe, call)
     train_gates(model, train, steps, length)
     return measure(plain, model, held, tasks.windows_of(train, length, 2, seed=1), windows, length)
 
@@ -119,6 +123,7 @@ def main(
     model: Annotated[Path, typer.Option(help="Folder of a language model over bytes.")],
     steps: Annotated[int, typer.Option(help="Steps of 1024 bytes to train its gates.")] = 100,
     windows: Annotated[int, typer.Option(help="Held-out windows of 512 bytes to measure on.")] = 20,
+    recent: Annotated[int, typer.Option(help="So many of the newest bytes are always held.")] = RECENT,
 ) -> None:
     """Train gates that evict, and show quality against memory."""
     from transformers import AutoModelForCausalLM
@@ -126,8 +131,8 @@ def main(
     torch.set_num_threads(1)
     plain = AutoModelForCausalLM.from_pretrained(model).eval()
     train, held = tasks.stdlib_bytes()
-    rows = on_bytes(plain, train, held, steps, windows)
-    table = Table(title=f"{LENGTH} bytes, gates trained for {steps} steps")
+    rows = on_bytes(plain, train, held, steps, windows, recent=recent)
+    table = Table(title=f"{LENGTH} bytes, gates trained for {steps} steps, the newest {recent} always held")
     for column in ("tokens kept", "bits per byte", "of dense", "cache", "of dense", "a step"):
         table.add_column(column, justify="right")
     for i, row in enumerate(rows):

@@ -22,4 +22,4 @@ def test_memory_goes_with_the_share_that_is_kept(monkeypatch: pytest.MonkeyPatch
     assert everything.bits == pytest.approx(dense.bits)
     assert 0.2 < some.share < 0.6
     assert some.size < 0.75 * everything.size
-    assert everything.size < 1.15 * dense.size
+    assert everything.size < 1.25 * dense.size  # room to grow for both classes of tokens

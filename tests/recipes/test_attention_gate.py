@@ -52,13 +52,13 @@ def test_the_equation() -> None:
     assert torch.allclose(result.run()[0], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(("make", "budget"), [(llama, 0), (gpt2, 7)])
-def test_the_decoder_is_the_rule(make: Any, budget: int) -> None:
+@pytest.mark.parametrize(("make", "budget", "recent"), [(llama, 0, 0), (gpt2, 7, 4)])
+def test_the_decoder_is_the_rule(make: Any, budget: int, recent: int) -> None:
     """Tokens and logits of steps are those of forwards over everything, in which flags are applied by a mask."""
     plain = make()
     ids = torch.randint(0, 32, (2, 17))
     call = {"input_ids": ids, "use_cache": False}
-    model: Any = gatecc.transform(plain, gatecc.recipe("attention-gate", budget=budget), call)
+    model: Any = gatecc.transform(plain, gatecc.recipe("attention-gate", budget=budget, recent=recent), call)
     randomise(new_parameters(model, plain).values())
     made = gatecc.decoder(model, call)
     text = ids
@@ -81,9 +81,10 @@ def test_the_decoder_is_the_rule(make: Any, budget: int) -> None:
     assert not torch.allclose(skipped, dense, atol=1e-3)
     places = [x for x in state["slots"] if x.dtype == torch.int64]
     tokens = text.shape[1] - 1
-    held = torch.stack([x[..., 1] for x in places])  # layers, samples, heads, classes
+    held = torch.stack([x[:, :, :2, 1] for x in places])  # layers, samples, heads, classes
     assert int(held.sum(-1).max()) <= (budget or tokens)
     assert budget or 0.05 * tokens < float(held.float().sum(-1).mean()) < 0.95 * tokens
+    assert int(held.sum(-1).min()) >= recent
     assert all(slot.kind == "state" for slot in made.plan.slots)  # no other slot grows with the tokens
     branch, _ = made.step(text[:, 0], state)  # what is stepped twice from one state sees the same
     again, _ = made.step(text[:, 1], state)
@@ -152,9 +153,13 @@ def test_what_does_not_fit() -> None:
         Evict(target=1.5)
     with pytest.raises(ArgumentError, match="bias is out of range"):
         Evict(bias=0.0)
+    with pytest.raises(ArgumentError, match=r"(?s)recent is out of range.*budget of 3"):
+        Evict(budget=3, recent=4)
     vit = case("timm/vit-sdpa")
     with pytest.raises(SiteRefusedError, match="a budget, and a mask that is not plainly causal"):
         gatecc.transform(vit.model, gatecc.recipe("attention-gate", budget=3), vit.inputs)
+    with pytest.raises(SiteRefusedError, match="stay for being recent, where no token comes before another"):
+        gatecc.transform(vit.model, gatecc.recipe("attention-gate", recent=3), vit.inputs)
     both: Any = gatecc.transform(vit.model, "attention-gate", vit.inputs)  # hidden from all others, in both directions
     randomise(new_parameters(both, vit.model).values())
     with torch.no_grad():

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from gatecc.ops.evicted_attention import cache
+from gatecc.ops.evicted_attention.presence import Rule
 
 State = tuple[Tensor, Tensor, Tensor]
 
@@ -27,7 +28,7 @@ class Kernels(Protocol):
         valid: Tensor | None,
         state: State,
         scale: float,
-        budget: int,
+        rule: Rule,
         softcap: float,
     ) -> tuple[Tensor, Tensor] | None:
         """The result and the next places; None, and nothing is written, where a head has no room left."""
@@ -55,16 +56,18 @@ def one_token(
     scale: float,
     budget: int = 0,
     softcap: float = 0.0,
+    recent: int = 0,
     **_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator for one token in a decoder, which sees to it that nobody else holds the memory behind the tokens
     that a cache holds; what padding gets is of no use there. q: (B, H, 1, D)"""
+    rule = Rule(budget, recent)
     kernels = KERNELS.get(q.device.type)
     if kernels is None or not kernels.fits(q, v, keys):
-        return cache.advance(q, k, v, keep, valid, keys, values, places, scale=scale, budget=budget, softcap=softcap)
-    found = kernels.step(q, k, v, keep, valid, (keys, values, places), scale, budget, softcap)
+        return cache.advance(q, k, v, keep, valid, keys, values, places, scale=scale, rule=rule, softcap=softcap)
+    found = kernels.step(q, k, v, keep, valid, (keys, values, places), scale, rule, softcap)
     if found is None:
-        keys, values, places = cache.enlarged(keys, values, places, budget)
-        found = kernels.step(q, k, v, keep, valid, (keys, values, places), scale, budget, softcap)
+        keys, values, places = cache.enlarged(keys, values, places, rule)
+        found = kernels.step(q, k, v, keep, valid, (keys, values, places), scale, rule, softcap)
         assert found is not None
     return found[0], keys, values, found[1]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gatecc.errors import ArgumentError
-from gatecc.ops.evicted_attention.presence import Presence, visibility
+from gatecc.ops.evicted_attention.cache import rows
+from gatecc.ops.evicted_attention.presence import Presence, Rule, visibility
 
 
 def masked(
@@ -26,6 +27,7 @@ def masked(
     causal: bool = True,
     window: int = 0,
     budget: int = 0,
+    recent: int = 0,
     softcap: float = 0.0,
     spread: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -38,7 +40,8 @@ def masked(
         raise ArgumentError(
             "no gradient goes through a cache", found="keys of earlier tokens", do="call it under torch.no_grad()"
         )
-    seen, differs = visibility(Presence.of(keep, valid), causal, window, budget)
+    rule = Rule(budget, recent)
+    seen, differs = visibility(Presence.of(keep, valid, rule), causal, window, rule)
     H, K = q.size(1), k.size(1)
     wide = torch.promote_types(q.dtype, torch.float32)
     query = (q * scale).unflatten(1, (K, H // K)).to(wide)
@@ -51,7 +54,7 @@ def masked(
     out = weights @ value
     if torch.is_grad_enabled() and keep.requires_grad:
         out = out + _straight_through(scores, hidden, weights, seen, differs, value, out, keep)
-    return at_padding(out.flatten(1, 2).to(q.dtype), v, valid, spread), *no_cache(q, k, v)
+    return at_padding(out.flatten(1, 2).to(q.dtype), v, valid, spread), *no_cache(q, k, v, recent)
 
 
 def _straight_through(
@@ -84,7 +87,7 @@ def at_padding(out: Tensor, v: Tensor, valid: Tensor | None, spread: bool) -> Te
     return torch.where(here, out, mean.to(out.dtype))
 
 
-def no_cache(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A cache that holds nothing: keys (0, D), values (0, E), places (B, K, 2, 3)."""
-    places = torch.zeros((q.size(0), k.size(1), 2, 3), dtype=torch.int64, device=q.device)
+def no_cache(q: Tensor, k: Tensor, v: Tensor, recent: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """A cache that holds nothing: keys (0, D), values (0, E), places (B, K, 2, 3), or more rows."""
+    places = torch.zeros((q.size(0), k.size(1), rows(Rule(0, recent)), 3), dtype=torch.int64, device=q.device)
     return k.new_zeros((0, k.size(3))), v.new_zeros((0, v.size(3))), places

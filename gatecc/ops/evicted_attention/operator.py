@@ -11,7 +11,7 @@ from torch import Tensor
 from gatecc.errors import ArgumentError
 from gatecc.ops.evicted_attention.cache import advance
 from gatecc.ops.evicted_attention.masked import at_padding, masked, no_cache
-from gatecc.ops.evicted_attention.presence import Presence
+from gatecc.ops.evicted_attention.presence import Presence, Rule
 from gatecc.ops.evicted_attention.skipping import attend
 from gatecc.ops.transforms import LIBRARY, autocast, below_autograd, has_tangents
 
@@ -19,7 +19,9 @@ _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor keep, Tensor? valid=None, Tensor? keys=None, Tensor? values=None, "
     "Tensor? places=None"
 )
-_OPTIONS = "float scale, bool causal=True, int window=0, int budget=0, float softcap=0.0, bool spread=False"
+_OPTIONS = (
+    "float scale, bool causal=True, int window=0, int budget=0, float softcap=0.0, bool spread=False, int recent=0"
+)
 LIBRARY.define(
     f"evicted_attention({_TENSORS}, *, {_OPTIONS}) -> (Tensor out, Tensor keys, Tensor values, Tensor places)"
 )
@@ -42,12 +44,14 @@ def _forward(
     budget: int = 0,
     softcap: float = 0.0,
     spread: bool = False,
+    recent: int = 0,
 ) -> Result:
-    _check(q, k, v, keep, causal, window, budget)
+    rule = Rule(budget, recent)
+    _check(q, k, v, keep, causal, window, rule)
     if keys is None or values is None or places is None:
-        options: dict[str, Any] = {"scale": scale, "causal": causal, "window": window, "budget": budget}
-        out = attend(q, k, v, Presence.of(keep, valid), **options, softcap=softcap)
-        return at_padding(out, v, valid, spread).contiguous(), *no_cache(q, k, v)
+        options: dict[str, Any] = {"scale": scale, "causal": causal, "window": window, "rule": rule}
+        out = attend(q, k, v, Presence.of(keep, valid, rule), **options, softcap=softcap)
+        return at_padding(out, v, valid, spread).contiguous(), *no_cache(q, k, v, recent)
     if window or not causal:
         raise ArgumentError(
             "a cache is of causal attention without a window",
@@ -55,11 +59,11 @@ def _forward(
             expected="causal=True and window=0, or no keys, values and places",
             do="call it without a cache, on all tokens at once",
         )
-    out, *cache = advance(q, k, v, keep, valid, keys, values, places, scale=scale, budget=budget, softcap=softcap)
+    out, *cache = advance(q, k, v, keep, valid, keys, values, places, scale=scale, rule=rule, softcap=softcap)
     return at_padding(out, v, valid, spread), cache[0], cache[1], cache[2]
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, causal: bool, window: int, budget: int) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, causal: bool, window: int, rule: Rule) -> None:
     B, H, N, D = q.shape
     K = k.size(1)
     fits = k.shape == (B, K, N, D) and v.shape[:3] == (B, K, N) and keep.shape == (B, K, N) and H % K == 0
@@ -69,16 +73,25 @@ def _check(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, causal: bool, window: 
             found=", ".join(f"{n} {tuple(x.shape)}" for n, x in (("q", q), ("k", k), ("v", v), ("keep", keep))),
             expected="q (B, H, N, D), k (B, K, N, D), v (B, K, N, E), keep (B, K, N), K dividing H",
         )
-    if budget < 0 or (budget and (window or not causal)):
+    budget, recent = rule
+    if min(rule) < 0 or (budget and window) or (any(rule) and not causal):
         raise ArgumentError(
-            "a budget counts the tokens before a query",
-            found=f"budget {budget}, causal {causal}, window {window}",
-            expected="causal attention without a window, and a budget above 0",
+            "a budget, and what stays for being recent, count the tokens before a query",
+            found=f"budget {budget}, recent {recent}, causal {causal}, window {window}",
+            expected="causal attention, without a window where there is a budget, and numbers of 0 or more",
+        )
+    if budget and recent > budget:
+        raise ArgumentError(
+            "the newest tokens alone are more than the budget",
+            found=f"recent {recent}, budget {budget}",
+            expected="recent of the budget at most",
         )
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, *rest: Tensor | None, **options: Any) -> Result:
-    return q.new_empty((*q.shape[:3], v.size(3))), *no_cache(q, k, v)
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, *rest: Tensor | None, recent: int = 0, **options: Any
+) -> Result:
+    return q.new_empty((*q.shape[:3], v.size(3))), *no_cache(q, k, v, recent)
 
 
 def _autograd(keys: Any, *tensors: Any, **options: Any) -> Any:
@@ -117,6 +130,7 @@ def evicted_attention(
     budget: int = 0,
     softcap: float = 0.0,
     spread: bool = False,
+    recent: int = 0,
 ) -> Result:
     """softmax(scale q k^T) v of which later queries see the kept keys alone, (B, H, N, E), and the next cache.
 
@@ -133,6 +147,8 @@ def evicted_attention(
         budget: how many tokens a head may hold; 0 for any number. Flagged tokens then stay while there is room. Once
             there is none the oldest flagged ones go first, and where no flagged one is left, the oldest of all
             (Paging with succinct predictions, 2022).
+        recent: how many tokens before a query's own it sees whatever their flags say: the newest are always held, and
+            count in the budget. What is older comes under flags and budget.
         softcap: scores s become softcap tanh(s / softcap); 0 for none.
         spread: padding, which sees nothing, gets the mean of all values and not 0: what a softmax makes of scores that
             are all the least number there is.
@@ -143,5 +159,5 @@ def evicted_attention(
     Attention-Gate (In-context KV-cache eviction for LLMs via attention-gate, 2024).
     """
     options: dict[str, Any] = {"scale": scale, "causal": causal, "window": window, "budget": budget}
-    options |= {"softcap": softcap, "spread": spread}
+    options |= {"softcap": softcap, "spread": spread, "recent": recent}
     return torch.ops.gatecc.evicted_attention(q, k, v, keep, valid, keys, values, places, **options)

@@ -18,12 +18,11 @@ from gatecc.ops.evicted_attention import kernels
 from gatecc.ops.evicted_attention import operator as operator  # defines the operator
 from gatecc.ops.evicted_attention.cache import reordered
 from gatecc.ops.evicted_attention.masked import masked
-from gatecc.ops.evicted_attention.presence import Presence, visibility
+from gatecc.ops.evicted_attention.presence import Presence, Rule, visibility
 from gatecc.ops.paths import Taken
 from gatecc.ops.registry import Carry, Operator, StepRule, Unfit, register
 
 Shape = Sequence[int]
-_ROWS = 512  # queries whose pairs are counted at a time
 
 
 def _unfit(node: fx.Node) -> Unfit | None:
@@ -42,7 +41,8 @@ def _one_token(node: fx.Node) -> Callable[..., Any]:
 
 def _reordered(node: fx.Node, state: Sequence[Tensor], index: Tensor) -> Sequence[Tensor]:
     keys, values, places = state
-    return reordered(keys, values, places, index, int(named(node, "budget", 0)))
+    rule = Rule(int(named(node, "budget", 0)), int(named(node, "recent", 0)))
+    return reordered(keys, values, places, index, rule)
 
 
 def _pairs(q: Shape, k: Shape, causal: bool = True, window: int = 0, **_: Any) -> int:
@@ -63,22 +63,20 @@ def _served(
     every = _pairs(q.shape, k.shape, **options)
     if not _is_known(keep):
         return (), every, every
-    causal, window, budget = (
-        options.get(name, usual) for name, usual in (("causal", True), ("window", 0), ("budget", 0))
-    )
-    seen, _ = visibility(Presence.of(keep, valid), causal, window, budget)
+    rule = Rule(options.get("budget", 0), options.get("recent", 0))
+    seen, _ = visibility(Presence.of(keep, valid, rule), options.get("causal", True), options.get("window", 0), rule)
     return (), int(seen.sum()) * (q.size(1) // k.size(1)), every
 
 
 def _taken(
-    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, valid: Tensor | None = None, *_: Any, out: Any, **__: Any
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, valid: Tensor | None = None, *cache: Any, out: Any, **options: Any
 ) -> Taken | None:
-    """How many tokens each key head keeps."""
-    if not _is_known(keep):
+    """How many tokens each key head holds behind the last one."""
+    if not _is_known(keep) or any(x is not None for x in cache):
         return None
-    there = Presence.of(keep, valid)
+    rule = Rule(options.get("budget", 0), options.get("recent", 0))
     tokens = keep.size(0) * keep.size(2) if valid is None else int(valid.sum())
-    return Taken("kept token", there.kept.sum((0, 2)).tolist(), tokens)
+    return Taken("kept token", Presence.of(keep, valid, rule).left(rule).sum((0, 2)).tolist(), tokens)
 
 
 def _is_known(x: Tensor) -> bool:

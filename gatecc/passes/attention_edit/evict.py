@@ -27,7 +27,8 @@ class Evict(Change, tag="evict"):
     """Keys and values leave once their own query has passed, where a gate says so. See the recipe ``attention-gate``.
 
     ``target``: the share of tokens that a loss of this ``weight`` pulls towards, per layer. ``budget``: how many tokens
-    a head holds at most, 0 for any number: flags then say which leave first. ``hidden``: the width of a hidden layer of
+    a head holds at most, 0 for any number: flags then say which leave first. ``recent``: how many of the newest tokens
+    are held whatever their flags say. ``hidden``: the width of a hidden layer of
     the gate, 0 for none. ``bias``: what its logits start at. The buffer ``cut`` of the gate is the probability above
     which a token is kept, a dial of the finished model.
     """
@@ -35,6 +36,7 @@ class Evict(Change, tag="evict"):
     target: float = 0.5
     weight: float = 1.0
     budget: int = 0
+    recent: int = 0
     hidden: int = 0
     bias: float = 2.0
 
@@ -42,6 +44,10 @@ class Evict(Change, tag="evict"):
         self.require(0 <= self.target <= 1, "target", "0 <= target <= 1")
         self.require(self.weight >= 0, "weight", "0 or more")
         self.require(self.budget >= 0, "budget", "a number of tokens, or 0 for any")
+        self.require(self.recent >= 0, "recent", "a number of tokens, or 0 for none")
+        self.require(
+            not self.budget or self.recent <= self.budget, "recent", f"at most the budget of {self.budget} tokens"
+        )
         self.require(self.hidden >= 0, "hidden", "a width, or 0 for none")
         self.require(self.bias > 0, "bias", "a positive number: everything is kept at first")
 
@@ -75,7 +81,15 @@ class Evict(Change, tag="evict"):
         heads = stage(site, "heads")
         numbers = any(m.node.meta["val"].dtype != torch.bool for m in site.maskings)
         spread = site.spelling != "sdpa" or numbers  # torch's operator gives 0 where a boolean mask hides everything
-        rules = (site.scale, site.mask.causal, site.mask.window or 0, self.budget, site.soft_cap or 0.0, spread)
+        rules = (
+            site.scale,
+            site.mask.causal,
+            site.mask.window or 0,
+            self.budget,
+            site.soft_cap or 0.0,
+            spread,
+            self.recent,
+        )
         out = edit.call(evicted, given.q, given.k, given.v, flags, valid, *rules, name="heads")
         out = laid_back(out, site, edit)
         if loss is not None:
@@ -91,6 +105,10 @@ class Evict(Change, tag="evict"):
             ("a mask over packed sequences", mask.kind == "packed"),
             (f"dropout {site.dropout:g} of the weights", bool(site.dropout)),
             ("a budget, and a mask that is not plainly causal", bool(self.budget) and mask.kind != "causal"),
+            (
+                "tokens that stay for being recent, where no token comes before another",
+                bool(self.recent) and not mask.causal,
+            ),
         ]
         for found, holds in wrong:
             if holds:
@@ -115,10 +133,11 @@ def evicted(
     budget: int,
     softcap: float,
     spread: bool,
+    recent: int,
 ) -> Tensor:
     """The operator's result."""
     options: dict[str, Any] = {"scale": scale, "causal": causal, "window": window, "budget": budget}
-    options |= {"softcap": softcap, "spread": spread}
+    options |= {"softcap": softcap, "spread": spread, "recent": recent}
     return torch.ops.gatecc.evicted_attention(q, k, v, keep, valid, **options)[0]
 
 

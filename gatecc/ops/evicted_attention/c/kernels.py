@@ -14,9 +14,10 @@ from gatecc.codegen.c.build import load
 from gatecc.codegen.c.source import amalgamated
 from gatecc.ops.evicted_attention import kernels
 from gatecc.ops.evicted_attention.kernels import State
+from gatecc.ops.evicted_attention.presence import Rule
 
 _HEADER = Path(__file__).parent / "headers" / "step.h"
-_CALL = struct.Struct("@10P6q2fq")
+_CALL = struct.Struct("@10P7q2fq")
 _DTYPES = (torch.float32, torch.bfloat16)
 _GROUP, _WIDTH = 64, 1024  # query heads of a key head, and features of a head, that its memory is made for
 
@@ -47,7 +48,7 @@ class CpuKernels:
         valid: Tensor | None,
         state: State,
         scale: float,
-        budget: int,
+        rule: Rule,
         softcap: float,
     ) -> tuple[Tensor, Tensor] | None:
         """See gatecc.ops.evicted_attention.kernels.Kernels."""
@@ -59,7 +60,7 @@ class CpuKernels:
         read = [None if t is None else t.contiguous() for t in tensors]
         places = (0 if t is None else t.data_ptr() for t in (*read, *state, after, out))
         threads = torch.get_num_threads()
-        call = _CALL.pack(*places, B, H, K, D, E, budget, scale, softcap, threads)
+        call = _CALL.pack(*places, B, H, K, D, E, *rule, scale, softcap, threads)
         return (out, after) if c.step(call) else None
 
 

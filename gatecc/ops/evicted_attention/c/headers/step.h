@@ -12,19 +12,22 @@ struct step {
     const float *keep;          // (B, K)
     const uint8_t *valid;       // (B), or NULL
     el *keys, *values;          // (C, D), (C, E)
-    const int64_t *places;      // (B, K, 2, 3): first, count, end of the room
+    const int64_t *places;      // (B, K, 2 + recent / 3, 3): first, count, end of the room; what the newest tokens are
     int64_t *after;
     el *out;                    // (B, H, E)
-    int64_t B, H, K, D, E, budget;
+    int64_t B, H, K, D, E, budget, recent;
     float scale, cap;
     int64_t threads;
 };
 enum { FIRST, COUNT, END };
+enum { NONE, FLAGGED, KEPT };
 
 struct query {  // one query head: what it has summed up so far
     float most, total;
     float *q, *sum;  // (D) in powers of two, or plain with a cap; (E)
 };
+
+INLINE int64_t stride(const struct step *p) { return 3 * (2 + (p->recent + 2) / 3); }
 
 INLINE int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
@@ -104,13 +107,13 @@ static void attend(const struct step *p, struct query *x, int64_t group, const e
 INLINE int64_t class_of(const struct step *p, int64_t head) {
     if (p->valid && !p->valid[head / p->K]) return -1;
     if (p->keep[head] > 0.5f) return 0;
-    return p->budget ? 1 : -1;
+    return p->budget || p->recent ? 1 : -1;
 }
 
 static void one_head(const void *context, int64_t head) {
     const struct step *const p = context;
     const int64_t group = p->H / p->K, wide = padded(p->D), tall = padded(p->E);
-    const int64_t *const held = p->places + head * 6;
+    const int64_t *const held = p->places + head * stride(p);
     float memory[group * (wide + tall)];
     struct query x[group];
     const float factor = p->cap ? p->scale : p->scale * LOG2E;
@@ -127,17 +130,24 @@ static void one_head(const void *context, int64_t head) {
     for (int64_t g = 0; g < group; g++)
         for (int64_t e = 0; e < p->E; e++)
             p->out[(head * group + g) * p->E + e] = narrow(x[g].sum[e] / x[g].total);
-    int64_t *const after = p->after + head * 6;
-    memcpy(after, held, 6 * sizeof(int64_t));
+    int64_t *const after = p->after + head * stride(p);
+    memcpy(after, held, (size_t)stride(p) * sizeof(int64_t));
     const int64_t c = class_of(p, head);
     if (c < 0) return;
     const int64_t at = held[3 * c] + held[3 * c + COUNT];
     memcpy(p->keys + at * p->D, key, (size_t)p->D * sizeof(el));
     memcpy(p->values + at * p->E, value, (size_t)p->E * sizeof(el));
     after[3 * c + COUNT]++;
-    if (!p->budget) return;
-    for (int d = 0; d < 2; d++) {  // the oldest leave: of the kept tokens, then of the others what has no room beside
-        const int64_t room = d ? p->budget - after[COUNT] : p->budget, over = after[3 * d + COUNT] - room;
+    int64_t newest[2] = {0, 0}, *const last = after + 6;  // how many of each class are among the newest
+    if (p->recent) {
+        memmove(last, last + 1, (size_t)(p->recent - 1) * sizeof(int64_t));
+        last[p->recent - 1] = c ? FLAGGED : KEPT;
+        for (int64_t i = 0; i < p->recent; i++) newest[0] += last[i] == KEPT, newest[1] += last[i] == FLAGGED;
+    }
+    for (int d = p->budget ? 0 : 1; d < 2; d++) {  // the oldest leave: of the kept tokens, then of the others
+        int64_t room = p->budget ? p->budget - p->recent : 0;
+        if (d && p->budget) room -= after[COUNT] - newest[0];
+        const int64_t over = after[3 * d + COUNT] - newest[d] - room;
         if (over > 0) after[3 * d] += over, after[3 * d + COUNT] -= over;
     }
 }
@@ -147,7 +157,7 @@ int step(const struct step *p) {
     for (int64_t head = 0; head < p->B * p->K; head++) {
         const int64_t c = class_of(p, head);
         if (c < 0) continue;
-        const int64_t *const held = p->places + head * 6 + 3 * c;
+        const int64_t *const held = p->places + head * stride(p) + 3 * c;
         if (held[FIRST] + held[COUNT] >= held[END]) return 0;
     }
     parallel(one_head, p, p->B * p->K, (int)p->threads);
