@@ -19,6 +19,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "rrnco": {"k": 3},
     "mhr": {"tasks": 2},
     "poly": {"tasks": 2},
+    "gcab": {"tasks": 3},
     "m3vit": {"tasks": 3},
 }
 MODELS: dict[str, str] = {
@@ -32,7 +33,7 @@ model, example_inputs = timm.create_model("swin_tiny_patch4_window7_224", **shap
         name: f"from gatecc.recipes import samples\n\nmodel, example_inputs = samples.{sample}()\n"
         for names, sample in (
             ("dyn-perceiver jei-dnn", "classifier"),
-            ("divcontrol easycontrol m3vit mhr poly unicon", "conditioned"),
+            ("divcontrol easycontrol gcab m3vit mhr poly unicon", "conditioned"),
             ("fast-experts", "mixture"),
             ("hash-experts", "points"),
             ("armorm", "prompted"),

@@ -22,6 +22,7 @@ from gatecc.train.reward import set_reward
 from gatecc.train.stage import Transfer, Tune
 from gatecc.train.steering import controller_inputs, controller_loss, fit_controller
 from gatecc.train.subset import Budget, choose_subset, restrict
+from gatecc.train.task_masks import FeatureDrift, task_training
 from gatecc.train.thinking import Rollout, Thinking, rollout
 from gatecc.train.threshold import ThresholdTracker, move_threshold, threshold_from_costs
 from gatecc.train.zoom import TwoScales, fit_zoom
@@ -32,6 +33,7 @@ __all__ = [
     "Calibration",
     "ChannelCosts",
     "Drafts",
+    "FeatureDrift",
     "Healed",
     "Lora",
     "Mapped",
@@ -87,6 +89,7 @@ __all__ = [
     "set_reward",
     "stops",
     "sweep",
+    "task_training",
     "tasks",
     "template_loss",
     "threshold_from_costs",

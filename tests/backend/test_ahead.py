@@ -113,6 +113,7 @@ def calls() -> dict[str, Callable[[torch.Tensor], Any]]:
         "group_linear": lambda x: ops.group_linear(x, experts[0][0], mask),
         "linear": lambda x: ops.linear(x, torch.ones(3, 8)),
         "linear_attention": lambda x: ops.linear_attention(heads(x), heads(x), heads(x)),
+        "masked_linear": lambda x: ops.masked_linear(x, torch.ones(3, 8), None, (x[:, 0] > 0).to(x.dtype)),
         "moe_ffn": ffn,
         "spike": lambda x: ops.spike(x, 2.0),
         "transient": lambda x: ops.transient(x, x[..., 0] > 0, *gru),

@@ -32,6 +32,7 @@ from gatecc.passes.loop import Loop
 from gatecc.passes.mix.mix import Mix
 from gatecc.passes.reweight.reweight import Reweight
 from gatecc.passes.route.route import Route
+from gatecc.passes.task_mask import TaskMask
 from gatecc.pipeline import apply, prepare
 from gatecc.scope.family import difference
 from gatecc.scope.variant import Variant
@@ -54,6 +55,7 @@ _SHOWN = (
     GateChannels,
     Loop,
     Reweight,
+    TaskMask,
 )
 PASSES: dict[str, type[Rewrite]] = {cls.name: cls for cls in _SHOWN}
 HEADINGS = ("pipeline", "before", "change", "weights", "contract")

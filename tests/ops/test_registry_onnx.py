@@ -212,6 +212,10 @@ CASES: dict[str, Case] = {
     "gatecc.group_linear": Case(
         lambda x, w: gated.group_linear(x, w, torch.tensor([[1, 0], [0, 1], [1, 1]]).bool()), ((6, C),)
     ),
+    "gatecc.masked_linear": Case(
+        lambda x, w: gated.masked_linear(x, w, None, (x.mean(1) > 0).to(x.dtype), (w[:1, :6] > 0).to(x.dtype)),
+        ((6, C),),
+    ),
     "gatecc.spike": Case(lambda x: gated.spike(x, 2.0)),
     "gatecc.transient": Case(
         lambda x, *w: gated.transient(x, x[..., 0] > 0, *w), GRU, refused="No ONNX function found"
