@@ -1,13 +1,14 @@
 """Skipped: what need not be computed for some samples, found in a graph that computes it for all of them.
 
-A graph is masked: ``where(condition, value, other)``, with one condition per sample. What only the value needs could be
-left undone for the samples whose condition is false. A rewrite marks such a node (`mark`); a variant is printed with a
-body that runs on the samples that need it (gatecc.scope.printed_rows). Whoever else reads the graph, such as exports
-and compilers, sees the masked form, which is the same function.
+A graph is masked: ``where(condition, value, other)``, with one condition per sample, or per token. What only the value
+needs could be left undone for the samples whose condition is false, of all their tokens. A rewrite marks such a node
+(`mark`); a variant is printed with a body that runs on the samples that need it (gatecc.scope.printed_rows). Whoever
+else reads the graph, such as exports and compilers, sees the masked form, which is the same function.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -45,15 +46,20 @@ def mark(node: fx.Node) -> None:
     node.meta[META] = replace(origin(node), skips=True)
 
 
-def skipped(program: Program) -> Iterator[Skipped]:
-    """All that can be skipped in a program; what a later edit made impossible to skip is left out, and is masked."""
+def skipped(program: Program, kept: Collection[fx.Node] = (), batch: Collection[Any] = ()) -> Iterator[Skipped]:
+    """All that can be skipped in a program; what a later edit made impossible to skip is left out, and is masked.
+
+    ``kept``: nodes that are to be computed for all samples. ``batch``: symbols that all stand for their number.
+    """
     for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.where.self):
-        if origin(node).skips and isinstance(found := skipped_at(program, node), Skipped):
+        if origin(node).skips and isinstance(found := skipped_at(program, node, kept, batch), Skipped):
             yield found
 
 
-def skipped_at(program: Program, node: fx.Node) -> Skipped | str:
-    """What a marked node skips; a string says why nothing can be skipped."""
+def skipped_at(
+    program: Program, node: fx.Node, kept: Collection[fx.Node] = (), batch: Collection[Any] = ()
+) -> Skipped | str:
+    """What a marked node skips, as `skipped` yields it; a string says why nothing can be skipped."""
     _, value, other = cast("tuple[fx.Node, ...]", node.args)
     if set(value.users) != {node}:
         return "the value is read by others, too"
@@ -62,20 +68,23 @@ def skipped_at(program: Program, node: fx.Node) -> Skipped | str:
     samples = expression(shape(node)[0])
     if samples.is_Integer and samples != 1:
         return f"the graph holds for batches of {samples} alone"
-    inside = needed_by(value, held(program.boundaries))
+    inside = needed_by(value, held(program.boundaries).union(kept))
+    inside -= {n for n in inside if n.target is operator.getitem and n.args[0] not in inside}  # of a list, one is given
     if any(sees_all(n, inside) for n in inside):
         return "it writes to a tensor that outlives it, or compares samples"
-    sizes = set[fx.Node]() if samples == 1 else _sizes(inside, samples)
+    counts = {samples, *(batch if samples in batch else ())}
+    known = set[Any]().union(*(symbols(count) for count in counts))
+    sizes = set[fx.Node]() if samples == 1 else _sizes(inside, known)
     given = _given(program, inside | sizes)
     axes: list[int | None] = []
     for one in given:
-        axis = None if samples == 1 else _axis(one, samples)
+        axis = None if samples == 1 else _axis(one, counts, known)
         if isinstance(axis, str):
             return axis
         axes.append(axis)
     if samples != 1:
         rows = {n for n, axis in zip(given, axes, strict=True) if axis is not None}
-        if mixing := _mixing(inside, rows, samples.free_symbols):
+        if mixing := _mixing(inside, rows, known):
             return f"{mixing.name} {origin(mixing).line} computes samples from one another"
     return Skipped(node, frozenset(inside), frozenset(sizes), tuple(given), tuple(axes))
 
@@ -157,7 +166,7 @@ def _ancestors(value: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _sizes(inside: set[fx.Node], samples: Any) -> set[fx.Node]:
+def _sizes(inside: set[fx.Node], samples: set[Any]) -> set[fx.Node]:
     """The nodes outside that say how many samples there are: inside there are fewer, so it is asked again there."""
     found, todo = set[fx.Node](), list(inside)
     while todo:
@@ -166,7 +175,7 @@ def _sizes(inside: set[fx.Node], samples: Any) -> set[fx.Node]:
             number = isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool)
             if not number or node.op != "call_function" or node in inside | found:
                 continue
-            if symbols(size) & samples.free_symbols:
+            if symbols(size) & samples:
                 found.add(node)
                 todo.append(node)
     return found
@@ -180,15 +189,15 @@ def _given(program: Program, inside: set[fx.Node]) -> list[fx.Node]:
     return sorted(read - inside)
 
 
-def _axis(node: fx.Node, samples: Any) -> int | str | None:
+def _axis(node: fx.Node, counts: set[Any], known: set[Any]) -> int | str | None:
     value = fake(node)
     if value is None or node.op == "get_attr":
         return None
-    with_samples = [i for i, size in enumerate(value.shape) if symbols(size) & samples.free_symbols]
+    with_samples = [i for i, size in enumerate(value.shape) if symbols(size) & known]
     if not with_samples:
         return None
     axis = with_samples[0]
-    if len(with_samples) > 1 or expression(value.shape[axis]) != samples:
+    if len(with_samples) > 1 or expression(value.shape[axis]) not in counts:
         return f"{node.name} ({described_shape(node)}) has no axis of its own for samples"
     return axis
 

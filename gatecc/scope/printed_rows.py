@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from gatecc import ops as ops  # registers gatecc::only_if
 from gatecc.ir.program import Program
 from gatecc.ir.skipped import Skipped, skipped
 from gatecc.ops import paths
+from gatecc.ops.some_rows import count_of, on_rows, rows_of
 from gatecc.scope.traced import is_traced
 
 _BRANCHES: list[list[str]] = []
@@ -62,7 +64,8 @@ class PrintedRows:
 def _on_rows(body: Callable[..., Tensor], axes: Sequence[int | None], number: int) -> Callable[..., Tensor]:
     """A body as ``call(condition, other, *given)``: its result in the rows where the condition holds, else ``other``.
 
-    Nobody's body is not called. A trace cannot decide by data: it holds the body for all samples, and the mask.
+    With a condition for each token a sample is in if one of its tokens is. Nobody's body is not called. A trace cannot
+    decide by data: it holds the body for all samples, and the mask.
     """
 
     def call(condition: Tensor, other: Tensor, *given: Any) -> Tensor:
@@ -72,18 +75,12 @@ def _on_rows(body: Callable[..., Tensor], axes: Sequence[int | None], number: in
                 labels.append(f"rows_{number}")
                 y = torch.ops.gatecc.only_if(y, other, condition.any(), labels[-1])
             return torch.where(condition, y, other)
-        every = condition.numel()
-        count = int(condition if every == 1 else condition.sum())
+        rows = rows_of(condition)
         if paths.is_watched():
             read = [x for x in given if isinstance(x, torch.nn.Parameter)]
-            paths.note(paths.Taken("block", (count,), every, read))
-        if not count:
-            return other
-        if count == every:
-            return body(None, *given)
-        at = condition.reshape(-1).nonzero().squeeze(1)
-        rows = [x if axis is None else x.index_select(axis, at) for x, axis in zip(given, axes, strict=True)]
-        return other.index_copy(0, at, body(None, *rows))
+            every = condition.size(0)
+            paths.note(paths.Taken("block", (count_of(rows, every),), every, read))
+        return on_rows(partial(body, None), axes, rows, condition, other, given)
 
     call.__name__ = call.__qualname__ = f"on_rows_{number}"
     return call

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gatecc.capture.modes import in_eval
 from gatecc.errors import ArgumentError, MissingPackageError
 from gatecc.passes.exit.rule import NEVER
-from gatecc.train.exits import Labelled, cross_entropies, exit_costs, exit_logits, exits, set_thresholds
+from gatecc.train.exits import Labelled, cross_entropies, exit_costs, exits, labelled_logits, set_thresholds
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ def calibrate(
 ) -> Calibration:
     """Find and set the thresholds of a model's exits on labelled data that it was not trained on.
 
-    ``data``: pairs of a batch, as for `heal`, and labels (B,). Costs are FLOPs of runs (`exit_costs`). ``by``:
+    ``data``: pairs of a batch, as for `heal`, and labels (B,), for a model of tokens (B, N), the next tokens, -100
+    where there is none. Costs are FLOPs of runs (`exit_costs`). ``by``:
 
     - "accuracy": the cheapest whose accuracy is at most ``drop`` below that without exits.
     - "cost": the most accurate whose mean cost is at most ``budget`` of that without exits.
@@ -173,7 +174,7 @@ def _measured(model: nn.Module, data: Iterable[Labelled]) -> Calibration:
     costs: Tensor | None = None
     with in_eval(model):
         for batch, labels in data:
-            logits = exit_logits(model, batch)
+            logits, labels = labelled_logits(model, batch, labels)
             costs = exit_costs(model, batch) if costs is None else costs
             scores.append(torch.stack([r.score(z.float()) for r, z in zip(rules, logits, strict=False)], -1).cpu())
             losses.append(cross_entropies(logits, labels).cpu())

@@ -23,6 +23,7 @@ from gatecc.train.losses import kld
 
 _HEAD = re.compile(r"(^|\.)exit_head(_\d+)?\.")
 _ALWAYS = -1.0
+IGNORED = -100  # as in torch's cross entropy
 Labelled = tuple[Batch, Tensor]
 
 
@@ -38,7 +39,8 @@ def exits(model: nn.Module) -> list[RuleModule]:
 
 
 def exit_logits(model: nn.Module, batch: Batch) -> list[Tensor]:
-    """The logits of every exit, and behind them the model's own, (B, C) each, for all samples: nobody leaves.
+    """The logits of every exit, and behind them the model's own, (B, C) each, for all samples: nobody leaves. Of a
+    model of tokens they are (B, N, C).
 
     ``batch`` as for `heal`. Gradients reach whatever trains.
     """
@@ -62,9 +64,27 @@ def exit_logits(model: nn.Module, batch: Batch) -> list[Tensor]:
     return [*early, leaves[0]]
 
 
+def labelled_logits(model: nn.Module, batch: Batch, labels: Tensor) -> tuple[list[Tensor], Tensor]:
+    """`exit_logits` and labels of all who have one, (S, C) each and (S,): samples, or tokens, for which labels (B, N)
+    of -100 say that there is none."""
+    logits = exit_logits(model, batch)
+    labels = labels.to(logits[0].device)
+    if labels.shape != logits[0].shape[:-1]:
+        raise ArgumentError(
+            "the labels do not belong to the logits",
+            found=f"labels {tuple(labels.shape)}",
+            expected=str(tuple(logits[0].shape[:-1])),
+        )
+    if labels.dim() == 1:
+        return logits, labels
+    known = labels != IGNORED
+    return [z[known] for z in logits], labels[known]
+
+
 def exit_costs(model: nn.Module, batch: Batch) -> Tensor:
     """What leaving at each exit costs, as a share of leaving at none, (L + 1,): FLOPs of runs in which the first sample
-    of the batch leaves there."""
+    of the batch leaves there. In a model of tokens all of its tokens do, so that nobody reads their keys and values in
+    the layers behind: a step of a decoder computes these as well."""
     rules = exits(model)
     args, kwargs = pytree.tree_map_only(Tensor, lambda x: x[:1] if x.dim() else x, call_of(batch, device_of(model)))
     flops: list[int] = []
@@ -113,12 +133,13 @@ def fit_exits(
 ) -> Fitted:
     """Train exits, and nothing else of the model, in turn with their gates if these are learned (JEI-DNN).
 
-    ``data``: pairs of a batch, as for `heal`, and labels (B,). For the share ``warmup`` of the steps the heads learn
-    from their mean cross entropy. Then ``period`` steps of heads, each weighted by the probability that a sample leaves
-    there, and as many of gates take turns: a gate's label is 1 from the exit on at which the cross entropy plus
-    ``trade`` times the cost (``costs``: (L + 1,), else `exit_costs`) is least; positives count as negatives per
-    positive, at most ``balance`` times. Heads also learn from the model's own logits, ``distill`` times the distance
-    (`kld`); and where exits write to the stream, the model's loss counts as one more head's.
+    ``data``: pairs of a batch, as for `heal`, and labels (B,), for a model of tokens (B, N), the next tokens, -100
+    where there is none. For the share ``warmup`` of the steps the heads learn from their mean cross entropy. Then
+    ``period`` steps of heads, each weighted by the probability that a sample leaves there, and as many of gates take
+    turns: a gate's label is 1 from the exit on at which the cross entropy plus ``trade`` times the cost (``costs``:
+    (L + 1,), else `exit_costs`) is least; positives count as negatives per positive, at most ``balance`` times. Heads
+    also learn from the model's own logits, ``distill`` times the distance (`kld`); and where exits write to the stream,
+    the model's loss counts as one more head's.
 
     Gates that were never to leave leave from probability 1/2 on afterwards; other rules keep their thresholds, see
     `calibrate`. The model's own parameters and their ``requires_grad`` stay.
@@ -169,7 +190,7 @@ class _Work:
         """One step of the heads, or where there are learned gates and it is their turn, of these."""
         if self.costs is None and self.learned:
             self.costs = exit_costs(self.model, batch)
-        logits = exit_logits(self.model, batch)
+        logits, labels = labelled_logits(self.model, batch, labels)
         losses = cross_entropies(logits, labels)
         if self.learned and gates:
             loss = self._gates(logits, losses.detach())
@@ -234,7 +255,7 @@ def fit_exemplars(model: nn.Module, data: Iterable[Labelled]) -> None:
     if not any(isinstance(rule, CalibratedRule) for rule in rules):
         raise TrainingError("no exit keeps exemplars", expected="Exit(..., rule='calibrated')")
     with in_eval(model):
-        found = [(exit_logits(model, batch), labels) for batch, labels in data]
+        found = [labelled_logits(model, batch, labels) for batch, labels in data]
     labels = torch.cat([y for _, y in found]) if found else torch.empty(0)
     for at, rule in enumerate(rules):
         if not isinstance(rule, CalibratedRule):

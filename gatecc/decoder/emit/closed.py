@@ -30,7 +30,7 @@ from gatecc.decoder.emit.tables import Tables
 from gatecc.decoder.emit.writer import GraphWriter
 from gatecc.decoder.plan import Plan
 from gatecc.decoder.rules.slots import Slot
-from gatecc.ir.program import Program
+from gatecc.ir.program import Program, origin
 from gatecc.ir.sizes import expression, node_shape, symbols
 
 _aten = torch.ops.aten
@@ -238,6 +238,8 @@ class _Data(DataWriter):
         self.mask = mask
 
     def _data(self, node: fx.Node) -> Any:
+        if node.target is _aten.where.self and origin(node).skips:
+            return self._skipped(node)
         found = self.plan.attentions.get(node)
         if found is None or found.scale is None or (self.mask is None and not found.plain):
             return super()._data(node)
@@ -255,6 +257,13 @@ class _Data(DataWriter):
         for output, index in enumerate(indices, 1):
             self.slots.next[index] = self.writer.call(operator.getitem, (made, output))
         return self.writer.call(operator.getitem, (made, 0))
+
+    def _skipped(self, node: fx.Node) -> fx.Node:
+        """where(condition, value, other), of which a file computes the value if the condition holds somewhere."""
+        condition, value, other = (self.operands.read(node, x) for x in node.args)
+        some = self.writer.once(("any", condition), lambda: self.writer.call(_aten.any.default, (condition,)))
+        value = self.writer.call(torch.ops.gatecc.only_if.default, (value, other, some, node.name))
+        return self.writer.call(_aten.where.self, (condition, value, other))
 
 
 class _Attention(AttentionWriter):

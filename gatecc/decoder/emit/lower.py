@@ -1,22 +1,25 @@
 """lower: the last pass over a step, from a program of ATen operators to straight Python that runs fast.
 
 Operators become torch's own Python functions and methods; chains of reshapes become one; a single token takes the
-shortcuts of `emit.shortcuts`, and of its operators the forms that they have registered for one token. What nobody reads
-any more is dropped. The lowered graph takes and returns what the program does.
+shortcuts of `emit.shortcuts`, and of its operators the forms that they have registered for one token. What some
+samples do not need becomes a call (`emit.rows`). What nobody reads any more is dropped. The lowered graph takes and
+returns what the program does.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
 from torch._ops import OpOverload
 
 from gatecc.decoder.emit import functions
+from gatecc.decoder.emit.rows import Body, rows_of, skips
 from gatecc.decoder.emit.shortcuts import Grouped, choice, grouped, reshapes
 from gatecc.decoder.emit.step import Step
 from gatecc.ir.dataflow import Flow
+from gatecc.ir.skipped import Skipped
 from gatecc.ops import registry
 
 _RESHAPES = (torch.ops.aten.reshape.default, torch.ops.aten.view.default)
@@ -32,16 +35,23 @@ class _Lowering:
         self.step, self.flow = step, Flow(step.program)
         self.grouped, self.flat = grouped(step), reshapes(step)
         self.graph = fx.Graph()
-        self.weights: dict[str, torch.Tensor] = {}
+        self.weights: dict[str, Any] = {}
         self._of: dict[fx.Node, Any] = {}
         self._reshaped: dict[fx.Node, fx.Node] = {}  # a reshape that was written, and what it reshapes
+        self._skips = skips(step)
+        self._left = {node for one in self._skips.values() for node in one.inside}
+        self._rows: dict[fx.Node, fx.Node] = {}
         for node in step.program.graph.nodes:
-            self._of[node] = self._lowered(node)
+            if node not in self._left:
+                self._of[node] = self._written(node)
         _drop_unread(self.graph)
 
     def module(self) -> fx.GraphModule:
         """The lowered graph with its weights."""
         return fx.GraphModule(self.weights, self.graph)
+
+    def _written(self, node: fx.Node) -> fx.Node:
+        return self._skipped(self._skips[node]) if node in self._skips else self._lowered(node)
 
     def _lowered(self, node: fx.Node) -> fx.Node:
         if node.op == "placeholder":
@@ -56,7 +66,7 @@ class _Lowering:
         if sizes is not None and self._is_stable(node):
             return self._reshape(node, sizes)
         chosen = choice(node)
-        if chosen is not None:
+        if chosen is not None and all(n in self._of for n in chosen):
             return self.graph.call_function(choose, tuple(self._of[n] for n in chosen))
         return functions.call(self.graph, self._target(node), self._read(node.args), self._read(node.kwargs))
 
@@ -93,6 +103,32 @@ class _Lowering:
         made = self.graph.call_method("reshape", (x, sizes))
         self._reshaped[made] = x
         return made
+
+    # --- what some samples do not need ---
+
+    def _skipped(self, one: Skipped) -> fx.Node:
+        """A call of what only the samples of a condition need, in the place of where(condition, value, other)."""
+        condition, value, other = cast("tuple[fx.Node, ...]", one.node.args)
+        if condition not in self._rows:
+            self._rows[condition] = self.graph.call_function(rows_of, (self._of[condition],))
+        around = self.graph, self._of, self._reshaped, self._rows
+        self.graph, self._reshaped, self._rows = fx.Graph(), {}, {}
+        self._of = {node: self.graph.placeholder(f"given_{i}") for i, node in enumerate(one.given)}
+        deeper = {node for other in self._skips.values() if other.node in one.inside for node in other.inside}
+        for node in sorted((one.inside | one.sizes) - deeper):
+            self._of[node] = self._written(node)
+        self.graph.output(self._of[value])
+        _drop_unread(self.graph)
+        within = {str(node.target): self.weights[str(node.target)] for node in self.graph.find_nodes(op="get_attr")}
+        body = Body(self.graph, one.axes, within)
+        self.graph, self._of, self._reshaped, self._rows = around
+        made = self.graph.create_node("get_attr", f"body_{len(self.weights)}")
+        made.target = made.name
+        self.weights[made.name] = body
+        given = (self._of[node] for node in one.given)
+        return self.graph.call_method(
+            "run", (made, self._rows[condition], self._of[condition], self._of[other], *given)
+        )
 
     # --- attention ---
 

@@ -21,6 +21,7 @@ from gatecc.ir.loops import free_lengths
 from gatecc.ir.program import Program
 
 _NUMBER = count()  # symbols are told apart by their sources
+_SAMPLES, _PAST, _NEW, _ROOM = 2, 6, 5, 16  # sizes where there is no example
 
 
 def record(step: Step, example: Sequence[Any]) -> None:
@@ -28,18 +29,29 @@ def record(step: Step, example: Sequence[Any]) -> None:
 
     The example's sizes are the hints of the symbols, at which costs are counted.
     """
+    program = step.program
+    _record(step, dict(zip(program.graph.find_nodes(op="placeholder"), example, strict=True)))
+    program.example = [x for x in example if isinstance(x, torch.Tensor)]
+    program.paths = [(node.name,) for node in program.placeholders]
+
+
+def record_sizes(step: Step) -> None:
+    """Record the values of all nodes where no example is to be had. The hints of the symbols are some numbers."""
+    tokens, past, *_ = placeholders = step.program.graph.find_nodes(op="placeholder")
+    given: dict[fx.Node, Any] = {node: torch.empty([_ROOM] * 8, device="meta") for node in placeholders}
+    given |= {tokens: torch.empty(_SAMPLES, 1 if step.single else _NEW, device="meta"), past: _PAST}
+    _record(step, given | dict.fromkeys(step.sources.starts, 0))
+
+
+def _record(step: Step, given: dict[fx.Node, Any]) -> None:
     program, tokens = step.program, step.plan.inputs.tokens
     mode = detect_fake_mode([tokens.meta["val"]])
     assert mode is not None
     assert mode.shape_env is not None
-    placeholders = program.graph.find_nodes(op="placeholder")
-    given = dict(zip(placeholders, example, strict=True))
     with mode, enable_python_dispatcher(), free_lengths(), torch.no_grad():
         for node, value in _inputs(step, given, Symbols(mode.shape_env)):
             node.meta["val"] = value
         record_calls(program, mode.shape_env)
-    program.example = [x for x in example if isinstance(x, torch.Tensor)]
-    program.paths = [(node.name,) for node in program.placeholders]
 
 
 def record_calls(program: Program, shape_env: Any) -> None:

@@ -1,4 +1,4 @@
-"""Exit: leave the model early at blocks, for each sample by itself."""
+"""Exit: leave the model early at blocks, for each sample by itself, or in a model of tokens for each token."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from gatecc.ir.site import Block, Site, Value
 from gatecc.ir.sizes import described_shape
 from gatecc.passes.exit.head import ExitHead, Pooled, as_logits, goes_on
 from gatecc.passes.exit.rule import Confidence, ExitRule, RuleModule
+from gatecc.passes.exit.tokens import leave_per_token
 from gatecc.passes.operands import own_weight, place, stage
 from gatecc.passes.skipping import skip_for_samples
 
@@ -37,6 +38,9 @@ class Exit(Rewrite):
     Samples that left are taken out of the batch, with their rows of every value that has one for each sample (masks and
     the like), and if nobody is left nothing runs. Under a compiler, in exports and for hooks the form is masked: all
     is computed, and the outputs are chosen. An export at batch 1 skips by an ``If``.
+
+    In a causal model of tokens, whose logits are (b, n, c), each token leaves by itself, and its hidden state stays
+    what it was: see `gatecc.passes.exit.tokens`. Its head reads each token: "tail" or "pooled(pool=each)".
     """
 
     name = "exit"
@@ -71,6 +75,17 @@ class Exit(Rewrite):
 
     def rewrite(self, site: Site, edit: Editor) -> None:
         logits, here = self._logits(site, edit), stage(site, "out").node
+        if logits.axes == "bnc":
+            leave_per_token(site, logits, self.head, lambda classes: self._rule(classes, edit), self.label, edit)
+            return
+        if self.head.reads_tokens:
+            raise SiteRefusedError(
+                "the head yields logits for each token, and the model one row for each sample",
+                where=place(site),
+                found=str(self.head),
+                expected="logits (b, n, c) of the model, or another head",
+                do="take pool='mean', 'max', 'first' or 'last'",
+            )
         outer, final = _innermost(logits.node, here, edit)
         built = self.head.build(site, replace(logits, node=final), edit)
         early = as_logits(built.logits, final, edit)
@@ -98,13 +113,13 @@ class Exit(Rewrite):
             found = models[0].find("logits") or stage(models[0], "out")
         else:
             raise SiteRefusedError("the model returns no tensor", where=place(site), do="name the logits: output=...")
-        if found.axes.text != "bc" or not isinstance(site, Block):
+        if found.axes.text not in ("bc", "bnc") or not isinstance(site, Block):
             raise SiteRefusedError(
-                "samples leave a model that yields a row of logits for each of them",
+                "samples leave a model that yields a row of logits for each of them or of their tokens",
                 where=place(site),
                 found=f"({described_shape(found.node)}), axes {found.axes}",
-                expected="logits (b, c), and a block to leave at",
-                do='name them, output="head[0].out"; a model of tokens has a row for each token',
+                expected="logits (b, c) or (b, n, c), and a block to leave at",
+                do='name them, output="head[0].out"',
             )
         return found
 

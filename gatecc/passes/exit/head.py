@@ -28,8 +28,18 @@ LABEL = "exit_head"
 class ExitHead(Option, slot="head"):
     """Base of heads."""
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether it must read each token by itself, and cannot do with a row of logits for each sample."""
+        return False
+
+    @property
+    def pools_tokens(self) -> bool:
+        """Whether the logits of one token would depend on others."""
+        return False
+
     def build(self, site: Site, logits: Value, edit: Editor) -> Built:
-        """Insert the head at a block site; its logits have the shape of the model's, (b, c)."""
+        """Insert the head at a block site; its logits have the shape of the model's, (b, c) or (b, n, c)."""
         raise NotImplementedError
 
 
@@ -42,13 +52,22 @@ class Built(NamedTuple):
 
 @dataclass(frozen=True)
 class Pooled(ExitHead, tag="pooled"):
-    """W LN(p), p the mean or maximum of the block's output over tokens or pixels, or its first or last token.
+    """W LN(p), p the mean or maximum of the block's output over tokens or pixels, or its first or last token; ``each``
+    token by itself in a model that has logits for each.
 
     With ``hidden``, W2 GELU(W1 LN(p)) of so many hidden units. Padding is pooled, too.
     """
 
-    pool: Literal["mean", "max", "first", "last"] = "mean"
+    pool: Literal["mean", "max", "first", "last", "each"] = "mean"
     hidden: int = 0
+
+    @property
+    def reads_tokens(self) -> bool:
+        return self.pool == "each"
+
+    @property
+    def pools_tokens(self) -> bool:
+        return self.pool != "each"
 
     def check(self) -> None:
         self.require(self.hidden >= 0, "hidden", "a number of units, 0 for none")
@@ -56,9 +75,9 @@ class Pooled(ExitHead, tag="pooled"):
     def build(self, site: Site, logits: Value, edit: Editor) -> Built:
         value = stage(site, "out")
         channels, classes = sizes_of(value, logits, site)
-        if self.pool in ("first", "last") and value.axes.text != "bnc":
+        if self.pool in ("first", "last", "each") and value.axes.text != "bnc":
             raise SiteRefusedError(
-                f"the block yields no {self.pool} token",
+                f"the block yields no tokens to take {self.pool} of",
                 where=place(site),
                 found=f"axes {value.axes} of ({described_shape(value.node)})",
                 expected="bnc",
@@ -69,7 +88,7 @@ class Pooled(ExitHead, tag="pooled"):
 
 
 class PooledHead(nn.Module):
-    """The module of `Pooled`. x: (b, ..., c) in the order of ``axes`` -> (b, classes)"""
+    """The module of `Pooled`. x: (b, ..., c) in the order of ``axes`` -> (b, classes), of each token (b, n, classes)"""
 
     def __init__(self, head: Pooled, axes: Axes, channels: int, classes: int) -> None:
         super().__init__()
@@ -81,7 +100,7 @@ class PooledHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.pool in ("first", "last"):
             x = x[:, 0 if self.pool == "first" else -1]
-        else:
+        elif self.pool != "each":
             x, at = channels_last(x, self.axes, {})
             over = [i for i, axis in enumerate(at) if axis != "b"]
             if over:
@@ -168,5 +187,5 @@ def as_logits(early: fx.Node, logits: fx.Node, edit: Editor) -> fx.Node:
 
 
 def goes_on(stays: Tensor, final: Tensor, early: Tensor) -> Tensor:
-    """y <- the later logits for the samples that go on, the exit's for those that leave"""
+    """y <- the later value for those who go on, the other for those who left"""
     return torch.where(stays, final, early)

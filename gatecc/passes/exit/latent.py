@@ -33,6 +33,10 @@ class Latent(ExitHead, tag="latent"):
     heads: int = 4
     writes: bool = True
 
+    @property
+    def pools_tokens(self) -> bool:
+        return True
+
     def check(self) -> None:
         self.require(self.codes > 0, "codes", "a positive number")
         self.require(self.heads > 0 and self.width % self.heads == 0, "width", "a multiple of the heads")

@@ -31,7 +31,7 @@ class ExitRule(Option, slot="rule"):
 
 
 class RuleModule(nn.Module):
-    """logits (B, C) -> which samples go on, (B, 1) of bool."""
+    """logits (B, C) -> which samples go on, (B, 1) of bool; of tokens (B, N, C) -> (B, N, 1)."""
 
     threshold: Tensor
     place: int  # exits in order along the depth
@@ -165,7 +165,7 @@ class CalibratedRule(RuleModule):
         self.fitted.fill_(True)
 
     def score(self, logits: Tensor) -> Tensor:
-        far = (logits.unsqueeze(1) - self.exemplars).square().sum(-1).sqrt()
+        far = (logits.unsqueeze(-2) - self.exemplars).square().sum(-1).sqrt()
         nearest = far.argsort(-1)
         alike = (self.predicted == logits.argmax(-1, keepdim=True)) & self.right
         q = torch.gather(alike, 1, nearest).to(logits.dtype).cumprod(-1).sum(-1, keepdim=True)

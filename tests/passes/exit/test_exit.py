@@ -210,8 +210,10 @@ class Tokens(nn.Module):
 
 def test_refused_by_name(net: Any, inputs: Any) -> None:
     given = (inputs["x"], inputs["keep"], torch.randn(6, 3 * D))
-    with pytest.raises(SiteRefusedError, match="a row of logits for each"):
+    with pytest.raises(SiteRefusedError, match=r"the mask of .* is "):  # tokens see later ones
         gatecc.transform(Tokens(False).eval(), Exit("block[0]"), given)
+    with pytest.raises(SiteRefusedError, match="one row for each sample"):
+        gatecc.transform(net, Exit("block[0]", "pooled(each)"), inputs)
     with pytest.raises(SiteRefusedError, match="cannot be skipped for some samples"):
         gatecc.transform(Tokens(True).eval(), Exit("block[0]"), given)
     for other, remedy in (("step[...]", "merge='confident'"), ("mlp[0]", "the blocks around it")):
