@@ -21,6 +21,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "poly": {"tasks": 2},
     "gcab": {"tasks": 3},
     "m3vit": {"tasks": 3},
+    "max-former": {"kernels": (3,)},
 }
 MODELS: dict[str, str] = {
     "gated-swinrmt": """import timm
@@ -40,6 +41,7 @@ model, example_inputs = timm.create_model("swin_tiny_patch4_window7_224", **shap
             ("mocoop", "described"),
             ("pill", "images"),
             ("dynamic-confidence tsm-conv", "spiking"),
+            ("max-former", "picture_patches"),
             ("ftwt multi-scale-gates", "pictures"),
             ("guiding-giants unlasting-mask x-lora", "language"),
             ("hrpo", "thinking"),

@@ -234,6 +234,11 @@ class _Patches(nn.Module):
         return self.encoder(self.embed(x).flatten(2).mT)
 
 
+def picture_patches() -> Sample:
+    """A classifier of images by 4 x 4 patches."""
+    return weighted(_Patches()), (_noise(2, 3, 8, 8),)
+
+
 def two_scales() -> Sample:
     """A classifier of images by patches, with the same images at twice the resolution."""
     fine = _noise(4, 3, 16, 16)

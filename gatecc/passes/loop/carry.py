@@ -13,9 +13,9 @@ from gatecc.errors import SiteRefusedError
 from gatecc.ir.edit import Editor
 from gatecc.ir.gates.option import Option
 from gatecc.ir.ops import VIEWS, mutates, opname
-from gatecc.ir.program import fake
+from gatecc.ir.program import fake, origin
 from gatecc.ir.select import Selector, select
-from gatecc.ir.site import Activation, Site
+from gatecc.ir.site import Activation, Site, Value
 from gatecc.passes.loop.neuron import Neuron
 from gatecc.passes.operands import place, stage
 
@@ -123,7 +123,8 @@ class Spikes(Carry, tag="spikes"):
     that stay buffers; ``start_at`` is where a membrane begins, as a share of the threshold (1/2 where an ANN is
     converted); ``decay`` 1 is integrate and fire, less is leaky; ``alpha`` is the slope of the surrogate gradient.
     ``replaces`` are the activations that a rate of spikes may stand for: a rate is never negative, so others than a
-    ReLU have to be named.
+    ReLU have to be named. ``of_rewrites`` names earlier rewrites, such as "mix": activations that these have inserted,
+    of the kinds in ``replaces``, become neurons, too.
     """
 
     neurons: str = "activation[...]"
@@ -134,6 +135,7 @@ class Spikes(Carry, tag="spikes"):
     reset: Literal["subtract", "zero"] = "subtract"
     alpha: float = 2.0
     replaces: tuple[str, ...] = ("relu",)
+    of_rewrites: tuple[str, ...] = ()
 
     def check(self) -> None:
         self.require(self.threshold > 0, "threshold", "a number > 0: a membrane never falls below it otherwise")
@@ -148,6 +150,7 @@ class Spikes(Carry, tag="spikes"):
     def start(self, site: Site, out: fx.Node, edit: Editor, moved: Moved) -> tuple[State, fx.Node]:
         inside = needed(out)
         chosen = [s for s in select(Selector.parse(self.neurons), edit.sites) if s.values["out"].node in inside]
+        chosen += self._inserted(edit, inside)
         if not chosen:
             raise SiteRefusedError(
                 "no activation becomes a neuron",
@@ -158,7 +161,7 @@ class Spikes(Carry, tag="spikes"):
         found: State = {}
         for neuron in chosen:
             self._check(neuron)
-            x, y = stage(neuron, "in").node, neuron.values["out"].node
+            x, y = neuron.values["in"].node, neuron.values["out"].node
             x = moved.get(x, x)
             path = edit.module(inside_of(site, neuron, "neuron"), self._build)
             before = edit.call(starting, x, edit.parameter(f"{path}.threshold"), self.start_at, name="membrane")
@@ -168,6 +171,19 @@ class Spikes(Carry, tag="spikes"):
             _remove(y, x, neuron, edit)
             found[before] = after
         return found, out
+
+    def _inserted(self, edit: Editor, inside: set[fx.Node]) -> list[Site]:
+        """The activations of earlier rewrites, in order."""
+        return [
+            Activation(
+                owner=origin(node).owner,
+                line=origin(node).line,
+                values={"in": Value(node.all_input_nodes[0], ""), "out": Value(node, "")},
+                function=opname(node),
+            )
+            for node in edit.program.calls()
+            if node in inside and opname(node) in self.replaces and origin(node).inserted_by in self.of_rewrites
+        ]
 
     def _check(self, neuron: Site) -> None:
         if not isinstance(neuron, Activation):

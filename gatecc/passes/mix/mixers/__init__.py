@@ -12,4 +12,6 @@ from gatecc.passes.mix.mixers.linear import Linear as Linear
 from gatecc.passes.mix.mixers.manhattan import Manhattan as Manhattan
 from gatecc.passes.mix.mixers.ninformer import NiNformer as NiNformer
 from gatecc.passes.mix.mixers.pgn import PGN as PGN
+from gatecc.passes.mix.mixers.spiking import SpikingAttention as SpikingAttention
+from gatecc.passes.mix.mixers.spiking import SpikingConv as SpikingConv
 from gatecc.passes.mix.mixers.vig import ViG as ViG
