@@ -41,7 +41,7 @@ model, example_inputs = timm.create_model("swin_tiny_patch4_window7_224", **shap
             ("mocoop", "described"),
             ("pill", "images"),
             ("dynamic-confidence tsm-conv", "spiking"),
-            ("max-former", "picture_patches"),
+            ("d2it max-former", "picture_patches"),
             ("ftwt multi-scale-gates", "pictures"),
             ("guiding-giants unlasting-mask x-lora", "language"),
             ("hrpo", "thinking"),

@@ -150,7 +150,7 @@ class Zoom(Rewrite):
                 found=f"axes {value.axes} of ({described_shape(value.node)})",
                 expected="bnc, or a map",
             )
-        grid = self._grid(value, site, edit)
+        grid = grid_at_end(value, self.grid, site, edit)
         made = lambda: beside(Twig(value.axes, channels, self.size, grid, self.share, self.threshold), edit)  # noqa: E731
         zooms, centre = edit.call(edit.module("twig", made), value.node, name="twig")
         crop = edit.call(cropped, fine, image, centre, self.share, name="region")
@@ -171,23 +171,24 @@ class Zoom(Rewrite):
             raise SiteRefusedError("the model returns no tensor", where=place(site), do="return its logits")
         return found.node
 
-    def _grid(self, value: Value, site: Site, edit: Editor) -> tuple[int, int]:
-        """Rows and columns of a block's tokens; the graph holds for this size alone."""
-        letters = [a for a in value.axes.positions if a != "b"]
-        sizes = [edit.pin(value.node, value.axes.index(a)) for a in letters]
-        if len(sizes) == 2 and not self.grid:
-            return sizes[0], sizes[1]
-        tokens = sizes[0] if len(sizes) == 1 else 0
-        rows, columns = self.grid or (isqrt(tokens), isqrt(tokens))
-        if not 0 < rows * columns <= tokens:
-            raise SiteRefusedError(
-                "the tokens of the block are no grid",
-                where=place(site),
-                found=f"axes {value.axes} of ({described_shape(value.node)}), {rows} x {columns} places",
-                expected="tokens (b, n, c) with a grid at their end, or a map",
-                do="name it: grid=(rows, columns)",
-            )
-        return rows, columns
+
+def grid_at_end(value: Value, grid: tuple[int, ...], site: Site, edit: Editor) -> tuple[int, int]:
+    """Rows and columns of a block's tokens; the graph holds for this size alone. Raises SiteRefusedError."""
+    letters = [a for a in value.axes.positions if a != "b"]
+    sizes = [edit.pin(value.node, value.axes.index(a)) for a in letters]
+    if len(sizes) == 2 and not grid:
+        return sizes[0], sizes[1]
+    tokens = sizes[0] if len(sizes) == 1 else 0
+    rows, columns = grid or (isqrt(tokens), isqrt(tokens))
+    if not 0 < rows * columns <= tokens:
+        raise SiteRefusedError(
+            "the tokens of the block are no grid",
+            where=place(site),
+            found=f"axes {value.axes} of ({described_shape(value.node)}), {rows} x {columns} places",
+            expected="tokens (b, n, c) with a grid at their end, or a map",
+            do="name it: grid=(rows, columns)",
+        )
+    return rows, columns
 
 
 def _check_images(image: fx.Node, fine: fx.Node, site: Site) -> None:
