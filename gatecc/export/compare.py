@@ -44,7 +44,7 @@ class Compared:
     """One comparison with torch. ``error`` is the largest of |torch - onnx| / max(1, max|torch|) over all outputs; of
     an output that is closer to the model in float64 than to torch, the distance from that. ``reference``: whether it is
     ONNX's reference evaluator that ran the graph, in the place of ONNX Runtime. ``padding``: the side on which an
-    attention_mask hid some of each row; then what a model gives at padding is left out."""
+    attention_mask, or what else hides places, hid some of a row; then what a model gives at padding is left out."""
 
     sizes: Sizes
     error: float

@@ -62,7 +62,7 @@ def _is_passed_over(step: Closed, plan: Plan, model: nn.Module, inputs: tuple[An
     captured = step.given[step.mask]
     values[captured] = mask.to(of.values[captured].dtype)
     found = forward(plan, model, inputs, _along(of.ids, source), values)
-    expected = _along(of.logits, source)
+    expected, mask = _along(of.logits, source), mask & _along(of.told, source)
     return difference(expected[mask], found[mask]) <= TOLERANCE.get(expected.dtype, 0.0)
 
 
@@ -87,7 +87,8 @@ def takes_padding(step: Closed, of: Text, session: Runs) -> bool:
         feeds[step.mask] = mask.to(step.mask.meta["val"].dtype)
         feeds.update({held.source: x for held, x in zip(step.held, states, strict=True)})
         logits, *states = session.run(input_names(step), [feeds[node] for node in step.program.placeholders])
-        error = difference(_along(of.logits, at)[seen], logits[seen])
+        told = seen & _along(of.told, at)
+        error = difference(_along(of.logits, at)[told], logits[told])
         if not error <= TOLERANCE.get(of.logits.dtype, 0.0):
             return False
         at = (lengths + number)[:, None]

@@ -40,25 +40,44 @@ class Padded:
 def padded(names: Sequence[str], leaves: Sequence[Tensor], run: Run) -> Iterator[Padded]:
     """The inputs with rows of several lengths, padded on the left and on the right: once for all that are named
     attention_mask, and once for each other input of two values (B, N). ``run``: the model."""
-    for group in _groups(names, leaves):
+    for group in groups(names, leaves):
         for side in ("left", "right"):
             found = _padded(leaves, group, side, run, named=names[group[0]].endswith(MASK))
             if found is not None:
                 yield found
 
 
-def _groups(names: Sequence[str], leaves: Sequence[Tensor]) -> list[list[int]]:
-    may = [at for at, x in enumerate(leaves) if x.dim() == 2 and x.shape[1] > 1 and not x.is_floating_point()]
+def groups(names: Sequence[str], leaves: Sequence[Tensor]) -> list[list[int]]:
+    """What may say which places of a row are padding: all inputs (B, N) that are named attention_mask together, and
+    each other one of two values by itself."""
+    may = [at for at, x in enumerate(leaves) if x.dim() == 2 and x.shape[1] > 1 and not x.is_complex()]
     named = [at for at in may if names[at].endswith(MASK)]
     others = [[at] for at in may if at not in named and bool(((leaves[at] == 0) | (leaves[at] == 1)).all())]
     return [named, *others] if named else others
 
 
-def _padded(leaves: Sequence[Tensor], group: list[int], side: str, run: Run, *, named: bool) -> Padded | None:
-    first: Padded | None = None
+@dataclass(frozen=True)
+class Hiding:
+    """Inputs with padding, and the outputs for them and for something else at padding. ``passed``: whether that makes
+    no difference at tokens."""
+
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    moved: list[Tensor]
+    passed: bool
+
+
+def hide(
+    leaves: Sequence[Tensor], group: Sequence[int], seen: Sequence[Tensor], run: Run, *, named: bool
+) -> Hiding | None:
+    """The inputs with the places that are not ``seen`` hidden by these masks. (B, N) each
+
+    ``named``: they are known to be masks of which 1 is a token. Of others, whichever value hides is found by what the
+    model does; if none does, the one that fits the example better is taken. None if the model does not run on them.
+    """
+    first: Hiding | None = None
     often = int(leaves[group[0]].double().mean() >= 0.5)  # an example has more tokens than padding
     for token in (1,) if named else (often, 1 - often):
-        seen = [_ragged(leaves[at], side) for at in group]
         inputs = list(leaves)
         for at, mask in zip(group, seen, strict=True):
             inputs[at] = (mask if token else ~mask).to(leaves[at].dtype)
@@ -67,11 +86,22 @@ def _padded(leaves: Sequence[Tensor], group: list[int], side: str, run: Run, *, 
             continue
         other = _with_other_padding(inputs, group, seen)
         moved = (run(other) if other is not None else None) or outputs
-        if named or (moved is not outputs and _passes_over(outputs, moved, seen[0])):
-            told = [_told(x, y, seen, side) for x, y in zip(outputs, moved, strict=True)]
-            return Padded(tuple(inputs), side, told)
-        first = first or Padded(tuple(inputs), side, [torch.isfinite(x) for x in outputs])
+        passed = named or (moved is not outputs and _passes_over(outputs, moved, seen[0]))
+        found = Hiding(inputs, outputs, moved, passed)
+        if passed:
+            return found
+        first = first or found
     return first
+
+
+def _padded(leaves: Sequence[Tensor], group: list[int], side: str, run: Run, *, named: bool) -> Padded | None:
+    seen = [_ragged(leaves[at], side) for at in group]
+    found = hide(leaves, group, seen, run, named=named)
+    if found is None:
+        return None
+    pairs = zip(found.outputs, found.moved, strict=True)
+    told = [_told(x, y, seen, side) if found.passed else torch.isfinite(x) for x, y in pairs]
+    return Padded(tuple(found.inputs), side, told)
 
 
 def _ragged(mask: Tensor, side: str) -> Tensor:
@@ -82,7 +112,7 @@ def _ragged(mask: Tensor, side: str) -> Tensor:
     return (at >= hidden if side == "left" else at < length - hidden).to(mask.device)
 
 
-def _with_other_padding(inputs: Sequence[Tensor], group: list[int], seen: Sequence[Tensor]) -> list[Tensor] | None:
+def _with_other_padding(inputs: Sequence[Tensor], group: Sequence[int], seen: Sequence[Tensor]) -> list[Tensor] | None:
     """The inputs with something else at padding, of what they hold elsewhere; None if there is nothing else."""
     found = list(inputs)
     for at, x in enumerate(inputs):
@@ -115,4 +145,4 @@ def _told(x: Tensor, moved: Tensor, seen: Sequence[Tensor], side: str) -> Tensor
     return torch.isfinite(x) & (gap <= _UNMOVED * max(1.0, float(x.double().nan_to_num().abs().max())))
 
 
-__all__ = ["Padded", "padded"]
+__all__ = ["Hiding", "Padded", "groups", "hide", "padded"]

@@ -34,6 +34,7 @@ from gatecc.export.compare import TOLERANCE, Compared, allowed_off
 from gatecc.export.encoder import Encode
 from gatecc.export.locate import with_place
 from gatecc.export.lower import context_of
+from gatecc.export.ragged import MASK, groups, hide
 from gatecc.ir.sizes import expression, node_shape
 from gatecc.scope.family import difference
 
@@ -47,11 +48,12 @@ class Text:
     """Example tokens with what the model computes for all of them at once. ``values`` are those of the other inputs,
     by the captured nodes that they are; ``encode`` says what the steps read of those that are no tokens. ``sizes``:
     those by which it differs from others. ``wide``: all logits in float64, and behind these the same with rounding
-    drawn; nothing if they cannot be had."""
+    drawn; nothing if they cannot be had. ``told``: where the logits say something (B, N): not at padding."""
 
     ids: Tensor
     values: dict[fx.Node, Tensor]
     logits: Tensor
+    told: Tensor
     encode: Encode
     wide: Callable[[], list[Tensor]]
     sizes: dict[str, int] = field(default_factory=dict[str, int])
@@ -59,7 +61,8 @@ class Text:
     def sample(self, batch: int) -> Text:
         """The first samples alone."""
         values = {node: x[:batch] for node, x in self.values.items()}
-        return replace(self, ids=self.ids[:batch], values=values, logits=self.logits[:batch])
+        parts = {name: getattr(self, name)[:batch] for name in ("ids", "logits", "told")}
+        return replace(self, values=values, **parts)
 
 
 class Filled:
@@ -131,13 +134,13 @@ def _text(
     length = _length(made, step, model)
     values = {node: _resized(x, plan.inputs, node, length, sizes) for node, x in _example(plan)}
     ids = values.pop(plan.inputs.tokens)
-    if step.mask is not None and step.ragged and step.mask in step.given:
-        values[step.given[step.mask]].fill_(1)
+    counted = step.given.get(step.mask) if step.mask is not None and step.ragged else None
+    told = _hide(plan, model, inputs, ids, values, counted)
     if sizes:
         made.context(len(ids), {n.name: values[n] for n in plan.inputs.context})
     logits = forward(plan, model, inputs, ids, values)
     wide = cache(partial(_in_float64, plan, model, inputs, ids, values))
-    return Text(ids, values, logits, encode, wide, {"context": max(sizes.values())} if sizes else {})
+    return Text(ids, values, logits, told, encode, wide, {"context": max(sizes.values())} if sizes else {})
 
 
 def _length(made: Decoder, step: Closed, model: nn.Module) -> int:
@@ -182,8 +185,7 @@ def _example(plan: Plan) -> list[tuple[fx.Node, Tensor]]:
 
 
 def _resized(x: Tensor, inputs: Any, node: fx.Node, length: int, sizes: Mapping[Any, int]) -> Tensor:
-    """An input for the largest batch and this length: tokens are drawn, of a mask the second row is padded on the
-    left, and the third on the right where it is one of a context. ``sizes``: the lengths of contexts."""
+    """An input for the largest batch and this length, of which tokens are drawn. ``sizes``: the lengths of contexts."""
     rows = max(_BATCHES)
     if node is inputs.tokens:
         generator = torch.Generator().manual_seed(0)
@@ -192,10 +194,7 @@ def _resized(x: Tensor, inputs: Any, node: fx.Node, length: int, sizes: Mapping[
     x = x.index_select(0, torch.arange(rows, device=x.device) % len(x))
     if node in inputs.context:
         return _context(x, node, inputs.lengths, sizes)
-    x = continued(node, x, length)
-    if node.name.endswith("attention_mask"):
-        x[1, : length // 3] = 0
-    return x
+    return continued(node, x, length)
 
 
 def _context(x: Tensor, node: fx.Node, lengths: Lengths, sizes: Mapping[Any, int]) -> Tensor:
@@ -204,12 +203,61 @@ def _context(x: Tensor, node: fx.Node, lengths: Lengths, sizes: Mapping[Any, int
         if lengths.foreign(size):
             wanted = int(size.xreplace(dict(sizes))) if size.free_symbols <= set(sizes) else x.shape[axis]
             x = x.index_select(axis, torch.arange(wanted, device=x.device) % x.shape[axis])
-    if node.name.endswith("mask") and len(shape) == 2 and lengths.foreign(shape[1]):
-        hidden = x.shape[1] // 3
-        x = torch.ones_like(x)
-        x[1, :hidden] = 0
-        x[2, x.shape[1] - hidden :] = 0
     return x
+
+
+def _hide(
+    plan: Plan, model: nn.Module, inputs: Any, ids: Tensor, values: dict[fx.Node, Tensor], counted: fx.Node | None
+) -> Tensor:
+    """Put padding in all ``values`` that are masks of it, by what the model does, and return where its logits say
+    something. (B, N)
+
+    The second row is padded on the left, of a context the third one on the right. ``counted``: the mask that stays
+    without padding, for attention counts by it.
+    """
+
+    def run(leaves: Sequence[Tensor]) -> list[Tensor] | None:
+        given = dict(zip(plan.program.placeholders, leaves, strict=True))
+        try:
+            return [forward(plan, model, inputs, given.pop(plan.inputs.tokens), given)]
+        except (RuntimeError, IndexError, ValueError, TypeError):  # a value that this input never has
+            return None
+
+    nodes, told = plan.program.placeholders, torch.ones(ids.shape[:2], dtype=torch.bool)
+    if counted is not None:
+        values[counted].fill_(1)
+    for group in groups([node.name for node in nodes], _leaves(plan, ids, values)):
+        masks = [at for at in group if nodes[at] is not counted and _masks(nodes[at], plan)]
+        if not masks:
+            continue
+        seen = [_seen(values[nodes[at]], context=nodes[at] in plan.inputs.context) for at in masks]
+        named = nodes[masks[0]].name.endswith(MASK)
+        found = hide(_leaves(plan, ids, values), masks, seen, run, named=named)
+        if found is None:
+            continue
+        values.update({nodes[at]: found.inputs[at] for at in masks})
+        if not found.passed:
+            told &= torch.isfinite(found.outputs[0]).flatten(2).all(-1).cpu()
+            continue
+        for at, mask in zip(masks, seen, strict=True):
+            told &= mask.cpu() if nodes[at] in plan.inputs.history else True
+    return told
+
+
+def _masks(node: fx.Node, plan: Plan) -> bool:
+    """Whether an input has a value per token, or per place of a context."""
+    if node in plan.inputs.history:
+        return True
+    sizes = [expression(size) for size in node_shape(node) or ()]
+    return node in plan.inputs.context and len(sizes) > 1 and plan.lengths.foreign(sizes[1])
+
+
+def _seen(mask: Tensor, *, context: bool) -> Tensor:
+    seen, hidden = torch.ones_like(mask, dtype=torch.bool), mask.shape[1] // 3
+    seen[1, :hidden] = False
+    if context:
+        seen[2, mask.shape[1] - hidden :] = False
+    return seen
 
 
 def compare_steps(
@@ -240,27 +288,27 @@ def _compared(
 ) -> Compared:
     got = _logits(step, session, of, pieces)
     expected = of.logits[:, : sum(pieces)]
-    error = _difference(step, of, expected, got)
+    error = _difference(of, expected, got)
     tolerance = TOLERANCE.get(expected.dtype, 0.0)
     sizes = {"batch": len(of.ids), "prefill": pieces[0], "steps": sum(pieces[1:]), **of.sizes}
     if not error <= tolerance:
-        off, distance, *lucky = _from_float64(step, of, expected, got)
+        off, distance, *lucky = _from_float64(of, expected, got)
         allowed = allowed_off(off, expected.dtype, lucky)
         if not distance <= allowed:
-            own = _difference(step, of, expected, _in_torch(made, of, pieces))
+            own = _difference(of, expected, _in_torch(made, of, pieces))
             told = _misfit(sizes, (error, own, allowed), (off, distance))
             raise with_place(told, lambda: locate(lambda watched: _logits(step, watched, of, pieces), allowed))
         error = distance
-    return Compared(sizes, error, session.reference)
+    return Compared(sizes, error, session.reference, "" if of.told.all() else "left")
 
 
-def _from_float64(step: Closed, of: Text, expected: Tensor, got: Tensor) -> tuple[float, ...]:
+def _from_float64(of: Text, expected: Tensor, got: Tensor) -> tuple[float, ...]:
     """How far the full forward, the file and draws of rounding are from the model in float64; NaN where that cannot be
     had."""
     known = [x[: len(of.ids), : expected.shape[1]] for x in of.wide()]
     if not known or got.dtype != expected.dtype:
         return float("nan"), float("nan")
-    return tuple(_difference(step, of, known[0], x.double()) for x in (expected, got, *known[1:]))
+    return tuple(_difference(of, known[0], x.double()) for x in (expected, got, *known[1:]))
 
 
 def _misfit(sizes: Mapping[str, int], errors: tuple[float, float, float], wide: tuple[float, float]) -> ExportError:
@@ -275,14 +323,11 @@ def _misfit(sizes: Mapping[str, int], errors: tuple[float, float, float], wide: 
     )
 
 
-def _difference(step: Closed, of: Text, expected: Tensor, got: Tensor) -> float:
+def _difference(of: Text, expected: Tensor, got: Tensor) -> float:
     if got.dtype != expected.dtype or got.shape != expected.shape:
         return float("inf")
-    mask = next((x for n, x in of.values.items() if step.mask is not None and step.given.get(step.mask) is n), None)
-    if mask is not None:  # what a model computes at padding is of no use, and differs
-        seen = mask[:, : expected.shape[1]].bool()
-        expected, got = expected[seen], got[seen]
-    return difference(expected, got)
+    seen = of.told[:, : expected.shape[1]]  # what a model computes at padding is of no use, and differs
+    return difference(expected[seen], got[seen])
 
 
 def _logits(step: Closed, session: Filled, of: Text, pieces: Sequence[int]) -> Tensor:

@@ -110,6 +110,39 @@ def test_by_hand_with_one_file_of_weights(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.cat(parts, 1), model(IDS).detach(), rtol=0, atol=1e-5)
 
 
+class Changing(nn.Module):
+    """Attention whose scores are clamped, or capped and scaled, behind a weight that is cast to what it is already."""
+
+    def __init__(self, change: str) -> None:
+        super().__init__()
+        self.change, self.scale = change, nn.Parameter(torch.randn(D))
+        self.q, self.k, self.v = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, N, D)"""
+        x = x * self.scale.float()
+        q, k, v = (f(x).unflatten(-1, (-1, 8)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        scores = q @ k.mT
+        scores = scores.clamp(-1, 1) if self.change == "clamp" else torch.tanh(scores / 2) * 3
+        hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("change", ["clamp", "cap"])
+def test_scores_that_are_changed(change: str, tmp_path: Path) -> None:
+    """No node of attention clamps scores; one caps them, and numbers on both sides of a cap are its scale."""
+    model = Mixed(Changing(change)).eval()
+    made = gatecc.export(model, tmp_path / "x", (IDS,), decode=True)
+    assert made.decode is not None
+    fused = "com.microsoft::GroupQueryAttention"
+    assert (fused in made.operators) == (fused in made.decode.operators) == (change == "cap")
+    assert any("a soft cap and a mask behind it" in why for why in made.kept) == (change == "clamp")
+    text, expected = gatecc.onnx.Session(tmp_path / "x").generate(IDS, 5), IDS
+    for _ in range(5):
+        expected = torch.cat([expected, model(expected)[:, -1:].argmax(-1)], 1)
+    assert text.equal(expected)
+
+
 def test_a_difference_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = steps.before_first
 

@@ -21,7 +21,7 @@ from gatecc.onnx import Session
 
 pytest.importorskip("onnxruntime")
 ir = pytest.importorskip("onnx_ir")
-EXPORT = sys.modules["gatecc.export"]
+EXPORT, DECODE = sys.modules["gatecc.export"], sys.modules["gatecc.export.decode"]
 V, N, LENGTHS, PLACES = 20, 9, (9, 5, 2), 40
 IDS = torch.randint(1, V, (3, N), generator=torch.Generator().manual_seed(0))
 
@@ -153,14 +153,15 @@ def test_a_mask_is_told_by_what_it_does(hides: str) -> None:
         assert torch.equal(found[side].told[0], torch.ones_like(told) if hides == "nothing" else told)
 
 
-@pytest.mark.parametrize("hides", ["zeros", "ones", "nothing"])
-def test_a_mask_that_is_lost_is_seen(hides: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever it is called. Lost: the graph is written with the mask of the example, which hides nothing."""
-    right, value = EXPORT.build, int(hides != "ones")
+def lose(name: str, value: int, where: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are written with this mask as it is in the example, where it hides nothing."""
+    right = where.build
 
     def without(*args: Any, **options: Any) -> Any:
         graph = right(*args, **options)
-        mask = next(v for v in graph.model.graph.inputs if v.name == "which")
+        mask = next((v for v in graph.model.graph.inputs if v.name == name), None)
+        if mask is None:
+            return graph
         users, number = tuple(mask.uses()), ir.Value(name="number", const_value=ir.tensor([value], name="number"))
         graph.model.graph.register_initializer(number)
         kept = ir.node("Max" if value else "Min", [mask, number])
@@ -169,10 +170,54 @@ def test_a_mask_that_is_lost_is_seen(hides: str, tmp_path: Path, monkeypatch: py
             user.replace_input_with(at, kept.outputs[0])
         return graph
 
+    monkeypatch.setattr(where, "build", without)
+
+
+@pytest.mark.parametrize("hides", ["zeros", "ones", "nothing"])
+def test_a_mask_that_is_lost_is_seen(hides: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it is called. Lost: the graph is written with the mask of the example, which hides nothing."""
+    value = int(hides != "ones")
     model, inputs = Words(hides).eval(), (IDS, torch.full_like(IDS, value))
     if hides == "zeros":
         assert {c.padding for c in gatecc.export(model, tmp_path / "x", inputs).compared} == {"", "left", "right"}
         return
-    monkeypatch.setattr(EXPORT, "build", without)
+    lose("which", value, EXPORT, monkeypatch)
     with pytest.raises(ExportError, match="padded on the left"):
         gatecc.export(model, tmp_path / "x", inputs)
+
+
+class Said(nn.Module):
+    """Attention to what was said, and to what was read: in both an input hides places, ones or zeros of it."""
+
+    def __init__(self, ones: str) -> None:
+        super().__init__()
+        self.ones, self.embed, self.out = ones, nn.Embedding(V, 16), nn.Linear(16, V)
+
+    def forward(self, ids: Tensor, said: Tensor, read: Tensor, shown: Tensor) -> Tensor:
+        """(B, N), (B, N), (B, M), (B, M) -> (B, N, V)"""
+        at = torch.arange(ids.shape[1])
+        x, y = self.embed(ids)[:, None], self.embed(read)[:, None]
+        seen = [(mask == (0 if self.ones == "hide" else 1))[:, None, None] for mask in (said, shown)]
+        attend = nn.functional.scaled_dot_product_attention
+        x = x + attend(x, x, x, seen[0] & (at <= at[:, None]))
+        return self.out((x + attend(x, y, y, seen[1]))[:, 0])
+
+
+@pytest.mark.parametrize(("ones", "lost"), [("hide", ""), ("hide", "said"), ("show", "shown")])
+def test_a_mask_of_steps_is_told_by_what_it_does(
+    ones: str, lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the tokens and of a context, under names that say nothing."""
+    torch.manual_seed(0)
+    value, read = int(ones == "show"), torch.randint(1, V, (3, 14))
+    inputs = (IDS, torch.full_like(IDS, value), read, torch.full_like(read, value))
+    if lost:
+        file = "encoder" if lost == "shown" else "decode"
+        lose(lost, value, DECODE, monkeypatch)
+        with pytest.raises(ExportError, match=rf"{file}.onnx does not compute what the model does(?s:.*)first node"):
+            gatecc.export(Said(ones).eval(), tmp_path / "x", inputs, decode=True)
+        return
+    made = gatecc.export(Said(ones).eval(), tmp_path / "x", inputs, decode=True).decode
+    assert made is not None
+    assert {c.padding for c in made.compared if c.sizes["batch"] == 3} == {"left"}
+    assert {c.padding for c in made.compared if c.sizes["batch"] == 1} == {""}

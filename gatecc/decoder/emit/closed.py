@@ -203,7 +203,7 @@ class _Sources(Sources):
         name = next((name for name, known in self.constants.items() if _same(known, value)), None)
         if name is None:
             name = f"gatecc_table_{len(self.constants)}"
-            self.constants[name] = value
+            self.constants[name] = value.detach()  # of a parameter, too, which torch.onnx takes by other names
         return self.writer.once(("table", name), lambda: self.writer.constant(name, self.constants[name]))
 
     def spread(self, part: fx.Node, node: fx.Node, batch: Any) -> fx.Node:
@@ -241,8 +241,10 @@ class _Data(DataWriter):
         if node.target is _aten.where.self and origin(node).skips:
             return self._skipped(node)
         found = self.plan.attentions.get(node)
-        if found is None or found.scale is None or (self.mask is None and not found.plain):
-            return super()._data(node)
+        counted = frozenset(n for n, made in self.slots.sources.history.items() if made is self.mask)
+        hides = self.mask is not None and found is not None and found.hiding == counted
+        if found is None or found.scale is None or not (found.plain or hides):
+            return super()._data(node)  # padding may be by another input than the mask that it is counted by
         marks = (found.keys, found.values)
         indices = [int(str(mark.args[-1])) for mark in marks]
         new = [self.operands.read(node, mark.all_input_nodes[0]) for mark in marks]

@@ -31,7 +31,7 @@ class Recalled:
 
     ``plain``: its mask hides from the newest token none of the keys that its slots hold. ``scale``: what its scores are
     multiplied by, and cut to by ``soft_cap``; None if it does anything else but hide padding, or what it does is not
-    known.
+    known. ``hiding``: the inputs whose values its mask is made of.
     """
 
     keys: fx.Node
@@ -43,6 +43,7 @@ class Recalled:
     scale: float | None
     soft_cap: float
     fused: bool
+    hiding: frozenset[fx.Node]
 
 
 def attention(program: Program, site: Attention, slots: list[Slot], lengths: Lengths) -> Recalled | None:
@@ -73,7 +74,19 @@ def attention(program: Program, site: Attention, slots: list[Slot], lengths: Len
     known = known and len(node_shape(site.core) or ()) == 4
     scale = site.scale if known and placed and group else None
     plain, cap = placed and not mask.padding, site.soft_cap or 0.0
-    return Recalled(marks[0], marks[1], frozenset(repeats), group, plain, query.node, scale, cap, fused)
+    return Recalled(marks[0], marks[1], frozenset(repeats), group, plain, query.node, scale, cap, fused, _hiding(site))
+
+
+def _hiding(site: Attention) -> frozenset[fx.Node]:
+    """The inputs whose values, and not their sizes alone, the masks of an attention are made of."""
+    stack = [value.node for name, value in site.values.items() if name.rstrip("0123456789") == "mask"]
+    seen: set[fx.Node] = set()
+    while stack:
+        node = stack.pop()
+        if node not in seen and not opname(node).startswith("sym_"):
+            seen.add(node)
+            stack += node.all_input_nodes
+    return frozenset(node for node in seen if node.op == "placeholder")
 
 
 def _group(site: Attention, query: Any, marks: list[fx.Node]) -> int:
@@ -134,7 +147,7 @@ def keep(
         with graph.inserting_before(node):
             copies.append(graph.node_copy(node, lambda n, old=before, new=now: new if n is old else n))
         before, now = node, copies[-1]
-    _replace_operand(reader, before, now)
+    _replace_operand(reader, before, now, slot.role)
     return mark, copies
 
 
@@ -151,10 +164,10 @@ def _path(start: fx.Node, reader: fx.Node) -> list[fx.Node] | None:
     return None
 
 
-def _replace_operand(reader: fx.Node, old: fx.Node, new: fx.Node) -> None:
-    """Read ``new`` for keys and values; the first operand of a fused attention is its query, which stays."""
+def _replace_operand(reader: fx.Node, old: fx.Node, new: fx.Node, role: str) -> None:
+    """Read ``new`` for the keys or the values, which may be one node, and be the query of a fused attention as well."""
     if opname(reader) != "scaled_dot_product_attention":
         reader.replace_input_with(old, new)
         return
-    args = list(reader.args)
-    reader.args = tuple(new if i in (1, 2) and a is old else a for i, a in enumerate(args))
+    at = ("key", "value").index(role) + 1
+    reader.args = tuple(new if i == at and a is old else a for i, a in enumerate(reader.args))

@@ -126,7 +126,9 @@ def _unfit(call: Call, subject: Subject, evaluator: Evaluator) -> str:
     """Why a node would compute something else; empty if it does not. Notes what the node has to be told of the mask."""
     site = call.site
     widths = [node_shape(site.values[name].node) for name in "qkv"]
-    if site.scale is None or site.scale <= 0:
+    if site.scale is None:
+        return "scores are changed by more than a number, a soft cap and a mask behind it"
+    if site.scale <= 0:
         return "the scale of the scores is no positive number"
     if site.dropout or site.over != "tokens":
         return "weights are dropped out" if site.dropout else "channels attend to channels"

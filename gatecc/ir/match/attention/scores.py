@@ -141,6 +141,12 @@ def scalar_factor(node: fx.Node, source: fx.Node, flow: Flow) -> float | None:
     name = opname(node)
     if name == "neg":
         return -1.0
+    if name in ("add", "sub", "rsub") and unshifted(node, flow) is node:
+        second = len(node.args) > 1 and source is node.args[1]
+        alpha = scalar(node.kwargs.get("alpha", 1), flow)
+        scaled = alpha if second != (name == "rsub") else 1.0
+        negated = {"add": False, "sub": second, "rsub": not second}[name]
+        return None if scaled is None else -scaled if negated else scaled
     if name not in ("mul", "div"):
         return 1.0
     one, other = node.args[0], node.args[1]
@@ -153,22 +159,47 @@ def scalar_factor(node: fx.Node, source: fx.Node, flow: Flow) -> float | None:
 
 
 def scale_of(scores: Scores, flow: Flow) -> float | None:
-    """The constant that the product is multiplied by before the softmax, None if it is not a constant."""
-    total, source = scores.source.alpha, scores.source.node
+    """The constant that the product is multiplied by before the softmax. None if it is not a constant, or if the scores
+    go through more than that, a soft cap, and masks behind it: numbers that clamp them, say."""
+    total, source, capped, masked = scores.source.alpha, scores.source.node, False, False
     for node in scores.path:
-        factor = scalar_factor(node, source, flow)
-        if factor is None:
+        factor, name = scalar_factor(node, source, flow), opname(node)
+        if factor is None or (name in _BOUNDS and not _guards(node, source, flow)):
             return None
+        if name == "tanh" and (capped or masked):
+            return None
+        capped, masked = capped or name == "tanh", masked or name in _MASKING
         total, source = total * factor, node
     return total
 
 
+_BOUNDS = frozenset("clamp clamp_min clamp_max clip maximum minimum max".split())
+_MASKING = frozenset("add sub rsub where masked_fill tril triu index_put".split())
+_LEAST = -65504.0  # of float16: no score is below it
+
+
+def _guards(node: fx.Node, source: fx.Node, flow: Flow) -> bool:
+    """Whether a bound only keeps scores above the least number of a dtype."""
+    name = opname(node)
+    bounds = [n for n in (*node.args, *node.kwargs.values()) if n is not source and n is not None]
+    low = scalar(bounds[0], flow) if len(bounds) == 1 else None
+    above = name in ("maximum", "max", "clamp_min") or (
+        name in ("clamp", "clip") and argument(node, 1, "min") is not None
+    )
+    return above and low is not None and low <= _LEAST
+
+
 def soft_cap(scores: Scores, flow: Flow) -> float | None:
     """``c`` if the scores go through ``c * tanh(scores / c)``."""
-    for before, node in zip(scores.path, scores.path[1:], strict=False):
-        if opname(before) == "tanh":
-            return scalar_factor(node, before, flow)
-    return None
+    cap: float | None = None
+    source = scores.source.node
+    for node in scores.path:
+        factor = scalar_factor(node, source, flow)
+        if cap is not None and factor is None:
+            return None
+        cap = 1.0 if opname(node) == "tanh" else None if cap is None or factor is None else cap * factor
+        source = node
+    return cap
 
 
 _MAXIMUM = through(VIEWS | CASTS, call("amax max", anything("scores"), ...))

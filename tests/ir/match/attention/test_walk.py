@@ -239,6 +239,43 @@ def test_soft_cap_and_sinks() -> None:
     )
 
 
+class Changed(nn.Module):
+    """Scores that are changed in some way on their way to the softmax."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.change(q @ k.mT * 0.5).softmax(-1) @ v
+
+
+HIDDEN = torch.zeros(N, N).masked_fill(torch.ones(N, N).triu(1).bool(), -torch.inf)
+
+
+@pytest.mark.parametrize(
+    ("change", "scale", "cap"),
+    [
+        (lambda s: 3 * torch.tanh(s / 3), 0.5, 3),
+        (lambda s: torch.tanh(s).float() * 3 / 2 + HIDDEN, 0.75, 1.5),
+        (lambda s: torch.tanh(s), 0.5, 1),
+        (lambda s: (s + HIDDEN).clamp(min=torch.finfo(torch.float32).min), 0.5, None),
+        (lambda s: HIDDEN - s, -0.5, None),
+        (lambda s: s.clamp(-2, 2), None, None),
+        (lambda s: s.clamp(max=2), None, None),
+        (lambda s: s.clamp(min=-2) + HIDDEN, None, None),
+        (lambda s: torch.minimum(s, torch.tensor(2.0)), None, None),
+        (lambda s: 3 * torch.tanh((s + HIDDEN) / 3), None, 3),
+        (lambda s: torch.tanh(3 * torch.tanh(s)), None, 1),
+    ],
+)
+def test_what_is_done_to_scores(change: Callable[[Tensor], Tensor], scale: float | None, cap: float | None) -> None:
+    """A scale is told only where scores are cap * tanh(scale * q k / cap), or scale * q k, and masked behind it."""
+    _, (site,), _ = found(Changed(change), *(torch.randn(B, HEADS, N, WIDTH) for _ in range(3)))
+    assert site.scale == (None if scale is None else pytest.approx(scale))
+    assert site.soft_cap == (None if cap is None else pytest.approx(cap))
+
+
 class Twice(nn.Module):
     """One module called twice, and two attentions in one module."""
 
