@@ -83,7 +83,7 @@ def compare(call: Call, graph: Graph, path: Path, notes: list[str]) -> Outcome:
                 outcome.failure, outcome.at = e, one
                 break
         if outcome.failure is None and not session.lacking:
-            outcome.compared += _padded(call, graph, session, outcome.compared, notes)
+            outcome.compared += _padded(call, graph, session, path, outcome.compared, notes)
         unforgivable = outcome.failure is not None and not _right(call, graph, session, example)
     if unforgivable:
         raise located(outcome, call, graph, path)
@@ -195,16 +195,29 @@ def _refused(call: Call, leaves: Sequence[torch.Tensor]) -> str:
 
 
 def _padded(
-    call: Call, graph: Graph, session: Session, compared: Sequence[Compared], notes: list[str]
-) -> Iterator[Compared]:
-    """Rows of several lengths, padded on the left and on the right, for each input that may be a mask of padding."""
+    call: Call, graph: Graph, session: Session, path: Path, compared: Sequence[Compared], notes: list[str]
+) -> list[Compared]:
+    """Rows of several lengths, padded on the left and on the right, for each input that may be a mask of padding.
+
+    Raises ExportError for the first that differs, with the first node that does: looked for in rows that are padded on
+    the right, if these differ as well, where every query sees a key.
+    """
 
     def run(leaves: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
         return _torch(call, leaves) if _computes(call, leaves) else None
 
     sizes = next((c.sizes for c in compared if c.sizes.get(BATCH, 1) > 2), None)
+    found: list[Compared] = []
+    failed: tuple[ExportError, Padded] | None = None
     for each in () if sizes is None else padded(call.inputs, _resized(call, graph, sizes), run):
-        yield _at(call, graph, session, sizes or {}, notes, each)
+        try:
+            found.append(_at(call, graph, session, sizes or {}, notes, each))
+        except ExportError as e:
+            failed = (e if failed is None else failed[0], each)
+    if failed is not None:
+        error, hidden = failed
+        raise error if error.what != _DIFFERS else locate(error, call, graph, path, hidden.leaves)
+    return found
 
 
 def _at(

@@ -182,7 +182,7 @@ def test_a_mask_that_is_lost_is_seen(hides: str, tmp_path: Path, monkeypatch: py
         assert {c.padding for c in gatecc.export(model, tmp_path / "x", inputs).compared} == {"", "left", "right"}
         return
     lose("which", value, EXPORT, monkeypatch)
-    with pytest.raises(ExportError, match="padded on the left"):
+    with pytest.raises(ExportError, match=r"padded on the left(?s:.*)the first node that differs is \w+ "):
         gatecc.export(model, tmp_path / "x", inputs)
 
 
