@@ -186,24 +186,24 @@ def test_a_mask_that_is_lost_is_seen(hides: str, tmp_path: Path, monkeypatch: py
         gatecc.export(model, tmp_path / "x", inputs)
 
 
-class Said(nn.Module):
-    """Attention to what was said, and to what was read: in both an input hides places, ones or zeros of it."""
+class Reader(nn.Module):
+    """Attention to what was told, and to what was read: in both an input hides places, ones or zeros of it."""
 
     def __init__(self, ones: str) -> None:
         super().__init__()
         self.ones, self.embed, self.out = ones, nn.Embedding(V, 16), nn.Linear(16, V)
 
-    def forward(self, ids: Tensor, said: Tensor, read: Tensor, shown: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, told: Tensor, read: Tensor, shown: Tensor) -> Tensor:
         """(B, N), (B, N), (B, M), (B, M) -> (B, N, V)"""
         at = torch.arange(ids.shape[1])
         x, y = self.embed(ids)[:, None], self.embed(read)[:, None]
-        seen = [(mask == (0 if self.ones == "hide" else 1))[:, None, None] for mask in (said, shown)]
+        seen = [(mask == (0 if self.ones == "hide" else 1))[:, None, None] for mask in (told, shown)]
         attend = nn.functional.scaled_dot_product_attention
         x = x + attend(x, x, x, seen[0] & (at <= at[:, None]))
         return self.out((x + attend(x, y, y, seen[1]))[:, 0])
 
 
-@pytest.mark.parametrize(("ones", "lost"), [("hide", ""), ("hide", "said"), ("show", "shown")])
+@pytest.mark.parametrize(("ones", "lost"), [("hide", ""), ("hide", "told"), ("show", "shown")])
 def test_a_mask_of_steps_is_told_by_what_it_does(
     ones: str, lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,9 +215,9 @@ def test_a_mask_of_steps_is_told_by_what_it_does(
         file = "encoder" if lost == "shown" else "decode"
         lose(lost, value, DECODE, monkeypatch)
         with pytest.raises(ExportError, match=rf"{file}.onnx does not compute what the model does(?s:.*)first node"):
-            gatecc.export(Said(ones).eval(), tmp_path / "x", inputs, decode=True)
+            gatecc.export(Reader(ones).eval(), tmp_path / "x", inputs, decode=True)
         return
-    made = gatecc.export(Said(ones).eval(), tmp_path / "x", inputs, decode=True).decode
+    made = gatecc.export(Reader(ones).eval(), tmp_path / "x", inputs, decode=True).decode
     assert made is not None
     assert {c.padding for c in made.compared if c.sizes["batch"] == 3} == {"left"}
     assert {c.padding for c in made.compared if c.sizes["batch"] == 1} == {""}
