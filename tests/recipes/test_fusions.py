@@ -210,6 +210,68 @@ def test_both_encoders_take_from_each_other_what_they_were(how: str) -> None:
     reverted(model, plain, inputs)
 
 
+class Captions(nn.Module):
+    """timm's vision transformer and GPT-2 side by side: two encoders of other authors and other lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        timm, hf = pytest.importorskip("timm"), pytest.importorskip("transformers")
+        torch.manual_seed(0)
+        sizes: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 2, "num_heads": 2}
+        self.image: Any = timm.create_model("vit_tiny_patch16_224", num_classes=0, **sizes)
+        config = hf.GPT2Config(vocab_size=33, n_embd=16, n_layer=2, n_head=2, n_positions=16, use_cache=False)
+        self.text: Any = hf.GPT2Model(config)
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        return torch.cat([self.image(image), self.text(text)[0].mean(1)], -1)
+
+
+def test_encoders_of_two_libraries_and_lengths() -> None:
+    """Bi-hierarchical exchange by means, and PLANET's context, of a vision transformer of timm and a GPT-2."""
+    plain = Captions().eval()
+    inputs = (torch.randn(2, 3, 16, 16), torch.randint(0, 33, (2, 7)))
+    options: Any = {"sequence": "block[image.blocks.*].out", "structure": "block[text.h.*].out", "how": "mean"}
+    model = _moved(plain, gatecc.recipe("bi-hierarchical", **options), inputs)
+    mine, vit, gpt = new_parameters(model, plain), plain.image, plain.text
+
+    def taken(own: Tensor, other: Tensor, at: str) -> Tensor:
+        gate, up = ({n: mine[f"{at}.exchange_{part}.{n}"] for n in names} for part, names in _EXCHANGE)
+        message = other.mean(1, keepdim=True).expand(-1, own.size(1), -1)
+        g = torch.sigmoid(torch.cat([own, message], -1) @ gate["weight"].T + gate["bias"])
+        return own + g * (message @ up["weight"].T)
+
+    with torch.no_grad():
+        a = vit.norm_pre(vit._pos_embed(vit.patch_embed(inputs[0])))
+        b = gpt.wte(inputs[1]) + gpt.wpe(torch.arange(7))
+        for i in range(2):
+            a, b = vit.blocks[i](a), gpt.h[i](b)
+            b = b if isinstance(b, Tensor) else b[0]
+            a, b = taken(a, b, f"image.blocks.{i}"), taken(b, a, f"text.h.{i}")
+        expected = torch.cat([vit.forward_head(vit.norm(a)), gpt.ln_f(b).mean(1)], -1)
+        assert gap(expected, model(*inputs)) <= 1e-5
+    options = {"sites": "block[text.h.*].out", "context": 'at("block[image.blocks.*].out")'}
+    model = _moved(plain, gatecc.recipe("planet-edg", **options), inputs)
+    with torch.no_grad():
+        a = vit.norm_pre(vit._pos_embed(vit.patch_embed(inputs[0])))
+        b = gpt.wte(inputs[1]) + gpt.wpe(torch.arange(7))
+        for i in range(2):
+            a, b, made = vit.blocks[i](a), gpt.h[i](b), model.get_submodule(f"text.h.{i}")
+            b = _with_context(b if isinstance(b, Tensor) else b[0], a, made.cross, made.context_gate)
+        expected = torch.cat([vit.forward_head(vit.norm(a)), gpt.ln_f(b).mean(1)], -1)
+        assert gap(expected, model(*inputs)) <= 1e-5
+
+
+_EXCHANGE = (("gate", ("weight", "bias")), ("up", ("weight",)))
+
+
+def _with_context(h: Tensor, c: Tensor, cross: Any, gate: Any) -> Tensor:
+    """h + sigmoid(W [h; c]) c, of the attention of h over the other modality, with four heads."""
+    q, k, v = (p(t).unflatten(-1, (4, -1)).transpose(1, 2) for p, t in ((cross.q, h), (cross.k, c), (cross.v, c)))
+    weights = (q @ k.mT * q.size(-1) ** -0.5).softmax(-1)
+    c = cross.out((weights @ v).transpose(1, 2).flatten(2))
+    return h + torch.sigmoid(gate_of(gate, torch.cat([h, c], -1))) * c
+
+
 def test_streams_that_do_not_fit_are_refused() -> None:
     plain = Proteins().eval()
     inputs = tuple(torch.randint(4, 33, (2, n)) for n in (7, 5))
@@ -241,9 +303,7 @@ def test_planet_takes_context_through_a_gate_and_the_nearest_entry() -> None:
 
     def context(h: Tensor, c: Tensor, number: str) -> Tensor:
         cross, gate, book = (getattr(made, name + number) for name in ("cross", "context_gate", "codebook"))
-        q, k, v = (p(t).unflatten(-1, (4, -1)).transpose(1, 2) for p, t in ((cross.q, h), (cross.k, c), (cross.v, c)))
-        c = cross.out(((q @ k.mT / 2).softmax(-1) @ v).transpose(1, 2).flatten(2))
-        h = h + torch.sigmoid(gate_of(gate, torch.cat([h, c], -1))) * c
+        h = _with_context(h, c, cross, gate)
         return book.codes[torch.cdist(h, book.codes).argmin(-1)]
 
     with hooked((other.mlp, lambda m, a, o: seen.append(o)), (other, lambda m, a, o: seen.append(o))):

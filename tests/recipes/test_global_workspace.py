@@ -82,8 +82,10 @@ def test_what_is_no_chain() -> None:
         gatecc.recipe("global-workspace", steps=-1)
 
 
-def test_blocks_are_recurrent() -> None:
-    plain, inputs, blocks = vit()
+@pytest.mark.parametrize("family", [vit, bert])
+def test_blocks_are_recurrent(family: Any) -> None:
+    torch.manual_seed(0)
+    plain, inputs, blocks = family()
     recipe = gatecc.recipe("deconstructing", join="additive", recurrence=3)
     model = gatecc.transform(plain, recipe, inputs, verify=False)
     got = call(model, inputs)
@@ -91,5 +93,8 @@ def test_blocks_are_recurrent() -> None:
         gatecc.recipe("deconstructing", join="additive").rewrites
         == gatecc.recipe("residual-gates", join="additive").rewrites
     )
-    plain.blocks = nn.Sequential(*[blocks[0]] * 3, *[blocks[1]] * 3)
+    again = [blocks[0]] * 3 + [blocks[1]] * 3
+    blocks.__dict__["_modules"].clear()
+    for i, block in enumerate(again):
+        blocks.add_module(str(i), block)
     assert torch.allclose(got, call(plain, inputs), atol=1e-5)

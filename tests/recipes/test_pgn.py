@@ -129,28 +129,74 @@ def test_each_mixer_has_its_kind_of_site() -> None:
     assert "pgn takes the place of rnn" in said
 
 
+def by_phase(x: Tensor, layers: Any) -> Tensor:
+    """By the rows of a period of 3, the 2 tokens before, and a column of two earlier periods. (B, N, C) -> (B, N, H)"""
+    for layer in layers:
+        outs: list[Tensor] = []
+        for t in range(x.size(1)):
+            h = layer.history.bias.expand(x.size(0), -1)
+            for steps, weight in (((2, 1), layer.history.weight), ((6, 3), layer.column.weight)):
+                for at, back in enumerate(steps):
+                    if t >= back:
+                        h = h + x[:, t - back] @ weight[:, :, at].T
+            z, c = (torch.cat([x[:, t], h], -1) @ layer.gate.weight.T + layer.gate.bias).chunk(2, -1)
+            outs.append(torch.sigmoid(z) * h + (1 - torch.sigmoid(z)) * torch.tanh(c))
+        x = torch.stack(outs, 1)
+    return x
+
+
 def test_the_second_dimension_is_the_same_phase_of_earlier_periods() -> None:
-    """The stack is of nn.LSTM and nn.GRU; a period of 3, two of which are read, and the row of the 2 tokens before."""
+    """The stack is of nn.LSTM and nn.GRU."""
     for cell in (nn.LSTM, nn.GRU):
         plain = series(cell)
         model: Any = gatecc.transform(plain, gatecc.recipe("tpgn", period=3, periods=2), (X,), verify=False)
         new = new_parameters(model, plain)
         randomise(new.values(), 0.5)
-        (layer,) = model.rnn.mixer.layers
         for n in (9, 2):
-            x = plain.inp(X[:, :n])
-            outs: list[Tensor] = []
-            for t in range(n):
-                h = layer.history.bias.expand(2, -1)
-                for steps, weight in (((2, 1), layer.history.weight), ((6, 3), layer.column.weight)):
-                    for at, back in enumerate(steps):
-                        if t >= back:
-                            h = h + x[:, t - back] @ weight[:, :, at].T
-                z, c = (torch.cat([x[:, t], h], -1) @ layer.gate.weight.T + layer.gate.bias).chunk(2, -1)
-                outs.append(torch.sigmoid(z) * h + (1 - torch.sigmoid(z)) * torch.tanh(c))
             with torch.no_grad():
-                assert torch.allclose(model(X[:, :n]), plain.head(torch.stack(outs, 1)), atol=1e-5)
+                wanted = plain.head(by_phase(plain.inp(X[:, :n]), model.rnn.mixer.layers))
+                assert torch.allclose(model(X[:, :n]), wanted, atol=1e-5)
         assert all(causal(model, X, at) for at in (1, 4, 7))
         gradients(model, new, model(X))
     with pytest.raises(ArgumentError, match="two tokens or more"):
         gatecc.recipe("tpgn", period=1)
+
+
+def audio() -> tuple[Any, Tensor, Any]:
+    hf: Any = pytest.importorskip("transformers")
+    sizes = {"num_filters": 4, "hidden_size": 6, "upsampling_ratios": [2], "num_lstm_layers": 2}
+    plain = hf.EncodecModel(hf.EncodecConfig(**sizes)).encoder.eval()
+    return plain, torch.randn(2, 1, 22), next(m for m in plain.modules() if isinstance(m, nn.LSTM))
+
+
+def transducer() -> tuple[Any, Tensor, Any]:
+    hf: Any = pytest.importorskip("transformers.models.parakeet.modeling_parakeet")
+    config = hf.ParakeetRNNTConfig(vocab_size=12, decoder_hidden_size=6, num_decoder_layers=1)
+    plain = hf.ParakeetRNNTDecoder(config).eval()
+    return plain, torch.randint(0, 12, (2, 11)), plain.lstm
+
+
+@pytest.mark.parametrize("family", [audio, transducer])
+def test_recurrent_layers_of_others(family: Any) -> None:
+    """Those of Encodec, whose time comes first, and of the prediction network of Parakeet."""
+    torch.manual_seed(0)
+    plain, x, rnn = family()
+    model: Any = gatecc.transform(plain, gatecc.recipe("tpgn", period=3, periods=2), (x,))
+    new = new_parameters(model, plain)
+    randomise(new.values(), 0.5)
+    layers = next(m for n, m in model.named_modules() if n.endswith("mixer.layers"))
+
+    def replaced(module: Any, args: Any, out: Any) -> Any:
+        given = args[0] if rnn.batch_first else args[0].transpose(0, 1)
+        made = by_phase(given, layers)
+        return (made if rnn.batch_first else made.transpose(0, 1), out[1])
+
+    for inputs in (x, x[:1]):
+        with torch.no_grad():
+            got = model(inputs)
+            handle = rnn.register_forward_hook(replaced)
+            wanted = plain(inputs)
+            handle.remove()
+        assert torch.allclose(got, wanted, atol=1e-5)
+    gradients(model, new, model(x))
+    reverted(model, plain, (x,))
