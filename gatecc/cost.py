@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from gatecc.capture.compiled import behind
+from gatecc.capture.compiled import behind, is_compiled
 from gatecc.capture.shield import random_states_kept
 from gatecc.capture.signature import copied, split_inputs
 from gatecc.engine.analyse import Inputs, evaluation
@@ -22,6 +22,11 @@ from gatecc.ops.registry import Operator
 from gatecc.report.cost import RunCost, Spent
 
 Call = Callable[[], Any]
+
+_COMPILED = (
+    "operations and what was taken are those of the model uncompiled: compiled code leaves out what operators do, and "
+    "computes what exits and other Python code would leave out"
+)
 
 
 def cost(
@@ -44,7 +49,7 @@ def cost(
     sample alone (``cost.each``), cut from the inputs along their first axis. ``samples``: how many the inputs hold, if
     that is not the size of the first axis of the first tensor. ``label`` and ``accuracy`` are kept with the result:
     ``report.costs.append(cost)`` draws accuracy against operations. A model behind torch.compile is counted uncompiled
-    and timed compiled.
+    and timed compiled; a note says so where the two may differ.
 
     Raises ExampleInputsError if the model does not run, ArgumentError for inputs without samples, UnsupportedModelError
     for what is no model or has no weights yet.
@@ -78,6 +83,8 @@ def cost(
             timed, note = _times(runner(model, (args, kwargs)), list(meter.chose), chose, rounds, device)
             ran, full = (replace(s, seconds=t and t / count) for s, t in zip((ran, full), timed, strict=True))
             notes += note
+        if chose and is_compiled(model):
+            notes.append(_COMPILED)
         alone = tuple(float(_alone(runner, plain, args, kwargs, i, count)) for i in range(count if each else 0))
     return RunCost(
         type(plain).__name__,

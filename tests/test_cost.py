@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from gatecc.errors import ArgumentError, ExampleInputsError, UnsupportedModelErr
 from gatecc.ir.router import RouterSpec
 from gatecc.ops import registry
 from gatecc.passes.route.route import Route
+from gatecc.recipes import samples
 from gatecc.report.cost import RunCost, Spent, TakenRow, bars
 from gatecc.report.curve import curve
 from tests.engine.test_measured import F_, D, T, routed
@@ -179,3 +181,22 @@ def test_bad_input_is_refused() -> None:
         gatecc.cost(wrong, (x,))
     with pytest.raises(UnsupportedModelError, match="without weights"):
         gatecc.cost(nn.Linear(2, 2, device="meta"), (x,))
+
+
+def test_compiled_code_is_counted_as_it_would_run_without_and_says_so() -> None:
+    """A module inside, and a model compiled in place: the same figures, and a note that exits are masked."""
+    model, inputs = samples.classifier()
+    exits: Any = gatecc.transform(model, gatecc.Exit("block[:-1]", rule="confidence(0.0)"), inputs)
+    plain = gatecc.cost(exits, inputs, rounds=0)
+    assert plain.ran.flops < 0.5 * plain.full.flops
+    assert not plain.notes
+    in_place = copy.deepcopy(exits)
+    in_place.compile(backend="eager")
+    shell: Any = torch.compile(exits, backend="eager")
+    for compiled in (nn.Sequential(shell), in_place):
+        torch.compiler.reset()
+        for _ in range(2):  # also where there is compiled code already
+            found = gatecc.cost(compiled, inputs, rounds=1)
+            assert (found.ran.flops, found.full.flops) == (plain.ran.flops, plain.full.flops)
+            assert [row.counts for row in found.taken] == [row.counts for row in plain.taken]
+            assert "computes what exits" in found.notes[-1]

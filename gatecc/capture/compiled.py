@@ -36,6 +36,11 @@ def is_shell(model: object) -> bool:
     return dynamo is not None and isinstance(model, dynamo.OptimizedModule)
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a model, or a module in it, runs compiled code."""
+    return any(is_shell(m) or m._compiled_call_impl is not None for m in model.modules())
+
+
 def refuse_compiled(model: nn.Module) -> None:
     """Raise UnsupportedModelError if the model, or a module in it, is compiled."""
     for name, module in model.named_modules():

@@ -83,7 +83,7 @@ def _read(places: Tensor, last: Tensor, rule: Rule) -> tuple[Tensor, tuple[Tenso
     -1 is the newest, and what is not among the newest lies before them."""
     kept, flagged = places[:, :, 0], places[:, :, 1]
     count = kept[..., COUNT] + flagged[..., COUNT]
-    number = torch.arange(int(count.max()), device=places.device)
+    number = torch.arange(int(count.max()) if count.numel() else 0, device=places.device)
     number = number.expand(*count.shape, -1)
     split = flagged[..., COUNT, None]
     is_flagged, here = number < split, number < count.unsqueeze(-1)

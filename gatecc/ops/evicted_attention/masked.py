@@ -80,7 +80,7 @@ def at_padding(out: Tensor, v: Tensor, valid: Tensor | None, spread: bool) -> Te
     """The result, with what padding gets: 0, or the mean of all values. out: (B, H, N, E)"""
     if valid is None:
         return out
-    here = valid.view(valid.size(0), 1, -1, 1)
+    here = valid[:, None, :, None]
     if not spread:
         return torch.where(here, out, out.new_zeros(()))
     mean = v.mean(2, keepdim=True).repeat_interleave(out.size(1) // v.size(1), 1)

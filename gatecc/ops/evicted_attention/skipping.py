@@ -60,7 +60,7 @@ def _kept(
     if window:
         around = around & ((everywhere - start).abs() < window + stop - start)
     first = there.seen_by(there.cut(start, start + 1), rule).squeeze(-2) & around  # nothing comes back later
-    most = int(first.sum(-1).max())
+    most = int(first.sum(-1).max()) if first.numel() else 0
     if causal and most > _WORTH * start and not window:
         index = everywhere[:start].expand(*first.shape[:2], -1)
     else:

@@ -49,7 +49,7 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, valid: Tensor, rule: 
 @settings(max_examples=25, deadline=None)
 def test_every_form_is_the_rule(data: st.DataObject) -> None:
     draw = data.draw
-    B, K, G, N = (draw(st.integers(1, high)) for high in (2, 2, 3, 40))
+    B, K, G, N = (draw(st.integers(low, high)) for low, high in ((0, 2), (1, 2), (1, 3), (1, 40)))
     D, E = draw(st.sampled_from([(4, 4), (20, 12), (9, 70)]))
     rule = presence.Rule(*draw(st.sampled_from([(0, 0), (1, 0), (5, 0), (0, 1), (0, 7), (5, 2), (4, 4), (20, 3)])))
     budget, cap = rule.budget, draw(st.sampled_from([0.0, 4.0]))
