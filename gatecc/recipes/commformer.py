@@ -26,7 +26,8 @@ def commformer(sites: str = "attention[...]", share: float = 0.4, T: float = 1.0
     """Tokens are agents: each listens to the k = max(1, whole part of ``share`` n) best of n along learned edges.
 
     Edges e (n, n) start at 1 and are one table per layer. An agent's attention sees the agents of the k largest of its
-    row alone: A_i = top-k(e_i + Gumbel noise) in training, straight through to softmax, and top-k(e_i) in eval. Another
+    row alone: A_i = top-k(e_i + Gumbel noise) in training, straight through to softmax, and top-k(e_i) in eval. An edge
+    that is not kept learns, too: what the output would change by if its message came. Another
     gate, the temporal one, reads what an agent observes: it takes the message where sigmoid(w x + b) > 1/2, also
     straight through, and starts open. With ``share=1`` the model starts as it was.
 

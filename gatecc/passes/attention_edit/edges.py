@@ -14,6 +14,7 @@ from gatecc.ir.effects import Effects
 from gatecc.ir.program import attribute
 from gatecc.ir.site import Attention
 from gatecc.passes.attention_edit.change import Change
+from gatecc.passes.attention_edit.operator_call import laid_back, operands
 from gatecc.passes.attention_edit.scores import add_to_scores
 from gatecc.passes.operands import beside, stage
 
@@ -22,8 +23,9 @@ from gatecc.passes.operands import beside, stage
 class Edges(Change, tag="edges"):
     """A table of n x n learned edges, of which each row keeps the k largest: token i sees token j where it kept e_ij.
 
-    k is the whole part of ``share`` n, at least 1. In training the table has Gumbel noise, and the gradient of
-    softmax((e + noise) / T) goes straight through the choice; in eval the k largest are kept, of equal ones the first.
+    k is the whole part of ``share`` n, at least 1. In training the table has Gumbel noise, and the choice has the
+    gradient of softmax((e + noise) / T), straight through: an edge learns what the output would change by if it came or
+    went, also one that is not kept. In eval the k largest are kept, of equal ones the first.
     The buffer ``noise`` scales the noise: set to 0 late in a training, the choice is exact there too (CommFormer,
     2024). The table is for one number of tokens (agents), which see each other without a mask of their own.
     """
@@ -60,11 +62,39 @@ class Edges(Change, tag="edges"):
             raise self.refused(
                 site, f"{tokens} tokens", f"{made}, for which the edges are", "call the model with as many tokens"
             )
-        add_to_scores(site, edit.call(path, q.node, name=label), self, edit)
+        if not attribute(edit.program.module, path).training:
+            add_to_scores(site, edit.call(path, q.node, name=label), self, edit)
+            return
+        given = operands(site, self, edit)
+        seen, chosen = edit.call(path, q.node, name=label)
+        heads = add_to_scores(site, seen, self, edit)
+        learns = edit.call(straight_through, *given[:3], seen, chosen, site.scale, name=label)
+        learns = laid_back(learns, site, edit)
+        edit.replace(heads, edit.call(torch.ops.aten.add.Tensor, heads, learns, name="heads"))
+
+
+def straight_through(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, chosen: Tensor, scale: float) -> Tensor:
+    """Zero, (B, H, N, E), with the gradient of the choice. q, k, v: (B, H, N, D), (B, G, N, D), (B, G, N, E).
+
+    The weight w of an edge that is kept moves the output by w (v - o), and one that is not by the weight that it would
+    have, w / (1 + w).
+    """
+    with torch.no_grad():
+        groups = q.size(1) // k.size(1)
+        k, v = (x.repeat_interleave(groups, 1).float() for x in (k, v))
+        scores = (q.float() * scale) @ k.mT
+        hidden = scores + mask
+        weights = hidden.softmax(-1)
+        out = weights @ v
+        would = torch.where(mask == 0, weights, torch.sigmoid(scores - hidden.logsumexp(-1, keepdim=True)))
+    flagged = would * chosen
+    change = flagged @ v - flagged.sum(-1, keepdim=True) * out
+    return (change - change.detach()).to(q.dtype)
 
 
 class Adjacency(nn.Module):
-    """The table ``edges`` (n, n) of `Edges`, 1 at first. -> what is added to scores, (1, 1, n, n): 0 or -inf."""
+    """The table ``edges`` (n, n) of `Edges`, 1 at first. -> what is added to scores, (1, 1, n, n): 0 or -inf;
+    in training also the choice, 1 or 0, which learns."""
 
     noise: Tensor
 
@@ -74,7 +104,7 @@ class Adjacency(nn.Module):
         self.edges = nn.Parameter(torch.ones(tokens, tokens))
         self.register_buffer("noise", torch.ones(()))
 
-    def forward(self, q: Tensor) -> Tensor:
+    def forward(self, q: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """q: the queries, for their device alone."""
         logits = self.edges.float()
         if self.training:
@@ -83,4 +113,7 @@ class Adjacency(nn.Module):
         best = torch.sort(logits.detach(), dim=-1, descending=True, stable=True).indices[:, : self.kept]
         kept = torch.zeros_like(logits).scatter(-1, best, 1.0) > 0
         soft = torch.softmax(logits / self.temperature, -1)
-        return torch.where(kept, soft - soft.detach(), -math.inf)[None, None]
+        if not self.training:
+            return torch.where(kept, soft - soft.detach(), -math.inf)[None, None]
+        mask = torch.zeros_like(soft).masked_fill(~kept, -math.inf)
+        return mask.detach()[None, None], (kept.to(soft.dtype) + (soft - soft.detach()))[None, None]

@@ -15,8 +15,10 @@ from gatecc.passes.axes import arranged
 from gatecc.passes.operands import stage
 
 
-def add_to_scores(site: Attention, addend: fx.Node, change: Change, edit: Editor) -> None:
-    """Let the softmax see ``scores + addend``. addend: (B or 1, H or 1, N or 1, M), -inf for a key that is hidden.
+def add_to_scores(site: Attention, addend: fx.Node, change: Change, edit: Editor) -> fx.Node:
+    """Let the softmax see ``scores + addend``; the node of the heads.
+
+    addend: (B or 1, H or 1, N or 1, M), -inf for a key that is hidden.
 
     Attention that is one fused operator stays one, with the sum as its mask. Raises SiteRefusedError.
     """
@@ -26,13 +28,15 @@ def add_to_scores(site: Attention, addend: fx.Node, change: Change, edit: Editor
         options = [named(site.core, name) for name in names]
         if len(operands[0].meta["val"].shape) != 4:
             raise change.refused(site, "queries without an axis for heads", "queries (B, H, N, D)")
-        edit.replace(site.core, edit.call(fused, *operands, addend, *options, name="heads"))
-        return
+        heads = edit.call(fused, *operands, addend, *options, name="heads")
+        edit.replace(site.core, heads)
+        return heads
     scores = stage(site, "scores")
     if sorted(scores.axes) not in (sorted("bhnm"), sorted("gnm")) or site.sinks:
         found = "a softmax that sees a sink" if site.sinks else f"scores with the axes {scores.axes}"
         raise change.refused(site, found, "scores (B, H, N, M), or with heads and batch as one axis")
     edit.replace(scores.node, edit.call(added, scores.node, addend, scores.axes.text, site.heads, name="scores"))
+    return stage(site, "heads").node
 
 
 def added(scores: Tensor, addend: Tensor, axes: str, heads: int) -> Tensor:
