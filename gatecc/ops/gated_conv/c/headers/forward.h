@@ -1,5 +1,5 @@
 // A convolution of two axes, of which each sample computes the output channels whose gate is not 0, and reads the input
-// channels that are not known to be 0. Rows of the kernel are read where they lie.
+// channels that are not known to be 0. What is read of a few rows of the kernel is packed, abreast, for all places.
 #pragma once
 #include <stdint.h>
 #include <stdlib.h>
@@ -27,6 +27,7 @@ struct scratch {
     int64_t *shift;                            // (taps)
     float *in;                                 // (read, or read taps; plane)
     float *last;                               // (ROWS, TILE)
+    float *packed;                             // (read, taps, rows abreast)
 };
 
 static void pad(const struct convolution *p, const float *x, const struct scratch *s) {
@@ -59,27 +60,34 @@ static void unfold(const struct convolution *p, const float *x, const struct scr
     }
 }
 
+INLINE void pack(const struct convolution *p, const struct scratch *s, int64_t row, const int count) {
+    for (int r = 0; r < count; r++) {
+        float *to = s->packed + r;
+        for (int64_t i = 0; i < s->read; i++) {
+            const float *const from = p->weight + (s->rows[row + r] * p->C + s->columns[i]) * s->taps;
+            for (int64_t k = 0; k < s->taps; k++, to += count) *to = from[k];
+        }
+    }
+}
+
 // `count` output channels at a tile of places.
 INLINE void block(
     const struct convolution *p, const struct scratch *s, int64_t sample, int64_t row, int64_t t, const int count
 ) {
-    const float *w[ROWS];
     vf sum[ROWS][WIDE];
     UNROLL for (int r = 0; r < count; r++) {
         const int64_t o = s->rows[row + r];
-        w[r] = p->weight + o * p->C * s->taps;
         UNROLL for (int v = 0; v < WIDE; v++) sum[r][v] = splat(p->bias ? p->bias[o] : 0.0f);
     }
-    const float *in = s->in + t * TILE;
+    const float *in = s->in + t * TILE, *w = s->packed;
     const int64_t next = s->shift[s->taps];
     for (int64_t i = 0; i < s->read; i++, in += next) {
-        const int64_t c = s->columns[i] * s->taps;
-        for (int64_t k = 0; k < s->taps; k++) {
+        for (int64_t k = 0; k < s->taps; k++, w += count) {
             const float *const at = in + s->shift[k];
             vf x[WIDE];
             UNROLL for (int v = 0; v < WIDE; v++) x[v] = load(at + v * LANES);
             UNROLL for (int r = 0; r < count; r++) {
-                const vf factor = broadcast(w[r][c + k]);
+                const vf factor = broadcast(w[r]);
                 UNROLL for (int v = 0; v < WIDE; v++) sum[r][v] += factor * x[v];
             }
         }
@@ -115,11 +123,18 @@ static void convolve_sample(const struct convolution *p, struct scratch *s, int6
     if (!s->on) return;
     if (direct) pad(p, x, s);
     else unfold(p, x, s);
-    for (int64_t t = 0; t < s->tiles; t++) {
-        int64_t row = 0;
-        for (; row + ROWS <= s->on; row += ROWS) block(p, s, sample, row, t, ROWS);
-        for (; row + 2 <= s->on; row += 2) block(p, s, sample, row, t, 2);
-        if (row < s->on) block(p, s, sample, row, t, 1);
+    int64_t row = 0;
+    for (; row + ROWS <= s->on; row += ROWS) {
+        pack(p, s, row, ROWS);
+        for (int64_t t = 0; t < s->tiles; t++) block(p, s, sample, row, t, ROWS);
+    }
+    for (; row + 2 <= s->on; row += 2) {
+        pack(p, s, row, 2);
+        for (int64_t t = 0; t < s->tiles; t++) block(p, s, sample, row, t, 2);
+    }
+    if (row < s->on) {
+        pack(p, s, row, 1);
+        for (int64_t t = 0; t < s->tiles; t++) block(p, s, sample, row, t, 1);
     }
 }
 
@@ -137,7 +152,7 @@ int forward(const char *call) {
     s.plane = s.tiles * TILE + reach;
     if (direct && padded > s.plane) s.plane = padded;
     s.rows = malloc((size_t)(p.O + p.C + s.taps + 1) * sizeof(int64_t));
-    s.in = malloc((size_t)(p.C * (direct ? 1 : s.taps) * s.plane + ROWS * TILE) * sizeof(float));
+    s.in = malloc((size_t)(p.C * (direct ? 1 : s.taps) * s.plane + ROWS * (TILE + p.C * s.taps)) * sizeof(float));
     const int made = s.rows && s.in;
     if (made) {
         s.columns = s.rows + p.O;
@@ -146,6 +161,7 @@ int forward(const char *call) {
             s.shift[k] = direct ? k / p.KW * p.DH * s.line + k % p.KW * p.DW : k * s.plane;
         s.shift[s.taps] = direct ? s.plane : s.taps * s.plane;
         s.last = s.in + p.C * (direct ? 1 : s.taps) * s.plane;
+        s.packed = s.last + ROWS * TILE;
         for (int64_t b = 0; b < p.B; b++) convolve_sample(&p, &s, b, direct);
     }
     free(s.rows);
