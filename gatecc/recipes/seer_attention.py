@@ -6,6 +6,7 @@ from gatecc.ir.rewrite import Rewrite
 from gatecc.ir.select import Selector
 from gatecc.passes.attention_edit.attention_edit import AttentionEdit
 from gatecc.passes.attention_edit.blocks import Blocks
+from gatecc.passes.attention_edit.token_blocks import TokenBlocks
 from gatecc.recipes import samples
 from gatecc.recipes.registry import Case, recipe
 
@@ -17,6 +18,17 @@ from gatecc.recipes.registry import Case, recipe
         Case(samples.language, ("identity", "cost", "reversible"), {"block": 2, "width": 4, "share": 1.0}),
         Case(samples.language, ("causality", "export"), {"block": 2, "width": 4}),
         Case(samples.language_in_training, ("gradient",), {"block": 2, "width": 4}),
+        Case(
+            samples.language,
+            ("identity", "cost", "reversible"),
+            {"block": 2, "width": 4, "share": 1.0, "pool_queries": False},
+        ),
+        Case(
+            samples.language,
+            ("causality", "export", "state"),
+            {"block": 2, "width": 4, "share": 0.6, "pool_queries": False},
+        ),
+        Case(samples.language_in_training, ("gradient",), {"block": 2, "width": 4, "pool_queries": False}),
         Case(samples.sequences, ("export",), {"block": 4, "width": 4, "threshold": 0.3}),
     ],
 )
@@ -27,6 +39,7 @@ def seer_attention(
     share: float = 0.5,
     threshold: float | None = None,
     joint: bool = False,
+    pool_queries: bool = True,
 ) -> tuple[Rewrite, ...]:
     """Let a block of queries see those blocks of keys alone that a small gate chooses from their pools.
 
@@ -45,6 +58,13 @@ def seer_attention(
 
     In eval mode ``gatecc::attention`` gets the chosen blocks: its kernels compute no others, and its formula masks them
     where a gradient is wanted. Pooled queries see their whole block, so a causal model is causal for blocks, not for
-    tokens, and no decoder steps through it: decode the model before the rewrite.
+    tokens, and no decoder steps through it.
+
+    ``pool_queries=False`` is the form for decoding: each token asks by itself, with the mean of the queries of the
+    heads that share a key head, and chooses among the whole blocks before its own; its own and the first are always
+    kept. It learns as above, of the largest weights in a group's heads. The model stays causal for tokens. A step of
+    the decoder holds the features of whole blocks and the pools of the one that is not whole, and reads the keys and
+    values of the chosen blocks alone; calls with several tokens mask, in decode.onnx there is no such cache.
     """
-    return (AttentionEdit(Selector.parse(sites), Blocks(block, width, share, threshold, joint), label="gate"),)
+    change = Blocks if pool_queries else TokenBlocks
+    return (AttentionEdit(Selector.parse(sites), change(block, width, share, threshold, joint), label="gate"),)

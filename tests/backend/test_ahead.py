@@ -108,6 +108,9 @@ def calls() -> dict[str, Callable[[torch.Tensor], Any]]:
         "block_logits": lambda x: ops.block_logits(heads(x), heads(x), pooled, pooled, None, 2),
         "block_choice": lambda x: ops.block_choice(heads(x) @ heads(x).mT, torch.tensor(0.5), None, 1).to(x.dtype),
         "carried": lambda x: ops.carried(x, pooled[0], [1]),
+        "chosen_blocks": lambda x: ops.chosen_blocks(
+            *[heads(x)] * 5, pooled[:, :4], pooled, torch.tensor(0.5), block=2, scale=0.5
+        ),
         "evicted_attention": lambda x: ops.evicted_attention(*[heads(x)] * 3, heads(x)[..., 0] > 0, scale=0.5),
         "gated_conv": lambda x: ops.gated_conv(x.mT, kernel, (x[:, 0, :6, None] > 0).to(x.dtype), **line),
         "group_linear": lambda x: ops.group_linear(x, experts[0][0], mask),
@@ -122,7 +125,7 @@ def calls() -> dict[str, Callable[[torch.Tensor], Any]]:
 
 
 ELSEWHERE = {  # but for gradients: of training, of decoders, and what runs another way under torch.export
-    *("moe_ffn_training", "block_peaks", "reinforce_sample", "inject_bce", "add_loss", "record"),
+    *("moe_ffn_training", "block_peaks", "chosen_loss", "reinforce_sample", "inject_bce", "add_loss", "record"),
     *("linear_attention_step", "cached_attention", "only_if", "rnn", "sequences"),
 }
 

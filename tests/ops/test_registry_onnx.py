@@ -155,6 +155,21 @@ def blocks(x: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     return scores, gated.block_choice(scores, torch.tensor(0.5), None, 2, True, True)
 
 
+def chosen_blocks(x: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Blocks of two tokens, half of them kept, and those that exceed a probability where there is padding."""
+    y, cut, keep = heads(x), torch.tensor(0.5), x[:, :, 0] > -1
+    options: Any = {"block": 2, "scale": 0.5, "base": 10.0}
+    ranked = gated.chosen_blocks(y, y, y * 0.5, y, y, query, key, cut, **options)[0]
+    return ranked + gated.chosen_blocks(y, y, y, y, y, query, key, cut, keep, **options, ranked=False, spread=True)[0]
+
+
+def chosen_loss(x: Tensor, *weights: Tensor, grad: Tensor | None = None) -> Any:
+    y, rules = heads(x), (None, 2, 0.5, 10.0)
+    if grad is None:
+        return gated.chosen_loss(y, y, y, y, *weights, *rules)
+    return gated.chosen_loss_backward(grad, y, y, y, y, *weights, *rules)
+
+
 def gated_conv(x: Tensor, weight: Tensor) -> Tensor:
     line = {"stride": [1], "padding": [1], "dilation": [1], "output_padding": [0], "groups": 1}
     return gated.gated_conv(x.mT, weight, (x.mean(1)[:, :6, None] > 0).to(x.dtype), transposed=False, **line)
@@ -208,6 +223,9 @@ CASES: dict[str, Case] = {
     ),
     "gatecc.block_choice": Case(lambda *given: blocks(*given)[1], POOLED, least=4),
     "gatecc.block_peaks": no_form(lambda x: gated.block_peaks(heads(x), heads(x), None, 2)),
+    "gatecc.chosen_blocks": Case(chosen_blocks, ((2, 4, 4), (2, 12, 4)), least=4),
+    "gatecc.chosen_loss": no_form(lambda x, *w: chosen_loss(x, *w), (2, 4, 4), (2, 12, 4)),
+    "gatecc.chosen_loss_backward": no_form(lambda x, *w: chosen_loss(x, *w, grad=x.sum()), (2, 4, 4), (2, 12, 4)),
     "gatecc.gated_conv": Case(gated_conv, ((6, C, 3),), own=True),
     "gatecc.group_linear": Case(
         lambda x, w: gated.group_linear(x, w, torch.tensor([[1, 0], [0, 1], [1, 1]]).bool()), ((6, C),)

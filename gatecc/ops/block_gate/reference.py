@@ -40,9 +40,16 @@ def pooled(x: Tensor, keep: Tensor | None, block: int) -> Tensor:
 
 def rotated(x: Tensor, block: int, base: float) -> Tensor:
     """The rotary embedding at the first place of each block. x: (B, H, n, R), R even."""
+    return turned(x, torch.arange(x.size(2), device=x.device) * block, base)
+
+
+def turned(x: Tensor, places: Tensor, base: float) -> Tensor:
+    """The rotary embedding at places (n,), none if the base is 0. x: (B, H, n, R), R even."""
+    if not base:
+        return x
     half = x.size(3) // 2
     rates = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angles = (torch.arange(x.size(2), device=x.device, dtype=torch.float32) * block)[:, None] * rates
+    angles = places.to(torch.float32)[:, None] * rates
     cos, sin = angles.cos(), angles.sin()
     a, b = x[..., :half], x[..., half:]
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
@@ -72,6 +79,11 @@ def seen(logits: Tensor, keep: Tensor | None, causal: bool, window: int | None, 
         shown = shown if causal else shown & ((-behind - 1) * block < window - 1)
     shown = shown[None, None]
     return shown if keep is None else shown & _filled(keep, n, block)[:, None, None]
+
+
+def filled(keep: Tensor, block: int) -> Tensor:
+    """The blocks that hold a token, (B, n)."""
+    return _filled(keep, count(keep.size(1), block), block)
 
 
 def _filled(keep: Tensor, n: int, block: int) -> Tensor:

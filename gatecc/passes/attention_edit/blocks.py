@@ -34,7 +34,8 @@ class Blocks(Change, tag="blocks"):
     it computes all, and the gate alone learns.
 
     With ``share=1`` everything is kept. A gate pools the queries of its block, so that a causal model stays causal for
-    whole blocks, no longer for tokens. The decoder refuses it; a cache object of a model is refused too.
+    whole blocks, no longer for tokens. The decoder refuses it (`TokenBlocks` is for decoding);
+    a cache object of a model is refused too.
     """
 
     block: int = 64
