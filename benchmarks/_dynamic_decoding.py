@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 import transformers as hf
-from _table import Row, best_of
+from _table import Row, best_of, stepping
 
 import gatecc
 from gatecc.train import exits
 
-CONTEXT, VOCAB, LAYERS, AT = 512, 1000, 6, 2
+CONTEXT, VOCAB, LAYERS, AT, ROOM = 512, 1000, 6, 2, 128
 
 
 def decoding() -> Iterator[Row]:
@@ -29,20 +29,20 @@ def decoding() -> Iterator[Row]:
     ids = torch.randint(VOCAB, (2, CONTEXT))
     call = {"input_ids": ids[:, :16], "use_cache": False}
     leaving = gatecc.transform(plain, gatecc.Exit(f"block[{AT}]", "tail(shared=True)"), call)
-    dense, early = (gatecc.decoder(m, call, capacity=CONTEXT + 1) for m in (plain, leaving))
+    dense, early = (gatecc.decoder(m, call, capacity=CONTEXT + ROOM) for m in (plain, leaving))
     rule = exits(leaving)[0]
     for batch in (1, 2):
         (_, one), (_, other) = dense.prefill(ids[:batch]), early.prefill(ids[:batch])
         token = ids[:batch, 0]
+        full, leave = stepping(dense, token, one), stepping(early, token, other)
 
-        def step(threshold: float, state: Any = other, token: Any = token) -> Any:
+        def step(threshold: float, leave: Any = leave) -> Any:
             rule.threshold.fill_(threshold)
-            return early.step(token, state)
+            return leave()
 
-        logits, _ = step(0.0)
-        between = float(rule.score(logits).sort().values.mean()) if batch == 2 else 2.0
+        between = float(rule.score(step(0.0)).sort().values.mean()) if batch == 2 else 2.0
         seconds = best_of(
-            lambda state=one, token=token: dense.step(token, state),
+            full,
             lambda step=step: step(0.0),
             lambda step=step: step(2.0),
             lambda step=step, between=between: step(between),

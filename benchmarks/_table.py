@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -54,6 +55,17 @@ def best_of(*works: Callable[[], object], repeats: int) -> list[float]:
         for i, work in enumerate(works):
             best[i] = min(best[i], cpu_seconds(work))
     return best
+
+
+def stepping(decoder: Any, token: Any, state: Any) -> Callable[[], Any]:
+    """A step of a decoder behind the last one, each time: a state that is stepped twice is copied. Its logits."""
+
+    def step() -> Any:
+        nonlocal state
+        logits, state = decoder.step(token, state)
+        return logits
+
+    return step
 
 
 def main(name: str, measure: Callable[[], Sequence[Row]], argv: Sequence[str] | None = None) -> None:

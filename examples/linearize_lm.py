@@ -177,7 +177,13 @@ def footprint(
         logits, state = decoder.prefill(torch.randint(0, 256, (1, length)))
         token = logits[:, -1].argmax(-1)
         size = sum(t.numel() * t.element_size() for t in tree_leaves(state) if isinstance(t, Tensor))
-        yield length, size, best(lambda s=state, t=token: decoder.step(t, s), repeats)
+        states = [state]
+
+        def step(token: Tensor = token, states: list[Any] = states) -> None:
+            """Behind the last one: a state that is stepped twice is copied."""
+            states.append(decoder.step(token, states.pop())[1])
+
+        yield length, size, best(step, repeats)
 
 
 def best(work: Callable[[], object], repeats: int) -> float:

@@ -34,9 +34,9 @@ RECALL: dict[str, Any] = {"vocabulary": 256, "pairs": 32, "fill": False}
 console = Console(highlight=False)
 
 
-def gated(model: nn.Module, inputs: Any, block: int) -> nn.Module:
-    """A copy of a model with gates, which keep all blocks at first."""
-    recipe = gatecc.recipe("seer-attention", block=block, width=16, threshold=0.0)
+def gated(model: nn.Module, inputs: Any, block: int, by_token: bool) -> nn.Module:
+    """A copy of a model with gates, which keep all blocks at first; tokens choose them, or blocks of queries."""
+    recipe = gatecc.recipe("seer-attention", block=block, width=16, threshold=0.0, pool_queries=not by_token)
     return gatecc.transform(model, recipe, inputs)
 
 
@@ -121,14 +121,14 @@ def recalled(model: nn.Module, length: int, batches: int = 4) -> float:
     return sum(found) / len(found)
 
 
-def on_bytes(folder: Path, steps: int, windows: int, block: int = 32) -> dict[str, float]:
+def on_bytes(folder: Path, steps: int, windows: int, by_token: bool, block: int = 32) -> dict[str, float]:
     """Bits per byte at 512 bytes: dense, and by the share of blocks that is kept."""
     from transformers import AutoModelForCausalLM
 
     plain = AutoModelForCausalLM.from_pretrained(folder).eval()
     train, held = tasks.stdlib_bytes()
     call = {"input_ids": torch.zeros(2, 128, dtype=torch.long), "use_cache": False}
-    student = gated(plain, call, block)
+    student = gated(plain, call, block, by_token)
     data = ({"input_ids": x, "use_cache": False} for x in tasks.windows_of(train, 512, 2 * steps).split(2))
     train_gates(student, data, steps, lambda out, batch: out.logits.float().square().mean() * 0)
 
@@ -142,11 +142,11 @@ def on_bytes(folder: Path, steps: int, windows: int, block: int = 32) -> dict[st
     return found
 
 
-def on_pairs(steps: int, gate_steps: int, length: int, block: int = 64) -> dict[str, float]:
+def on_pairs(steps: int, gate_steps: int, length: int, by_token: bool, block: int = 64) -> dict[str, float]:
     """Recall at ``length``: dense, and by the share of blocks that is kept."""
     plain = recaller(steps, length)
     call = (torch.zeros(2, 256, dtype=torch.long),)
-    student = gated(plain, call, block)
+    student = gated(plain, call, block, by_token)
     data = (ids for ids, _ in pairs(length, gate_steps, 2, seed=10**5))
     train_gates(student, data, gate_steps, lambda out, batch: out.square().mean() * 0)
     found = {"dense": recalled(plain, length)}
@@ -193,13 +193,14 @@ def main(
     recall_steps: Annotated[int, typer.Option(help="Steps to train the model that recalls pairs; 0: leave out.")] = 800,
     gate_steps: Annotated[int, typer.Option(help="Steps to train its gates.")] = 30,
     length: Annotated[int, typer.Option(help="Length of the recall task.")] = 2048,
+    by_token: Annotated[bool, typer.Option(help="Each token chooses, as in a decoder.")] = False,
     longest: Annotated[int, typer.Option(help="Longest attention to time.")] = 8192,
 ) -> None:
     """Train gates of blocks, and show quality and time."""
     if model is not None:
-        show("bits per byte, 512 bytes in blocks of 32", on_bytes(model, steps, windows), "bits per byte")
+        show("bits per byte, 512 bytes in blocks of 32", on_bytes(model, steps, windows, by_token), "bits per byte")
     if recall_steps:
-        show(f"recall at {length} in blocks of 64", on_pairs(recall_steps, gate_steps, length), "recall")
+        show(f"recall at {length} in blocks of 64", on_pairs(recall_steps, gate_steps, length, by_token), "recall")
     table = Table(title="one attention of 4 heads, CPU seconds")
     for column in ("tokens", "dense", "10 % kept", "times the speed"):
         table.add_column(column, justify="right")

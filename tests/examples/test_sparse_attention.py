@@ -8,10 +8,11 @@ import torch
 from examples import sparse_attention as sparse
 
 
-def test_pairs_are_recalled_with_all_blocks_as_without_gates(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by_token", [False, True])
+def test_pairs_are_recalled_with_all_blocks_as_without_gates(monkeypatch: pytest.MonkeyPatch, by_token: bool) -> None:
     monkeypatch.setattr(sparse, "SHARES", (1.0,))
     monkeypatch.setattr(sparse, "RECALL", {"vocabulary": 32, "pairs": 2, "fill": False})
-    found = sparse.on_pairs(steps=20, gate_steps=2, length=128, block=16)
+    found = sparse.on_pairs(steps=20, gate_steps=2, length=128, by_token=by_token, block=16)
     assert found["100%"] == pytest.approx(found["dense"])
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import gatecc
 from gatecc.errors import SiteRefusedError
+from gatecc.ops import registry
 from gatecc.ops.chosen_blocks import cache
 from gatecc.train import Tune, heal
 from tests.recipes.checks import case, new_parameters, randomise, reverted
@@ -34,7 +35,7 @@ def test_the_equation() -> None:
     q, q_raw = torch.randn(2, B, H, N, D)
     k, k_raw, value = torch.randn(3, B, K, N, D)
     query, key = torch.randn(K, D, R), torch.randn(K, 3 * D, R)
-    expected, scored = torch.zeros_like(q), set[int]()
+    expected, scored, counts = torch.zeros_like(q), set[int](), [0, 0]
     for b, h, t in itertools.product(range(B), range(H), range(N)):
         g, own = h // 2, t // BLOCK
         asked = turned(q_raw[b, 2 * g : 2 * g + 2, t].mean(0) @ query[g], own * BLOCK)
@@ -48,13 +49,19 @@ def test_the_equation() -> None:
             if len(chosen) < math.ceil(0.75 * (own + 1)):
                 chosen.add(j)
         scored |= chosen if own == 3 else set()
+        counts[g] += len(chosen) * (h == 2 * g)
         seen = [i for i in range(t + 1) if i // BLOCK in chosen]
         expected[b, h, t] = (k[b, g, seen] @ q[b, h, t] / 2).softmax(0) @ value[b, g, seen]
     assert scored == {0, 1, 2, 3}  # of the two in the middle now one is chosen, now the other
     cut = torch.tensor(0.75)
     options: dict[str, Any] = {"block": BLOCK, "scale": 0.5, "base": 10_000.0}
-    found = torch.ops.gatecc.chosen_blocks(q, k, value, q_raw, k_raw, query, key, cut, **options)[0]
+    operator, tensors = torch.ops.gatecc.chosen_blocks.default, (q, k, value, q_raw, k_raw, query, key, cut)
+    found = operator(*tensors, **options)[0]
     assert torch.allclose(found, expected, atol=1e-5)
+    taken: Any = registry.find(operator)
+    taken = taken.taken(*tensors, out=found, **options)
+    assert taken.counts == counts
+    assert taken.of == B * sum(t // BLOCK + 1 for t in range(N))
 
 
 @pytest.mark.parametrize(("make", "options"), [(llama, {"share": 0.4}), (gpt2, {"threshold": 0.3})])

@@ -15,12 +15,13 @@ from torch import fx
 from torch._ops import OpOverload
 
 from gatecc.decoder.emit import functions
-from gatecc.decoder.emit.rows import Body, rows_of, skips
+from gatecc.decoder.emit.rows import Body, skips
 from gatecc.decoder.emit.shortcuts import Grouped, choice, grouped, reshapes
 from gatecc.decoder.emit.step import Step
 from gatecc.ir.dataflow import Flow
 from gatecc.ir.skipped import Skipped
 from gatecc.ops import registry
+from gatecc.ops.some_rows import rows_of
 
 _RESHAPES = (torch.ops.aten.reshape.default, torch.ops.aten.view.default)
 

@@ -18,7 +18,7 @@ from gatecc.decoder.rules import slots as marks
 from gatecc.ir.program import META, origin
 from gatecc.ir.skipped import Skipped, skipped
 from gatecc.ops import paths
-from gatecc.ops.some_rows import Rows, count_of, on_rows, rows_of
+from gatecc.ops.some_rows import Rows, count_of, on_rows
 
 
 def skips(step: Step) -> dict[fx.Node, Skipped]:
@@ -55,6 +55,3 @@ class Body:
 
     def _body(self, *given: Any) -> Tensor:
         return self._forward(self._within, *given)
-
-
-__all__ = ["Body", "rows_of", "skips"]

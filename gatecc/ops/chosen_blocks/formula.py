@@ -37,13 +37,30 @@ def masked(
         raise ArgumentError(
             "no gradient goes through a cache", found="keys of earlier tokens", do="use torch.no_grad()"
         )
-    N = q.size(2)
-    features = of_blocks(k_raw.detach(), key.detach(), keep, block, base)
-    own = torch.arange(N, device=q.device) // block
-    there = torch.ones_like(features[:, 0, :, 0], dtype=torch.bool) if keep is None else filled(keep, block)
-    chosen = choice(logits(q_raw.detach(), query.detach(), features, own, block, base), cut, there, own, ranked)
-    out = over(q, k, v, seen(chosen, own.new_zeros(()), keep, N, block), scale)
+    learnt = (x.detach() for x in (q_raw, k_raw, query, key))
+    chosen = of_all(*learnt, cut, keep, block=block, base=base, ranked=ranked)
+    start = torch.zeros((), dtype=torch.int64, device=q.device)
+    out = over(q, k, v, seen(chosen, start, keep, q.size(2), block), scale)
     return at_padding(out, v, keep, spread), *no_cache(q, k, v, query)
+
+
+def of_all(
+    q_raw: Tensor,
+    k_raw: Tensor,
+    query: Tensor,
+    key: Tensor,
+    cut: Tensor,
+    keep: Tensor | None,
+    *,
+    block: int,
+    base: float,
+    ranked: bool,
+) -> Tensor:
+    """Which blocks each token of a text sees, (B, K, N, n) of bool."""
+    features = of_blocks(k_raw, key, keep, block, base)
+    own = torch.arange(q_raw.size(2), device=q_raw.device) // block
+    there = torch.ones_like(features[:, 0, :, 0], dtype=torch.bool) if keep is None else filled(keep, block)
+    return choice(logits(q_raw, query, features, own, block, base), cut, there, own, ranked)
 
 
 def over(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
