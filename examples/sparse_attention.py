@@ -138,7 +138,8 @@ def on_bytes(folder: Path, steps: int, windows: int, by_token: bool, block: int 
     found = {"dense": bits(plain)}
     some = {"input_ids": tasks.windows_of(train, 512, 2, seed=1), "use_cache": False}
     for share in SHARES:
-        found[f"{keep(student, share, some):.0%}"] = bits(student)
+        share = keep(student, share, some)
+        found[f"{share:.0%}"] = bits(student)
     return found
 
 
@@ -152,7 +153,8 @@ def on_pairs(steps: int, gate_steps: int, length: int, by_token: bool, block: in
     found = {"dense": recalled(plain, length)}
     some = (next(pairs(length, 1, 2, seed=10**4))[0],)
     for share in SHARES:
-        found[f"{keep(student, share, some):.0%}"] = recalled(student, length)
+        share = keep(student, share, some)
+        found[f"{share:.0%}"] = recalled(student, length)
     return found
 
 
