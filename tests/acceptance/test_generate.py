@@ -111,6 +111,7 @@ def reference(model: Any, gated: Any, owners: list[str]) -> Any:
 CASES = [(build, attention) for build in (llama, gpt2, qwen) for attention in ("sdpa", "eager")]
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize(("build", "attention"), [*CASES, (gpt_oss, "eager")])
 def test_generated_tokens(build: Any, attention: str) -> None:
     torch.manual_seed(0)

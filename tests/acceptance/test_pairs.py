@@ -106,11 +106,13 @@ def test_decodes(pair: nn.Module) -> None:
     torch.testing.assert_close(torch.cat(parts, 1), logits(pair), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.broad(2)
 def test_compiles(some: nn.Module) -> None:
     compiled = torch.compile(some, backend="gatecc", fullgraph=True, mode="aot_eager")
     torch.testing.assert_close(logits(compiled), logits(some), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.broad(2)
 def test_exports(some: nn.Module, tmp_path: Path) -> None:
     made = gatecc.export(some, tmp_path / "out", inputs())
     assert made.compared

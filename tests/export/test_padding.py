@@ -203,6 +203,7 @@ class Reader(nn.Module):
         return self.out((x + attend(x, y, y, seen[1]))[:, 0])
 
 
+@pytest.mark.broad(3)
 @pytest.mark.parametrize(("ones", "lost"), [("hide", ""), ("hide", "told"), ("show", "shown")])
 def test_a_mask_of_steps_is_told_by_what_it_does(
     ones: str, lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

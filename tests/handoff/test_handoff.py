@@ -59,6 +59,7 @@ def same(model: Any, again: Any) -> None:
     assert torch.equal(*(m.generate(IDS, **options) for m in (model, again)))
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize(
     ("architecture", "options", "written"),
     [

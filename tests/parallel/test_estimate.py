@@ -14,6 +14,7 @@ from tests.parallel.worker import DISPATCHERS, EXPERTS, SLOTS, WIDTH, upcycled
 MIXTRAL = Sizes((Layers(32, 8, 2, 4096, 4096, 8 * 3 * 4096 * 14336),), 1_600_000_000)
 
 
+@pytest.mark.broad(3)
 @pytest.mark.parametrize("name", DISPATCHERS)
 def test_bytes_are_those_that_two_processes_sent(name: str, ranks: list[dict[str, Any]]) -> None:
     """Every pair of experts was asked for once, so that the mean over all is that of these tokens."""

@@ -62,6 +62,7 @@ def test_the_same_as_one_process(name: str, ranks: Ranks) -> None:
         assert worst(both, of_others(ranks[0]["one"]["grads"])) <= 1e-6
 
 
+@pytest.mark.broad(3)
 @pytest.mark.parametrize("name", DISPATCHERS)
 def test_the_full_state_dict_is_bitwise_that_of_one_process(name: str, ranks: Ranks) -> None:
     right = upcycled().state_dict()

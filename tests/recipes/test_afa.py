@@ -62,6 +62,7 @@ def test_features_of_three_models_are_mixed_at_each_pixel() -> None:
     reverted(model, plain, (x,))
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize("picked", [0, 1])
 def test_a_map_that_is_one_hot_is_that_model_exactly(picked: int) -> None:
     hf: Any = pytest.importorskip("transformers")

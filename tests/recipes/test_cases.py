@@ -20,7 +20,7 @@ from gatecc.recipes import samples
 from gatecc.recipes.registry import Case, Check, recipe
 
 
-@pytest.mark.broad(3)
+@pytest.mark.broad(5)
 @pytest.mark.parametrize("name", [info.name for info in gatecc.recipes()])
 def test_what_a_recipe_claims_holds(name: str) -> None:
     info = next(info for info in gatecc.recipes() if info.name == name)

@@ -88,6 +88,7 @@ def test_a_context_that_is_computed_later_is_refused() -> None:
         gatecc.transform(Streams().eval(), recipe, _inputs(5, 5))
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize(
     ("name", "options", "export"),
     [

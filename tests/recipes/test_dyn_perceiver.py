@@ -47,6 +47,7 @@ def by_hand(stages: list[Any], features: list[Tensor]) -> list[Tensor]:
     return found
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize("make", [vit, resnet])
 def test_the_branch_is_its_equations_and_samples_leave_by_quantiles(make: Any) -> None:
     torch.manual_seed(0)

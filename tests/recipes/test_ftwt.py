@@ -133,6 +133,7 @@ def _labels(mass: Tensor, r: float) -> Tensor:
     return found
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize(
     ("name", "conv"), [("timm", "conv[1:]"), ("basic", "conv[1:]"), ("bottleneck", "conv[...]"), ("mobile", "conv[1:]")]
 )

@@ -170,6 +170,7 @@ class Proteins(nn.Module):
 BOTH = {"sequence": "block[sequence.*].out", "structure": "block[structure.*].out"}
 
 
+@pytest.mark.broad(3)
 @pytest.mark.parametrize("how", ["token", "mean", "attention"])
 def test_both_encoders_take_from_each_other_what_they_were(how: str) -> None:
     plain = Proteins().eval()

@@ -77,6 +77,7 @@ def by_hand(model: Any, layers: Any, controller: Any, tokens: str, alpha: float)
     return logits, c[:, -1]
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize("tokens", ["last", "each"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_equation(family: str, tokens: str) -> None:

@@ -37,6 +37,7 @@ def resnet() -> tuple[Any, Any]:
     return timm.create_model("resnet18", **shape).eval(), (torch.randn(5, 1, 32, 32),)
 
 
+@pytest.mark.broad(3)
 @pytest.mark.parametrize(("make", "head"), [(vit, "tail"), (bert, "tail"), (resnet, "pooled")])
 def test_trained_gates_let_each_sample_leave_by_itself(make: Any, head: str) -> None:
     torch.manual_seed(0)

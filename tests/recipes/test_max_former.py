@@ -113,6 +113,7 @@ def test_each_step_by_hand(pairs: dict[str, tuple[Any, Any]]) -> None:
     assert len([m for m in model.modules() if isinstance(m, Neuron)]) == 1 + 2 + 4 + 3
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize("name", ["vit", "deit"])
 def test_early_layers_have_no_attention(name: str, pairs: dict[str, tuple[Any, Any]]) -> None:
     plain, model = pairs[name]

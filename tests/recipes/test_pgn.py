@@ -176,6 +176,7 @@ def transducer() -> tuple[Any, Tensor, Any]:
     return plain, torch.randint(0, 12, (2, 11)), plain.lstm
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize("family", [audio, transducer])
 def test_recurrent_layers_of_others(family: Any) -> None:
     """Those of Encodec, whose time comes first, and of the prediction network of Parakeet."""

@@ -54,6 +54,7 @@ def boxes(model: Any, image: Tensor) -> tuple[Tensor, Tensor]:
     return torch.sigmoid(twig.looked(seen[0][0])[0]), seen[0][1]
 
 
+@pytest.mark.broad(2)
 @torch.no_grad()
 def test_each_sample_decides_by_itself_and_sees_its_region(zooming: Any) -> None:
     plain, model, image, fine = zooming

@@ -75,6 +75,7 @@ def test_an_additive_join_is_the_original_and_trains_nothing() -> None:
     assert not any(p.requires_grad for p in new_parameters(model, plain).values())
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize(
     ("name", "options", "export"),
     [

@@ -66,6 +66,7 @@ def logits_of(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize("name", ["timm", "transformers"])
 @torch.no_grad()
 def test_neurons_in_models_that_others_wrote(name: str) -> None:

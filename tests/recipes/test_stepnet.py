@@ -34,6 +34,7 @@ def test_the_step_depends_on_both_summaries() -> None:
     reverted(model, plain, (X,))
 
 
+@pytest.mark.broad(3)
 @pytest.mark.parametrize(
     ("name", "export"), [("torchvision/resnet18", True), ("hf/vit-sdpa", False), ("hf/bert-sdpa", False)]
 )

@@ -44,6 +44,7 @@ def test_silent_outputs_are_0_and_the_others_as_they_were() -> None:
     reverted(model, genes, (X,))
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize("name", ["torchvision/resnet18", "hf/gpt2-eager"])
 def test_real_models(name: str) -> None:
     known = case(name)

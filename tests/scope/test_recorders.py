@@ -80,6 +80,7 @@ def close(a: Any, b: Any) -> bool:
     return len(a) == len(b) and all(torch.allclose(x, y, atol=1e-5) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.broad(2)
 def test_hidden_states(by_layer: Any, whole: Any) -> None:
     parts = all(fqn for fqn, _, _ in scopes(by_layer))  # else its layers alone are not rewritten
     for model in (by_layer, whole):

@@ -30,6 +30,7 @@ def transformed(batch_first: bool, first: tuple[bool, ...], sizes: tuple[int, ..
     return gatecc.transform(Net(batch_first).eval(), "gated-attention", (torch.randn(*sizes, 16), *first))
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize(("first", "second"), [((), (True,)), ((True,), ()), ((), (True, False))])
 @pytest.mark.parametrize("sizes", [(2, 6), (1, 6), (6,)])

@@ -117,6 +117,7 @@ def values(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return wide, rows, narrow
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize(("dtype", "opset"), [("float32", 24), ("float32", 18), ("float64", 24), ("float16", 24)])
 @torch.no_grad()
 def test_the_ends_of_the_ranges(dtype: str, opset: int, tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ class Spelled(nn.Module):
         return self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize("steps", ["f", "w", "W", "s", "fc", "cf", "ca", "cw", "cx", "p", "e"])
 def test_padding_is_left_out_however_it_is_spelled(steps: str) -> None:
     torch.manual_seed(0)
