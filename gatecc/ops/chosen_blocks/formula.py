@@ -37,8 +37,8 @@ def masked(
         raise ArgumentError(
             "no gradient goes through a cache", found="keys of earlier tokens", do="use torch.no_grad()"
         )
-    learnt = (x.detach() for x in (q_raw, k_raw, query, key))
-    chosen = of_all(*learnt, cut, keep, block=block, base=base, ranked=ranked)
+    asked, known, of_query, of_key = q_raw.detach(), k_raw.detach(), query.detach(), key.detach()
+    chosen = of_all(asked, known, of_query, of_key, cut, keep, block=block, base=base, ranked=ranked)
     start = torch.zeros((), dtype=torch.int64, device=q.device)
     out = over(q, k, v, seen(chosen, start, keep, q.size(2), block), scale)
     return at_padding(out, v, keep, spread), *no_cache(q, k, v, query)
